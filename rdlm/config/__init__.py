@@ -1,0 +1,38 @@
+"""Frozen, validated configuration: no JAX, no defaults hidden elsewhere."""
+
+from rdlm.config.errors import InputError, did_you_mean, require
+from rdlm.config.json import differences, from_json, to_json
+from rdlm.config.model import CachePolicy, ModelConfig, Sampling
+from rdlm.config.presets import PRESETS, preset
+from rdlm.config.run import (
+    CheckpointConfig,
+    DataConfig,
+    EvaluationConfig,
+    MeshConfig,
+    OptimizerConfig,
+    RecurrenceConfig,
+    RunConfig,
+    Scheme,
+)
+
+__all__ = [
+    "PRESETS",
+    "CachePolicy",
+    "CheckpointConfig",
+    "DataConfig",
+    "EvaluationConfig",
+    "InputError",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "RecurrenceConfig",
+    "RunConfig",
+    "Sampling",
+    "Scheme",
+    "did_you_mean",
+    "differences",
+    "from_json",
+    "preset",
+    "require",
+    "to_json",
+]

@@ -1,0 +1,165 @@
+"""The model's shape, and the two small policies that callers of the model pass along."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from rdlm.config.errors import require
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a recurrent-depth model (spec section 1). Hashable, so it can be a static argument of `jit`."""
+
+    vocab_size: int
+    """Tokens the tokenizer knows."""
+    embed_dim: int
+    """Width D of the residual stream and of the latent state."""
+    num_heads: int
+    """Query heads H; must divide embed_dim."""
+    mlp_dim: int
+    """Width F of the gated MLP."""
+    prelude_layers: int = 2
+    """Blocks that embed tokens, run once."""
+    core_layers: int = 4
+    """Blocks of the core, run once per recurrence with shared weights."""
+    coda_layers: int = 2
+    """Blocks that decode the latent state, run once."""
+    num_kv_heads: int | None = None
+    """Key/value heads K; must divide num_heads. None: as many as query heads."""
+    padded_vocab_size: int | None = None
+    """Rows of the embedding (and columns of the logits). None: vocab_size."""
+    max_length: int = 4096
+    """Positions the model may see."""
+    rope_base: float = 50000.0
+    """Base of the rotary frequencies."""
+    norm_eps: float = 1e-6
+    """Epsilon of every RMSNorm."""
+    qk_bias: bool = True
+    """Learned bias on queries and keys, per query head, before rotary."""
+    tie_embeddings: bool = True
+    """The head is the transposed embedding."""
+    mean_recurrence: int = 32
+    """Mean r: the default depth at test time, and the centre of the training distribution."""
+    backprop_depth: int = 8
+    """Most recurrences that carry gradient in a training step."""
+    param_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Dtype parameters are initialised and stored in."""
+    compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Dtype of matrix products and activations. None: the dtype of the parameters given."""
+    test_time_noise: float = 0.0
+    """Noise mixed into the state before each core call at test time (spec section 2); 0 is off."""
+    test_time_noise_type: Literal["fixed", "geom", "sqrt", "line", "chi"] = "fixed"
+    """Schedule of the test-time noise over recurrences."""
+
+    def __post_init__(self) -> None:
+        if self.num_kv_heads is None:
+            object.__setattr__(self, "num_kv_heads", self.num_heads)
+        if self.padded_vocab_size is None:
+            object.__setattr__(self, "padded_vocab_size", self.vocab_size)
+        positive = "vocab_size embed_dim num_heads num_kv_heads mlp_dim prelude_layers core_layers coda_layers".split()
+        for name in [*positive, "max_length", "mean_recurrence", "backprop_depth"]:
+            value = getattr(self, name)
+            least = 0 if name in ("prelude_layers", "coda_layers") else 1
+            require(isinstance(value, int) and value >= least, name, value, f"must be an integer of at least {least}")
+        require(
+            self.embed_dim % self.num_heads == 0,
+            "embed_dim",
+            self.embed_dim,
+            f"must be a multiple of num_heads = {self.num_heads} (try {-(-self.embed_dim // self.num_heads) * self.num_heads})",
+        )
+        require(
+            self.head_dim % 2 == 0,
+            "embed_dim / num_heads",
+            self.head_dim,
+            "rotary positions turn pairs, so the head dimension must be even",
+        )
+        require(
+            self.num_heads % self.kv_heads == 0,
+            "num_kv_heads",
+            self.num_kv_heads,
+            f"must divide num_heads = {self.num_heads}",
+        )
+        require(
+            self.rows >= self.vocab_size,
+            "padded_vocab_size",
+            self.padded_vocab_size,
+            f"must be at least vocab_size = {self.vocab_size}",
+        )
+        require(self.rope_base > 0, "rope_base", self.rope_base, "must be positive")
+        require(self.norm_eps > 0, "norm_eps", self.norm_eps, "must be positive")
+        require(self.test_time_noise >= 0, "test_time_noise", self.test_time_noise, "must not be negative")
+        require(self.param_dtype in DTYPES, "param_dtype", self.param_dtype, f"must be one of {DTYPES}")
+        require(
+            self.compute_dtype is None or self.compute_dtype in DTYPES,
+            "compute_dtype",
+            self.compute_dtype,
+            f"must be one of {DTYPES}, or None for the dtype of the parameters",
+        )
+
+    @property
+    def head_dim(self) -> int:
+        """Width Q of one head."""
+        return self.embed_dim // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """num_kv_heads, as a plain int for type checkers."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def rows(self) -> int:
+        """padded_vocab_size, as a plain int for type checkers: V of the logits."""
+        return self.padded_vocab_size or self.vocab_size
+
+
+@dataclasses.dataclass(frozen=True)
+class CachePolicy:
+    """Which keys and values a core query sees of earlier tokens (contract, "Cache policy").
+
+    At iteration i a token writes set i mod `recurrences`. `recurrences=None` keeps a set for every iteration.
+    Where an earlier token never wrote the set (it exited before), "latest" reads its deepest set below, and
+    "skip" hides the token at this iteration.
+    """
+
+    recurrences: int | None = None
+    lookup: Literal["latest", "skip"] = "latest"
+
+    def __post_init__(self) -> None:
+        require(
+            self.recurrences is None or self.recurrences >= 1,
+            "CachePolicy.recurrences",
+            self.recurrences,
+            "must be None (keep every iteration) or at least 1",
+        )
+        require(self.lookup in ("latest", "skip"), "CachePolicy.lookup", self.lookup, "must be 'latest' or 'skip'")
+        require(
+            self.lookup == "latest" or self.recurrences is None,
+            "CachePolicy.lookup",
+            self.lookup,
+            f"'skip' needs every iteration kept: set recurrences=None instead of {self.recurrences}",
+        )
+
+    def sets(self, num_steps: int) -> int:
+        """Key/value sets held per core layer when at most `num_steps` recurrences run."""
+        return num_steps if self.recurrences is None else min(self.recurrences, num_steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen (spec section 6, "Sampling order"). Every field: a value, or one per prompt.
+
+    temperature 0 is greedy; top_k 0, top_p 1.0, min_p 0.0, repetition_penalty 1.0 and stop_tokens () are off.
+    `stop_tokens`: a tuple of ids, or one tuple per prompt.
+    """
+
+    temperature: float | Sequence[float] = 0.0
+    top_k: int | Sequence[int] = 0
+    top_p: float | Sequence[float] = 1.0
+    min_p: float | Sequence[float] = 0.0
+    repetition_penalty: float | Sequence[float] = 1.0
+    stop_tokens: Sequence[Any] = ()

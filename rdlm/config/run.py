@@ -1,0 +1,202 @@
+"""Everything a training run needs to know, as frozen dataclasses that tyro turns into a command line."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from rdlm.config.errors import InputError, require
+from rdlm.config.model import ModelConfig
+
+Scheme = Literal[
+    "poisson-lognormal-filling",
+    "poisson-lognormal-fill",
+    "poisson-lognormal",
+    "poisson-unbounded",
+    "poisson-bounded",
+    "poisson-fill",
+    "simple",
+    "fixed",
+    "non-recurrent",
+    "full",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class RecurrenceConfig:
+    """How many times the core runs in a training step (spec section 3)."""
+
+    scheme: Scheme = "poisson-lognormal-filling"
+    """Distribution of (n, k): steps without and with gradient."""
+    curriculum_steps: int = 0
+    """Grow the mean depth linearly from 1 over this many steps; 0 is off."""
+    remat: Literal["none", "iteration"] = "none"
+    """Recompute each recurrence in the backward pass instead of keeping its activations."""
+
+    def __post_init__(self) -> None:
+        require(self.curriculum_steps >= 0, "recurrence.curriculum_steps", self.curriculum_steps, "must not be negative")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """Optimizer and learning-rate schedule."""
+
+    name: Literal["adamw", "ellis_adam"] = "adamw"
+    """adamw (optax), or the reference's own variant (spec section 4)."""
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    min_learning_rate: float = 0.0
+    """Learning rate at the end of the cooldown."""
+    schedule: Literal["trapezoid", "cosine", "linear"] = "trapezoid"
+    """Shape after the warm-up: constant then linear cooldown; cosine; or linear decay."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up from 0."""
+    cooldown_steps: int = 100
+    """Last steps over which a trapezoid falls to min_learning_rate."""
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    """Applied to matrices and embeddings, not to norms and biases."""
+    clip_norm: float = 1.0
+    """Largest global L2 norm of the gradient."""
+
+    def __post_init__(self) -> None:
+        require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "must be positive")
+        require(self.clip_norm > 0, "optimizer.clip_norm", self.clip_norm, "must be positive (use 1e9 to never clip)")
+        for name in ("warmup_steps", "cooldown_steps", "weight_decay", "min_learning_rate"):
+            require(getattr(self, name) >= 0, f"optimizer.{name}", getattr(self, name), "must not be negative")
+        for name in ("b1", "b2"):
+            require(0 <= getattr(self, name) < 1, f"optimizer.{name}", getattr(self, name), "must be in [0, 1)")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where tokens come from and how they are cut into batches."""
+
+    source: Literal["factbook"] = "factbook"
+    """Corpus: the CIA World Factbook (a TFDS builder over a pinned package)."""
+    folder: str = "data"
+    """Folder for prepared data; filled on first use, reused afterwards."""
+    tokenizer_size: int = 4096
+    """Entries of the byte-level BPE tokenizer, special tokens included."""
+    sequence_length: int = 256
+    """Tokens per row (L)."""
+    batch_size: int = 8
+    """Rows per step, over all devices (B)."""
+    validation_fraction: float = 0.05
+    """Share of documents held out for validation."""
+
+    def __post_init__(self) -> None:
+        for name in ("sequence_length", "batch_size"):
+            require(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "must be at least 1")
+        require(
+            self.tokenizer_size >= 300,
+            "data.tokenizer_size",
+            self.tokenizer_size,
+            "must be at least 300: 256 bytes plus special tokens",
+        )
+        require(
+            0 < self.validation_fraction < 1,
+            "data.validation_fraction",
+            self.validation_fraction,
+            "must be between 0 and 1",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each parallel axis; one of them may be -1: all that remain."""
+
+    data: int = -1
+    """Copies of the model, each on its part of the batch."""
+    fsdp: int = 1
+    """Devices that share one copy of the parameters."""
+
+    def __post_init__(self) -> None:
+        sizes = dataclasses.astuple(self)
+        require(
+            all(n == -1 or n >= 1 for n in sizes) and sizes.count(-1) <= 1,
+            "mesh",
+            sizes,
+            "axis sizes must be at least 1, and at most one may be -1 (all remaining devices)",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When the run is saved."""
+
+    every: int = 500
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = 3
+    """Newest checkpoints kept."""
+
+    def __post_init__(self) -> None:
+        require(self.every >= 1, "checkpoint.every", self.every, "must be at least 1")
+        require(self.keep >= 1, "checkpoint.keep", self.keep, "must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """Validation during training."""
+
+    every: int = 500
+    """Steps between validations; the last step is always validated."""
+    batches: int = 16
+    """Batches per validation; the final one (loss_by_depth.json) uses all."""
+    depths: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    """Recurrences r at which the loss is read, all from one unroll."""
+
+    def __post_init__(self) -> None:
+        require(self.every >= 1, "evaluation.every", self.every, "must be at least 1")
+        require(self.batches >= 1, "evaluation.batches", self.batches, "must be at least 1")
+        require(
+            len(self.depths) > 0 and all(r >= 1 for r in self.depths) and list(self.depths) == sorted(set(self.depths)),
+            "evaluation.depths",
+            self.depths,
+            "must be increasing recurrences, each at least 1",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """A training run: what `experiments/train.py PRESET` resolves to and what `config.json` in the run folder holds."""
+
+    model: ModelConfig
+    recurrence: RecurrenceConfig = RecurrenceConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    data: DataConfig = DataConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    preset: str = "custom"
+    """Name of the preset this came from."""
+    steps: int = 1000
+    """Optimizer steps in all."""
+    seed: int = 0
+    """Seed of initialisation, data order, depth draws and states."""
+    run_dir: str = ""
+    """Run folder; empty: runs/PRESET."""
+    tensorboard: bool = False
+    """Also write TensorBoard events (extra `log`)."""
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 1, "steps", self.steps, "must be at least 1")
+        require(0 <= self.seed < 2**31, "seed", self.seed, "must be in [0, 2**31)")
+        require(
+            self.data.sequence_length <= self.model.max_length,
+            "data.sequence_length",
+            self.data.sequence_length,
+            f"must be at most model.max_length = {self.model.max_length}",
+        )
+        if self.data.tokenizer_size != self.model.vocab_size:
+            raise InputError(
+                f"data.tokenizer_size = {self.data.tokenizer_size}: must equal model.vocab_size = "
+                f"{self.model.vocab_size}; set both"
+            )
+
+    @property
+    def folder(self) -> str:
+        """The run folder."""
+        return self.run_dir or f"runs/{self.preset}"
