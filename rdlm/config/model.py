@@ -57,11 +57,13 @@ class ModelConfig:
     """Schedule of the test-time noise over recurrences."""
 
     def __post_init__(self) -> None:
-        if self.num_kv_heads is None:
-            object.__setattr__(self, "num_kv_heads", self.num_heads)
-        if self.padded_vocab_size is None:
-            object.__setattr__(self, "padded_vocab_size", self.vocab_size)
-        positive = "vocab_size embed_dim num_heads num_kv_heads mlp_dim prelude_layers core_layers coda_layers".split()
+        # The defaults are stored as None, however they were spelled: equal shapes compare equal, and overriding
+        # num_heads or vocab_size alone does what one expects.
+        if self.num_kv_heads == self.num_heads:
+            object.__setattr__(self, "num_kv_heads", None)
+        if self.padded_vocab_size == self.vocab_size:
+            object.__setattr__(self, "padded_vocab_size", None)
+        positive = ["vocab_size", "embed_dim", "num_heads", "mlp_dim", "prelude_layers", "core_layers", "coda_layers"]
         for name in [*positive, "max_length", "mean_recurrence", "backprop_depth"]:
             value = getattr(self, name)
             least = 0 if name in ("prelude_layers", "coda_layers") else 1
@@ -79,7 +81,7 @@ class ModelConfig:
             "rotary positions turn pairs, so the head dimension must be even",
         )
         require(
-            self.num_heads % self.kv_heads == 0,
+            self.kv_heads >= 1 and self.num_heads % self.kv_heads == 0,
             "num_kv_heads",
             self.num_kv_heads,
             f"must divide num_heads = {self.num_heads}",
@@ -108,13 +110,13 @@ class ModelConfig:
 
     @property
     def kv_heads(self) -> int:
-        """num_kv_heads, as a plain int for type checkers."""
-        return self.num_kv_heads or self.num_heads
+        """Key/value heads K."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
     @property
     def rows(self) -> int:
-        """padded_vocab_size, as a plain int for type checkers: V of the logits."""
-        return self.padded_vocab_size or self.vocab_size
+        """Rows of the embedding, and columns V of the logits."""
+        return self.vocab_size if self.padded_vocab_size is None else self.padded_vocab_size
 
 
 @dataclasses.dataclass(frozen=True)

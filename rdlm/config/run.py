@@ -34,7 +34,9 @@ class RecurrenceConfig:
     """Recompute each recurrence in the backward pass instead of keeping its activations."""
 
     def __post_init__(self) -> None:
-        require(self.curriculum_steps >= 0, "recurrence.curriculum_steps", self.curriculum_steps, "must not be negative")
+        require(
+            self.curriculum_steps >= 0, "recurrence.curriculum_steps", self.curriculum_steps, "must not be negative"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
