@@ -1,0 +1,157 @@
+"""Keys and values of past tokens: an explicit pytree, passed in and returned, donated and updated in place.
+
+A token writes one set of core keys and values per recurrence, at index i mod S (`CachePolicy`). Under "latest" a
+token that stopped early is read at its deepest set from then on; so when it stops, that set is copied into the sets
+above, once, and every later read is a plain slice. Under "skip" a reader hides tokens whose depth it has passed.
+
+During a pass the cache is only read; the pass keeps its own sets (`Own`) and writes them once, at its end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from rdlm.attention import HIDDEN
+from rdlm.config import CachePolicy, ModelConfig
+
+
+class KeyValue(NamedTuple):
+    """Keys and values of one layer, heads flattened: k [..., T, Hk*Q] (after bias and rotary), v [..., T, K*Q].
+
+    Hk = H when `qk_bias` is on (the bias on keys is per query head, spec section 1), else K.
+    """
+
+    k: Array
+    v: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Everything later tokens need of earlier ones.
+
+    prelude, coda: one KeyValue [B, T, .] per layer. core: one KeyValue [S, B, T, .] per layer.
+    length: int32 [B], tokens held per row. depth: int32 [B, T], recurrences each of them ran.
+    """
+
+    prelude: tuple[KeyValue, ...]
+    core: tuple[KeyValue, ...]
+    coda: tuple[KeyValue, ...]
+    length: Array
+    depth: Array
+    policy: CachePolicy = dataclasses.field(metadata={"static": True})
+
+    @property
+    def capacity(self) -> int:
+        """Positions T there is room for."""
+        return self.depth.shape[1]
+
+    @property
+    def sets(self) -> int:
+        """Sets S kept per core layer."""
+        return self.core[0].k.shape[0]
+
+
+class Own(NamedTuple):
+    """Keys and values that one pass over L tokens made: like Cache, with L in place of T."""
+
+    prelude: tuple[KeyValue, ...]
+    core: tuple[KeyValue, ...]
+    coda: tuple[KeyValue, ...]
+
+
+def key_heads(config: ModelConfig) -> int:
+    """Heads Hk of a stored key."""
+    return config.num_heads if config.qk_bias else config.kv_heads
+
+
+def zeros(config: ModelConfig, shape: tuple[int, ...], dtype: Any) -> KeyValue:
+    """Empty keys and values of one layer, with leading axes `shape`."""
+    Q = config.head_dim
+    return KeyValue(jnp.zeros((*shape, key_heads(config) * Q), dtype), jnp.zeros((*shape, config.kv_heads * Q), dtype))
+
+
+def allocate(config: ModelConfig, policy: CachePolicy, sets: int, batch: int, capacity: int, dtype: Any) -> Cache:
+    """An empty cache with room for `capacity` positions and `sets` core sets per layer."""
+
+    def layers(count: int, *lead: int) -> tuple[KeyValue, ...]:
+        return tuple(zeros(config, (*lead, batch, capacity), dtype) for _ in range(count))
+
+    return Cache(
+        layers(config.prelude_layers),
+        layers(config.core_layers, sets),
+        layers(config.coda_layers),
+        jnp.zeros(batch, jnp.int32),
+        jnp.zeros((batch, capacity), jnp.int32),
+        policy,
+    )
+
+
+def past_bias(cache: Cache) -> Array:
+    """Bias [B, 1, T]: every position held so far is visible."""
+    held = jnp.arange(cache.capacity) < cache.length[:, None]
+    return jnp.where(held, 0.0, HIDDEN)[:, None]
+
+
+def skip_bias(depth: Array, i: Array) -> Array:
+    """Bias [B, 1, T] that hides tokens of `depth` [B, T] which ran no recurrence i (lookup "skip")."""
+    return jnp.where(depth > i, 0.0, HIDDEN)[:, None]
+
+
+def read_set(layers: tuple[KeyValue, ...], m: Array) -> tuple[KeyValue, ...]:
+    """Set m of every core layer: KeyValue [B, T, .] each."""
+    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, m, keepdims=False), layers)
+
+
+def held_set(own: tuple[KeyValue, ...], i: Array) -> tuple[KeyValue, ...]:
+    """What stopped tokens hold at recurrence i of a pass: their last write to set i mod S, else the set below it."""
+    sets = own[0].k.shape[0]
+    return read_set(own, jnp.where(i < sets, jnp.maximum(i - 1, 0), i % sets))
+
+
+def write_set(own: tuple[KeyValue, ...], new: tuple[KeyValue, ...], i: Array) -> tuple[KeyValue, ...]:
+    """Put `new` [B, L, .] into set i mod S of each layer's [S, B, L, .]."""
+    sets = own[0].k.shape[0]
+    return jax.tree.map(lambda x, y: lax.dynamic_update_index_in_dim(x, y, i % sets, 0), own, new)
+
+
+def append(cache: Cache, own: Own, steps: Array, ran: Array, start: Array, count: Array) -> Cache:
+    """Write a pass of L tokens behind what each row holds.
+
+    Args:
+      cache: donated by callers that loop.
+      own: what the pass made.
+      steps: int32 [B, L], recurrences each token ran.
+      ran: int32 scalar, recurrences the pass ran: sets from `ran` up were never touched, and take the deepest.
+      start: int32 scalar, one position for all rows (a prefill chunk), or [B] (decoding).
+      count: int32 [B], how many of the L tokens are real; the rest is overwritten later and never seen.
+    """
+    sets = cache.sets
+    source = jnp.minimum(jnp.arange(sets), jnp.maximum(ran, 1) - 1)
+
+    def put(target: Array, new: Array, lead: int) -> Array:
+        if jnp.ndim(start) == 0:
+            index = [0] * target.ndim
+            index[lead + 1] = start
+            return lax.dynamic_update_slice(target, new.astype(target.dtype), index)
+        L, B = new.shape[lead + 1], new.shape[lead]
+        rows, columns = jnp.arange(B)[:, None], start[:, None] + jnp.arange(L)
+        where = (slice(None),) * lead + (rows, columns)
+        return target.at[where].set(new.astype(target.dtype), mode="drop")
+
+    def filled(new: Array) -> Array:
+        return new if sets == 1 else jnp.take(new, source, axis=0)
+
+    return dataclasses.replace(
+        cache,
+        prelude=jax.tree.map(lambda t, n: put(t, n, 0), cache.prelude, own.prelude),
+        core=jax.tree.map(lambda t, n: put(t, filled(n), 1), cache.core, own.core),
+        coda=jax.tree.map(lambda t, n: put(t, n, 0), cache.coda, own.coda),
+        depth=put(cache.depth, steps, 0),
+        length=start + count if jnp.ndim(start) else jnp.where(count > 0, start + count, cache.length),
+    )

@@ -1,0 +1,220 @@
+"""Exit rules: when has a token thought enough? Small pytrees with pure init / update / exits, as optax does it.
+
+A rule looks at a token after a recurrence (an `Observation`), keeps what it needs of the previous look, and returns a
+value and, separately, the decision. Thresholds are leaves of the pytree, so changing one never recompiles; they may
+be scalars or one per row of the batch. Values follow spec section 6.
+
+A rule of your own is one call (rows B and tokens L lead every array):
+
+    def update(rule, previous, seen):                     # state norm has settled
+        norm = jnp.linalg.norm(seen.state, axis=-1)
+        return norm, jnp.abs(norm - previous)
+
+    norm_diff = ExitRule(0.01, "norm_diff", init=lambda rule, s0, vocab: jnp.linalg.norm(s0, axis=-1), update=update)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from rdlm.config import InputError
+
+
+class Observation(NamedTuple):
+    """What a rule may look at after a recurrence.
+
+    state: [B, L, D] raw latent state s. logits: f32 [B, L, V], or None unless the rule needs them.
+    step: int32 scalar, recurrences run so far.
+    """
+
+    state: Array
+    logits: Array | None
+    step: Array
+
+
+def _below(rule: ExitRule, value: Array) -> Array:
+    return value < rule.threshold_for(value)
+
+
+def _at_least(rule: ExitRule, value: Array) -> Array:
+    return value >= rule.threshold_for(value)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ExitRule:
+    """An exit rule. `threshold` is its only leaf; everything else is static.
+
+    init(rule, s0 [B, L, D], vocab) -> rule state; update(rule, rule state, Observation) -> (rule state, value f32
+    [B, L]); decide(rule, value) -> bool [B, L], by default value < threshold.
+    """
+
+    threshold: Any
+    kind: str = dataclasses.field(metadata={"static": True})
+    init: Callable[..., Any] = dataclasses.field(metadata={"static": True})
+    update: Callable[..., Any] = dataclasses.field(metadata={"static": True})
+    decide: Callable[..., Array] = dataclasses.field(default=_below, metadata={"static": True})
+    needs_logits: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    def threshold_for(self, value: Array) -> Array:
+        """The threshold, shaped to compare with values [B, L]."""
+        threshold = jnp.asarray(self.threshold)
+        return threshold[:, None] if threshold.ndim == 1 and value.ndim == 2 else threshold
+
+
+def init(rule: ExitRule, s0: Array, vocab: int) -> Any:
+    """State of `rule` before the first recurrence, for states s0 [B, L, D] and V = vocab."""
+    return rule.init(rule, s0, vocab)
+
+
+def update(rule: ExitRule, rule_state: Any, observation: Observation) -> tuple[Any, Array]:
+    """Look once: (new rule state, value f32 [B, L])."""
+    return rule.update(rule, rule_state, observation)
+
+
+def exits(rule: ExitRule, value: Array) -> Array:
+    """The decision, bool of value's shape. Never true for a NaN."""
+    return rule.decide(rule, value)
+
+
+def _positive(name: str, threshold: Any) -> Any:
+    if isinstance(threshold, (int, float)) and not threshold >= 0:
+        raise InputError(f"exits.{name}: threshold = {threshold!r}: must not be negative")
+    return threshold
+
+
+def _logits(observation: Observation) -> Array:
+    if observation.logits is None:
+        raise InputError("this exit rule reads logits: declare it with needs_logits=True")
+    return observation.logits.astype(jnp.float32)
+
+
+def _divergence(log_p: Array, log_q: Array) -> Array:
+    # sum p (d + exp(-d) - 1) with d = log p - log q equals sum p d, as both sum to one, but every term is positive
+    # and second order in d: far less noise in f32 than the difference of large sums.
+    d = log_p - log_q
+    return jnp.sum(jnp.exp(log_p) * (d + jnp.expm1(-d)), axis=-1)
+
+
+def _uniform(rule: ExitRule, s0: Array, vocab: int) -> Array:
+    return jnp.full((*s0.shape[:-1], vocab), -math.log(vocab), jnp.float32)
+
+
+def kl(threshold: Any = 5e-4) -> ExitRule:
+    """KL(previous || new) of the next-token distributions below `threshold`; the first previous is uniform."""
+
+    return ExitRule(_positive("kl", threshold), "kl", _uniform, _kl_update, needs_logits=True)
+
+
+def _kl_update(rule: ExitRule, previous: Array, seen: Observation) -> tuple[Array, Array]:
+    new = jax.nn.log_softmax(_logits(seen))
+    return new, _divergence(previous, new)
+
+
+def min_p_kl(threshold: Any = 1e-5, min_p: float = 0.1) -> ExitRule:
+    """As `kl`, with probabilities below min_p times the largest replaced by 1/V, then renormalised."""
+    kind = f"min_p_kl(min_p={min_p})"
+    return ExitRule(_positive("min_p_kl", threshold), kind, _uniform, _min_p_update(min_p), needs_logits=True)
+
+
+@functools.cache  # one function object per min_p, so that equal rules share a compiled program
+def _min_p_update(min_p: float) -> Callable[..., Any]:
+    def update(rule: ExitRule, previous: Array, seen: Observation) -> tuple[Array, Array]:
+        p = jax.nn.softmax(_logits(seen))
+        p = jnp.where(p < min_p * p.max(-1, keepdims=True), 1 / p.shape[-1], p)
+        new = jnp.log(p / p.sum(-1, keepdims=True))
+        return new, _divergence(previous, new)
+
+    return update
+
+
+def entropy_diff(threshold: Any = 1e-3) -> ExitRule:
+    """|change of entropy| below `threshold`, in nats; the first previous entropy is 100."""
+    return ExitRule(
+        _positive("entropy_diff", threshold),
+        "entropy_diff",
+        _entropy_init,
+        _entropy_update,
+        needs_logits=True,
+    )
+
+
+def _entropy_init(rule: ExitRule, s0: Array, vocab: int) -> Array:
+    return jnp.full(s0.shape[:-1], 100.0, jnp.float32)
+
+
+def _entropy_update(rule: ExitRule, previous: Array, seen: Observation) -> tuple[Array, Array]:
+    p = jax.nn.softmax(_logits(seen))
+    entropy = -jnp.sum(p * jnp.log(p + 1e-10), axis=-1)
+    return entropy, jnp.abs(entropy - previous)
+
+
+def latent_diff(threshold: Any = 0.03) -> ExitRule:
+    """||s - previous s|| / ||s|| below `threshold`; costs nothing beside the core."""
+    return ExitRule(_positive("latent_diff", threshold), "latent_diff", _state_init, _latent_update)
+
+
+def cosine(threshold: Any = 1e-3) -> ExitRule:
+    """1 - cos(s, previous s) below `threshold`. From the zero state the first value is NaN: no exit."""
+    return ExitRule(_positive("cosine", threshold), "cosine", _state_init, _cosine_update)
+
+
+def _state_init(rule: ExitRule, s0: Array, vocab: int) -> Array:
+    return s0
+
+
+def _latent_update(rule: ExitRule, previous: Array, seen: Observation) -> tuple[Array, Array]:
+    s, old = seen.state.astype(jnp.float32), previous.astype(jnp.float32)
+    return seen.state, jnp.linalg.norm(s - old, axis=-1) / jnp.linalg.norm(s, axis=-1)
+
+
+def _cosine_update(rule: ExitRule, previous: Array, seen: Observation) -> tuple[Array, Array]:
+    s, old = seen.state.astype(jnp.float32), previous.astype(jnp.float32)
+    norms = jnp.linalg.norm(s, axis=-1) * jnp.linalg.norm(old, axis=-1)
+    return seen.state, 1 - jnp.sum(s * old, axis=-1) / norms
+
+
+def argmax_stability(threshold: Any = 5) -> ExitRule:
+    """The most likely token was the same at `threshold` consecutive looks after its first."""
+    return ExitRule(
+        _positive("argmax_stability", threshold),
+        "argmax_stability",
+        _argmax_init,
+        _argmax_update,
+        _at_least,
+        needs_logits=True,
+    )
+
+
+def _argmax_init(rule: ExitRule, s0: Array, vocab: int) -> tuple[Array, Array]:
+    return jnp.full(s0.shape[:-1], -1, jnp.int32), jnp.zeros(s0.shape[:-1], jnp.int32)
+
+
+def _argmax_update(rule: ExitRule, previous: tuple[Array, Array], seen: Observation):
+    token, count = previous
+    new = jnp.argmax(_logits(seen), axis=-1).astype(jnp.int32)
+    count = jnp.where(new == token, count + 1, 0)
+    return (new, count), count.astype(jnp.float32)
+
+
+def fixed(r: Any) -> ExitRule:
+    """Exit after r recurrences (or num_steps, when that is less)."""
+    if isinstance(r, int) and r < 1:
+        raise InputError(f"exits.fixed: r = {r}: must be at least 1")
+    return ExitRule(r, "fixed", _fixed_init, _fixed_update, _at_least)
+
+
+def _fixed_init(rule: ExitRule, s0: Array, vocab: int) -> tuple[()]:
+    return ()
+
+
+def _fixed_update(rule: ExitRule, previous: tuple[()], seen: Observation):
+    return (), jnp.full(seen.state.shape[:-1], seen.step, jnp.float32)

@@ -1,0 +1,173 @@
+"""One parallel pass over L tokens in which every token stops on its own (contract, "Prefill, scoring").
+
+Serves scoring (`forward` with an exit rule), prefill, chunked prefill, decoding (L = 1) and verification of drafts.
+At recurrence i every unfinished token iterates; a query reads what each earlier token holds at that recurrence, and a
+token that has stopped holds its last. When all have stopped, coda and head read every token's final state once more,
+in parallel.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from rdlm import exits
+from rdlm.attention import HIDDEN
+from rdlm.cache import Cache, Own, held_set, read_set, skip_bias, write_set, zeros
+from rdlm.config import CachePolicy, ModelConfig
+from rdlm.exits import ExitRule, Observation
+from rdlm.model.network import Params, core_step, decode, embed, head, inject
+from rdlm.model.noise import noisy
+from rdlm.modules import Context
+from rdlm.recurrence import unroll_until
+
+
+class Pass(NamedTuple):
+    """What a pass leaves behind.
+
+    logits f32 [B, L, V] (L = 1 when only the last position was asked for); latents, state [B, L, D] (after and before
+    ln_f); steps int32 [B, L]; ran int32 scalar, sequential recurrences; own: keys and values to append to the cache.
+    """
+
+    logits: Array
+    latents: Array
+    state: Array
+    steps: Array
+    ran: Array
+    own: Own
+
+
+class _Loop(NamedTuple):
+    s: Array
+    active: Array  # bool [B, L]: still iterating
+    steps: Array  # int32 [B, L]
+    core: Any  # own core sets
+    rule: Any  # rule state
+    coda: Any  # own coda keys and values as of the last check
+    fresh: Array  # bool [B, L]: `coda` and `logits` belong to the present state
+    logits: Array  # of the last check
+
+
+def adaptive_pass(
+    params: Params,
+    config: ModelConfig,
+    tokens: Array,
+    positions: Array,
+    ctx: Context,
+    s0: Array,
+    valid: Array,
+    *,
+    num_steps: Any,
+    rule: ExitRule | None = None,
+    min_steps: Any = 0,
+    check_every: Any = 1,
+    together: bool = False,
+    policy: CachePolicy = CachePolicy(),
+    cache: Cache | None = None,
+    sets: int | None = None,
+    last_only: bool = False,
+    key: Array | None = None,
+) -> Pass:
+    """Run the pass.
+
+    Args:
+      tokens, positions: int [B, L] (positions may be [L]).
+      ctx: from `context`; its past_bias shows the cached tokens.
+      s0: [B, L, D].
+      valid: bool [B, L], False for padding, which never iterates.
+      num_steps: most recurrences: scalar, [B] or [B, L], at least 1.
+      rule, min_steps, check_every: when to stop; scalars or [B].
+      together: one decision per row: logit rules look at the last valid position, others average values over positions.
+      policy, cache: what is read of earlier tokens; `cache` is only read.
+      sets: sets of own keys and values to keep for a cache; None: as few as the pass itself needs.
+      last_only: logits of each row's last valid position only.
+      key: of the test-time noise.
+    """
+    B, L = tokens.shape
+    most = _per_token(num_steps, tokens)
+    min_steps, check_every = _per_token(min_steps, tokens), jnp.asarray(check_every, jnp.int32)
+    if sets is None:
+        # Reading a stopped token at its deepest set is all that "latest" without a limit asks for.
+        sets = 1 if policy.recurrences is None else policy.recurrences
+    last = jnp.maximum(valid.sum(-1) - 1, 0)  # [B]
+    e, prelude = embed(params, config, tokens, ctx, cache and cache.prelude)
+    injected = inject(params, config, e)
+    dtype = e.dtype
+    by_last = together and rule is not None and rule.needs_logits
+    narrow = by_last or last_only
+
+    def at_last(x: Array) -> Array:
+        return jnp.take_along_axis(x, last[:, None, None], axis=1)
+
+    def read(s: Array, held: Any, update: Array | None) -> tuple[Array, Array, Any]:
+        (y, z), coda = decode(params, config, s, ctx, cache and cache.coda, held, update)
+        return head(params, config, at_last(y) if narrow else y), z, coda
+
+    def look(c: _Loop, i: Array, due: Array) -> _Loop:
+        """Show the rule every token that is due; stop those that exit."""
+        logits, coda, fresh = c.logits, c.coda, c.fresh
+        if rule.needs_logits:
+            logits, _, coda = read(c.s, c.coda, ~c.fresh)
+            fresh = jnp.ones_like(c.fresh)
+        shown = Observation(at_last(c.s) if by_last else c.s, logits if rule.needs_logits else None, i)
+        state, value = exits.update(rule, c.rule, shown)
+        if together and not by_last:
+            value = jnp.where(valid, value, 0).sum(-1, keepdims=True) / valid.sum(-1, keepdims=True)
+        stop = jnp.broadcast_to(exits.exits(rule, value), (B, L)) & due
+        seen = at_last(due[..., None])[..., 0] if by_last else due
+
+        def keep(new: Array, old: Array) -> Array:
+            return jnp.where(seen.reshape(seen.shape + (1,) * (new.ndim - 2)), new, old)
+
+        return c._replace(
+            rule=jax.tree.map(keep, state, c.rule), active=c.active & ~stop, coda=coda, logits=logits, fresh=fresh
+        )
+
+    def step(c: _Loop, i: Array) -> _Loop:
+        mine = ctx
+        if policy.lookup == "skip":
+            hide = jnp.where(c.active, 0.0, HIDDEN)[:, None]
+            mine = mine._replace(bias=mine.bias + jnp.where(jnp.eye(L, dtype=bool), 0.0, hide))
+            if cache is not None:
+                mine = mine._replace(past_bias=mine.past_bias + skip_bias(cache.depth, i))
+        past = cache and read_set(cache.core, i % cache.sets)
+        s = c.s if key is None else noisy(params, config, c.s, i, key, positions)
+        s, own = core_step(params, config, s, injected, mine, past, held_set(c.core, i), c.active)
+        c = c._replace(
+            s=jnp.where(c.active[..., None], s, c.s),
+            core=write_set(c.core, own, i),
+            steps=c.steps + c.active,
+            fresh=c.fresh & ~c.active,
+        )
+        if rule is not None:
+            ran = i + 1
+            due = c.active & (ran > min_steps) & ((ran - min_steps - 1) % check_every == 0)
+            c = jax.lax.cond(jnp.any(due), lambda c: look(c, ran, due), lambda c: c, c)
+        return c._replace(active=c.active & (c.steps < most))
+
+    def shape(count: int, *lead: int) -> tuple:
+        return tuple(zeros(config, (*lead, B, L), dtype) for _ in range(count))
+
+    start = _Loop(
+        s=s0,
+        active=valid,
+        steps=jnp.zeros((B, L), jnp.int32),
+        core=shape(config.core_layers, sets),
+        rule=() if rule is None else exits.init(rule, at_last(s0) if by_last else s0, config.rows),
+        coda=shape(config.coda_layers) if rule is not None and rule.needs_logits else (),
+        fresh=jnp.zeros((B, L), bool),
+        logits=jnp.zeros((B, 1 if narrow else L, config.rows), jnp.float32)
+        if rule is not None and rule.needs_logits
+        else jnp.zeros(()),
+    )
+    c, ran = unroll_until(step, lambda c, i: ~jnp.any(c.active), start, jnp.max(most))
+    logits, z, coda = read(c.s, None, None)
+    return Pass(logits, z, c.s, c.steps, ran, Own(prelude, c.core, coda))
+
+
+def _per_token(value: Any, tokens: Array) -> Array:
+    value = jnp.asarray(value, jnp.int32)
+    return jnp.broadcast_to(value[:, None] if value.ndim == 1 else value, tokens.shape)

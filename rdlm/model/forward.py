@@ -1,0 +1,159 @@
+"""`forward`: the whole model at a depth of your choice, or with per-token exits."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from rdlm.config import CachePolicy, InputError, ModelConfig
+from rdlm.exits import ExitRule
+from rdlm.model.adaptive import adaptive_pass
+from rdlm.model.network import (
+    Params,
+    compute_dtype,
+    context,
+    core_step,
+    embed,
+    inject,
+    positions_of,
+    readout,
+)
+from rdlm.model.noise import noisy
+from rdlm.recurrence import initial_state, unroll
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """What `forward` returns.
+
+    logits f32 [B, L, V]; latents [B, L, D], after ln_f; steps int32 [B, L], recurrences each token ran;
+    state [B, L, D], the raw latent state before ln_f.
+    """
+
+    logits: Array
+    latents: Array
+    steps: Array
+    state: Array
+
+
+def typed_key(key: Array | None) -> Array:
+    """A typed key array: None is key 0, old-style uint32 keys are wrapped."""
+    if key is None:
+        return jax.random.key(0)
+    if jnp.issubdtype(jnp.asarray(key).dtype if not hasattr(key, "dtype") else key.dtype, jax.dtypes.prng_key):
+        return key
+    return jax.random.wrap_key_data(jnp.asarray(key, jnp.uint32))
+
+
+def check_tokens(tokens: Any, config: ModelConfig, name: str = "tokens") -> Array:
+    """`tokens` as int32 [B, L]; a clear error for wrong ranks, lengths, dtypes and (outside jit) ids."""
+    if not isinstance(tokens, jax.Array):
+        tokens = np.asarray(tokens)
+    if tokens.ndim != 2 or tokens.shape[1] == 0 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise InputError(f"{name}: expected integers [B, L] with L >= 1, got {tokens.dtype} {tuple(tokens.shape)}")
+    if tokens.shape[1] > config.max_length:
+        raise InputError(f"{name}: length {tokens.shape[1]} exceeds config.max_length = {config.max_length}")
+    if isinstance(tokens, np.ndarray) and (tokens.min() < 0 or tokens.max() >= config.rows):
+        raise InputError(f"{name}: ids must be in [0, {config.rows}), found {tokens.min()} .. {tokens.max()}")
+    return jnp.asarray(tokens, jnp.int32)
+
+
+def split_steps(num_steps: Any, config: ModelConfig) -> tuple[Any, Any]:
+    """(n, k) of the contract's num_steps: None, r (traced or not) or a pair.
+
+    Raises:
+      InputError: a count that is not positive.
+    """
+    n, k = num_steps if isinstance(num_steps, (tuple, list)) else (num_steps, 0)
+    if n is None:
+        n = config.mean_recurrence
+    if isinstance(n, (int, np.integer)) and isinstance(k, (int, np.integer)):
+        n, k = int(n), int(k)
+        if n < 0 or k < 0 or n + k < 1:
+            raise InputError(f"num_steps = {num_steps!r}: at least one recurrence is needed")
+    return n, k
+
+
+def forward(
+    params: Params,
+    config: ModelConfig,
+    tokens: Array,
+    num_steps: Any = None,
+    *,
+    state: Array | None = None,
+    key: Array | None = None,
+    segment_ids: Array | None = None,
+    positions: Array | None = None,
+    exit_rule: ExitRule | None = None,
+    min_steps: Any = 0,
+    check_every: Any = 1,
+    cache: CachePolicy = CachePolicy(),
+) -> Output:
+    """Logits and latents of whole sequences (contract, "Forward and loss"). jit-able with `config` and `cache` static.
+
+    Args:
+      params, config: the model.
+      tokens: int [B, L].
+      num_steps: None = config.mean_recurrence; r = r recurrences without gradient into prelude and core; (n, k) = n
+        without, then k with gradient (a traced k is at most backprop_depth). With an exit rule, or given as an array
+        [B] or [B, L], the most recurrences per row or token.
+      state: [B, L, D] initial state; wins over `key`.
+      key: one key (the same noise in every row) or keys [B]; None is `jax.random.key(0)`.
+      segment_ids: int [B, L]; tokens attend within their segment, 0 is padding.
+      positions: int [L] or [B, L]; default: restart at 0 in each segment.
+      exit_rule, min_steps, check_every: stop each token on its own; checks happen after recurrences min_steps + 1,
+        min_steps + 1 + check_every, ... One parallel pass, see `rdlm.model.adaptive`.
+      cache: which sets of keys and values later tokens see of ones that stopped; matters only with exits.
+
+    Raises:
+      InputError: wrong shapes, ids out of range, a depth below 1.
+    """
+    tokens = check_tokens(tokens, config)
+    per_token = jnp.ndim(num_steps) > 0 if not isinstance(num_steps, (tuple, list, type(None))) else False
+    if positions is None:
+        positions = positions_of(tokens, segment_ids)
+    dtype, key = compute_dtype(params, config), typed_key(key)
+    state_key, noise_key = key, jax.random.key(0)
+    if config.test_time_noise:
+        noise_key = key
+    if state is None:
+        state = initial_state(state_key, positions, config.embed_dim, dtype)
+    state = jnp.broadcast_to(jnp.asarray(state, dtype), (*tokens.shape, config.embed_dim))
+    ctx = context(config, positions, segment_ids)
+    if exit_rule is not None or per_token:
+        if isinstance(num_steps, (tuple, list)):
+            raise InputError("num_steps: an exit rule takes a number of recurrences, not a pair (n, k)")
+        most = config.mean_recurrence if num_steps is None else num_steps
+        check_depth(most)
+        valid = jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids != 0
+        result = adaptive_pass(
+            params, config, tokens, positions, ctx, state, valid,
+            num_steps=most, rule=exit_rule, min_steps=min_steps, check_every=check_every, policy=cache, key=noise_key,
+        )  # fmt: skip
+        return Output(result.logits, result.latents, result.steps, result.state)
+    n, k = split_steps(num_steps, config)
+    e, _ = embed(params, config, tokens, ctx)
+    injected = inject(params, config, e)
+
+    def step(s: Array, i: Array) -> Array:
+        s = noisy(params, config, s, i, noise_key, positions)
+        return core_step(params, config, s, injected, ctx)[0]
+
+    s = unroll(step, state, n, k, max_k=config.backprop_depth)
+    logits, z = readout(params, config, s, ctx)
+    steps = jnp.broadcast_to(jnp.asarray(n + k, jnp.int32), tokens.shape)
+    if segment_ids is not None:
+        steps = jnp.where(segment_ids != 0, steps, 0)
+    return Output(logits, z, steps, s)
+
+
+def check_depth(num_steps: Any, name: str = "num_steps") -> None:
+    """Refuse a concrete depth below 1."""
+    if not isinstance(num_steps, jax.core.Tracer) and np.min(np.asarray(num_steps)) < 1:
+        raise InputError(f"{name} = {num_steps!r}: must be at least 1")

@@ -1,0 +1,173 @@
+"""Linen leaves: parameters with their shapes, initialisers and logical axes, and the arithmetic of one block.
+
+No loops and no state: keys and values come in and go out as arrays. Logical axes ("vocab", "embed", "heads", "mlp")
+are what `rdlm.sharding` maps onto mesh axes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from rdlm.attention import attend, attend_past
+from rdlm.cache import KeyValue
+from rdlm.config import ModelConfig
+
+
+class Context(NamedTuple):
+    """What every layer of one pass needs beside activations; the same in all layers and recurrences.
+
+    cos, sin: f32 [B or 1, L, 1, Q/2], rotary tables of the tokens of this pass.
+    bias: f32 [B or 1, L, L], who sees whom among them.
+    past_bias: f32 [B, L or 1, T], which cached tokens they see; None without a cache.
+    """
+
+    cos: Array
+    sin: Array
+    bias: Array
+    past_bias: Array | None = None
+
+
+def takase_std(config: ModelConfig) -> tuple[float, float]:
+    """(std, out std) of the initialisation (spec section 4): sqrt(2/(5D)), and that over sqrt(2 * effective depth)."""
+    depth = config.prelude_layers + config.coda_layers + config.core_layers * config.mean_recurrence
+    std = (2 / (5 * config.embed_dim)) ** 0.5
+    return std, std / (2 * depth) ** 0.5
+
+
+def truncated_normal(std: float):
+    """Initialiser: normal of standard deviation `std` before it is cut at +-3 std."""
+
+    def init(key, shape, dtype):
+        return (jax.random.truncated_normal(key, -3.0, 3.0, shape, jnp.float32) * std).astype(dtype)
+
+    return init
+
+
+def rotary_tables(positions: Array, config: ModelConfig) -> tuple[Array, Array]:
+    """cos and sin, f32 [..., 1, Q/2], of position * rope_base^(-2i/Q) for positions int [...]."""
+    Q = config.head_dim
+    frequency = config.rope_base ** (-jnp.arange(0, Q, 2, dtype=jnp.float32) / Q)
+    angle = jnp.einsum("...,f->...f", positions.astype(jnp.float32), frequency)[..., None, :]
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: Array, cos: Array, sin: Array) -> Array:
+    """Turn neighbouring pairs (2i, 2i+1) of x [B, L, H, Q] by the angles of the tables, in f32."""
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    a, b = pairs[..., 0], pairs[..., 1]
+    return jnp.stack([a * cos - b * sin, a * sin + b * cos], -1).reshape(x.shape).astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """w * x / rms(x), statistics in f32, cast back before the weight (spec section 1)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[..., D] -> [..., D]."""
+        scale = self.param(
+            "scale",
+            nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
+            (x.shape[-1],),
+            jnp.dtype(self.config.param_dtype),
+        )
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + self.config.norm_eps)
+        return wide.astype(x.dtype) * jnp.expand_dims(scale.astype(x.dtype), range(x.ndim - 1))
+
+
+def weight(module: nn.Module, name: str, shape: tuple[int, ...], std: float, axes: tuple[str | None, ...], dtype=None):
+    """Declare a parameter of `module`: shape, initialiser and logical axes in one line, cast to the compute dtype."""
+    config: ModelConfig = module.config  # type: ignore[attr-defined]
+    init = nn.with_logical_partitioning(truncated_normal(std), axes)
+    value = module.param(name, init, shape, jnp.dtype(config.param_dtype))
+    return value if dtype is None else value.astype(dtype)
+
+
+class SelfAttention(nn.Module):
+    """Causal self-attention with biased queries and keys (spec section 1), over cached tokens too when given."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, x: Array, ctx: Context, past: KeyValue | None, held: KeyValue | None, active: Array | None
+    ) -> tuple[Array, KeyValue]:
+        """[B, L, D] -> ([B, L, D], keys and values [B, L, .] of these tokens).
+
+        Args:
+          x: normed input.
+          ctx: rotary tables and biases.
+          past: keys and values of cached tokens, seen as far as ctx.past_bias allows.
+          held, active: where active [B, L] is False, a token's keys and values are those of `held`, not new ones.
+        """
+        cfg, dtype = self.config, x.dtype
+        B, L, D = x.shape
+        H, K, Q = cfg.num_heads, cfg.kv_heads, cfg.head_dim
+        G = H // K
+        std, out_std = takase_std(cfg)
+        # Columns are grouped by key head: G query heads, then their key, then their value. So the one matrix the
+        # reference calls Wqkv (its optimizer scales updates per tensor) still splits over devices by whole heads.
+        qkv = x @ weight(self, "qkv", (D, K * (G + 2) * Q), std, ("embed", "heads"), dtype)
+        qkv = qkv.reshape(B, L, K, G + 2, Q)
+        q, k, v = qkv[:, :, :, :G].reshape(B, L, H, Q), qkv[:, :, :, G], qkv[:, :, :, G + 1]
+        if cfg.qk_bias:
+            bias = weight(self, "qk_bias", (2, H, Q), 0.0, (None, "heads", None), dtype)
+            q, k = q + bias[None, None, 0], jnp.repeat(k, G, axis=2) + bias[None, None, 1]
+        q, k = rotate(q, ctx.cos, ctx.sin), rotate(k, ctx.cos, ctx.sin)
+        own = KeyValue(k.reshape(B, L, -1), v.reshape(B, L, -1))
+        if held is not None and active is not None:
+            own = jax.tree.map(lambda new, old: jnp.where(active[..., None], new, old), own, held)
+        own_heads = own.k.reshape(B, L, -1, Q), own.v.reshape(B, L, K, Q), ctx.bias
+        if past is None or ctx.past_bias is None:
+            mixed = attend(q, *own_heads)
+        else:
+            T = past.k.shape[1]
+            mixed = attend_past(q, own_heads, (past.k.reshape(B, T, -1, Q), past.v.reshape(B, T, K, Q), ctx.past_bias))
+        return mixed @ weight(self, "proj", (H * Q, D), out_std, ("heads", "embed"), dtype), own
+
+
+class GatedMLP(nn.Module):
+    """proj(silu(gate) * up); gate and up are the two halves of `fc` (spec section 1)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[B, L, D] -> [B, L, D]."""
+        D, F = x.shape[-1], self.config.mlp_dim
+        std, out_std = takase_std(self.config)
+        fc = weight(self, "fc", (2, D, F), std, (None, "embed", "mlp"), x.dtype)
+        hidden = jax.nn.silu(x @ fc[0]) * (x @ fc[1])
+        return hidden @ weight(self, "proj", (F, D), out_std, ("mlp", "embed"), x.dtype)
+
+
+class SandwichBlock(nn.Module):
+    """Attention and MLP, each with a norm before and a norm on the residual sum (spec section 1)."""
+
+    config: ModelConfig
+
+    def setup(self):
+        """Declare the submodules."""
+        self.norm_1, self.norm_2 = RMSNorm(self.config), RMSNorm(self.config)
+        self.norm_3, self.norm_4 = RMSNorm(self.config), RMSNorm(self.config)
+        self.attn, self.mlp = SelfAttention(self.config), GatedMLP(self.config)
+
+    def __call__(
+        self,
+        x: Array,
+        ctx: Context,
+        past: KeyValue | None = None,
+        held: KeyValue | None = None,
+        active: Array | None = None,
+    ) -> tuple[Array, KeyValue]:
+        """[B, L, D] -> ([B, L, D], own keys and values). Arguments as in `SelfAttention`."""
+        mixed, own = self.attn(self.norm_1(x), ctx, past, held, active)
+        x = self.norm_2(mixed + x)
+        return self.norm_4(self.mlp(self.norm_3(x)) + x), own

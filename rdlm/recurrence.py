@@ -1,0 +1,210 @@
+"""The heart: how often the core runs, from which state, and with which gradient. Functions and pytrees, no Flax.
+
+A `step` is any function `step(s, i) -> s` of a state pytree s and the recurrence index i (int32, from 0). Train,
+evaluate, decode and analysis differ only in which of these functions drives it:
+
+  unroll        n steps without gradient, then k with (training; fixed-depth scoring with k = 0)
+  unroll_until  until every token has stopped (decoding, exact scoring with exits)
+  checkpoints   one unroll that stops by at several depths (a whole loss-by-depth curve)
+  trajectory    every state (analysis)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from rdlm.config import InputError, Scheme
+
+State = Any
+Step = Callable[[State, Array], State]
+
+
+def sample_steps(
+    key: Array,
+    mean_recurrence: int,
+    backprop_depth: int,
+    scheme: Scheme = "poisson-lognormal-filling",
+    progress: Array | float | None = None,
+) -> tuple[Array, Array]:
+    """Draw (n, k), int32 scalars: core steps without and with gradient (spec section 3).
+
+    With t = max(mean_recurrence - backprop_depth, 0) and s = backprop_depth, the default draws
+    rate ~ LogNormal(ln(t+s) - 1/8, 1/2), p ~ Poisson(rate) + 1, and fills the gradient steps first:
+    k = min(s, p), n = p - k; E[n + k] = t + s + 1.
+
+    Args:
+      key: JAX key; fold the training step into it, so that the draw is a function of (seed, step) on any host.
+      mean_recurrence, backprop_depth: of the model.
+      scheme: the reference's names. "-fill": n ~ PoissonLogNormal(t), k = s. "poisson-lognormal": k ~ U{1..2s}.
+        "poisson-*": Poisson(t) without the log-normal. "simple": n ~ U{0..2t-1}, k ~ U{1..2s}. "fixed": (t, s).
+        "non-recurrent": (0, 1). "full": (0, U{1..2s}).
+      progress: None, or the share of a depth curriculum done, in (0, 1]: t and s grow to ceil(progress * t) and
+        max(ceil(progress * s), 1).
+    """
+    t: Array | int = max(mean_recurrence - backprop_depth, 0)
+    s: Array | int = backprop_depth
+    if progress is not None:
+        share = jnp.clip(jnp.asarray(progress, jnp.float32), 0.0, 1.0)
+        t = jnp.ceil(share * t).astype(jnp.int32)
+        s = jnp.maximum(jnp.ceil(share * s).astype(jnp.int32), 1)
+    n_key, k_key, rate_key = jax.random.split(key, 3)
+
+    def uniform(key: Array, least: int, most: Array | int) -> Array:
+        return jax.random.randint(key, (), least, jnp.maximum(jnp.asarray(most), least) + 1)
+
+    def poisson(mean: Array | int) -> Array:
+        return jax.random.poisson(n_key, jnp.asarray(mean, jnp.float32), ())
+
+    def poisson_lognormal(mean: Array | int) -> Array:
+        sigma = 0.5
+        mean = jnp.asarray(mean, jnp.float32)
+        rate = jnp.exp(jnp.log(jnp.maximum(mean, 1e-9)) - sigma**2 / 2 + sigma * jax.random.normal(rate_key))
+        return jnp.where(mean > 0, poisson(rate), 0)
+
+    if scheme == "poisson-lognormal-filling":
+        p = poisson_lognormal(jnp.asarray(t) + s) + 1
+        k = jnp.minimum(s, p)
+        n = p - k
+    elif scheme == "poisson-lognormal-fill":
+        n, k = poisson_lognormal(t), s
+    elif scheme == "poisson-lognormal":
+        n, k = poisson_lognormal(t), uniform(k_key, 1, 2 * s)
+    elif scheme in ("poisson-unbounded", "poisson-bounded", "poisson-fill"):
+        n = poisson(t)
+        if scheme == "poisson-bounded":
+            n = jnp.minimum(n, 2 * jnp.asarray(t) - 1)
+        k = s if scheme == "poisson-fill" else uniform(k_key, 1, 2 * s)
+    elif scheme == "simple":
+        n, k = uniform(n_key, 0, 2 * jnp.asarray(t) - 1), uniform(k_key, 1, 2 * s)
+    elif scheme == "fixed":
+        n, k = t, s
+    elif scheme == "non-recurrent":
+        n, k = 0, 1
+    elif scheme == "full":
+        n, k = 0, uniform(k_key, 1, 2 * s)
+    else:
+        raise InputError(f"recurrence.scheme = {scheme!r}: unknown sampling scheme")
+    return jnp.asarray(jnp.maximum(n, 0), jnp.int32), jnp.asarray(k, jnp.int32)
+
+
+def max_gradient_steps(backprop_depth: int, scheme: Scheme) -> int:
+    """Largest k that `sample_steps` can draw: the number of gradient slots a training step compiles."""
+    wide = ("poisson-lognormal", "poisson-unbounded", "poisson-bounded", "simple", "full")
+    return 2 * backprop_depth if scheme in wide else (1 if scheme == "non-recurrent" else backprop_depth)
+
+
+def initial_state(key: Array, positions: Array, dim: int, dtype: Any = jnp.float32, scale: float = 1.0) -> Array:
+    """s0 [B, L, D] as a function of (key, position): batching, packing or resuming never changes a token's noise.
+
+    Each element is sqrt(D) times a normal of variance 2/(5D) cut at +-3 standard deviations (spec section 2), so its
+    deviation is 0.6240 at any width.
+
+    Args:
+      key: one key (the same noise in every row), keys [B] (one per row) or keys [B, L] (one per token, for rows that
+        hold several documents).
+      positions: int [L] or [B, L], each token's position in its own sequence.
+      dim: D.
+      dtype: of the result.
+      scale: multiplies deviation and bounds; 0 gives the zero state.
+    """
+    if key.ndim > positions.ndim:
+        positions = jnp.broadcast_to(positions, (*key.shape[: key.ndim - positions.ndim], *positions.shape))
+    key = key.reshape(key.shape + (1,) * (positions.ndim - key.ndim))
+    keys = jnp.broadcast_to(key, jnp.broadcast_shapes(key.shape, positions.shape))
+
+    def one(key: Array, position: Array) -> Array:
+        return jax.random.truncated_normal(jax.random.fold_in(key, position), -3.0, 3.0, (dim,), jnp.float32)
+
+    noise = jax.vmap(one)(keys.ravel(), jnp.broadcast_to(positions, keys.shape).ravel())
+    return (noise.reshape(*keys.shape, dim) * (scale * math.sqrt(0.4))).astype(dtype)
+
+
+def unroll(
+    step: Step, s: State, n: Array | int, k: Array | int, max_k: int | None = None, remat: bool = False
+) -> State:
+    """n steps under stop_gradient, then k steps with gradient: truncated backpropagation (spec section 3).
+
+    Gradients reach whatever `step` closes over only through the last k steps, and never reach `s`.
+
+    Args:
+      step: step(s, i); may close over anything, traced values included.
+      s: initial state.
+      n: steps without gradient; a traced scalar does not recompile.
+      k: steps with gradient. A traced k needs `max_k` and skips the slots beyond it, so one program serves every
+        (n, k); a Python k compiles exactly k slots.
+      max_k: number of gradient slots for a traced k.
+      remat: recompute each gradient step in the backward pass instead of keeping its activations.
+
+    Returns:
+      The state after n + k steps.
+    """
+    frozen = _without_gradient(step, s)
+    s = lax.fori_loop(0, n, lambda i, s: frozen(s, i), jax.tree.map(lax.stop_gradient, s))
+    s = jax.tree.map(lax.stop_gradient, s)
+    static = isinstance(k, int)
+    slots = k if isinstance(k, int) else max_k
+    if slots is None:
+        raise InputError("unroll: a traced k needs max_k, the number of gradient slots to compile")
+    if slots == 0:
+        return s
+
+    def slot(s: State, j: Array) -> tuple[State, None]:
+        if static:
+            return step(s, n + j), None
+        # The k live slots come first; a skipped slot costs a branch.
+        return lax.cond(j < k, lambda s: step(s, n + j), lambda s: s, s), None
+
+    if remat:
+        slot = jax.checkpoint(slot, prevent_cse=False)
+    return lax.scan(slot, s, jnp.arange(slots, dtype=jnp.int32))[0]
+
+
+def unroll_until(
+    step: Step, finished: Callable[[State, Array], Array], s: State, most: Array | int
+) -> tuple[State, Array]:
+    """Run `step` until `finished(s, i)` (bool scalar; i steps done) or `most` steps; returns (state, steps run)."""
+
+    def go_on(carry: tuple[State, Array]) -> Array:
+        s, i = carry
+        return (i < most) & ~finished(s, i)
+
+    return lax.while_loop(go_on, lambda carry: (step(*carry), carry[1] + 1), (s, jnp.int32(0)))
+
+
+def checkpoints(step: Step, s: State, depths: Sequence[int], read: Callable[[State], Any]) -> list[Any]:
+    """`read(state)` after each of the increasing `depths`, all from one unroll: the curve costs its deepest point.
+
+    No gradient. Returns one result per depth, in order.
+    """
+    if list(depths) != sorted(set(depths)) or not depths or depths[0] < 0:
+        raise InputError(f"depths = {tuple(depths)}: must be increasing recurrences")
+    frozen, done, results = _without_gradient(step, s), 0, []
+    for depth in depths:
+        s = lax.fori_loop(done, depth, lambda i, s: frozen(s, i), s)
+        results.append(read(s))
+        done = depth
+    return results
+
+
+def trajectory(step: Step, s: State, r: int) -> State:
+    """All states s_0 .. s_r, stacked on a new leading axis of size r + 1."""
+
+    def body(s: State, i: Array) -> tuple[State, State]:
+        s = step(s, i)
+        return s, s
+
+    _, states = lax.scan(body, s, jnp.arange(r, dtype=jnp.int32))
+    return jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), s, states)
+
+
+def _without_gradient(step: Step, s: State) -> Step:
+    """`step` with stop_gradient on everything it closes over, so that a loop of dynamic length may run it."""
+    pure, captured = jax.closure_convert(step, s, jnp.int32(0))
+    captured = [lax.stop_gradient(c) for c in captured]
+    return lambda s, i: pure(s, i, *captured)
