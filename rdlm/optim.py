@@ -1,0 +1,229 @@
+"""Optimizers and learning-rate schedules (spec section 4), as optax transformations.
+
+`optimizer` is what a training run uses: clip by global norm, then adamw or ELLISAdam, with weight decay on matrices
+and embeddings only. `ellis_adam` is the public reference's own Adam variant, usable alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from rdlm.config import InputError, OptimizerConfig
+
+UNDECAYED = ("scale", "qk_bias")
+"""Last path component of the parameters without weight decay: norm weights and biases."""
+
+
+def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Learning rate f32 of optimizer step `count`, counted from 0 as optax does, for a run of `steps` = M steps.
+
+    The reference counts from 1 (spec section 4), so this is its formula at step = count + 1: the first update already
+    has learning_rate / warmup_steps. With W = warmup_steps and C = cooldown_steps:
+
+      step < W: base * step / W, for every shape;
+      trapezoid: max(base * (M - step) / C, min) for step > M - C, else base;
+      cosine, linear: from base at step W down to min at step M.
+
+    Ramps that do not fit the run (W + C > M for the trapezoid) are shrunk in proportion until they meet, so that a
+    shortened run still reaches its peak; cosine and linear runs shorter than W only warm up.
+
+    Raises:
+      InputError: steps below 1, or min_learning_rate above learning_rate.
+    """
+    if steps < 1:
+        raise InputError(f"steps = {steps!r}: a schedule needs at least 1 step")
+    base, least = config.learning_rate, config.min_learning_rate
+    if least > base:
+        raise InputError(f"optimizer.min_learning_rate = {least!r}: must be at most learning_rate = {base!r}")
+    W, C = float(config.warmup_steps), float(config.cooldown_steps)
+    if config.schedule == "trapezoid" and steps < W + C:
+        W, C = W * steps / (W + C), C * steps / (W + C)
+
+    def rate(count: Any) -> Array:
+        step = jnp.asarray(count, jnp.float32) + 1
+        done = jnp.clip((step - W) / max(steps - W, 1.0), 0.0, 1.0)  # share of the time after the warm-up
+        if config.schedule == "trapezoid":
+            after = jnp.full_like(step, base)
+            if C > 0:
+                after = jnp.where(step > steps - C, jnp.maximum(base * (steps - step) / C, least), base)
+        elif config.schedule == "cosine":
+            after = least + 0.5 * (1 + jnp.cos(math.pi * done)) * (base - least)
+        elif config.schedule == "linear":
+            after = base - done * (base - least)
+        else:
+            raise InputError(f"optimizer.schedule = {config.schedule!r}: must be trapezoid, cosine or linear")
+        return jnp.where(step < W, base * step / max(W, 1e-9), after)
+
+    return rate
+
+
+def decay_mask(params: Any) -> Any:
+    """True where weight decay applies: matrices and embeddings, not norm weights and biases (spec section 4)."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in UNDECAYED, params)
+
+
+def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
+    """Scale all gradients by min(1, limit / (norm + 1e-6)), norm being their joint L2 norm in f32.
+
+    As the reference does it; `optax.clip_by_global_norm` lacks the 1e-6. A norm that is not finite makes every update
+    not finite, for the training loop to notice.
+    """
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        factor = jnp.minimum(1.0, limit / (global_norm(updates) + 1e-6))
+        return jax.tree.map(lambda g: (g * factor).astype(g.dtype), updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def global_norm(tree: Any) -> Array:
+    """L2 norm over all leaves, accumulated in f32: f32 scalar."""
+    return jnp.sqrt(sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)))
+
+
+class EllisAdamState(NamedTuple):
+    """count: int32, calls so far; mu, nu: f32 moments, shaped like the parameters.
+
+    steps: () or, with tensor_wise_finite_check, an int32 scalar per parameter: its own updates so far.
+    """
+
+    count: Array  # type: ignore[assignment]
+    mu: Any
+    nu: Any
+    steps: Any
+
+
+def ellis_adam(
+    learning_rate: float | Callable[[Any], Any],
+    *,
+    peak_learning_rate: float | None = None,
+    b1: float = 0.9,
+    b2: float = 0.95,
+    eps: float = 1e-6,
+    weight_decay: float = 0.0,
+    mask: Any = None,
+    update_clipping: bool = True,
+    atan_adam: bool = True,
+    running_init: bool = True,
+    decouple_wd: bool = True,
+    eps_adjustment: bool = False,
+    tensor_wise_finite_check: bool = False,
+    tensor_wise_gradient_normalization: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """ELLISAdam, the optimizer of the public reference, with its launch flags as defaults (spec section 4).
+
+    Per tensor, with g the gradient, t its update counted from 1 and lr the scheduled rate:
+
+      m, v: moving averages of g and g^2;   eta = lr / (1 - b1^t)
+      p <- p * decay - eta * atan2(m, sqrt(v / (1 - b2^t)))
+
+    Moments are f32 whatever the parameters are. The reference leaves a parameter without gradient (k = 0: prelude,
+    adapter, core) out of its step; here such gradients are zeros and take part, so that moments decay.
+
+    Args:
+      learning_rate: a float, or a schedule of the step counted from 0.
+      peak_learning_rate: what `decouple_wd` divides the rate by; None is learning_rate, which must then be a float.
+      b1, b2, eps: as in Adam. eps also bounds v below when update_clipping is on.
+      weight_decay: with decouple_wd the share of a weight lost per step at the peak rate; else multiplied by the rate.
+      mask: where weight decay applies: tree of bools like the parameters, or a function that makes it. None: everywhere.
+      update_clipping: v is floored at eps^2 for good, and the rate divided by max(1, rms(g / sqrt(v))) per tensor.
+      atan_adam: atan2 as above, which needs no eps; else m / (sqrt(v / (1 - b2^t)) + eps).
+      running_init: moments start at the first g and g^2 instead of at zero. (Bias correction still applies, as in the
+        reference, so the first update is 2.2 lr.)
+      decouple_wd: decay by 1 - lr / peak * weight_decay; else by 1 - lr * weight_decay.
+      eps_adjustment: without atan_adam, m / sqrt(v / (1 - b2^t) + eps^2).
+      tensor_wise_finite_check: a tensor whose gradient is not finite is left alone in that step.
+      tensor_wise_gradient_normalization: gradients are divided by their own norm first.
+
+    Raises:
+      InputError: decouple_wd with a schedule and no peak_learning_rate.
+    """
+    peak = peak_learning_rate
+    if peak is None and not callable(learning_rate):
+        peak = learning_rate
+    if peak is None and decouple_wd and weight_decay:
+        raise InputError("ellis_adam: peak_learning_rate = None: decouple_wd needs it when learning_rate is a schedule")
+
+    def init(params: Any) -> EllisAdamState:
+        zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
+        steps = jax.tree.map(lambda p: jnp.zeros((), jnp.int32), params) if tensor_wise_finite_check else ()
+        return EllisAdamState(jnp.zeros((), jnp.int32), zeros, jax.tree.map(jnp.copy, zeros), steps)
+
+    def one(g: Array, p: Array, m: Array, v: Array, t: Array, lr: Array, decayed: Any) -> tuple[Array, Array, Array]:
+        """(update, m, v) of one tensor at its t-th update; all f32 but the update, which has p's dtype."""
+        g, wide = g.astype(jnp.float32), p.astype(jnp.float32)
+        if tensor_wise_gradient_normalization:
+            g = g / jnp.sqrt(jnp.sum(g * g))
+        if running_init:
+            m, v = jnp.where(t == 1, g, m), jnp.where(t == 1, g * g, v)
+        m, v, eta = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g, lr
+        if update_clipping:
+            v = jnp.maximum(v, eps**2)
+            eta = eta / jnp.maximum(1.0, jnp.sqrt(jnp.mean(g * g / v)))
+        eta, c2 = eta / _correction(b1, t), _correction(b2, t)
+        if atan_adam:
+            step = jnp.arctan2(m, jnp.sqrt(v) / jnp.sqrt(c2))
+        elif eps_adjustment:
+            step = m / jnp.sqrt(v / c2 + eps**2)
+        else:
+            step = m / (jnp.sqrt(v) / jnp.sqrt(c2) + eps)
+        decay = (lr / peak if decouple_wd and peak is not None else lr) * weight_decay
+        return (-eta * step - jnp.where(decayed, decay, 0.0) * wide).astype(p.dtype), m, v
+
+    def update(grads: Any, state: EllisAdamState, params: Any = None, **extra: Any) -> tuple[Any, EllisAdamState]:
+        del extra
+        if params is None:
+            raise InputError("ellis_adam: update needs params, for their decay")
+        lr = jnp.asarray(learning_rate(state.count) if callable(learning_rate) else learning_rate, jnp.float32)
+        decayed = mask(params) if callable(mask) else mask
+        if decayed is None:
+            decayed = jax.tree.map(lambda p: True, params)
+        count, steps = state.count + 1, state.steps
+        if tensor_wise_finite_check:
+            good = jax.tree.map(lambda g: jnp.all(jnp.isfinite(g)), grads)
+            steps = jax.tree.map(lambda t, ok: t + ok, steps, good)
+            grads = jax.tree.map(lambda g, ok: jnp.where(ok, g, 0), grads, good)
+        turns = steps if tensor_wise_finite_check else jax.tree.map(lambda p: count, params)
+        new = jax.tree.map(
+            lambda g, p, m, v, t, d: one(g, p, m, v, t, lr, d), grads, params, state.mu, state.nu, turns, decayed
+        )
+        updates, mu, nu = jax.tree.transpose(jax.tree.structure(params), jax.tree.structure((0, 0, 0)), new)
+        if tensor_wise_finite_check:
+            updates = jax.tree.map(lambda u, ok: jnp.where(ok, u, 0), updates, good)
+            mu = jax.tree.map(lambda x, old, ok: jnp.where(ok, x, old), mu, state.mu, good)
+            nu = jax.tree.map(lambda x, old, ok: jnp.where(ok, x, old), nu, state.nu, good)
+        return updates, EllisAdamState(count, mu, nu, steps)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _correction(b: float, t: Array) -> Array:
+    # 1 - b^t without the cancellation that f32 suffers at small t.
+    return -jnp.expm1(t.astype(jnp.float32) * math.log(b)) if b > 0 else jnp.ones((), jnp.float32)
+
+
+def optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """The optimizer of a run of `steps` steps: clip by global norm, then `config.name` under `schedule`.
+
+    Weight decay follows `decay_mask`. adamw multiplies it by the rate (optax); ELLISAdam takes it as the share lost
+    per step at the peak rate (decouple_wd), as launched by the reference.
+
+    Raises:
+      InputError: see `schedule`.
+    """
+    rate = schedule(config, steps)
+    common: dict[str, Any] = {"b1": config.b1, "b2": config.b2, "eps": config.eps, "mask": decay_mask}
+    if config.name == "adamw":
+        main = optax.adamw(rate, weight_decay=config.weight_decay, **common)
+    elif config.name == "ellis_adam":
+        main = ellis_adam(rate, peak_learning_rate=config.learning_rate, weight_decay=config.weight_decay, **common)
+    else:
+        raise InputError(f"optimizer.name = {config.name!r}: must be adamw or ellis_adam")
+    return optax.chain(clip_by_global_norm(config.clip_norm), main)
