@@ -132,7 +132,7 @@ def ellis_adam(
       peak_learning_rate: what `decouple_wd` divides the rate by; None is learning_rate, which must then be a float.
       b1, b2, eps: as in Adam. eps also bounds v below when update_clipping is on.
       weight_decay: with decouple_wd the share of a weight lost per step at the peak rate; else multiplied by the rate.
-      mask: where weight decay applies: tree of bools like the parameters, or a function that makes it. None: everywhere.
+      mask: where weight decay applies: a tree of bools or a function of the parameters that makes it; None: everywhere.
       update_clipping: v is floored at eps^2 for good, and the rate divided by max(1, rms(g / sqrt(v))) per tensor.
       atan_adam: atan2 as above, which needs no eps; else m / (sqrt(v / (1 - b2^t)) + eps).
       running_init: moments start at the first g and g^2 instead of at zero. (Bias correction still applies, as in the
