@@ -11,6 +11,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from rdlm.attention import attend, attend_past
@@ -48,10 +49,19 @@ def truncated_normal(std: float):
     return init
 
 
+def rotary_frequencies(config: ModelConfig) -> np.ndarray:
+    """rope_base^(-2i/Q), f32 [Q/2], with the roundings of the reference's table.
+
+    Made on the host, because one unit in the last place of a frequency turns position 4095 by 2.4e-4.
+    """
+    exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    power = (float(config.rope_base) ** exponent.astype(np.float64)).astype(np.float32)
+    return np.float32(1) / power
+
+
 def rotary_tables(positions: Array, config: ModelConfig) -> tuple[Array, Array]:
     """cos and sin, f32 [..., 1, Q/2], of position * rope_base^(-2i/Q) for positions int [...]."""
-    Q = config.head_dim
-    frequency = config.rope_base ** (-jnp.arange(0, Q, 2, dtype=jnp.float32) / Q)
+    frequency = jnp.asarray(rotary_frequencies(config))
     angle = jnp.einsum("...,f->...f", positions.astype(jnp.float32), frequency)[..., None, :]
     return jnp.cos(angle), jnp.sin(angle)
 
