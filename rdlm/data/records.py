@@ -1,0 +1,98 @@
+"""Rows on disk: one array_record file per split, one record per row, any row readable by its number.
+
+A record is little-endian: uint32 S, then S times uint32 (document, offset, length), then the tokens, as uint16 where
+the vocabulary fits and int32 where it does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from array_record.python import array_record_module
+
+from rdlm.config import InputError
+from rdlm.data.packing import Row
+
+
+def token_dtype(vocab_size: int) -> str:
+    """The smallest dtype records offer for ids below `vocab_size`."""
+    return "uint16" if vocab_size <= 2**16 else "int32"
+
+
+def to_bytes(row: Row, dtype: str) -> bytes:
+    """The record of a row."""
+    header = np.uint32(len(row.chunks)).astype("<u4")
+    return header.tobytes() + row.chunks.astype("<u4").tobytes() + row.tokens.astype(_on_disk(dtype)).tobytes()
+
+
+def from_bytes(record: bytes, dtype: str) -> Row:
+    """The row of a record."""
+    start = 4 + 12 * int(np.frombuffer(record, "<u4", 1)[0])
+    chunks = np.frombuffer(record[4:start], "<u4").reshape(-1, 3)
+    return Row(np.frombuffer(record[start:], _on_disk(dtype)).astype(np.int32), chunks.astype(np.int64))
+
+
+def write_rows(path: Path, rows: Iterable[Row], dtype: str) -> int:
+    """Write `rows` to a new file and return their number.
+
+    Raises:
+      OSError: the disk refuses.
+    """
+    count = 0
+    try:
+        # One record per chunk of the file: reading row i touches nothing else. Tokens hardly compress.
+        writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1,uncompressed")
+        for row in rows:
+            writer.write(to_bytes(row, dtype))
+            count += 1
+        writer.close()
+    except RuntimeError as error:  # what array_record raises when the disk is full
+        raise OSError(str(error)) from error
+    if not path.exists():  # and where it cannot open the file, it says nothing
+        raise FileNotFoundError(f"{path} could not be created")
+    return count
+
+
+class RowFile:
+    """Random access to the rows of one file; safe to share between threads.
+
+    Raises:
+      InputError: the file is missing, is not an array_record file, or holds another number of rows than `count`.
+    """
+
+    def __init__(self, path: Path, dtype: str, count: int) -> None:
+        self._path, self._dtype = path, dtype
+        if not path.is_file():
+            raise InputError(f"{path}: missing; delete {path.parent} and prepare the data again")
+        try:
+            # No read-ahead and few buffers: shuffled rows are read one by one.
+            self._reader = array_record_module.ArrayRecordReader(
+                str(path), options="readahead_buffer_size:0,max_parallelism:0", file_reader_buffer_size=2**15
+            )
+            found = self._reader.num_records()
+        except RuntimeError as error:
+            raise self._damaged(error) from error
+        if found != count:
+            raise self._damaged(f"{found} rows instead of {count}")
+
+    def read(self, indices: Sequence[int]) -> list[Row]:
+        """The rows with these numbers, in this order.
+
+        Raises:
+          InputError: the file is damaged there (every record carries a checksum).
+        """
+        try:
+            records = self._reader.read([int(i) for i in indices])
+        except RuntimeError as error:
+            raise self._damaged(error) from error
+        return [from_bytes(record, self._dtype) for record in records]
+
+    def _damaged(self, reason: object) -> InputError:
+        line = str(reason).splitlines()[0]
+        return InputError(f"{self._path}: damaged ({line}); delete {self._path.parent} and prepare the data again")
+
+
+def _on_disk(dtype: str) -> np.dtype:
+    return np.dtype(dtype).newbyteorder("<")
