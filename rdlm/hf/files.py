@@ -1,0 +1,192 @@
+"""Tensors in a Hugging Face folder, one at a time: the safetensors format and its sharded index.
+
+The format is an 8-byte length, a JSON header (name -> dtype, shape, byte range) and the raw data. Reading goes by
+plain reads rather than a memory map of the whole file, and writing from one tensor after the other, so that neither
+holds more than a tensor beside what the caller holds.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from rdlm.config import InputError
+
+DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+LONGEST_HEADER = 100_000_000
+
+
+class Stored(NamedTuple):
+    """Where a tensor lies: file, dtype code, shape, first byte and number of bytes."""
+
+    file: Path
+    code: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+def stored_tensors(folder: Path) -> dict[str, Stored]:
+    """Every tensor of a model folder, from model.safetensors or from the files its index names.
+
+    Raises:
+      InputError: no weights, a file that is corrupt, cut off or missing, or an index that does not fit its files.
+    """
+    if (folder / SINGLE).is_file():
+        return read_header(folder / SINGLE)
+    index = folder / INDEX
+    if not index.is_file():
+        hint = " (pytorch_model.bin is not read: save the model as safetensors first)" if _pickles(folder) else ""
+        raise InputError(f"{folder}: holds neither {SINGLE} nor {INDEX}{hint}")
+    try:
+        placed = json.loads(index.read_text())["weight_map"]
+        files = sorted(set(placed.values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{index}: not an index of safetensors files ({error!r})") from error
+    found: dict[str, Stored] = {}
+    for name in files:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise InputError(f"{index}: file {name!r}: must be a file name inside the folder")
+        if not (folder / name).is_file():
+            lost = sorted(tensor for tensor, file in placed.items() if file == name)
+            raise InputError(f"{folder / name}: missing; the index places {len(lost)} tensors there, first {lost[0]}")
+        header = read_header(folder / name)
+        for tensor in header:
+            if placed.get(tensor) != name:
+                raise InputError(f"{folder / name}: tensor {tensor} is not placed there by {INDEX}")
+        found |= header
+    for tensor, name in placed.items():
+        if tensor not in found:
+            raise InputError(f"{folder / name}: tensor {tensor} is missing, though {INDEX} places it there")
+    return found
+
+
+def _pickles(folder: Path) -> bool:
+    return any(folder.glob("pytorch_model*.bin"))
+
+
+def read_header(file: Path) -> dict[str, Stored]:
+    """The tensors of one safetensors file, checked against its size.
+
+    Raises:
+      InputError: naming the file, and the tensor where one is at fault.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or not 2 <= length <= min(size - 8, LONGEST_HEADER):
+            raise InputError(f"{file}: not a safetensors file, or cut off within its header ({size} bytes)")
+        try:
+            header = json.loads(stream.read(length))
+            header.pop("__metadata__", None)
+            entries = {name: _stored(name, file, length + 8, entry) for name, entry in header.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{file}: corrupt safetensors header ({error})") from error
+    position = length + 8
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].nbytes)):
+        if entry.start != position:
+            raise InputError(f"{file}: tensor {name}: starts at byte {entry.start}, expected {position}")
+        position += entry.nbytes
+        if position > size:
+            raise InputError(f"{file}: tensor {name}: cut off, ends at byte {position} of a file of {size}")
+    if position != size:
+        raise InputError(f"{file}: {size - position} bytes beyond the last tensor")
+    return entries
+
+
+def _stored(name: str, file: Path, base: int, entry: dict[str, Any]) -> Stored:
+    first, last = (int(offset) for offset in entry["data_offsets"])
+    shape = tuple(int(n) for n in entry["shape"])
+    stored = Stored(file, str(entry["dtype"]), shape, base + first, last - first)
+    expected = math.prod(shape) * DTYPES[stored.code].itemsize if stored.code in DTYPES else stored.nbytes
+    if min(shape, default=1) < 0 or stored.nbytes != expected or stored.nbytes < 0:
+        raise ValueError(f"{name}: a {stored.code} of shape {list(shape)} does not fill bytes {first} to {last}")
+    return stored
+
+
+def read_tensor(name: str, tensor: Stored) -> np.ndarray:
+    """The tensor's values, bits as stored.
+
+    Raises:
+      InputError: a dtype rdlm has no use for, or a file that changed meanwhile.
+    """
+    if tensor.code not in DTYPES:
+        raise InputError(f"{tensor.file}: tensor {name}: dtype {tensor.code}: must be one of {', '.join(DTYPES)}")
+    count = math.prod(tensor.shape)
+    # Read as unsigned integers: numpy then copies and transposes bits at full speed, whatever they mean.
+    bits = np.fromfile(tensor.file, f"<u{DTYPES[tensor.code].itemsize}", count, offset=tensor.start)
+    if bits.size != count:
+        raise InputError(f"{tensor.file}: tensor {name}: cut off while reading")
+    return bits.reshape(tensor.shape)
+
+
+class Planned(NamedTuple):
+    """A tensor to write: dtype, shape, and a function that makes its values when their turn comes."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its data."""
+        return self.dtype.itemsize * math.prod(self.shape)
+
+
+def write_tensors(folder: Path, tensors: dict[str, Planned], shard_bytes: int) -> None:
+    """Write model.safetensors, or several files and their index when one would exceed `shard_bytes`."""
+    shards = list(_shards(tensors, shard_bytes))
+    if len(shards) == 1:
+        write_file(folder / SINGLE, tensors)
+        return
+    placed: dict[str, str] = {}
+    for i, names in enumerate(shards, 1):
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        write_file(folder / file, {name: tensors[name] for name in names})
+        placed |= dict.fromkeys(names, file)
+    total = sum(planned.nbytes for planned in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _shards(tensors: dict[str, Planned], shard_bytes: int) -> Iterator[list[str]]:
+    names: list[str] = []
+    held = 0
+    for name, planned in tensors.items():
+        if names and held + planned.nbytes > shard_bytes:
+            yield names
+            names, held = [], 0
+        names.append(name)
+        held += planned.nbytes
+    yield names
+
+
+def write_file(file: Path, tensors: dict[str, Planned]) -> None:
+    """One safetensors file with the metadata the reference's loader asks for ("format": "pt")."""
+    # Wide dtypes first, so that every tensor is aligned to its own width.
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name in order:
+        planned = tensors[name]
+        span = [position, position + planned.nbytes]
+        header[name] = {"dtype": CODES[planned.dtype], "shape": list(planned.shape), "data_offsets": span}
+        position = span[1]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            tensors[name].make().tofile(stream)
+        stream.flush()
+        os.fsync(stream.fileno())
