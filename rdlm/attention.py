@@ -35,19 +35,19 @@ def causal_bias(segment_ids: Array | None, length: int) -> Array:
 
 
 def attend(q: Array, k: Array, v: Array, bias: Array) -> Array:
-    """Softmax attention (spec section 1): scale 1/sqrt(Q), softmax in f32. Differentiable in q, k and v.
+    """Causal softmax attention of L tokens over themselves (spec section 1): scale 1/sqrt(Q), softmax in f32.
 
     Args:
       q: [B, L, H, Q].
-      k: [B, T, H or K, Q]; each of fewer key heads serves H/K consecutive query heads.
-      v: [B, T, K, Q].
-      bias: f32 [B or 1, L, T].
+      k: [B, L, H or K, Q]; each of fewer key heads serves H/K consecutive query heads.
+      v: [B, L, K, Q].
+      bias: f32 [B or 1, L, L]; must hide every later token (as `causal_bias` does).
 
     Returns:
       [B, L, H*Q] in q's dtype.
     """
     q, k, v = _heads_first(q, k, v)
-    return _heads_last(_attend_heads(q, k, v, bias[:, None]))
+    return _heads_last(_causal(q, k, v, bias[:, None]))
 
 
 def attend_past(q: Array, own: Part, past: Part) -> Array:
@@ -84,38 +84,57 @@ def _heads_last(out: Array) -> Array:
     return out.transpose(0, 2, 1, 3).reshape(B, L, H * Q)
 
 
-@jax.custom_vjp
-def _attend_heads(q: Array, k: Array, v: Array, bias: Array) -> Array:
-    """q [B, H, L, Q], k and v [B, H, T, Q], bias [B or 1, 1, L, T]."""
-    return _forward(q, k, v, bias)[0]
-
-
 def _scores(q: Array, k: Array, bias: Array) -> Array:
     scale = q.shape[-1] ** -0.5
     return jnp.einsum("bhlq,bhtq->bhlt", q * q.dtype.type(scale), k, preferred_element_type=jnp.float32) + bias
 
 
-def _forward(q, k, v, bias):
-    scores = _scores(q, k, bias)
-    top = scores.max(-1, keepdims=True)
-    p = jnp.exp(scores - top)
-    total = p.sum(-1, keepdims=True)
-    out = jnp.einsum("bhlt,bhtq->bhlq", p.astype(v.dtype), v, preferred_element_type=jnp.float32) / total
-    return out.astype(q.dtype), (q, k, v, bias, out, top + jnp.log(total))
+# The causal kernel on plain matmuls, forward and backward written out. Queries go in blocks, each against the keys up
+# to its own end, so most of the masked half is never computed.
+
+Saved = tuple[Array, Array, Array, Array, Array, Array]
 
 
-def _backward(saved, d_out):
-    # Probabilities are recomputed from the saved log-sum-exp: nothing of size L x T is kept between the passes. The
-    # two products that contract over queries are written with the small operand transposed, which CPU matmuls prefer.
+def _blocks(length: int) -> list[tuple[int, int]]:
+    size = max(64, -(-length // 8))
+    return [(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+@jax.custom_vjp
+def _causal(q: Array, k: Array, v: Array, bias: Array) -> Array:
+    """q, k, v [B, H, L, Q], bias [B or 1, 1, L, L] -> [B, H, L, Q]."""
+    return _forward(q, k, v, bias)[0]
+
+
+def _forward(q: Array, k: Array, v: Array, bias: Array) -> tuple[Array, Saved]:
+    outs, lses = [], []
+    for start, end in _blocks(q.shape[2]):
+        scores = _scores(q[:, :, start:end], k[:, :, :end], bias[:, :, start:end, :end])
+        top = scores.max(-1, keepdims=True)
+        p = jnp.exp(scores - top)
+        total = p.sum(-1, keepdims=True)
+        out = jnp.einsum("bhlt,bhtq->bhlq", p.astype(v.dtype), v[:, :, :end], preferred_element_type=jnp.float32)
+        outs.append((out / total).astype(q.dtype))
+        lses.append(top + jnp.log(total))
+    out = jnp.concatenate(outs, axis=2)
+    return out, (q, k, v, bias, out, jnp.concatenate(lses, axis=2))
+
+
+def _backward(saved: Saved, d_out: Array) -> tuple[Array, Array, Array, None]:
+    # Probabilities are recomputed from the saved log-sum-exp: nothing of size L x L is kept between the passes.
     q, k, v, bias, out, lse = saved
     scale = q.dtype.type(q.shape[-1] ** -0.5)
-    p = jnp.exp(_scores(q, k, bias) - lse)
-    d_p = jnp.einsum("bhlq,bhtq->bhlt", d_out, v, preferred_element_type=jnp.float32)
-    d_s = (p * (d_p - (d_out * out).sum(-1, keepdims=True))).astype(q.dtype)
-    d_q = jnp.einsum("bhlt,bhtq->bhlq", d_s, k) * scale
-    d_k = jnp.einsum("bhql,bhlt->bhqt", (q * scale).swapaxes(2, 3), d_s).swapaxes(2, 3)
-    d_v = jnp.einsum("bhql,bhlt->bhqt", d_out.swapaxes(2, 3), p.astype(q.dtype)).swapaxes(2, 3)
-    return d_q, d_k, d_v, None
+    inner = (d_out.astype(jnp.float32) * out).sum(-1, keepdims=True)
+    d_q, d_k, d_v = [], jnp.zeros_like(k), jnp.zeros_like(v)
+    for start, end in _blocks(q.shape[2]):
+        rows = (slice(None), slice(None), slice(start, end))
+        p = jnp.exp(_scores(q[rows], k[:, :, :end], bias[:, :, start:end, :end]) - lse[rows])
+        d_p = jnp.einsum("bhlq,bhtq->bhlt", d_out[rows], v[:, :, :end], preferred_element_type=jnp.float32)
+        d_s = (p * (d_p - inner[rows])).astype(q.dtype)
+        d_q.append(jnp.einsum("bhlt,bhtq->bhlq", d_s, k[:, :, :end]) * scale)
+        d_k = d_k.at[:, :, :end].add(jnp.einsum("bhlt,bhlq->bhtq", d_s, q[rows] * scale))
+        d_v = d_v.at[:, :, :end].add(jnp.einsum("bhlt,bhlq->bhtq", p.astype(q.dtype), d_out[rows]))
+    return jnp.concatenate(d_q, axis=2), d_k, d_v, None
 
 
-_attend_heads.defvjp(_forward, _backward)
+_causal.defvjp(_forward, _backward)

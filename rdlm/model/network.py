@@ -17,7 +17,7 @@ from jax import Array
 from rdlm.attention import causal_bias
 from rdlm.cache import KeyValue
 from rdlm.config import ModelConfig
-from rdlm.modules import Context, RMSNorm, SandwichBlock, rotary_tables, takase_std, weight
+from rdlm.modules import Context, RMSNorm, SandwichBlock, linear, rotary_tables, takase_std, weight
 
 Params = Any
 Layers = tuple[KeyValue, ...]
@@ -60,11 +60,11 @@ class RecurrentDepth(nn.Module):
 
     def inject(self, e: Array) -> Array:
         """The half of the adapter that multiplies e; the same at every recurrence, so computed once."""
-        return e @ self.adapter[1].astype(e.dtype)
+        return linear(e, self.adapter[1].astype(e.dtype))
 
     def core_step(self, s: Array, injected: Array, ctx: Context, past=None, held=None, active=None):
         """One recurrence: A[s; e], then the core blocks."""
-        x = s @ self.adapter[0].astype(s.dtype) + injected
+        x = linear(s, self.adapter[0].astype(s.dtype)) + injected
         return _blocks(self.core, x, ctx, past, held, active)
 
     def decode(self, s: Array, ctx: Context, past=None, held=None, active=None):
@@ -76,7 +76,9 @@ class RecurrentDepth(nn.Module):
     def logits(self, y_z: tuple[Array, Array]) -> Array:
         """Head: f32 [B, L, V]."""
         head = self.wte if self.config.tie_embeddings else self.head
-        return jnp.einsum("bld,vd->blv", y_z[0], head.astype(self.dtype), preferred_element_type=jnp.float32)
+        y = y_z[0].reshape(-1, self.config.embed_dim)
+        out = jnp.einsum("nd,vd->nv", y, head.astype(self.dtype), preferred_element_type=jnp.float32)
+        return out.reshape(*y_z[0].shape[:-1], -1)
 
     def renorm(self, s: Array) -> Array:
         """The last core block's norm_4, with which test-time noise is renormalised (spec section 2)."""
