@@ -1,0 +1,39 @@
+"""Train a recurrent-depth language model from a preset; run the same command again to resume.
+
+    python experiments/train.py quickstart
+    python experiments/train.py nano --steps 50 --seed 1 --optimizer.learning-rate 1e-3 --run-dir runs/try
+
+Everything goes to the run folder (runs/PRESET): config.json, metrics.jsonl, checkpoints/, tokenizer/ and, at the end,
+loss_by_depth.json. Exit codes: 0 done, 75 preempted (SIGTERM) and saved, 2 wrong input.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import tyro
+
+from rdlm.config import PRESETS, InputError, RunConfig, preset
+from rdlm.runtime import run_command
+
+
+def main() -> int:
+    args = sys.argv[1:]
+    names = ", ".join(PRESETS)
+    if not args or args[0] in ("-h", "--help"):
+        print(__doc__.strip() + f"\n\npresets: {names}\nall fields: python experiments/train.py PRESET --help")
+        return 0 if args else 2
+    if args[0].startswith("-"):
+        raise InputError(f"the first argument must be a preset, not {args[0]!r}; known: {names}")
+    base = preset(args[0])
+    config = tyro.cli(
+        RunConfig, default=base, args=args[1:], prog=f"train.py {args[0]}", description=__doc__,
+        config=(tyro.conf.FlagConversionOff,),
+    )  # fmt: skip
+    from rdlm.train import train  # after the arguments are known to be right: importing JAX takes seconds
+
+    return train(config)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,171 @@
+"""Run folders: what a training run leaves behind and everything else starts from. The only room that imports orbax.
+
+    config.json   metrics.jsonl   tokenizer/   checkpoints/STEP/{params,optimizer,meta}   loss_by_depth.json
+
+`meta` is JSON: the full config, the tokenizer's hash, and the step, which is also the position in the data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from jax.sharding import SingleDeviceSharding
+
+from rdlm.config import InputError, ModelConfig, RunConfig, from_json, to_json
+from rdlm.model import Params, init_params
+
+logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells every detail of every save at level INFO and WARNING
+
+
+class Checkpoints:
+    """Saves and restores a training run's state, in the background. Use as a context manager."""
+
+    def __init__(self, folder: Path, keep: int):
+        """Open `folder`/checkpoints, keeping the newest `keep`.
+
+        Raises:
+          InputError: the folder cannot be made or written.
+        """
+        path = (folder / "checkpoints").absolute()
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            probe = path / ".writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise InputError(f"run folder {folder}: cannot be written ({error.strerror})") from error
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+        self.manager = ocp.CheckpointManager(path, options=options)
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.manager.wait_until_finished()
+        self.manager.close()
+
+    @property
+    def latest(self) -> int | None:
+        """Step of the newest complete checkpoint."""
+        return self.manager.latest_step()
+
+    def save(self, step: int, params: Params, optimizer: Any, meta: dict[str, Any]) -> None:
+        """Save under `step`; returns when the arrays are copied, and writes in the background."""
+        if step == self.latest:
+            return
+        self.manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(params),
+                optimizer=ocp.args.StandardSave(optimizer),
+                meta=ocp.args.JsonSave(meta),
+            ),
+        )
+
+    def restore(self, step: int, params: Any, optimizer: Any) -> tuple[Params, Any, dict[str, Any]]:
+        """(params, optimizer state, meta) of `step`; the first two arguments give shapes, dtypes and shardings."""
+        found = self.manager.restore(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(params),
+                optimizer=ocp.args.StandardRestore(optimizer),
+                meta=ocp.args.JsonRestore(),
+            ),
+        )
+        return found["params"], found["optimizer"], found["meta"]
+
+
+def write_config(folder: Path, run: RunConfig) -> None:
+    """Write `folder`/config.json, whole or not at all."""
+    partial = folder / "config.json.partial"
+    partial.write_text(to_json(run))
+    partial.replace(folder / "config.json")
+
+
+def read_config(folder: Path) -> RunConfig:
+    """The RunConfig of a run folder.
+
+    Raises:
+      InputError: no such folder, not a run folder, or a config that is not valid.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"run folder {folder}: does not exist; train one with `python experiments/train.py PRESET`")
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(f"run folder {folder}: has no config.json, so it is not (yet) a run folder")
+    return from_json(RunConfig, path.read_text(), str(path))
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Steps of the complete checkpoints in a run folder, ascending."""
+    path = Path(folder) / "checkpoints"
+    if not path.is_dir():
+        return []
+    return sorted(int(p.name) for p in path.iterdir() if p.name.isdigit() and (p / "_CHECKPOINT_METADATA").exists())
+
+
+def load_checkpoint(run_folder: str | Path, step: int | None = None) -> tuple[Params, ModelConfig]:
+    """(params, config) from a run folder alone, on whatever devices there are.
+
+    Args:
+      run_folder: made by `experiments/train.py` or `experiments/convert_huggingface.py`.
+      step: which checkpoint; None is the newest.
+
+    Raises:
+      InputError: not a run folder, no complete checkpoint, no such step, or files that are damaged.
+    """
+    folder = Path(run_folder)
+    config = read_config(folder).model
+    steps = saved_steps(folder)
+    if not steps:
+        raise InputError(f"run folder {folder}: has no complete checkpoint yet")
+    if step is not None and step not in steps:
+        raise InputError(f"step = {step}: not saved in {folder}; there are {', '.join(map(str, steps))}")
+    path = (folder / "checkpoints" / str(steps[-1] if step is None else step) / "params").absolute()
+    sharding = SingleDeviceSharding(jax.local_devices()[0])
+    shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+    with _damaged(path), ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(path, target), config
+
+
+def save_parameters(
+    run_folder: str | Path, params: Params, run: RunConfig, meta: dict[str, Any], step: int = 0
+) -> None:
+    """Write a run folder that holds parameters only (a converted model): load_checkpoint reads it, training does not.
+
+    Raises:
+      InputError: the folder already holds checkpoints, or cannot be written.
+    """
+    folder = Path(run_folder)
+    if saved_steps(folder):
+        raise InputError(f"run folder {folder}: already holds checkpoints; choose another")
+    with Checkpoints(folder, keep=1) as checkpoints:
+        checkpoints.manager.save(
+            step, args=ocp.args.Composite(params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(meta))
+        )
+    write_config(folder, run)
+
+
+@contextlib.contextmanager
+def _damaged(path: Path):
+    """Name the checkpoint in whatever goes wrong while reading it."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"checkpoint {path}: damaged or of another shape ({first[:200]})") from error
+
+
+def as_abstract(tree: Any, shardings: Any) -> Any:
+    """Shapes and dtypes of `tree` with `shardings`, as restore targets."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(jnp.shape(x), x.dtype, sharding=s), tree, shardings)

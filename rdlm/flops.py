@@ -1,0 +1,90 @@
+"""Counts from the shape alone: parameters, FLOPs at any depth, cache bytes, and what chips can do at best."""
+
+from __future__ import annotations
+
+from rdlm.config import CachePolicy, ModelConfig
+
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 2307e12,
+}
+"""bf16 FLOP/s of one chip by `device_kind`, from the datasheets."""
+
+
+def block_matrices(config: ModelConfig) -> int:
+    """Elements of one block's matrices."""
+    D, F, H, K, Q = config.embed_dim, config.mlp_dim, config.num_heads, config.kv_heads, config.head_dim
+    return D * (H + 2 * K) * Q + H * Q * D + 3 * D * F
+
+
+def block_parameters(config: ModelConfig) -> int:
+    """Parameters of one block: its matrices, four norms and the bias on queries and keys."""
+    bias = 2 * config.num_heads * config.head_dim if config.qk_bias else 0
+    return block_matrices(config) + 4 * config.embed_dim + bias
+
+
+def parameters(config: ModelConfig) -> int:
+    """All parameters, a tied embedding counted once (3,564,976,800 for huginn_3p5b)."""
+    D = config.embed_dim
+    blocks = config.prelude_layers + config.core_layers + config.coda_layers
+    embeddings = config.rows * D * (1 if config.tie_embeddings else 2)
+    return blocks * block_parameters(config) + 2 * D * D + embeddings + D
+
+
+def core_parameters(config: ModelConfig) -> int:
+    """Parameters of the core blocks, without the adapter (1,581,592,320 for huginn_3p5b)."""
+    return config.core_layers * block_parameters(config)
+
+
+def materialised_parameters(config: ModelConfig, r: int) -> int:
+    """Parameters of the unrolled model as the paper counts them: the core r times, the adapter once."""
+    return parameters(config) + (r - 1) * core_parameters(config)
+
+
+def effective_depth(config: ModelConfig, r: int) -> int:
+    """Layers a token passes at r recurrences (132 for huginn_3p5b at r = 32)."""
+    return config.prelude_layers + r * config.core_layers + config.coda_layers
+
+
+def _layer_flops(config: ModelConfig, keys: float) -> float:
+    return 2 * block_matrices(config) + 4 * keys * config.num_heads * config.head_dim
+
+
+def core_flops(config: ModelConfig, keys: float) -> float:
+    """Forward FLOPs of one recurrence for one token that attends to `keys` positions, the unsplit adapter included."""
+    return config.core_layers * _layer_flops(config, keys) + 4 * config.embed_dim**2
+
+
+def outer_flops(config: ModelConfig, keys: float) -> float:
+    """Forward FLOPs of prelude, coda and head for one token."""
+    layers = config.prelude_layers + config.coda_layers
+    return layers * _layer_flops(config, keys) + 2 * config.rows * config.embed_dim
+
+
+def forward_flops(config: ModelConfig, r: float, keys: float) -> float:
+    """Forward FLOPs per token at r recurrences over `keys` attended positions (the full length, for full attention)."""
+    return outer_flops(config, keys) + r * core_flops(config, keys)
+
+
+def training_flops(config: ModelConfig, n: float, k: float, length: int) -> float:
+    """Model FLOPs per token of a training step: n forward recurrences, k forward and backward (3x), the rest 3x.
+
+    Attention is counted in full (not causal) and recomputation not at all, as the paper counts its MFU: 190e9 for
+    huginn_3p5b at n = 25, k = 8, length 4096.
+    """
+    return (n + 3 * k) * core_flops(config, length) + 3 * outer_flops(config, length)
+
+
+def cache_bytes(
+    config: ModelConfig, policy: CachePolicy, num_steps: int, batch: int, capacity: int, itemsize: int
+) -> int:
+    """Bytes of the keys and values that `rdlm.cache.allocate` makes (positions' depths and lengths not counted)."""
+    slots = config.prelude_layers + config.core_layers * policy.sets(num_steps) + config.coda_layers
+    heads = (config.num_heads if config.qk_bias else config.kv_heads) + config.kv_heads
+    return slots * batch * capacity * heads * config.head_dim * itemsize
