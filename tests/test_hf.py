@@ -25,6 +25,8 @@ TINY = ModelConfig(
     max_length=16, mean_recurrence=2, backprop_depth=1,
 )  # fmt: skip
 
+fresh = jax.jit(init_params, static_argnums=0)
+
 
 def read(folder):
     """Every tensor of a folder, as the safetensors package reads it."""
@@ -131,7 +133,7 @@ def test_written_file_says_format_pt(tmp_path):
 
 def test_untied_head(tmp_path):
     untied = dataclasses.replace(TINY, tie_embeddings=False)
-    params = init_params(untied, jax.random.key(1))
+    params = fresh(untied, jax.random.key(1))
     save_huggingface(tmp_path / "out", params, untied)
     assert same_bits(read(tmp_path / "out")["lm_head.weight"], np.asarray(params["head"]))
     fields = json.loads((tmp_path / "out/config.json").read_text())
@@ -143,7 +145,7 @@ def test_untied_head(tmp_path):
 
 
 def test_bf16_keeps_its_bits(tmp_path):
-    params = cast(init_params(TINY, jax.random.key(2)), jnp.bfloat16)
+    params = cast(fresh(TINY, jax.random.key(2)), jnp.bfloat16)
     save_huggingface(tmp_path / "out", params, TINY)
     stored = read(tmp_path / "out")
     assert stored[WTE].dtype == ml_dtypes.bfloat16
@@ -177,7 +179,7 @@ def test_shards_and_index(tmp_path):
 )
 def test_padded_vocabularies(rows, fields, tmp_path):
     config = dataclasses.replace(TINY, padded_vocab_size=rows)
-    save_huggingface(tmp_path / "out", init_params(config, jax.random.key(3)), config)
+    save_huggingface(tmp_path / "out", fresh(config, jax.random.key(3)), config)
     path = tmp_path / "out/config.json"
     written = json.loads(path.read_text())
     assert (written["vocab_size"], written["padded_vocab_size"]) == (20, rows)
@@ -196,7 +198,7 @@ def test_rows_that_the_config_does_not_allow(tmp_path):
 def test_any_tree_of_the_structure_can_be_written(tmp_path):
     # Gradients in f32 of a model whose config says bf16.
     config = dataclasses.replace(TINY, param_dtype="bfloat16")
-    gradients = init_params(TINY, jax.random.key(4))
+    gradients = fresh(TINY, jax.random.key(4))
     save_huggingface(tmp_path / "out", gradients, config)
     assert read(tmp_path / "out")[WTE].dtype == np.float32
 
@@ -254,7 +256,7 @@ def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
     ],
 )
 def test_a_tree_that_does_not_fit(change, words, tmp_path):
-    params = init_params(TINY, jax.random.key(5))
+    params = fresh(TINY, jax.random.key(5))
     change(params)
     with pytest.raises(InputError) as error:
         save_huggingface(tmp_path / "out", params, TINY)

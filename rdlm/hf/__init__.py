@@ -57,6 +57,7 @@ def load_huggingface(folder: str | os.PathLike[str]) -> tuple[Params, ModelConfi
     folder = Path(folder)
     fields = read_fields(folder)
     where = str(folder / "config.json")
+    model_config(fields, where=where)  # another architecture is better named than its tensors' absence
     stored = _bare_names(stored_tensors(folder))
     wte = stored.get(WTE)
     if wte is None:
@@ -104,7 +105,8 @@ def save_huggingface(
       shard_bytes: most bytes per file.
 
     Raises:
-      InputError: a tree that does not fit `config`, naming the array; a folder that is something else.
+      InputError: a tree that does not fit `config`, naming the array; a folder that is something else, or that
+        cannot be written.
     """
     target = Path(os.path.abspath(folder))
     if target.exists() and not target.is_dir():
@@ -113,14 +115,14 @@ def save_huggingface(
         raise InputError(f"{target}: is not empty and not a model folder; choose another or empty it")
     planned = _plan(params, config)
     dtype = planned[WTE].dtype.name
-    target.parent.mkdir(parents=True, exist_ok=True)
     fresh = target.with_name(f".{target.name}.writing-{os.getpid()}")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir()
     try:
+        fresh.mkdir(parents=True)
         write_tensors(fresh, planned, shard_bytes)
         (fresh / "config.json").write_text(json.dumps(reference_fields(config, dtype), indent=2) + "\n")
         _swap(fresh, target)
+    except OSError as error:
+        raise InputError(f"{target}: cannot be written ({error.strerror or error})") from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
 

@@ -1,0 +1,221 @@
+"""Convert between a Hugging Face folder of the public reference and a run folder, in whichever direction SRC asks for.
+
+    python experiments/convert_huggingface.py path/to/huginn-0125 runs/huginn --verify
+    python experiments/convert_huggingface.py runs/quickstart exported/quickstart --verify
+
+SRC may also be the name of a model on the hub (ORGANISATION/NAME) when huggingface_hub is installed. Tokenizer files
+come along. Values keep their dtype and bits. Exit codes: 0 done, 1 --verify found a difference, 2 wrong input.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from rdlm.config import DataConfig, InputError, RunConfig, differences
+from rdlm.runtime import run_command
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from rdlm.config import ModelConfig
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Convert SRC into DST; what SRC is decides the direction."""
+
+    src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
+    """Hugging Face folder, run folder, or name on the hub."""
+    dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
+    """Folder to write; must not exist or be empty (an earlier export may be replaced)."""
+    verify: bool = False
+    """Reload what was written and compare logits on random tokens."""
+    threshold: float = 1e-4
+    """--verify fails when any logit differs by more."""
+    recurrences: int = 4
+    """Recurrences r at which --verify compares."""
+    step: int | None = None
+    """Checkpoint of a run folder to convert; by default the newest."""
+
+
+def main() -> int:
+    args = tyro.cli(Args, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    from rdlm.hf import is_huggingface
+
+    source = local_folder(args.src)
+    if source.resolve() == args.dst.resolve():
+        raise InputError(f"{args.dst}: source and destination are the same folder")
+    to_run = is_huggingface(source)
+    if not to_run and not (source / "checkpoints").is_dir():
+        raise InputError(
+            f"{source}: neither a Hugging Face model folder (config.json with model_type) nor a run folder"
+        )
+    if to_run and args.step is not None:
+        raise InputError("--step: only a run folder has steps")
+    params, config = load(source, args.step)
+    print(f"read {source}: {describe(params)}")
+    try:
+        (write_run if to_run else write_huggingface)(args.dst, params, config, source)
+    except OSError as error:
+        raise InputError(f"{args.dst}: cannot be written ({error.strerror or error})") from error
+    print(f"wrote {'run' if to_run else 'Hugging Face'} folder {args.dst}")
+    if not args.verify:
+        return 0
+    before = logits(params, config, args.recurrences)
+    del params  # one copy of the model in memory at a time
+    return 0 if verified(before, config, args) else 1
+
+
+def local_folder(name: str) -> Path:
+    """The folder called `name`, or a local copy of the hub's model of that name.
+
+    Raises:
+      InputError: no such folder, and no such model, no huggingface_hub or no way to reach the hub.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or Path(name).exists():
+        raise InputError(f"{name}: no such folder")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise InputError(
+            f"{name}: no such folder; to fetch it as a hub name install huggingface_hub (pip install 'rdlm[hf]')"
+        ) from error
+    wanted = ["config.json", "model*.safetensors", "model.safetensors.index.json", *TOKENIZER_FILES]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except Exception as error:  # its own errors, and those of the HTTP library beneath it
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{name}: no such folder, and not to be had from the hub ({reason})") from error
+
+
+def load(folder: Path, step: int | None = None) -> tuple[Any, ModelConfig]:
+    """(params, config) of either kind of folder."""
+    from rdlm.checkpoint import load_checkpoint
+    from rdlm.hf import is_huggingface, load_huggingface
+
+    return load_huggingface(folder) if is_huggingface(folder) else load_checkpoint(folder, step)
+
+
+def describe(params: Any) -> str:
+    """'75 tensors, 0.16 M parameters, float32'."""
+    import jax
+
+    leaves = jax.tree.leaves(params)
+    dtypes = "/".join(sorted({str(x.dtype) for x in leaves}))
+    return f"{len(leaves)} tensors, {sum(x.size for x in leaves) / 1e6:,.2f} M parameters, {dtypes}"
+
+
+def write_run(folder: Path, params: Any, config: ModelConfig, source: Path) -> None:
+    """A run folder with parameters only; `source`'s tokenizer goes to tokenizer/."""
+    import jax
+
+    from rdlm.checkpoint import save_parameters
+
+    for where, x in jax.tree_util.tree_leaves_with_path(params):
+        if x.dtype != config.param_dtype:
+            raise InputError(
+                f"{source}: {jax.tree_util.keystr(where)} is {x.dtype}, the embedding {config.param_dtype}: "
+                "a run folder holds one dtype"
+            )
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise InputError(f"{folder}: exists and is not an empty folder; choose another")
+    data = DataConfig(tokenizer_size=config.vocab_size, sequence_length=min(256, config.max_length))
+    run = RunConfig(model=config, data=data, steps=1, run_dir=str(folder))
+    fresh = folder.resolve().with_name(f".{folder.resolve().name}.writing-{os.getpid()}")
+    try:
+        copy_tokenizer(source, fresh / "tokenizer")
+        identity = tokenizer_hash(fresh / "tokenizer")
+        meta = {"config": dataclasses.asdict(run), "tokenizer": identity, "step": 0, "source": str(source)}
+        save_parameters(fresh, params, run, json.loads(json.dumps(meta)))
+        fresh.rename(folder)  # so that the folder appears whole or not at all
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the tokenizer files that `source` has."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def tokenizer_hash(folder: Path) -> str | None:
+    """Identity of a copied tokenizer; None if there is none that rdlm can use."""
+    from rdlm.tokenizer import Tokenizer
+
+    try:
+        return Tokenizer.load(folder).hash
+    except InputError as error:
+        print(f"note: no tokenizer that rdlm can use came along ({str(error).partition(': ')[2]})")
+        return None
+
+
+def write_huggingface(folder: Path, params: Any, config: ModelConfig, source: Path) -> None:
+    """A Hugging Face folder; the run's tokenizer files go beside the weights."""
+    from rdlm.hf import save_huggingface
+
+    save_huggingface(folder, params, config)
+    copy_tokenizer(source / "tokenizer", folder)
+
+
+def logits(params: Any, config: ModelConfig, recurrences: int) -> np.ndarray:
+    """f32 [2, L, V] on fixed random tokens."""
+    import jax
+    import numpy as np
+
+    from rdlm.model import forward
+
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, min(16, config.max_length)))
+    # r is traced: a loop of a few steps must not be unrolled for models of this size.
+    out = jax.jit(lambda params, tokens, r: forward(params, config, tokens, r).logits)(params, tokens, recurrences)
+    return np.asarray(out)
+
+
+def verified(before: np.ndarray, config: ModelConfig, args: Args) -> bool:
+    """Compare the source's logits with those of what was written; print the comparison."""
+    import jax
+    import numpy as np
+
+    params, written = load(args.dst)
+    # The dtype to compute in is no part of a Hugging Face folder.
+    written = dataclasses.replace(written, compute_dtype=config.compute_dtype)
+    changed = differences(config, written)
+    if changed:
+        print("config differs: " + ", ".join(f"{name} {a!r} -> {b!r}" for name, (a, b) in changed.items()))
+        return False
+    after = logits(params, written, args.recurrences)
+    p, q = jax.nn.log_softmax(before), jax.nn.log_softmax(after)
+    kl = np.asarray((np.exp(p) * (p - q)).sum(-1))
+    top = np.argsort(-before)[..., :5], np.argsort(-after)[..., :5]
+    top5 = np.mean([len(set(a) & set(b)) / 5 for a, b in zip(*(t.reshape(-1, t.shape[-1]) for t in top), strict=True)])
+    worst = float(np.abs(before - after).max())
+    print(
+        f"verify: r = {args.recurrences}, {p.shape[0] * p.shape[1]} tokens: max |logit difference| {worst:.3g}, "
+        f"KL mean {kl.mean():.3g} max {kl.max():.3g}, top-1 agreement {np.mean(top[0][..., 0] == top[1][..., 0]):.2%}, "
+        f"top-5 agreement {top5:.2%}"
+    )
+    if not worst <= args.threshold:
+        print(f"verify: FAILED, {worst:.3g} is more than the threshold of {args.threshold:g}")
+        return False
+    print("verify: passed")
+    return True
+
+
+if __name__ == "__main__":
+    run_command(main)
