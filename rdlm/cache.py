@@ -155,3 +155,27 @@ def append(cache: Cache, own: Own, steps: Array, ran: Array, start: Array, count
         depth=put(cache.depth, steps, 0),
         length=start + count if jnp.ndim(start) else jnp.where(count > 0, start + count, cache.length),
     )
+
+
+def grow(cache: Cache, sets: int, capacity: int) -> Cache:
+    """A copy with at least `sets` core sets and room for `capacity` positions; the cache itself if it has both.
+
+    New sets hold what the deepest old one does, as if the tokens had been written with room for them.
+    """
+    if sets <= cache.sets and capacity <= cache.capacity:
+        return cache
+    room = max(capacity - cache.capacity, 0)
+
+    def longer(x: Array, axis: int) -> Array:
+        return jnp.pad(x, [(0, room if a == axis else 0) for a in range(x.ndim)])
+
+    def deeper(x: Array) -> Array:
+        return jnp.take(longer(x, 2), jnp.minimum(jnp.arange(max(sets, cache.sets)), cache.sets - 1), axis=0)
+
+    return dataclasses.replace(
+        cache,
+        prelude=jax.tree.map(lambda x: longer(x, 1), cache.prelude),
+        core=jax.tree.map(deeper, cache.core),
+        coda=jax.tree.map(lambda x: longer(x, 1), cache.coda),
+        depth=longer(cache.depth, 1),
+    )

@@ -172,7 +172,7 @@ class Trainer:
         self.tokenizer = Tokenizer.load(prepared / "tokenizer")
         if saved.exists() and Tokenizer.load(saved).hash != self.tokenizer.hash:
             raise InputError(
-                f"{saved}: the run was trained with another tokenizer than {prepared}; restore that data, or start a new run"
+                f"{saved}: the run has another tokenizer than {prepared}; restore that data, or start a new run"
             )
         options: Any = {
             "sequence_length": data.sequence_length,
@@ -283,8 +283,8 @@ class Trainer:
         changed = {} if base is None else differences(base, self.config)
         lines = [
             f"{self.config.preset}: {flops.parameters(model):,} parameters, core {flops.core_parameters(model):,} "
-            f"run {model.mean_recurrence} times on average; {data.batch_size} x {data.sequence_length} tokens a step on "
-            f"{self.mesh.size} {jax.devices()[0].device_kind}; {self.train.steps_per_epoch} steps an epoch"
+            f"run {model.mean_recurrence} times on average; {data.batch_size} x {data.sequence_length} tokens a step "
+            f"on {self.mesh.size} {jax.devices()[0].device_kind}; {self.train.steps_per_epoch} steps an epoch"
         ]
         lines += [f"  {name} = {new!r} (preset: {old!r})" for name, (old, new) in changed.items() if name != "run_dir"]
         return "\n".join(lines)

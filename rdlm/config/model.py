@@ -68,11 +68,12 @@ class ModelConfig:
             value = getattr(self, name)
             least = 0 if name in ("prelude_layers", "coda_layers") else 1
             require(isinstance(value, int) and value >= least, name, value, f"must be an integer of at least {least}")
+        above = -(-self.embed_dim // self.num_heads) * self.num_heads
         require(
             self.embed_dim % self.num_heads == 0,
             "embed_dim",
             self.embed_dim,
-            f"must be a multiple of num_heads = {self.num_heads} (try {-(-self.embed_dim // self.num_heads) * self.num_heads})",
+            f"must be a multiple of num_heads = {self.num_heads} (try {above})",
         )
         require(
             self.head_dim % 2 == 0,

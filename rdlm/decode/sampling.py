@@ -1,0 +1,117 @@
+"""From logits to the next token, in the reference's order (spec section 6, "Sampling order")."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from rdlm.config import InputError, Sampling
+
+
+class SamplingArrays(NamedTuple):
+    """`Sampling` with one value per row, so that no value ever recompiles.
+
+    temperature, top_p, min_p, repetition_penalty f32 [B]; top_k int32 [B]; stop_tokens int32 [B, S], -1 fills up.
+    """
+
+    temperature: Array
+    top_k: Array
+    top_p: Array
+    min_p: Array
+    repetition_penalty: Array
+    stop_tokens: Array
+
+
+def per_row(value: Any, rows: int, name: str, dtype: Any) -> np.ndarray:
+    """A scalar or one value per prompt as an array [rows].
+
+    Raises:
+      InputError: another number of values.
+    """
+    array = np.asarray(value, dtype)
+    if array.ndim > 1 or (array.ndim == 1 and len(array) != rows):
+        raise InputError(f"{name}: expected one value or {rows}, got shape {array.shape}")
+    return np.broadcast_to(array, (rows,))
+
+
+def as_arrays(sampling: Sampling, rows: int) -> SamplingArrays:
+    """Spread `sampling` over `rows` prompts.
+
+    Raises:
+      InputError: a field out of its range, or with the wrong number of values.
+    """
+    fields = {
+        name: per_row(getattr(sampling, name), rows, f"Sampling.{name}", np.int32 if name == "top_k" else np.float32)
+        for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    }
+    allowed = {
+        "temperature": (fields["temperature"] >= 0, "must not be negative"),
+        "top_k": (fields["top_k"] >= 0, "must not be negative (0 is off)"),
+        "top_p": ((fields["top_p"] > 0) & (fields["top_p"] <= 1), "must be in (0, 1] (1.0 is off)"),
+        "min_p": ((fields["min_p"] >= 0) & (fields["min_p"] <= 1), "must be in [0, 1] (0.0 is off)"),
+        "repetition_penalty": (fields["repetition_penalty"] > 0, "must be positive (1.0 is off)"),
+    }
+    for name, (good, fix) in allowed.items():
+        if not np.all(good):
+            raise InputError(f"Sampling.{name} = {getattr(sampling, name)!r}: {fix}")
+    stops: Sequence[Any] = sampling.stop_tokens
+    nested = len(stops) > 0 and isinstance(stops[0], (tuple, list, np.ndarray))
+    if nested and len(stops) != rows:
+        raise InputError(f"Sampling.stop_tokens: expected one tuple or {rows}, got {len(stops)}")
+    each = [list(s) for s in stops] if nested else [list(stops)] * rows
+    width = max(4, *(len(s) for s in each))
+    table = np.asarray([s + [-1] * (width - len(s)) for s in each], np.int32).reshape(rows, width)
+    return SamplingArrays(**{k: jnp.asarray(v) for k, v in fields.items()}, stop_tokens=jnp.asarray(table))
+
+
+def penalise(logits: Array, present: Array, penalty: Array) -> Array:
+    """Divide positive and multiply negative logits [B, V] of tokens that are `present` [B, V] by penalty [B]."""
+    factor = jnp.where(present, penalty[:, None], 1.0)
+    return jnp.where(logits >= 0, logits / factor, logits * factor)
+
+
+def probabilities(logits: Array, present: Array, s: SamplingArrays) -> Array:
+    """The distribution f32 [B, V] a token is drawn from, for rows with temperature > 0.
+
+    Repetition penalty, temperature, softmax, top-k (ties kept, not renormalised), top-p (on those probabilities; the
+    token that crosses the threshold is dropped, the first always kept), min-p, renormalisation.
+    """
+    logits = penalise(logits, present, s.repetition_penalty)
+    p = jax.nn.softmax(logits / jnp.where(s.temperature > 0, s.temperature, 1.0)[:, None], axis=-1)
+
+    def cut(p: Array) -> Array:
+        V = p.shape[-1]
+        order = jnp.argsort(-p, axis=-1)
+        ranked = jnp.take_along_axis(p, order, axis=-1)
+        k = jnp.where(s.top_k > 0, jnp.minimum(s.top_k, V), V)
+        kth = jnp.take_along_axis(ranked, k[:, None] - 1, axis=-1)
+        ranked = jnp.where(ranked >= kth, ranked, 0.0)
+        crosses = (jnp.cumsum(ranked, axis=-1) > s.top_p[:, None]) & (s.top_p < 1)[:, None]
+        ranked = jnp.where(crosses & (jnp.arange(V) > 0)[None], 0.0, ranked)
+        return jnp.take_along_axis(ranked, jnp.argsort(order, axis=-1), axis=-1)
+
+    # Sorting the vocabulary is the one expensive part: only when some row asks for it.
+    p = jax.lax.cond(jnp.any((s.top_k > 0) | (s.top_p < 1)), cut, lambda p: p, p)
+    p = jnp.where(p < s.min_p[:, None] * p.max(-1, keepdims=True), 0.0, p)
+    return p / p.sum(-1, keepdims=True)
+
+
+def choose(logits: Array, present: Array, s: SamplingArrays, keys: Array) -> Array:
+    """Next token int32 [B]: the argmax where temperature is 0 (first index on ties), else a draw with keys [B]."""
+    greedy = jnp.argmax(penalise(logits, present, s.repetition_penalty), axis=-1)
+
+    def draw() -> Array:
+        return jax.vmap(jax.random.categorical)(keys, jnp.log(probabilities(logits, present, s)))
+
+    drawn = jax.lax.cond(jnp.any(s.temperature > 0), draw, lambda: greedy)
+    return jnp.where(s.temperature > 0, drawn, greedy).astype(jnp.int32)
+
+
+def stops(token: Array, s: SamplingArrays) -> Array:
+    """bool [B]: the token is one of its row's stop tokens."""
+    return jnp.any(token[:, None] == s.stop_tokens, axis=-1)
