@@ -14,19 +14,21 @@ import sys
 import tyro
 
 from rdlm.config import PRESETS, InputError, RunConfig, preset
-from rdlm.runtime import run_command
+from rdlm.runtime import parse_arguments, run_command
 
 
 def main() -> int:
     args = sys.argv[1:]
     names = ", ".join(PRESETS)
-    if not args or args[0] in ("-h", "--help"):
+    if not args:
+        raise InputError(f"which preset? Known: {names}; for example: python experiments/train.py quickstart")
+    if args[0] in ("-h", "--help"):
         print(__doc__.strip() + f"\n\npresets: {names}\nall fields: python experiments/train.py PRESET --help")
-        return 0 if args else 2
+        return 0
     if args[0].startswith("-"):
         raise InputError(f"the first argument must be a preset, not {args[0]!r}; known: {names}")
     base = preset(args[0])
-    config = tyro.cli(
+    config = parse_arguments(
         RunConfig, default=base, args=args[1:], prog=f"train.py {args[0]}", description=__doc__,
         config=(tyro.conf.FlagConversionOff,),
     )  # fmt: skip
