@@ -56,8 +56,11 @@ class OptimizerConfig:
     cooldown_steps: int = 100
     """Last steps over which a trapezoid falls to min_learning_rate."""
     b1: float = 0.9
+    """Decay of the mean of gradients."""
     b2: float = 0.95
+    """Decay of the mean of squared gradients."""
     eps: float = 1e-8
+    """Added to the root of that mean."""
     weight_decay: float = 0.1
     """Applied to matrices and embeddings, not to norms and biases."""
     clip_norm: float = 1.0
@@ -186,6 +189,13 @@ class RunConfig:
             "data.sequence_length",
             self.data.sequence_length,
             f"must be at most model.max_length = {self.model.max_length}",
+        )
+        # More steps with gradient than recurrences would train a deeper model than mean_recurrence says.
+        require(
+            self.model.backprop_depth <= self.model.mean_recurrence,
+            "model.backprop_depth",
+            self.model.backprop_depth,
+            f"must be at most model.mean_recurrence = {self.model.mean_recurrence}",
         )
         if self.data.tokenizer_size != self.model.vocab_size:
             raise InputError(
