@@ -16,6 +16,7 @@ _HOME = {
     "InputError": "config",
     "ModelConfig": "config",
     "Sampling": "config",
+    "Speculative": "config",
     "cast": "model",
     "decode_step": "decode",
     "ellis_adam": "optim",

@@ -19,6 +19,7 @@ from jax.sharding import SingleDeviceSharding
 
 from rdlm.config import InputError, ModelConfig, RunConfig, from_json, to_json
 from rdlm.model import Params, init_params
+from rdlm.tokenizer import Tokenizer
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells every detail of every save at level INFO and WARNING
 
@@ -26,8 +27,8 @@ logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells every detail of
 class Checkpoints:
     """Saves and restores a training run's state, in the background. Use as a context manager."""
 
-    def __init__(self, folder: Path, keep: int):
-        """Open `folder`/checkpoints, keeping the newest `keep`.
+    def __init__(self, folder: Path, keep: int, handlers: dict[str, ocp.CheckpointHandler] | None = None):
+        """Open `folder`/checkpoints, keeping the newest `keep`. `handlers`: other than orbax's own, per item.
 
         Raises:
           InputError: the folder cannot be made or written.
@@ -41,7 +42,7 @@ class Checkpoints:
         except OSError as error:
             raise InputError(f"run folder {folder}: cannot be written ({error.strerror})") from error
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-        self.manager = ocp.CheckpointManager(path, options=options)
+        self.manager = ocp.CheckpointManager(path, options=options, item_handlers=handlers)
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -121,14 +122,8 @@ def load_checkpoint(run_folder: str | Path, step: int | None = None) -> tuple[Pa
     Raises:
       InputError: not a run folder, no complete checkpoint, no such step, or files that are damaged.
     """
-    folder = Path(run_folder)
-    config = read_config(folder).model
-    steps = saved_steps(folder)
-    if not steps:
-        raise InputError(f"run folder {folder}: has no complete checkpoint yet")
-    if step is not None and step not in steps:
-        raise InputError(f"step = {step}: not saved in {folder}; there are {', '.join(map(str, steps))}")
-    path = (folder / "checkpoints" / str(steps[-1] if step is None else step) / "params").absolute()
+    config = read_config(Path(run_folder)).model
+    path = _checkpoint(run_folder, step) / "params"
     sharding = SingleDeviceSharding(jax.local_devices()[0])
     shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
@@ -136,10 +131,54 @@ def load_checkpoint(run_folder: str | Path, step: int | None = None) -> tuple[Pa
         return checkpointer.restore(path, target), config
 
 
+def read_meta(run_folder: str | Path, step: int | None = None) -> dict[str, Any]:
+    """What was saved beside the arrays of a checkpoint: `config`, `tokenizer` (its hash), `step`, perhaps `source`.
+
+    Raises:
+      InputError: no complete checkpoint, no such step, or a file that is damaged.
+    """
+    path = _checkpoint(run_folder, step) / "meta"
+    with _damaged(path), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+        meta = checkpointer.restore(path)
+        if not isinstance(meta, dict):
+            raise ValueError(f"an object was saved, this is a {type(meta).__name__}")
+        return meta
+
+
+def load_tokenizer(run_folder: str | Path, step: int | None = None) -> Tokenizer:
+    """The tokenizer of a run folder, known to be the one its checkpoint was trained with.
+
+    Raises:
+      InputError: no checkpoint, no tokenizer, or one that does not match the checkpoint.
+    """
+    trained = read_meta(run_folder, step).get("tokenizer")
+    folder = Path(run_folder) / "tokenizer"
+    tokenizer = Tokenizer.load(folder)
+    if trained is not None and trained != tokenizer.hash:  # a converted model may have come without one
+        raise InputError(
+            f"{folder}: this tokenizer ({tokenizer.hash[:8]}) is not the one the checkpoint was trained with "
+            f"({trained[:8]}); put that one back"
+        )
+    return tokenizer
+
+
+def _checkpoint(run_folder: str | Path, step: int | None) -> Path:
+    folder, steps = Path(run_folder), saved_steps(Path(run_folder))
+    if not steps:
+        raise InputError(
+            f"run folder {folder}: has no complete checkpoint yet; run its training until it has saved one"
+        )
+    if step is not None and step not in steps:
+        raise InputError(f"step = {step}: not saved in {folder}; there are {', '.join(map(str, steps))}")
+    return (folder / "checkpoints" / str(steps[-1] if step is None else step)).absolute()
+
+
 def save_parameters(
     run_folder: str | Path, params: Params, run: RunConfig, meta: dict[str, Any], step: int = 0
 ) -> None:
     """Write a run folder that holds parameters only (a converted model): load_checkpoint reads it, training does not.
+
+    Writes few arrays at a time, so that memory peaks little above the parameters themselves.
 
     Raises:
       InputError: the folder already holds checkpoints, or cannot be written.
@@ -147,7 +186,12 @@ def save_parameters(
     folder = Path(run_folder)
     if saved_steps(folder):
         raise InputError(f"run folder {folder}: already holds checkpoints; choose another")
-    with Checkpoints(folder, keep=1) as checkpoints:
+    largest = max(x.nbytes for x in jax.tree.leaves(params))
+    handlers: dict[str, ocp.CheckpointHandler] = {
+        "params": ocp.StandardCheckpointHandler(save_concurrent_gb=max(1, -(-largest // 10**9))),
+        "meta": ocp.JsonCheckpointHandler(),
+    }
+    with Checkpoints(folder, keep=1, handlers=handlers) as checkpoints:
         checkpoints.manager.save(
             step, args=ocp.args.Composite(params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(meta))
         )

@@ -166,15 +166,18 @@ def unroll(
 
 
 def unroll_until(
-    step: Step, finished: Callable[[State, Array], Array], s: State, most: Array | int
+    step: Step, finished: Callable[[State, Array], Array], s: State, most: Array | int, first: Array | int = 0
 ) -> tuple[State, Array]:
-    """Run `step` until `finished(s, i)` (bool scalar; i steps done) or `most` steps; returns (state, steps run)."""
+    """Run `step` from recurrence `first` until `finished(s, i)` (bool scalar; i steps done) or i = `most`.
+
+    Returns (state, i).
+    """
 
     def go_on(carry: tuple[State, Array]) -> Array:
         s, i = carry
         return (i < most) & ~finished(s, i)
 
-    return lax.while_loop(go_on, lambda carry: (step(*carry), carry[1] + 1), (s, jnp.int32(0)))
+    return lax.while_loop(go_on, lambda carry: (step(*carry), carry[1] + 1), (s, jnp.asarray(first, jnp.int32)))
 
 
 def checkpoints(step: Step, s: State, depths: Sequence[int], read: Callable[[State], Any]) -> list[Any]:

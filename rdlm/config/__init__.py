@@ -2,7 +2,7 @@
 
 from rdlm.config.errors import InputError, did_you_mean, require
 from rdlm.config.json import differences, from_json, to_json
-from rdlm.config.model import CachePolicy, ModelConfig, Sampling
+from rdlm.config.model import CachePolicy, ModelConfig, Sampling, Speculative
 from rdlm.config.presets import PRESETS, preset
 from rdlm.config.run import (
     CheckpointConfig,
@@ -29,6 +29,7 @@ __all__ = [
     "RunConfig",
     "Sampling",
     "Scheme",
+    "Speculative",
     "did_you_mean",
     "differences",
     "from_json",

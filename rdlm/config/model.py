@@ -166,3 +166,22 @@ class Sampling:
     min_p: float | Sequence[float] = 0.0
     repetition_penalty: float | Sequence[float] = 1.0
     stop_tokens: Sequence[Any] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Speculative:
+    """Drafts by the same model at fewer recurrences, verified at full depth from the drafts' own states.
+
+    draft_steps: recurrences per drafted token. lookahead: tokens drafted before each verification. threshold: 1.0
+    accepts exactly what greedy decoding at full depth would say; below, also a draft whose verified probability is at
+    least threshold times the largest (greedy rows only; sampled rows always keep their distribution).
+    """
+
+    draft_steps: int
+    lookahead: int
+    threshold: float = 1.0
+
+    def __post_init__(self) -> None:
+        require(self.draft_steps >= 1, "Speculative.draft_steps", self.draft_steps, "must be at least 1")
+        require(self.lookahead >= 1, "Speculative.lookahead", self.lookahead, "must be at least 1")
+        require(0 < self.threshold <= 1, "Speculative.threshold", self.threshold, "must be in (0, 1]")

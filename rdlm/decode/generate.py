@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 
-from rdlm.cache import Cache, allocate
-from rdlm.config import CachePolicy, InputError, ModelConfig, Sampling
-from rdlm.decode.passes import PREFILL_EXITS, next_power, run_pass
-from rdlm.decode.sampling import SamplingArrays, as_arrays, choose, per_row, stops
+from rdlm.config import CachePolicy, InputError, ModelConfig, Sampling, Speculative
+from rdlm.decode.loop import Request, begin, decode_tokens
+from rdlm.decode.passes import PREFILL_EXITS, next_power
+from rdlm.decode.sampling import as_arrays, per_row
+from rdlm.decode.speculative import check_speculation, speculate
 from rdlm.exits import ExitRule
-from rdlm.model import Params, check_depth, compute_dtype, typed_key
-
-_STREAM = 0x746F6B65  # keeps the randomness of tokens apart from that of states
+from rdlm.model import Params, check_depth, typed_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,36 +33,6 @@ class Generation:
     core_passes: int
 
 
-class Request(NamedTuple):
-    """What a batch of prompts asks for, as arrays: no value recompiles. Shapes [B] unless noted."""
-
-    num_steps: Array
-    min_steps: Array
-    check_every: Array  # scalar
-    init_scale: Array  # scalar
-    keys: Array
-    sampling: SamplingArrays
-    rule: ExitRule | None
-
-
-class Progress(NamedTuple):
-    """State of the token loop.
-
-    token [B]: last chosen, not yet processed. warm [B, 1, D]: state it starts from, if any. tokens, steps [B, N]: made
-    so far. count [B]: how many. done [B]. present [B, V]: tokens seen. passes: core iterations so far.
-    """
-
-    cache: Cache
-    token: Array
-    warm: Array | None
-    tokens: Array
-    steps: Array
-    count: Array
-    done: Array
-    present: Array
-    passes: Array
-
-
 def generate(
     params: Params,
     config: ModelConfig,
@@ -80,7 +47,7 @@ def generate(
     cache: CachePolicy = CachePolicy(),
     sampling: Sampling = Sampling(),
     warm_start: Literal[False, "normalized", "raw"] = False,
-    speculative: Any = None,
+    speculative: Speculative | None = None,
     init_scale: float = 1.0,
     key: Array | None = None,
     on_token: Callable[[int, int, int], None] | None = None,
@@ -115,28 +82,34 @@ def generate(
         config, prompts, max_new_tokens, num_steps, exit_rule, prefill_exit, min_steps, check_every, sampling,
         warm_start, init_scale, key,
     )  # fmt: skip
+    B, lookahead = len(prompts), 0
     if speculative is not None:
-        raise InputError("speculative: not available yet")
-    B = len(prompts)
+        check_speculation(speculative, cache, request.num_steps, exit_rule, warm_start)
+        lookahead = speculative.lookahead
     room = next_power(max_new_tokens, 16)
-    capacity = min(next_power(max(lengths) + max_new_tokens, 64), config.max_length)
+    capacity = next_power(max(lengths) + max_new_tokens + lookahead, 64)
     sets = cache.sets(next_power(int(np.max(request.num_steps))))
-    progress, prompt_steps = _begin(
+    progress, prompt_steps = begin(
         params, config, jnp.asarray(tokens), jnp.asarray(lengths), request, cache, sets, capacity, room,
         prefill_exit, warm_start,
     )  # fmt: skip
-    shown = 0
+    most, shown = jnp.int32(max_new_tokens), np.zeros(B, int)
     while True:
-        limit = min(shown + 1, max_new_tokens) if on_token else max_new_tokens
-        progress = _continue(params, config, progress, request, jnp.int32(limit), jnp.int32(max_new_tokens), warm_start)
+        # Without a listener one call makes everything; with one, each call makes the next token of the slowest row.
+        waiting = shown[~np.asarray(progress.done)]
+        limit = most if on_token is None else jnp.int32(min(waiting, default=0) + 1)
+        if speculative is None:
+            progress = decode_tokens(params, config, progress, request, limit, most, warm_start)
+        else:
+            progress = speculate(params, config, progress, request, limit, most, speculative)
         if on_token is None:
             break
         made, now, depth = (np.asarray(x) for x in (progress.count, progress.tokens, progress.steps))
         for b in range(B):
-            if made[b] > shown:
-                on_token(b, int(now[b, shown]), int(depth[b, shown]))
-        shown += 1
-        if shown >= max_new_tokens or bool(np.all(progress.done)):
+            for j in range(shown[b], made[b]):
+                on_token(b, int(now[b, j]), int(depth[b, j]))
+        shown = made
+        if np.all(np.asarray(progress.done) | (made >= max_new_tokens)):
             break
     made, now, depth, prompt_depth = (
         np.asarray(x) for x in (progress.count, progress.tokens, progress.steps, prompt_steps)
@@ -203,83 +176,3 @@ def _check(
     for i, row in enumerate(rows):
         tokens[i, : row.size] = row
     return request, tokens, lengths
-
-
-def _first(x: Array) -> Array:
-    return x[:, 0]
-
-
-@functools.partial(
-    jax.jit, static_argnames=("config", "policy", "sets", "capacity", "room", "prefill_exit", "warm_start")
-)
-def _begin(params, config, tokens, lengths, request, policy, sets, capacity, room, prefill_exit, warm_start):
-    """Prefill, and choose the first token."""
-    B, L = tokens.shape
-    empty = allocate(config, policy, sets, B, capacity, compute_dtype(params, config))
-    done, cache = run_pass(
-        params, config, empty, tokens, lengths, first=True, key=request.keys, init_scale=request.init_scale,
-        num_steps=request.num_steps, rule=None if prefill_exit == "never" else request.rule,
-        min_steps=request.min_steps, check_every=request.check_every, together=prefill_exit == "together",
-        last_only=True,
-    )  # fmt: skip
-    real = jnp.arange(L)[None] < lengths[:, None]
-    present = jnp.zeros((B, config.rows), bool)
-    present = present.at[jnp.arange(B)[:, None], jnp.where(real, tokens, config.rows)].set(True, mode="drop")
-    last = (lengths - 1)[:, None]
-    start = Progress(
-        cache=cache,
-        token=jnp.zeros(B, jnp.int32),
-        warm=None if not warm_start else _warm(done, last, warm_start),
-        tokens=jnp.zeros((B, room), jnp.int32),
-        steps=jnp.zeros((B, room), jnp.int32),
-        count=jnp.zeros(B, jnp.int32),
-        done=jnp.zeros(B, bool),
-        present=present,
-        passes=done.ran,
-    )
-    steps = jnp.take_along_axis(done.steps, last, axis=1)[:, 0]
-    return _emit(start, request, done.logits[:, 0], steps), done.steps
-
-
-def _warm(done, index: Array, kind: str) -> Array:
-    states = done.latents if kind == "normalized" else done.state
-    return jnp.take_along_axis(states, index[..., None], axis=1)
-
-
-def _emit(p: Progress, request: Request, logits: Array, steps: Array) -> Progress:
-    """Choose a token for every row that is not done, and write it down."""
-    keys = jax.vmap(lambda k, j: jax.random.fold_in(jax.random.fold_in(k, _STREAM), j))(request.keys, p.count)
-    token = choose(logits, p.present, request.sampling, keys)
-    rows = jnp.arange(len(token))
-    where = jnp.where(p.done, p.tokens.shape[1], p.count)
-    return p._replace(
-        token=token,
-        tokens=p.tokens.at[rows, where].set(token, mode="drop"),
-        steps=p.steps.at[rows, where].set(steps, mode="drop"),
-        count=p.count + ~p.done,
-        present=p.present.at[rows, token].set(True),
-        done=p.done | stops(token, request.sampling),
-    )
-
-
-@functools.partial(jax.jit, static_argnames=("config", "warm_start"), donate_argnames="progress")
-def _continue(params, config, progress, request, limit, most, warm_start) -> Progress:
-    """Make tokens until every row is done or has `limit` of them."""
-
-    def go_on(p: Progress) -> Array:
-        return jnp.any(~p.done & (p.count < limit))
-
-    def one(p: Progress) -> Progress:
-        count = jnp.where(p.done, 0, 1)
-        done, cache = run_pass(
-            params, config, p.cache, p.token[:, None], count, first=False, state=p.warm, key=request.keys,
-            init_scale=request.init_scale, num_steps=request.num_steps, rule=request.rule,
-            min_steps=request.min_steps, check_every=request.check_every,
-        )  # fmt: skip
-        p = p._replace(cache=cache, passes=p.passes + done.ran)
-        if warm_start:
-            p = p._replace(warm=_warm(done, jnp.zeros((len(count), 1), jnp.int32), warm_start))
-        p = _emit(p, request, done.logits[:, 0], done.steps[:, 0])
-        return p._replace(done=p.done | (p.count >= most))
-
-    return lax.while_loop(go_on, one, progress)

@@ -50,6 +50,7 @@ def run_pass(
     check_every: Any = 1,
     together: bool = False,
     last_only: bool = False,
+    resume: Any = None,
 ) -> tuple[Pass, Cache]:
     """Process `count` [B] of the tokens [B, L] behind what `cache` holds. Traced: the body of the public functions.
 
@@ -66,7 +67,8 @@ def run_pass(
     done = adaptive_pass(
         params, config, tokens, positions, ctx, jnp.asarray(state, dtype), valid,
         num_steps=num_steps, rule=rule, min_steps=min_steps, check_every=check_every, together=together,
-        policy=cache.policy, cache=None if first else cache, sets=cache.sets, last_only=last_only, key=key,
+        policy=cache.policy, cache=None if first else cache, sets=cache.sets, last_only=last_only,
+        key=key, resume=resume,
     )  # fmt: skip
     start = jnp.int32(0) if first else cache.length
     return done, append(cache, done.own, done.steps, done.ran, start, count)

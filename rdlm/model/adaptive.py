@@ -19,7 +19,7 @@ from rdlm.attention import HIDDEN
 from rdlm.cache import Cache, Own, held_set, read_set, skip_bias, write_set, zeros
 from rdlm.config import CachePolicy, ModelConfig
 from rdlm.exits import ExitRule, Observation
-from rdlm.model.network import Params, core_step, decode, embed, head, inject
+from rdlm.model.network import Layers, Params, core_step, decode, embed, head, inject
 from rdlm.model.noise import noisy
 from rdlm.modules import Context
 from rdlm.recurrence import unroll_until
@@ -29,7 +29,8 @@ class Pass(NamedTuple):
     """What a pass leaves behind.
 
     logits f32 [B, L, V] (L = 1 when only the last position was asked for); latents, state [B, L, D] (after and before
-    ln_f); steps int32 [B, L]; ran int32 scalar, sequential recurrences; own: keys and values to append to the cache.
+    ln_f); steps int32 [B, L]; ran int32 scalar, the recurrence at which the last token stopped; own: keys and values to
+    append to the cache.
     """
 
     logits: Array
@@ -70,6 +71,7 @@ def adaptive_pass(
     sets: int | None = None,
     last_only: bool = False,
     key: Array | None = None,
+    resume: tuple[Array, Layers] | None = None,
 ) -> Pass:
     """Run the pass.
 
@@ -85,6 +87,8 @@ def adaptive_pass(
       sets: sets of own keys and values to keep for a cache; None: as few as the pass itself needs.
       last_only: logits of each row's last valid position only.
       key: of the test-time noise.
+      resume: (i, own core sets [S, B, L, .]) to go on where an earlier pass over the same tokens stopped: s0 are their
+        states after i recurrences, and the sets below i are written.
     """
     B, L = tokens.shape
     most = _per_token(num_steps, tokens)
@@ -151,11 +155,12 @@ def adaptive_pass(
     def shape(count: int, *lead: int) -> tuple:
         return tuple(zeros(config, (*lead, B, L), dtype) for _ in range(count))
 
+    begin, core = (jnp.int32(0), shape(config.core_layers, sets)) if resume is None else resume
     start = _Loop(
         s=s0,
-        active=valid,
-        steps=jnp.zeros((B, L), jnp.int32),
-        core=shape(config.core_layers, sets),
+        active=valid & (begin < most),
+        steps=jnp.where(valid, begin, 0),
+        core=core,
         rule=() if rule is None else exits.init(rule, at_last(s0) if by_last else s0, config.rows),
         coda=shape(config.coda_layers) if rule is not None and rule.needs_logits else (),
         fresh=jnp.zeros((B, L), bool),
@@ -163,7 +168,7 @@ def adaptive_pass(
         if rule is not None and rule.needs_logits
         else jnp.zeros(()),
     )
-    c, ran = unroll_until(step, lambda c, i: ~jnp.any(c.active), start, jnp.max(most))
+    c, ran = unroll_until(step, lambda c, i: ~jnp.any(c.active), start, jnp.max(most), begin)
     logits, z, coda = read(c.s, None, None)
     return Pass(logits, z, c.s, c.steps, ran, Own(prelude, c.core, coda))
 

@@ -1,0 +1,129 @@
+"""The token loop: what a batch of requests asks for, how far it is, and one more token for every row."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from rdlm.cache import Cache, allocate
+from rdlm.decode.passes import run_pass
+from rdlm.decode.sampling import SamplingArrays, choose, stops
+from rdlm.exits import ExitRule
+from rdlm.model import compute_dtype
+
+_STREAM = 0x746F6B65  # keeps the randomness of tokens apart from that of states
+
+
+class Request(NamedTuple):
+    """What a batch of prompts asks for, as arrays: no value recompiles. Shapes [B] unless noted."""
+
+    num_steps: Array
+    min_steps: Array
+    check_every: Array  # scalar
+    init_scale: Array  # scalar
+    keys: Array
+    sampling: SamplingArrays
+    rule: ExitRule | None
+
+
+class Progress(NamedTuple):
+    """State of the token loop.
+
+    token [B]: last chosen, not yet processed. warm [B, 1, D]: state it starts from, if any. tokens, steps [B, N]: made
+    so far. count [B]: how many. done [B]. present [B, V]: tokens seen. passes: core iterations so far.
+    """
+
+    cache: Cache
+    token: Array
+    warm: Array | None
+    tokens: Array
+    steps: Array
+    count: Array
+    done: Array
+    present: Array
+    passes: Array
+
+
+@functools.partial(
+    jax.jit, static_argnames=("config", "policy", "sets", "capacity", "room", "prefill_exit", "warm_start")
+)
+def begin(params, config, tokens, lengths, request, policy, sets, capacity, room, prefill_exit, warm_start):
+    """Prefill, and choose the first token."""
+    B, L = tokens.shape
+    empty = allocate(config, policy, sets, B, capacity, compute_dtype(params, config))
+    done, cache = run_pass(
+        params, config, empty, tokens, lengths, first=True, key=request.keys, init_scale=request.init_scale,
+        num_steps=request.num_steps, rule=None if prefill_exit == "never" else request.rule,
+        min_steps=request.min_steps, check_every=request.check_every, together=prefill_exit == "together",
+        last_only=True,
+    )  # fmt: skip
+    real = jnp.arange(L)[None] < lengths[:, None]
+    present = jnp.zeros((B, config.rows), bool)
+    present = present.at[jnp.arange(B)[:, None], jnp.where(real, tokens, config.rows)].set(True, mode="drop")
+    last = (lengths - 1)[:, None]
+    start = Progress(
+        cache=cache,
+        token=jnp.zeros(B, jnp.int32),
+        warm=None if not warm_start else _warm(done, last, warm_start),
+        tokens=jnp.zeros((B, room), jnp.int32),
+        steps=jnp.zeros((B, room), jnp.int32),
+        count=jnp.zeros(B, jnp.int32),
+        done=jnp.zeros(B, bool),
+        present=present,
+        passes=done.ran,
+    )
+    steps = jnp.take_along_axis(done.steps, last, axis=1)[:, 0]
+    return emit(start, request, done.logits[:, 0], steps), done.steps
+
+
+def _warm(done, index: Array, kind: str) -> Array:
+    states = done.latents if kind == "normalized" else done.state
+    return jnp.take_along_axis(states, index[..., None], axis=1)
+
+
+def token_keys(request: Request, index: Array) -> Array:
+    """Keys [B] for choosing token `index` [B] of each row."""
+    return jax.vmap(lambda k, j: jax.random.fold_in(jax.random.fold_in(k, _STREAM), j))(request.keys, index)
+
+
+def emit(p: Progress, request: Request, logits: Array, steps: Array) -> Progress:
+    """Choose a token for every row that is not done, and write it down."""
+    keys = token_keys(request, p.count)
+    token = choose(logits, p.present, request.sampling, keys)
+    rows = jnp.arange(len(token))
+    where = jnp.where(p.done, p.tokens.shape[1], p.count)
+    return p._replace(
+        token=token,
+        tokens=p.tokens.at[rows, where].set(token, mode="drop"),
+        steps=p.steps.at[rows, where].set(steps, mode="drop"),
+        count=p.count + ~p.done,
+        present=p.present.at[rows, token].set(True),
+        done=p.done | stops(token, request.sampling),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("config", "warm_start"), donate_argnames="progress")
+def decode_tokens(params, config, progress, request, limit, most, warm_start) -> Progress:
+    """Make tokens until every row is done or has `limit` of them."""
+
+    def go_on(p: Progress) -> Array:
+        return jnp.any(~p.done & (p.count < limit))
+
+    def one(p: Progress) -> Progress:
+        count = jnp.where(p.done, 0, 1)
+        done, cache = run_pass(
+            params, config, p.cache, p.token[:, None], count, first=False, state=p.warm, key=request.keys,
+            init_scale=request.init_scale, num_steps=request.num_steps, rule=request.rule,
+            min_steps=request.min_steps, check_every=request.check_every,
+        )  # fmt: skip
+        p = p._replace(cache=cache, passes=p.passes + done.ran)
+        if warm_start:
+            p = p._replace(warm=_warm(done, jnp.zeros((len(count), 1), jnp.int32), warm_start))
+        p = emit(p, request, done.logits[:, 0], done.steps[:, 0])
+        return p._replace(done=p.done | (p.count >= most))
+
+    return lax.while_loop(go_on, one, progress)
