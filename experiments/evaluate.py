@@ -1,0 +1,165 @@
+"""Validation loss by depth of a trained run, every depth from one unroll.
+
+    python experiments/evaluate.py runs/quickstart
+    python experiments/evaluate.py runs/quickstart --depths 1 2 4 8 16 32 64 --batches 20
+    python experiments/evaluate.py runs/quickstart --saved
+
+Prints a table: loss in nats per token, bits per byte of text, and the change from the row above. Writes
+loss_by_depth.json and, where matplotlib is installed, loss_by_depth.png into the run folder. Those are always about the
+newest checkpoint and all of the validation data: --step and --batches write files of their own beside them, named after
+step and batches. Exit codes: 0 done, 2 wrong input.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from rdlm.config import DataConfig, InputError, require
+from rdlm.runtime import parse_arguments, run_command
+
+if TYPE_CHECKING:
+    from rdlm.data import Batch, PackedData
+    from rdlm.evaluate import DepthCurve
+    from rdlm.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Evaluate the run in RUN_DIR on its validation data."""
+
+    run_dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
+    """Run folder, made by train.py or convert_huggingface.py."""
+    depths: tuple[int, ...] | None = None
+    """Recurrences r to read the loss at. None: those of the run's config (evaluation.depths)."""
+    batches: int | None = None
+    """Only the first N validation batches: quicker, noisier. None: all."""
+    step: int | None = None
+    """Checkpoint to evaluate. None: the newest."""
+    data_folder: str | None = None
+    """Folder of prepared data. None: the one in the run's config (data.folder)."""
+    saved: bool = False
+    """Evaluate nothing: print and draw the loss_by_depth.json that is there."""
+
+
+def main() -> int:
+    args = parse_arguments(
+        Args, prog="evaluate.py", description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)
+    )  # fmt: skip
+    require(args.batches is None or args.batches >= 1, "--batches", args.batches, "must be at least 1")
+    if args.saved and args.depths:
+        raise InputError("--saved: shows the depths that were evaluated; leave out --depths, or --saved")
+    from rdlm.checkpoint import load_tokenizer, read_config, saved_steps  # JAX takes seconds to import
+    from rdlm.report import CURVE
+
+    run, tokenizer = read_config(args.run_dir), load_tokenizer(args.run_dir, args.step)
+    newest = saved_steps(args.run_dir)[-1]
+    step = newest if args.step is None else args.step
+    part = ("" if step == newest else f"_step_{step}") + (f"_batches_{args.batches}" if args.batches else "")
+    name = CURVE.replace(".", part + ".")
+    folder = run.data.folder if args.data_folder is None else args.data_folder
+    data = validation(args.run_dir, step, dataclasses.replace(run.data, folder=folder), tokenizer)
+    if args.saved:
+        curve = saved_curve(args.run_dir, name, data, tokenizer, args.batches)
+    else:
+        curve = evaluate(args, step, args.depths or run.evaluation.depths, data, tokenizer)
+        write(args.run_dir, name, curve)
+    show(f"{args.run_dir}, step {step}", curve, args.batches)
+    picture(args.run_dir, name)
+    return 0
+
+
+def validation(run_dir: Path, step: int, config: DataConfig, tokenizer: Tokenizer) -> PackedData:
+    """The run's validation data, refused unless it was made with the run's tokenizer."""
+    from rdlm.checkpoint import read_meta
+    from rdlm.data import PackedData, prepare, prepared_folder
+
+    # A converted model brings its own tokenizer; data for it are made on first use. A run trained here must find
+    # what it was trained on, which `prepare` makes again, equal in every byte, if it is gone.
+    foreign = "source" in read_meta(run_dir, step) and not prepared_folder(config).exists()
+    folder = prepare(config, tokenizer=tokenizer if foreign else None)
+    return PackedData(
+        folder, "validation", sequence_length=config.sequence_length, batch_size=config.batch_size, shuffle=False,
+        tokenizer_hash=tokenizer.hash,
+    )  # fmt: skip
+
+
+def evaluate(args: Args, step: int, depths: tuple[int, ...], data: PackedData, tokenizer: Tokenizer) -> DepthCurve:
+    """The curve at the given depths."""
+    from rdlm.checkpoint import load_checkpoint
+    from rdlm.evaluate import depth_curve
+    from rdlm.metrics import Progress
+
+    params, config = load_checkpoint(args.run_dir, step)
+    total = data.steps_per_epoch if args.batches is None else min(args.batches, data.steps_per_epoch)
+    progress = Progress(total)
+
+    def batches() -> Iterator[Batch]:
+        for i, batch in enumerate(data.batches(total)):
+            progress.update(i + 1, f"validation batches, r up to {max(depths)}", last=i + 1 == total)
+            yield batch
+
+    curve = depth_curve(params, config, batches(), tuple(sorted(set(depths))), tokenizer.token_bytes)
+    assert curve is not None  # nothing asks it to stop
+    return curve
+
+
+def saved_curve(run_dir: Path, name: str, data: PackedData, tokenizer: Tokenizer, batches: int | None) -> DepthCurve:
+    """What loss_by_depth.json says, with the bits per byte that follow from the validation text."""
+    from rdlm.data import IGNORED
+    from rdlm.evaluate import DepthCurve
+    from rdlm.report import read_curve
+
+    curve, tokens, size = read_curve(run_dir, name), 0, 0
+    for batch in data.batches(batches):
+        labels = batch["labels"][batch["labels"] != IGNORED]
+        tokens, size = tokens + labels.size, size + int(tokenizer.token_bytes[labels].sum())
+    nats = list(curve.values())
+    return DepthCurve(tuple(curve), nats, [x / math.log(2) * tokens / size for x in nats], tokens, size)
+
+
+def write(run_dir: Path, name: str, curve: DepthCurve) -> None:
+    """Save the curve as {"1": nats, ...}."""
+    from rdlm.train import write_curve
+
+    try:
+        write_curve(run_dir / name, curve)
+    except OSError as error:
+        raise InputError(f"{run_dir / name}: cannot be written ({error.strerror or error})") from error
+
+
+def show(what: str, curve: DepthCurve, batches: int | None) -> None:
+    """Print the table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    part = "" if batches is None else f" (first {batches} batches)"
+    table = Table(title=f"Validation loss by depth: {what}", caption=f"{curve.tokens:,} tokens{part}")
+    for head in ("recurrences r", "nats per token", "bits per byte", "change in nats"):
+        table.add_column(head, justify="right")
+    before: float | None = None
+    for r, nats, bits in zip(curve.depths, curve.nats, curve.bits_per_byte, strict=True):
+        table.add_row(str(r), f"{nats:.4f}", f"{bits:.4f}", "" if before is None else f"{nats - before:+.4f}")
+        before = nats
+    Console(highlight=False).print(table)
+
+
+def picture(run_dir: Path, name: str) -> None:
+    """Draw the curve if matplotlib is there, and say where everything is."""
+    from rdlm.report import plot_loss_by_depth
+
+    print(f"numbers: {run_dir / name}")
+    if importlib.util.find_spec("matplotlib") is None:
+        print("picture: none, matplotlib is not installed (pip install 'rdlm[plots]')")
+    else:
+        print(f"picture: {plot_loss_by_depth(run_dir, name)}")
+
+
+if __name__ == "__main__":
+    run_command(main)
