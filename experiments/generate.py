@@ -1,0 +1,204 @@
+"""Continue a prompt with a trained run; every token takes as many recurrences as it needs.
+
+    python experiments/generate.py runs/quickstart --prompt "Geography"
+    python experiments/generate.py runs/quickstart --prompt "Geography" --exit none --steps 8
+    python experiments/generate.py runs/quickstart --prompt "Geography" --exit latent_diff --temperature 0.7 --seed 1
+
+Text appears as it is made. Then every token is shown with the recurrences it took: coloured on a terminal, as a list
+of TOKEN/RECURRENCES elsewhere. Exit codes: 0 done, 2 wrong input.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from rdlm.config import InputError, Sampling, require
+from rdlm.runtime import parse_arguments, run_command
+
+if TYPE_CHECKING:
+    from rdlm.decode import Generation
+    from rdlm.exits import ExitRule
+    from rdlm.tokenizer import Tokenizer
+
+# Backgrounds from few to many recurrences: one hue, darker is deeper, readable in grey and with any colour vision.
+SHADES = ("#fff7ec", "#fee8c8", "#fdd49e", "#fdbb84", "#fc8d59", "#ef6548", "#d7301f", "#990000")
+DARK = 5  # shades from here on carry white text
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Continue a prompt with the run in RUN_DIR."""
+
+    run_dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
+    """Run folder, made by train.py or convert_huggingface.py."""
+    prompt: str
+    """Text to continue; may be empty."""
+    max_new_tokens: int = 64
+    """Most tokens to make; the tokenizer's end token stops earlier."""
+    steps: int | None = None
+    """Recurrences per token, or with an exit rule the most of them.
+
+    None: mean_recurrence of the model with --exit none, twice that otherwise, about as deep as training went."""
+    exit: Literal["none", "kl", "min_p_kl", "entropy_diff", "latent_diff", "cosine", "argmax_stability"] = "kl"
+    """When a token stops thinking, before --steps.
+
+    kl, min_p_kl, entropy_diff: its prediction hardly changes from one recurrence to the next.
+
+    latent_diff, cosine: its state hardly changes. argmax_stability: its likeliest next token stays the same."""
+    threshold: float | None = None
+    """Threshold of the exit rule: larger stops earlier, except that argmax_stability counts recurrences.
+
+    None: kl 5e-4, min_p_kl 1e-5, entropy_diff 1e-3, latent_diff 0.03, cosine 1e-3, argmax_stability 5."""
+    min_steps: int = 0
+    """The exit rule is first asked after this many recurrences plus one."""
+    temperature: float = 0.0
+    """0 takes the likeliest token; larger is more varied."""
+    top_k: int = 0
+    """Sample among the K likeliest tokens; 0 is off."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens that together have this probability; 1 is off."""
+    min_p: float = 0.0
+    """Leave out tokens less likely than this share of the likeliest; 0 is off."""
+    repetition_penalty: float = 1.0
+    """Divides the logits of tokens that already occurred; 1 is off."""
+    seed: int = 0
+    """Of the initial states and of sampling."""
+    show_steps: bool = True
+    """Show the recurrences that every token took."""
+
+
+def main() -> int:
+    args = parse_arguments(Args, prog="generate.py", description=__doc__)
+    require(args.max_new_tokens >= 1, "--max-new-tokens", args.max_new_tokens, "must be at least 1")
+    require(args.steps is None or args.steps >= 1, "--steps", args.steps, "must be at least 1")
+    require(0 <= args.seed < 2**31, "--seed", args.seed, "must be in [0, 2**31)")
+    if args.exit == "none" and args.threshold is not None:
+        raise InputError(f"--threshold {args.threshold:g}: --exit none has no threshold; leave one of them out")
+    import jax  # takes seconds, so only now
+
+    from rdlm.checkpoint import load_checkpoint, load_tokenizer, read_config
+    from rdlm.decode import generate
+
+    model, tokenizer = read_config(args.run_dir).model, load_tokenizer(args.run_dir)
+    rule = exit_rule(args)
+    most = args.steps or model.mean_recurrence * (1 if rule is None else 2)
+    prompt = tokenizer.encode(args.prompt)
+    params, model = load_checkpoint(args.run_dir)
+    with Stream(tokenizer, args.prompt) as stream:
+        out = generate(
+            params, model, [prompt], max_new_tokens=args.max_new_tokens, num_steps=most, exit_rule=rule,
+            min_steps=args.min_steps, sampling=sampling(args, tokenizer), key=jax.random.key(args.seed),
+            on_token=stream.token,
+        )  # fmt: skip
+    if args.show_steps:
+        show_steps(tokenizer, out, most)
+    summary(out, args, most, stream.rate)
+    return 0
+
+
+def exit_rule(args: Args) -> ExitRule | None:
+    """The rule the command line asks for."""
+    if args.exit == "none":
+        return None
+    from rdlm import exits
+
+    make = getattr(exits, args.exit)
+    if args.threshold is None:
+        return make()
+    return make(int(args.threshold) if args.exit == "argmax_stability" else args.threshold)
+
+
+def sampling(args: Args, tokenizer: Tokenizer) -> Sampling:
+    """How tokens are chosen."""
+    return Sampling(
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        stop_tokens=(tokenizer.eos_id,),
+    )
+
+
+class Stream:
+    """Prints the prompt and the tokens as they come, and measures their rate."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: str) -> None:
+        """Nothing is printed before the first token; a terminal shows that something is going on."""
+        from rich.console import Console
+
+        self.decoder, self.prompt = tokenizer.decode_stream(), prompt
+        self.times: list[float] = []
+        self.waiting = Console(stderr=True).status("compiling")
+
+    def __enter__(self) -> Stream:
+        self.waiting.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.waiting.stop()
+        if self.times:
+            print(self.decoder.end(), flush=True)
+
+    def token(self, prompt: int, token: int, steps: int) -> None:
+        """One more token."""
+        del prompt, steps
+        if not self.times:
+            self.waiting.stop()
+            print(self.prompt, end="")
+        self.times.append(time.perf_counter())
+        print(self.decoder.push(token), end="", flush=True)
+
+    @property
+    def rate(self) -> float | None:
+        """Tokens per second after the first, so that neither the prompt nor compilation counts."""
+        if len(self.times) < 3:
+            return None
+        return (len(self.times) - 1) / (self.times[-1] - self.times[0])
+
+
+def show_steps(tokenizer: Tokenizer, out: Generation, most: int) -> None:
+    """Every new token with its recurrences: shaded on a terminal, as TOKEN/RECURRENCES elsewhere."""
+    from rich.console import Console
+    from rich.text import Text
+
+    tokens, steps = out.tokens[0].tolist(), out.steps[0].tolist()
+    pieces = [tokenizer.decode([t], skip_special=False) for t in tokens]
+    if not sys.stdout.isatty():
+        print("\ntoken/recurrences: " + " ".join(f"{piece!r}/{r}" for piece, r in zip(pieces, steps, strict=True)))
+        return
+    low, high = min(steps), max(steps)
+    text = Text("\n")
+    for piece, r in zip(pieces, steps, strict=True):
+        text.append(piece.replace("\n", "⏎\n"), style(r, low, high))
+    text.append("\n\nrecurrences: ")
+    for r in sorted(set(steps)):
+        text.append(f" {r} ", style(r, low, high))
+    Console(highlight=False).print(text)
+
+
+def style(r: int, low: int, high: int) -> str:
+    """Rich style for r recurrences between the least and the most that occurred."""
+    shade = (r - low) * (len(SHADES) - 1) // max(high - low, 1)
+    return f"{'#ffffff' if shade >= DARK else '#000000'} on {SHADES[shade]}"
+
+
+def summary(out: Generation, args: Args, most: int, rate: float | None) -> None:
+    """One line of figures."""
+    steps, before = out.steps[0], out.prompt_steps[0]
+    line = f"{len(steps)} tokens, {steps.mean():.1f} recurrences on average"
+    if args.exit != "none":
+        line += f" ({steps.min()} to {steps.max()}, at most {most}; prompt {before.mean():.1f}), exit {args.exit}"
+    if rate is not None:
+        line += f"; {rate:.1f} tokens/s without compilation"
+    print(line)
+
+
+if __name__ == "__main__":
+    run_command(main)
