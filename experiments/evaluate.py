@@ -56,17 +56,18 @@ def main() -> int:
     if args.saved and args.depths:
         raise InputError("--saved: shows the depths that were evaluated; leave out --depths, or --saved")
     from rdlm.checkpoint import load_tokenizer, read_config, saved_steps  # JAX takes seconds to import
-    from rdlm.report import CURVE
+    from rdlm.report import CURVE, read_curve
 
     run, tokenizer = read_config(args.run_dir), load_tokenizer(args.run_dir, args.step)
     newest = saved_steps(args.run_dir)[-1]
     step = newest if args.step is None else args.step
     part = ("" if step == newest else f"_step_{step}") + (f"_batches_{args.batches}" if args.batches else "")
     name = CURVE.replace(".", part + ".")
+    saved = read_curve(args.run_dir, name) if args.saved else None
     folder = run.data.folder if args.data_folder is None else args.data_folder
     data = validation(args.run_dir, step, dataclasses.replace(run.data, folder=folder), tokenizer)
-    if args.saved:
-        curve = saved_curve(args.run_dir, name, data, tokenizer, args.batches)
+    if saved is not None:
+        curve = saved_curve(saved, data, tokenizer, args.batches)
     else:
         curve = evaluate(args, step, args.depths or run.evaluation.depths, data, tokenizer)
         write(args.run_dir, name, curve)
@@ -110,18 +111,17 @@ def evaluate(args: Args, step: int, depths: tuple[int, ...], data: PackedData, t
     return curve
 
 
-def saved_curve(run_dir: Path, name: str, data: PackedData, tokenizer: Tokenizer, batches: int | None) -> DepthCurve:
-    """What loss_by_depth.json says, with the bits per byte that follow from the validation text."""
+def saved_curve(saved: dict[int, float], data: PackedData, tokenizer: Tokenizer, batches: int | None) -> DepthCurve:
+    """A saved curve with the bits per byte that follow from the validation text."""
     from rdlm.data import IGNORED
     from rdlm.evaluate import DepthCurve
-    from rdlm.report import read_curve
 
-    curve, tokens, size = read_curve(run_dir, name), 0, 0
+    tokens = size = 0
     for batch in data.batches(batches):
         labels = batch["labels"][batch["labels"] != IGNORED]
         tokens, size = tokens + labels.size, size + int(tokenizer.token_bytes[labels].sum())
-    nats = list(curve.values())
-    return DepthCurve(tuple(curve), nats, [x / math.log(2) * tokens / size for x in nats], tokens, size)
+    nats = list(saved.values())
+    return DepthCurve(tuple(saved), nats, [x / math.log(2) * tokens / size for x in nats], tokens, size)
 
 
 def write(run_dir: Path, name: str, curve: DepthCurve) -> None:
