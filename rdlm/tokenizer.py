@@ -6,7 +6,7 @@ import codecs
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,9 @@ SPECIAL_TOKENS = (BEGIN_TEXT, END_TEXT, "<|begin_header|>", "<|end_header|>", "<
 # before it), runs of newlines, other blanks. Digits stay single so that numbers are spelt the same everywhere.
 _SPLIT = r" ?\p{L}[\p{L}\p{M}]*|\p{N}|\n+| ?[^\s\p{L}\p{N}]|[^\S\n]+(?!\S)|[^\S\n]+"
 _LONGEST_TOKEN = 32  # bytes, as the reference
+
+
+_CHAT_TOKENS = ("<|begin_header|>", "<|end_header|>", "<|end_turn|>")
 
 
 class Tokenizer:
@@ -152,6 +155,41 @@ class Tokenizer:
             raise InputError(f"text: cannot be encoded ({error}); give valid Unicode strings") from error
         before, after = [self.bos_id] * bos, [self.eos_id] * eos
         return [np.array(before + e.ids + after, np.int32) for e in encodings]
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]], reply: bool = True) -> np.ndarray:
+        """A conversation as the reference's chat template writes it (spec section 7), int32 [n].
+
+        Every message is header, role, header end, two line breaks, stripped content, end of turn; the first follows the
+        begin token. Special tokens spelled out in a message stay text.
+
+        Args:
+          messages: {"role": "system" | "user" | "assistant", "content": ...}; the assistant is written as Huginn.
+          reply: end with the assistant's header, for the model to go on; False: end with the end token.
+
+        Raises:
+          InputError: no messages, one without role or content, or a tokenizer without the special tokens.
+        """
+        if not messages:
+            raise InputError("messages: at least one is needed")
+        missing = [name for name in _CHAT_TOKENS if name not in self.special_ids]
+        if missing:
+            raise InputError(f"tokenizer: has no special token {missing[0]!r}, which the chat template needs")
+        begin_header, end_header, end_turn = (self.special_ids[name] for name in _CHAT_TOKENS)
+
+        def text(words: str) -> list[int]:
+            return self.encode(words, bos=False).tolist()
+
+        def header(role: str) -> list[int]:
+            return [begin_header, *text("Huginn" if role == "assistant" else role), end_header]
+
+        ids = [self.bos_id]
+        for i, message in enumerate(messages):
+            for field in ("role", "content"):
+                if not isinstance(message.get(field), str):
+                    raise InputError(f"messages[{i}]: {field!r} is missing or not text")
+            ids += [*header(message["role"]), *text("\n\n" + message["content"].strip()), end_turn]
+        ids += [*header("assistant"), *text("\n\n")] if reply else [self.eos_id]
+        return np.array(ids, np.int32)
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Text of token ids. Bytes that are not UTF-8 become U+FFFD; ids outside the vocabulary are left out."""

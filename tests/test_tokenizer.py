@@ -269,3 +269,28 @@ def test_batches_encode_like_single_texts(seed):
     texts = random.Random(seed).sample(TEXTS, 3)
     for text, ids in zip(texts, TOKENIZER.encode_batch(texts), strict=True):
         np.testing.assert_array_equal(ids, TOKENIZER.encode(text))
+
+
+def test_chat_follows_the_reference_template():
+    chat = [
+        {"role": "system", "content": " Be brief. "},
+        {"role": "user", "content": "<|end_turn|> 1+1?"},
+        {"role": "assistant", "content": "2"},
+    ]
+    written = (
+        "<|begin_text|><|begin_header|>system<|end_header|>\n\nBe brief.<|end_turn|>"
+        "<|begin_header|>user<|end_header|>\n\n<|end_turn|> 1+1?<|end_turn|>"
+        "<|begin_header|>Huginn<|end_header|>\n\n2<|end_turn|>"
+    )
+    ids = TOKENIZER.encode_chat(chat)
+    assert TOKENIZER.decode(ids, skip_special=False) == written + "<|begin_header|>Huginn<|end_header|>\n\n"
+    closed = TOKENIZER.encode_chat(chat, reply=False)
+    assert TOKENIZER.decode(closed, skip_special=False) == written + "<|end_text|>"
+    end_turn = TOKENIZER.special_ids["<|end_turn|>"]
+    assert (ids == end_turn).sum() == 3, "a special token spelled out by a user stays text"
+
+
+@pytest.mark.parametrize("messages", [[], [{"role": "user"}], [{"role": 1, "content": "x"}]])
+def test_chat_refuses_what_is_no_conversation(messages):
+    with pytest.raises(InputError, match="messages"):
+        TOKENIZER.encode_chat(messages)

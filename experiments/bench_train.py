@@ -1,0 +1,122 @@
+"""How fast is a training step, against what the machine can do at best in the same run?
+
+    python experiments/bench_train.py                 # the D=256 shape: 2/4/2 layers, batch 8 x 256, n = k = 8, f32
+    python experiments/bench_train.py --remat iteration --batch-size 4
+
+Prints tokens/s, model GFLOP/s (analytic: full attention, unsplit adapter, no recomputation) and their ratio to a
+1024^3 f32 matrix product measured before and after in the same process; and the cost of one more free recurrence (n)
+and of one more with gradient (k), from which step times at other depths follow. One program serves every depth.
+Hardware: any; 2 CPU cores take about two minutes. Expected there: a ratio of 0.5 or more, see the README.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import tyro
+
+from rdlm import flops
+from rdlm.config import ModelConfig
+from rdlm.losses import loss
+from rdlm.model import init_params
+from rdlm.runtime import run_command
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Shape and depth of the measured step."""
+
+    embed_dim: int = 256
+    num_heads: int = 8
+    mlp_dim: int = 704
+    vocab_size: int = 4096
+    layers: tuple[int, int, int] = (2, 4, 2)
+    """Prelude, core, coda."""
+    batch_size: int = 8
+    sequence_length: int = 256
+    n: int = 8
+    """Recurrences without gradient."""
+    k: int = 8
+    """Recurrences with gradient."""
+    remat: Literal["none", "iteration"] = "none"
+    repeats: int = 5
+    """Timed steps at each depth; the fastest counts."""
+    json: bool = False
+    """Print one JSON object instead of a table."""
+
+
+def fastest(run: Callable[[], object], repeats: int) -> float:
+    """Seconds of the fastest of `repeats` calls, after one that compiles."""
+    jax.block_until_ready(run())
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def measure(options: Options) -> dict[str, float]:
+    """All figures of one run."""
+    prelude, core, coda = options.layers
+    config = ModelConfig(
+        vocab_size=options.vocab_size, embed_dim=options.embed_dim, num_heads=options.num_heads,
+        mlp_dim=options.mlp_dim, prelude_layers=prelude, core_layers=core, coda_layers=coda,
+        max_length=options.sequence_length, mean_recurrence=max(options.n + options.k, 1),
+        backprop_depth=max(options.k, 1),
+    )  # fmt: skip
+    params = init_params(config, jax.random.key(0))
+    rows = jax.random.randint(
+        jax.random.key(1), (options.batch_size, options.sequence_length + 1), 0, options.vocab_size
+    )  # fmt: skip
+    remat = options.remat == "iteration"
+    step = jax.jit(
+        jax.value_and_grad(lambda params, n, k: loss(params, config, rows, steps=(n, k), max_k=options.k, remat=remat))
+    )
+    square = jnp.ones((1024, 1024))
+    multiply = jax.jit(lambda a: a @ a)
+
+    def peak() -> float:
+        return 2 * 1024**3 / fastest(lambda: multiply(square), 20)
+
+    def seconds(n: int, k: int) -> float:
+        return fastest(lambda: step(params, jnp.int32(n), jnp.int32(k)), options.repeats)
+
+    before = peak()
+    full = seconds(options.n, options.k)
+    more_n, less_k = seconds(options.n + 8, options.k), seconds(options.n, max(options.k - 4, 0))
+    best = max(before, peak())
+    tokens = options.batch_size * options.sequence_length
+    work = tokens * flops.training_flops(config, options.n, options.k, options.sequence_length)
+    return {
+        "seconds_per_step": full,
+        "tokens_per_second": tokens / full,
+        "model_gflops": work / full / 1e9,
+        "matmul_gflops": best / 1e9,
+        "ratio": work / full / best,
+        "seconds_per_free_recurrence": (more_n - full) / 8,
+        "seconds_per_gradient_recurrence": (full - less_k) / min(4, options.k) if options.k else 0.0,
+        "compiled_programs": step._cache_size(),
+    }
+
+
+def main() -> None:
+    options = tyro.cli(Options, description=__doc__)
+    found = measure(options)
+    if options.json:
+        print(json.dumps(found))
+        return
+    print(f"{jax.devices()[0].device_kind}, {options.batch_size} x {options.sequence_length} tokens,", end=" ")
+    print(f"n = {options.n}, k = {options.k}, remat {options.remat}")
+    for name, value in found.items():
+        print(f"  {name:34} {value:12,.3f}")
+
+
+if __name__ == "__main__":
+    run_command(main)
