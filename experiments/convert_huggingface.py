@@ -175,16 +175,26 @@ def write_huggingface(folder: Path, params: Any, config: ModelConfig, source: Pa
 
 
 def logits(params: Any, config: ModelConfig, recurrences: int) -> np.ndarray:
-    """f32 [2, L, V] on fixed random tokens."""
+    """f32 [2, L, V] on fixed random tokens, from a fixed state."""
     import jax
+    import jax.numpy as jnp
     import numpy as np
 
-    from rdlm.model import forward
+    from rdlm.model import compute_dtype, context, core_step, embed, inject, readout
+    from rdlm.recurrence import initial_state
 
-    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, min(16, config.max_length)))
-    # r is traced: a loop of a few steps must not be unrolled for models of this size.
-    out = jax.jit(lambda params, tokens, r: forward(params, config, tokens, r).logits)(params, tokens, recurrences)
-    return np.asarray(out)
+    length = min(16, config.max_length)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, config.vocab_size, (2, length), np.int32))
+    positions = jnp.arange(length)
+    ctx = context(config, positions, None)
+    s = initial_state(jax.random.key(0), positions, config.embed_dim, compute_dtype(params, config))
+    s = jnp.broadcast_to(s, (*tokens.shape, config.embed_dim))
+
+    # Operation by operation: compiled as a whole, XLA on CPU widens all bf16 weights to f32 at once.
+    injected = inject(params, config, embed(params, config, tokens, ctx)[0])
+    for _ in range(recurrences):
+        s, _ = core_step(params, config, s, injected, ctx)
+    return np.asarray(readout(params, config, s, ctx)[0])
 
 
 def verified(before: np.ndarray, config: ModelConfig, args: Args) -> bool:
