@@ -136,7 +136,7 @@ def append(cache: Cache, own: Own, steps: Array, ran: Array, start: Array, count
 
     def put(target: Array, new: Array, lead: int) -> Array:
         if jnp.ndim(start) == 0:
-            index = [0] * target.ndim
+            index: list[Array | int] = [0] * target.ndim
             index[lead + 1] = start
             return lax.dynamic_update_slice(target, new.astype(target.dtype), index)
         L, B = new.shape[lead + 1], new.shape[lead]

@@ -7,7 +7,7 @@ are what `rdlm.sharding` maps onto mesh axes.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -106,7 +106,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """[..., D] -> [..., D]."""
-        scale = self.param(
+        scale: Any = self.param(  # the initialiser's box is gone by now
             "scale",
             nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
             (x.shape[-1],),
@@ -117,9 +117,9 @@ class RMSNorm(nn.Module):
 
 def weight(module: nn.Module, name: str, shape: tuple[int, ...], std: float, axes: tuple[str | None, ...], dtype=None):
     """Declare a parameter of `module`: shape, initialiser and logical axes in one line, cast to the compute dtype."""
-    config: ModelConfig = module.config  # type: ignore[attr-defined]
+    config: ModelConfig = module.config
     init = nn.with_logical_partitioning(truncated_normal(std), axes)
-    value = module.param(name, init, shape, jnp.dtype(config.param_dtype))
+    value: Any = module.param(name, init, shape, jnp.dtype(config.param_dtype))
     return value if dtype is None else value.astype(dtype)
 
 

@@ -67,6 +67,8 @@ def sample_steps(
         rate = jnp.exp(jnp.log(jnp.maximum(mean, 1e-9)) - sigma**2 / 2 + sigma * jax.random.normal(rate_key))
         return jnp.where(mean > 0, poisson(rate), 0)
 
+    n: Array | int
+    k: Array | int
     if scheme == "poisson-lognormal-filling":
         p = poisson_lognormal(jnp.asarray(t) + s) + 1
         k = jnp.minimum(s, p)

@@ -90,7 +90,7 @@ def state_shardings(run: RunConfig, tx: optax.GradientTransformation, mesh: Mesh
     """(shapes, shardings) of the train state: optimizer moments live where their parameters do."""
     shapes = jax.eval_shape(lambda: init_state(run, tx))
     params = sharding.parameter_sharding(mesh, logical_axes(run.model), shapes.params)
-    everywhere = sharding.replicated(mesh)
+    everywhere: Any = sharding.replicated(mesh)
     opt = optax.tree.map_params(
         tx, lambda _, s: s, shapes.optimizer, params, transform_non_params=lambda _: everywhere
     )  # fmt: skip

@@ -36,7 +36,7 @@ class Generation:
 def generate(
     params: Params,
     config: ModelConfig,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int] | np.ndarray],
     *,
     max_new_tokens: int,
     num_steps: Any = None,

@@ -42,7 +42,7 @@ class Progress(NamedTuple):
     warm: Array | None
     tokens: Array
     steps: Array
-    count: Array
+    count: Array  # type: ignore[assignment]  # hides tuple.count, which nobody needs
     done: Array
     present: Array
     passes: Array

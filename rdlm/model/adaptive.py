@@ -97,7 +97,7 @@ def adaptive_pass(
         # Reading a stopped token at its deepest set is all that "latest" without a limit asks for.
         sets = 1 if policy.recurrences is None else policy.recurrences
     last = jnp.maximum(valid.sum(-1) - 1, 0)  # [B]
-    e, prelude = embed(params, config, tokens, ctx, cache and cache.prelude)
+    e, prelude = embed(params, config, tokens, ctx, None if cache is None else cache.prelude)
     injected = inject(params, config, e)
     dtype = e.dtype
     by_last = together and rule is not None and rule.needs_logits
@@ -112,6 +112,7 @@ def adaptive_pass(
 
     def look(c: _Loop, i: Array, due: Array) -> _Loop:
         """Show the rule every token that is due; stop those that exit."""
+        assert rule is not None  # nobody looks without one
         logits, coda, fresh = c.logits, c.coda, c.fresh
         if rule.needs_logits:
             logits, _, coda = read(c.s, c.coda, ~c.fresh)
@@ -136,6 +137,7 @@ def adaptive_pass(
             hide = jnp.where(c.active, 0.0, HIDDEN)[:, None]
             mine = mine._replace(bias=mine.bias + jnp.where(jnp.eye(L, dtype=bool), 0.0, hide))
             if cache is not None:
+                assert mine.past_bias is not None  # a cache comes with what it shows
                 mine = mine._replace(past_bias=mine.past_bias + skip_bias(cache.depth, i))
         past = cache and read_set(cache.core, i % cache.sets)
         s = c.s if key is None else noisy(params, config, c.s, i, key, positions)
