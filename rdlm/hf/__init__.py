@@ -54,7 +54,13 @@ def load_huggingface(folder: str | os.PathLike[str]) -> tuple[Params, ModelConfi
       InputError: one line naming the file and the tensor or field: a corrupt, cut-off, missing, additional or
         wrongly shaped tensor; a config that rdlm does not build (see `rdlm.hf.config`).
     """
-    folder = Path(folder)
+    try:
+        return _load(Path(folder))
+    except OSError as error:
+        raise InputError(f"{error.filename or folder}: cannot be read ({error.strerror or error})") from error
+
+
+def _load(folder: Path) -> tuple[Params, ModelConfig]:
     fields = read_fields(folder)
     where = str(folder / "config.json")
     model_config(fields, where=where)  # another architecture is better named than its tensors' absence
