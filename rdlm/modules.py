@@ -62,8 +62,9 @@ def rotary_frequencies(config: ModelConfig) -> np.ndarray:
 
 def rotary_tables(positions: Array, config: ModelConfig) -> tuple[Array, Array]:
     """cos and sin, f32 [..., 1, Q/2], of position * rope_base^(-2i/Q) for positions int [...]."""
-    frequency = jnp.asarray(rotary_frequencies(config))
-    angle = jnp.einsum("...,f->...f", positions.astype(jnp.float32), frequency)[..., None, :]
+    # A plain product: an einsum may become a matrix product, which TPUs round to bf16 by default.
+    frequency = jnp.expand_dims(jnp.asarray(rotary_frequencies(config)), range(positions.ndim))
+    angle = (positions.astype(jnp.float32)[..., None] * frequency)[..., None, :]
     return jnp.cos(angle), jnp.sin(angle)
 
 
