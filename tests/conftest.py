@@ -1,0 +1,19 @@
+"""What every test runs under: 8 virtual CPU devices, no silent rank promotion, property tests that repeat exactly."""
+
+import hypothesis
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+hypothesis.settings.register_profile("rdlm", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("rdlm")
+
+
+@pytest.fixture
+def quick_compile():
+    """For tests that compile more than they run: without the compiler's expensive passes, half of their time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
