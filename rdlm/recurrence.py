@@ -115,8 +115,8 @@ def initial_state(key: Array, positions: Array, dim: int, dtype: Any = jnp.float
       dtype: of the result.
       scale: multiplies deviation and bounds; 0 gives the zero state.
     """
-    if key.ndim > positions.ndim:
-        positions = jnp.broadcast_to(positions, (*key.shape[: key.ndim - positions.ndim], *positions.shape))
+    if key.ndim and positions.ndim == 1:
+        positions = positions[None]  # the same in every row
     key = key.reshape(key.shape + (1,) * (positions.ndim - key.ndim))
     keys = jnp.broadcast_to(key, jnp.broadcast_shapes(key.shape, positions.shape))
 

@@ -1,0 +1,264 @@
+"""The recurrence against plain Python loops, and its random draws as functions of (seed, step, position) alone."""
+
+import typing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.lax import stop_gradient
+
+from rdlm.config import InputError, Scheme
+from rdlm.recurrence import (
+    checkpoints,
+    initial_state,
+    max_gradient_steps,
+    sample_steps,
+    trajectory,
+    unroll,
+    unroll_until,
+)
+
+K, D = 4, 6  # most gradient steps; width
+TOLERANCE = 1e-5
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+def random(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+# A core in small: contracting weights, an input injected in every step, and a bias of its own for every recurrence.
+WEIGHTS = {"w": random(0, D, D) / D**0.5, "e": random(1, 3, D), "bias": random(2, 16, D)}
+S0, READ = random(3, 3, D), random(4, 3, D)
+
+
+def core(weights):
+    return lambda s, i: jnp.tanh(s @ weights["w"] + weights["e"] + jnp.asarray(weights["bias"])[i][None])
+
+
+def loop(step, s, n, k):
+    """Truncated backpropagation as one writes it down."""
+    for i in range(n):
+        s = step(stop_gradient(s), i)
+    s = stop_gradient(s)
+    for i in range(n, n + k):
+        s = step(s, i)
+    return s
+
+
+def value_and_gradients(run):
+    """run(step, s0) -> the final state, and the gradients of a projection of it to the weights and to s0."""
+
+    def projected(weights, s0):
+        s = run(core(weights), s0)
+        return jnp.sum(s * READ), s
+
+    return jax.jit(jax.grad(projected, argnums=(0, 1), has_aux=True))(WEIGHTS, S0)
+
+
+def expected(n, k):
+    def run(step, s0):
+        # What `core` closes over must not carry gradient in the first n steps either.
+        s = loop(lambda s, i: stop_gradient(step(s, i)), s0, n, 0)
+        return loop(lambda s, i: step(s, n + i), s, 0, k)
+
+    return value_and_gradients(run)
+
+
+@pytest.fixture(scope="module")
+def traced():
+    """Gradients by `unroll` with traced n and k: one program for all of them."""
+
+    def gradients(n, k, remat):
+        def projected(weights, s0):
+            s = unroll(core(weights), s0, n, k, max_k=K, remat=remat)
+            return jnp.sum(s * READ), s
+
+        return jax.grad(projected, argnums=(0, 1), has_aux=True)(WEIGHTS, S0)
+
+    return jax.jit(gradients, static_argnums=2)
+
+
+def distance(a, b):
+    """Largest difference of two trees, relative to the largest entry of each array."""
+    return max(
+        float(np.abs(x - y).max() / max(np.abs(y).max(), 1e-9))
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
+
+
+@pytest.mark.parametrize("n", [0, 3, 9])
+@pytest.mark.parametrize("k", range(1, K + 1))
+def test_unroll_is_the_python_loop_with_its_gradients(n, k, traced):
+    reference = expected(n, k)
+    for remat in (False, True):
+        assert distance(traced(jnp.int32(n), jnp.int32(k), remat), reference) < TOLERANCE
+        static = value_and_gradients(lambda step, s0, remat=remat: unroll(step, s0, n, k, remat=remat))
+        assert distance(static, reference) < TOLERANCE
+
+
+@pytest.mark.parametrize("off", [(1, 0), (0, 1), (0, -1), (-1, 1), (1, -1)])
+def test_control_off_by_one_shows(off, traced):
+    # The last two run the same depth: only the gradient can tell them apart.
+    gradients, _ = traced(jnp.int32(3 + off[0]), jnp.int32(2 + off[1]), False)
+    reference, _ = expected(3, 2)
+    assert distance(gradients, reference) > 1000 * TOLERANCE
+
+
+def test_one_program_serves_every_depth():
+    program = jax.jit(lambda n, k: unroll(core(WEIGHTS), S0, n, k, max_k=K))
+    for n, k in [(0, 1), (3, 4), (9, 2), (1, 0)]:
+        np.testing.assert_allclose(program(jnp.int32(n), jnp.int32(k)), loop(core(WEIGHTS), S0, n, k), atol=1e-6)
+    assert program._cache_size() == 1
+
+
+@pytest.mark.parametrize("k", [0, 2])
+def test_gradient_stays_out_of_the_first_steps_and_the_initial_state(k, traced):
+    for n in (0, 5):
+        static = value_and_gradients(lambda step, s0, n=n: unroll(step, s0, n, k))
+        for (weights, s0), _ in (static, traced(jnp.int32(n), jnp.int32(k), False)):
+            assert not np.any(s0)
+            live = np.any(np.asarray(weights["bias"]), axis=1)
+            assert live.tolist() == [n <= i < n + k for i in range(16)]
+            if k == 0:
+                assert not np.any(weights["w"])
+                assert not np.any(weights["e"])
+
+
+def test_traced_k_needs_to_know_its_most():
+    with pytest.raises(InputError, match="max_k"):
+        unroll(core(WEIGHTS), S0, 1, jnp.int32(2))
+
+
+def test_states_may_be_pytrees():
+    def step(s, i):
+        return {"a": jnp.sin(s["a"]) + s["b"], "b": s["b"] * 0.9 + i}
+
+    s0 = {"a": S0, "b": jnp.ones((1, 1))}
+    assert distance(unroll(step, s0, 2, 3, remat=True), loop(step, s0, 2, 3)) < 1e-6
+
+
+# The other drivers
+
+
+def test_checkpoints_are_separate_unrolls():
+    depths, step = (0, 1, 4, 5, 11), core(WEIGHTS)
+    read = checkpoints(step, S0, depths, jnp.cos)
+    assert len(read) == len(depths)
+    for r, value in zip(depths, read, strict=True):
+        np.testing.assert_allclose(value, jnp.cos(unroll(step, S0, r, 0)), atol=1e-6)
+        np.testing.assert_allclose(value, jnp.cos(loop(step, S0, r, 0)), atol=1e-6)
+
+
+def test_checkpoints_carry_no_gradient():
+    gradient = jax.grad(lambda w: jnp.sum(checkpoints(core(w), S0, (1, 3), lambda s: s)[1]))(WEIGHTS)
+    assert not any(np.any(g) for g in jax.tree.leaves(gradient))
+
+
+@pytest.mark.parametrize("depths", [(), (4, 2), (1, 1), (-1, 3)])
+def test_checkpoints_refuse_depths_that_do_not_increase(depths):
+    with pytest.raises(InputError, match="increasing"):
+        checkpoints(core(WEIGHTS), S0, depths, lambda s: s)
+
+
+def test_trajectory_keeps_every_state():
+    step, states = core(WEIGHTS), trajectory(core(WEIGHTS), S0, 7)
+    assert states.shape == (8, *S0.shape)
+    for r in range(8):
+        np.testing.assert_allclose(states[r], loop(step, S0, r, 0), atol=1e-6)
+
+
+@pytest.mark.parametrize(("stop", "most", "expected"), [(3, 9, 3), (0, 9, 0), (7, 4, 4), (99, 0, 0)])
+def test_unroll_until(stop, most, expected):
+    # `finished` is asked before every step with the number done, so a state that is finished already is not touched.
+    for limit in (most, jnp.int32(most)):
+        s, ran = unroll_until(core(WEIGHTS), lambda s, i: i >= stop, S0, limit)
+        assert ran == expected
+        np.testing.assert_allclose(s, loop(core(WEIGHTS), S0, expected, 0), atol=1e-6)
+
+
+def test_unroll_until_goes_on_where_it_stopped():
+    halfway, _ = unroll_until(core(WEIGHTS), lambda s, i: i >= 3, S0, 8)
+    s, ran = unroll_until(core(WEIGHTS), lambda s, i: i < 0, halfway, 8, first=3)
+    assert ran == 8
+    np.testing.assert_allclose(s, loop(core(WEIGHTS), S0, 8, 0), atol=1e-6)
+
+
+# Initial states
+
+
+state_of = jax.jit(initial_state, static_argnums=2)
+POSITIONS = st.lists(st.integers(0, 4095), min_size=4, max_size=4)
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 2**31 - 1), POSITIONS, st.permutations(range(3)))
+def test_state_is_a_function_of_key_and_position(seed, positions, order):
+    keys, order = jax.random.split(jax.random.key(seed), 3), np.array(order)
+    alone = np.array([[state_of(key, np.array([p]), D)[0] for p in positions] for key in keys])
+    # Any order of rows: keys per row, with positions shared or of its own.
+    assert np.array_equal(state_of(keys[order], np.array(positions), D), alone[order])
+    assert np.array_equal(state_of(keys[order], np.array([positions] * 3), D), alone[order])
+    # Any neighbours: a key for every token, as in rows packed from several documents.
+    rows = np.array([order, order[::-1]])
+    packed = state_of(keys[rows], np.array([positions[:3], positions[1:]]), D)
+    assert np.array_equal(packed[0], [alone[r, t] for t, r in enumerate(rows[0])])
+    assert np.array_equal(packed[1], [alone[r, t + 1] for t, r in enumerate(rows[1])])
+
+
+def test_state_rows_and_positions_differ():
+    keys = jax.random.split(jax.random.key(0), 4)
+    s = np.asarray(initial_state(keys, jnp.arange(4), D))  # as many rows as positions
+    assert s.shape == (4, 4, D)
+    assert len({x.tobytes() for x in s.reshape(16, D)}) == 16
+    one = initial_state(keys[0], jnp.array([[0, 1], [0, 1]]), D)
+    assert np.array_equal(one[0], one[1])
+
+
+@pytest.mark.parametrize("dim", [8, 64, 512])
+def test_state_deviation_does_not_depend_on_the_width(dim):
+    s = np.asarray(initial_state(jax.random.key(5), jnp.arange(2**18 // dim), dim))
+    assert s.std() == pytest.approx(0.6240, rel=0.005)
+    assert np.abs(s).max() <= 1.8974
+    assert np.abs(s).max() > 1.85
+    half = initial_state(jax.random.key(5), jnp.arange(2**18 // dim), dim, scale=0.5)
+    np.testing.assert_allclose(half, s * 0.5, rtol=1e-6)
+
+
+def test_state_of_scale_zero_is_zero():
+    assert not np.any(initial_state(jax.random.key(5), jnp.arange(9), 16, scale=0.0))
+    assert initial_state(jax.random.key(5), jnp.arange(9), 16, dtype=jnp.bfloat16).dtype == jnp.bfloat16
+
+
+# Depth draws
+
+
+@pytest.mark.parametrize("scheme", typing.get_args(Scheme))
+def test_draws_are_a_function_of_the_key_and_in_range(scheme):
+    mean, depth = 12, 3
+    draw = jax.jit(jax.vmap(lambda i: sample_steps(jax.random.fold_in(jax.random.key(7), i), mean, depth, scheme)))
+    n, k = draw(jnp.arange(300))
+    assert n.dtype == k.dtype == jnp.int32
+    assert n.min() >= 0
+    assert k.min() >= 1
+    assert k.max() <= max_gradient_steps(depth, scheme)
+    for again, first in zip(draw(jnp.arange(300)[::-1]), (n, k), strict=True):
+        assert np.array_equal(again, first[::-1])
+    if scheme not in ("fixed", "non-recurrent"):
+        assert len(set(zip(n.tolist(), k.tolist(), strict=True))) > 2
+
+
+def test_draws_fill_gradient_steps_first():
+    n, k = jax.jit(jax.vmap(lambda key: sample_steps(key, 4, 4)))(jax.random.split(jax.random.key(3), 2000))
+    assert not np.any(n[k < 4])
+    assert np.any(k < 4)
+    assert np.any(n > 0)
+
+
+def test_draws_of_an_unknown_scheme_are_refused():
+    with pytest.raises(InputError, match="scheme"):
+        sample_steps(jax.random.key(0), 4, 2, "gaussian")
