@@ -94,7 +94,7 @@ def allocate(config: ModelConfig, policy: CachePolicy, sets: int, batch: int, ca
 
 def past_bias(cache: Cache) -> Array:
     """Bias [B, 1, T]: every position held so far is visible."""
-    held = jnp.arange(cache.capacity) < cache.length[:, None]
+    held = jnp.arange(cache.capacity)[None] < cache.length[:, None]
     return jnp.where(held, 0.0, HIDDEN)[:, None]
 
 
@@ -140,7 +140,7 @@ def append(cache: Cache, own: Own, steps: Array, ran: Array, start: Array, count
             index[lead + 1] = start
             return lax.dynamic_update_slice(target, new.astype(target.dtype), index)
         L, B = new.shape[lead + 1], new.shape[lead]
-        rows, columns = jnp.arange(B)[:, None], start[:, None] + jnp.arange(L)
+        rows, columns = jnp.arange(B)[:, None], start[:, None] + jnp.arange(L)[None]
         where = (slice(None),) * lead + (rows, columns)
         return target.at[where].set(new.astype(target.dtype), mode="drop")
 

@@ -138,6 +138,7 @@ def positions_of(tokens: Array, segment_ids: Array | None) -> Array:
     if segment_ids is None:
         return index
     starts = jnp.concatenate([jnp.ones_like(segment_ids[:, :1], bool), segment_ids[:, 1:] != segment_ids[:, :-1]], 1)
+    index = index[None]
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
 
 
