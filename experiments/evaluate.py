@@ -69,6 +69,7 @@ def main() -> int:
     if saved is not None:
         curve = saved_curve(saved, data, tokenizer, args.batches)
     else:
+        check_writable(args.run_dir / name)
         curve = evaluate(args, step, args.depths or run.evaluation.depths, data, tokenizer)
         write(args.run_dir, name, curve)
     show(f"{args.run_dir}, step {step}", curve, args.batches)
@@ -122,6 +123,17 @@ def saved_curve(saved: dict[int, float], data: PackedData, tokenizer: Tokenizer,
         tokens, size = tokens + labels.size, size + int(tokenizer.token_bytes[labels].sum())
     nats = list(saved.values())
     return DepthCurve(tuple(saved), nats, [x / math.log(2) * tokens / size for x in nats], tokens, size)
+
+
+def check_writable(path: Path) -> None:
+    """Refuse now what could not be written after minutes of work."""
+    new = not path.exists()
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
+    if new:
+        path.unlink()
 
 
 def write(run_dir: Path, name: str, curve: DepthCurve) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,15 +71,20 @@ class Checkpoints:
         )
 
     def restore(self, step: int, params: Any, optimizer: Any) -> tuple[Params, Any, dict[str, Any]]:
-        """(params, optimizer state, meta) of `step`; the first two arguments give shapes, dtypes and shardings."""
-        found = self.manager.restore(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(params),
-                optimizer=ocp.args.StandardRestore(optimizer),
-                meta=ocp.args.JsonRestore(),
-            ),
-        )
+        """(params, optimizer state, meta) of `step`; the first two arguments give shapes, dtypes and shardings.
+
+        Raises:
+          InputError: files are damaged, or of another shape.
+        """
+        with _damaged(self.manager.directory / str(step)):
+            found = self.manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardRestore(params),
+                    optimizer=ocp.args.StandardRestore(optimizer),
+                    meta=ocp.args.JsonRestore(),
+                ),
+            )
         return found["params"], found["optimizer"], found["meta"]
 
 
@@ -101,7 +107,11 @@ def read_config(folder: Path) -> RunConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(f"run folder {folder}: has no config.json, so it is not (yet) a run folder")
-    return from_json(RunConfig, path.read_text(), str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); put the run's own config.json back") from error
+    return from_json(RunConfig, text, str(path))
 
 
 def saved_steps(folder: Path) -> list[int]:
@@ -199,7 +209,7 @@ def save_parameters(
 
 
 @contextlib.contextmanager
-def _damaged(path: Path):
+def _damaged(path: Any) -> Iterator[None]:
     """Name the checkpoint in whatever goes wrong while reading it."""
     try:
         yield

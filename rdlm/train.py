@@ -159,7 +159,7 @@ class Trainer:
                     f"run folder {self.folder}: holds a run with {name} = {old!r}, not {new!r}; "
                     "choose another --run-dir, or delete the folder"
                 )
-        elif self.folder.exists() and any(self.folder.iterdir()):
+        elif self.folder.exists() and not (self.folder.is_dir() and not any(self.folder.iterdir())):
             raise InputError(f"run folder {self.folder}: exists and is not a run folder; choose another --run-dir")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
