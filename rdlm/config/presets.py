@@ -29,8 +29,9 @@ NANO = ModelConfig(
     max_length=256, mean_recurrence=4, backprop_depth=2,
 )  # fmt: skip
 
+# Two layers and no prelude: nearly all its computation is the loop, so minutes on a CPU are enough to see depth pay.
 QUICKSTART = ModelConfig(
-    vocab_size=2048, embed_dim=128, num_heads=4, mlp_dim=384, prelude_layers=1, core_layers=2, coda_layers=1,
+    vocab_size=2048, embed_dim=128, num_heads=4, mlp_dim=384, prelude_layers=0, core_layers=1, coda_layers=1,
     max_length=1024, mean_recurrence=8, backprop_depth=4,
 )  # fmt: skip
 
@@ -43,11 +44,11 @@ SMALL = ModelConfig(
 def _presets() -> dict[str, RunConfig]:
     quickstart = RunConfig(
         model=QUICKSTART,
-        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=50, cooldown_steps=300),
-        data=DataConfig(tokenizer_size=2048, sequence_length=256, batch_size=8),
-        checkpoint=CheckpointConfig(every=500),
-        evaluation=EvaluationConfig(every=500, batches=8),
-        steps=1500,
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=50, cooldown_steps=150),
+        data=DataConfig(tokenizer_size=2048, sequence_length=128, batch_size=16),
+        checkpoint=CheckpointConfig(every=200),
+        evaluation=EvaluationConfig(every=200, batches=8),
+        steps=600,
     )
     pod = RunConfig(
         model=HUGINN_3P5B,
