@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -210,14 +211,22 @@ def save_parameters(
 
 @contextlib.contextmanager
 def _damaged(path: Any) -> Iterator[None]:
-    """Name the checkpoint in whatever goes wrong while reading it."""
+    """Name the checkpoint, and the way out, in whatever goes wrong while reading it."""
+    previous = sys.unraisablehook
+    # After the first failure, reads still under way report to an event loop that is gone: nothing to tell anyone.
+    sys.unraisablehook = lambda late: None if "Event loop is closed" in str(late.exc_value) else previous(late)
     try:
         yield
     except InputError:
+        sys.unraisablehook = previous
         raise
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"checkpoint {path}: damaged or of another shape ({first[:200]})") from error
+        raise InputError(
+            f"checkpoint {path}: damaged or of another shape ({first[:200]}); use another step, or delete this one"
+        ) from error
+    else:
+        sys.unraisablehook = previous
 
 
 def as_abstract(tree: Any, shardings: Any) -> Any:
