@@ -17,7 +17,7 @@ from rdlm.config import InputError, RunConfig
 from rdlm.recurrence import sample_steps
 
 CURVE = "loss_by_depth.json"
-_DRAWS = 100_000
+_DRAWS = 40_000
 # Okabe and Ito's palette: told apart with every kind of colour vision, and in grey.
 _LINE, _BARS, _BAR_TEXT, _GREY = "#0072B2", "#F8E3BC", "#8A5D00", "#555555"
 
