@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from rdlm.config import InputError
@@ -86,7 +87,7 @@ def exits(rule: ExitRule, value: Array) -> Array:
 
 
 def _positive(name: str, threshold: Any) -> Any:
-    if isinstance(threshold, (int, float)) and not threshold >= 0:
+    if not isinstance(threshold, jax.core.Tracer) and not np.all(np.asarray(threshold) >= 0):
         raise InputError(f"exits.{name}: threshold = {threshold!r}: must not be negative")
     return threshold
 
@@ -207,8 +208,8 @@ def _argmax_update(rule: ExitRule, previous: tuple[Array, Array], seen: Observat
 
 def fixed(r: Any) -> ExitRule:
     """Exit after r recurrences (or num_steps, when that is less)."""
-    if isinstance(r, int) and r < 1:
-        raise InputError(f"exits.fixed: r = {r}: must be at least 1")
+    if not isinstance(r, jax.core.Tracer) and not np.all(np.asarray(r) >= 1):
+        raise InputError(f"exits.fixed: r = {r!r}: must be at least 1")
     return ExitRule(r, "fixed", _fixed_init, _fixed_update, _at_least)
 
 
