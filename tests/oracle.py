@@ -16,7 +16,7 @@ from rdlm.model import init_params
 
 
 def random_params(config, seed=0):
-    """Parameters of which every one matters: random norms and biases too, unlike a fresh initialisation."""
+    """Parameters of which every one matters (random norms and biases too), and whose recurrence settles."""
     rng = np.random.default_rng(seed)
 
     def draw(path, x):
@@ -25,6 +25,8 @@ def random_params(config, seed=0):
             return 1 + 0.2 * noise
         if "bias" in name:
             return 0.5 * noise
+        if "adapter" in name:
+            noise[0] *= 0.5  # the half that multiplies the state
         return noise / np.sqrt(x.shape[-1] if "wte" in name or "head" in name else x.shape[-2])
 
     shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
