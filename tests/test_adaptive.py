@@ -20,8 +20,8 @@ from rdlm.decode import decode_step, prefill
 from rdlm.model import core_step, forward
 
 SMALL = ModelConfig(
-    vocab_size=48, embed_dim=16, num_heads=4, num_kv_heads=2, mlp_dim=24, prelude_layers=1, core_layers=2, coda_layers=1,
-    max_length=32,
+    vocab_size=48, embed_dim=16, num_heads=4, num_kv_heads=2, mlp_dim=24, prelude_layers=1, core_layers=2,
+    coda_layers=1, max_length=32,
 )  # fmt: skip
 OTHER = ModelConfig(
     vocab_size=30, padded_vocab_size=32, embed_dim=12, num_heads=2, mlp_dim=20, prelude_layers=0, core_layers=2,
