@@ -68,15 +68,16 @@ def test_names_and_shapes_are_the_references(tied, tmp_path):
     # Spec section 7, written out, for the model that `make quickstart` trains.
     config = dataclasses.replace(PRESETS["quickstart"].model, tie_embeddings=tied)
     save_huggingface(tmp_path, fresh(config, jax.random.key(6)), config)
-    D, F, V, H, Q = 128, 384, 2048, 4, 32
+    D, F, V, H, Q = config.embed_dim, config.mlp_dim, config.vocab_size, config.num_heads, config.head_dim
+    counts = {"prelude": config.prelude_layers, "core_block": config.core_layers, "coda": config.coda_layers}
     block = {
         "norm_1.weight": [D], "norm_2.weight": [D], "norm_3.weight": [D], "norm_4.weight": [D],
         "attn.qk_bias": [2, 1, H, Q], "attn.Wqkv.weight": [3 * D, D], "attn.proj.weight": [D, D],
         "mlp.fc.weight": [2 * F, D], "mlp.proj.weight": [D, F],
     }  # fmt: skip
     expected = {WTE: [V, D], "transformer.adapter.weight": [D, 2 * D], "transformer.ln_f.weight": [D]}
-    expected |= {"freqs_cis": [1, 1024, 1, Q // 2, 2]} | ({} if tied else {"lm_head.weight": [V, D]})
-    for stack, count in (("prelude", 1), ("core_block", 2), ("coda", 1)):
+    expected |= {"freqs_cis": [1, config.max_length, 1, Q // 2, 2]} | ({} if tied else {"lm_head.weight": [V, D]})
+    for stack, count in counts.items():
         for i in range(count):
             expected |= {f"transformer.{stack}.{i}.{k}": v for k, v in block.items()}
     with safe_open(tmp_path / "model.safetensors", "numpy") as file:
