@@ -50,8 +50,16 @@ class Checkpoints:
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        self.manager.wait_until_finished()
+        self.wait()
         self.manager.close()
+
+    def wait(self) -> None:
+        """Return when everything saved so far is complete on disk."""
+        self.manager.wait_until_finished()
+
+    def saved_at(self, step: int) -> float:
+        """When `step` was completed, in seconds as files tell it."""
+        return Path(self.manager.directory / str(step)).stat().st_mtime
 
     @property
     def latest(self) -> int | None:

@@ -213,9 +213,24 @@ class Trainer:
         preemption = Preemption()
         try:
             with Checkpoints(self.folder, self.config.checkpoint.keep) as checkpoints:
+                if self._finished(checkpoints):
+                    self.say(f"{self.folder} is finished: step {self.config.steps} is saved and evaluated")
+                    return EXIT_DONE
                 return self._run(checkpoints, preemption)
         finally:
             preemption.restore()
+
+    def _finished(self, checkpoints: Checkpoints) -> bool:
+        """Whether the last step is saved, and its curve at the depths of the config was written after it."""
+        curve = self.folder / "loss_by_depth.json"
+        if checkpoints.latest != self.config.steps or not curve.is_file():
+            return False
+        try:
+            depths = [int(r) for r in json.loads(curve.read_text())]
+        except (ValueError, TypeError):
+            return False
+        newer = curve.stat().st_mtime >= checkpoints.saved_at(self.config.steps)
+        return newer and depths == list(self.config.evaluation.depths)
 
     def _run(self, checkpoints: Checkpoints, preemption: Preemption) -> int:
         config = self.config
@@ -271,6 +286,7 @@ class Trainer:
             if curve is None:
                 self.say(f"preempted in the last evaluation: {self.folder} holds step {config.steps}")
                 return EXIT_PREEMPTED
+            checkpoints.wait()  # the curve comes after the state it is about: see `_finished`
             write_curve(self.folder / "loss_by_depth.json", curve)
             return EXIT_DONE
         finally:

@@ -121,6 +121,20 @@ def test_training_leaves_a_run_folder(trained):
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["2", "4"]
 
 
+def test_training_a_finished_run_again_leaves_it_alone(run, trained, command):
+    before, again = contents(run), ("train", *TRAIN, "--run-dir", run, "--data.folder", trained[1])
+    code, _, err = command(*again)
+    assert code == 0
+    assert "is finished: step 4" in err
+    assert contents(run) == before
+    # A curve that is missing, or not the one asked for, is made.
+    (run / "loss_by_depth.json").write_text(json.dumps({"1": 9.0}))
+    code, _, err = command(*again)
+    assert code == 0
+    assert "resuming" in err
+    assert list(json.loads((run / "loss_by_depth.json").read_text())) == DEPTHS
+
+
 def test_evaluate_agrees_with_training_and_keeps_its_format(run, command):
     before = json.loads((run / "loss_by_depth.json").read_text())
     code, out, _ = command("evaluate", run)
@@ -155,8 +169,8 @@ def test_generate_streams_text_and_shows_steps(rule, trained, command):
     code, out, err = command("generate", trained[0], *arguments)
     assert code == 0, err
     assert out.startswith("12 The")
-    shown = next(line for line in out.splitlines() if line.startswith("token/recurrences: "))
-    steps = [int(r) for r in re.findall(r"['\"]/(\d+)(?= |$)", shown)]
+    shown = out.partition("token/recurrences:")[2]
+    steps = [int(r) for r in re.findall(r"['\"]/(\d+)\b", shown)]
     assert 1 <= len(steps) <= 5
     assert f"{len(steps)} tokens, {sum(steps) / len(steps):.1f} recurrences on average" in out
     assert all(r == 6 if rule == "none" else 1 <= r <= 6 for r in steps)
