@@ -15,20 +15,21 @@ help:
 	@sed -n '/^$$/q; s/^# //p' Makefile
 
 quickstart: install
-	$(BIN)/python experiments/train.py quickstart --run-dir $(RUN)
+	$(BIN)/python experiments/train.py quickstart
 	@echo
 	@$(BIN)/python experiments/evaluate.py $(RUN) --saved
 	@echo
-	@echo "A prompt continued, every token with as many recurrences as it needs:"
-	@$(BIN)/python experiments/generate.py $(RUN) --prompt "$(PROMPT)"
+	@echo "A prompt continued, every token with as many recurrences as it needs (exit rule: KL below 5e-4):"
+	@$(BIN)/python experiments/generate.py $(RUN) --prompt "$(PROMPT)" --max-new-tokens 80 \
+	  --temperature 0.7 --top-p 0.9
 	@echo
 	@echo "Everything is in $(RUN):"
 	@echo "  loss_by_depth.png, loss_by_depth.json   what depth buys"
 	@echo "  metrics.jsonl, config.json              every training step; the whole configuration"
 	@echo "  checkpoints/, tokenizer/                for rdlm.load_checkpoint(\"$(RUN)\")"
 	@echo "What to try next:"
-	@echo "  $(BIN)/python experiments/generate.py $(RUN) --prompt \"Geography\" --exit none --steps 1"
-	@echo "  $(BIN)/python experiments/generate.py $(RUN) --prompt \"Economy\" --exit latent_diff --temperature 0.7"
+	@echo "  $(BIN)/python experiments/generate.py $(RUN) --prompt \"Economy\" --temperature 0.7 --exit none --steps 1"
+	@echo "  $(BIN)/python experiments/generate.py $(RUN) --prompt \"Economy\" --temperature 0.7 --exit latent_diff"
 	@echo "  $(BIN)/python experiments/evaluate.py $(RUN) --depths 1 2 3 4 6 8 12 16 24 32 48 64"
 	@echo "  $(BIN)/python experiments/train.py quickstart_twin"
 

@@ -171,7 +171,14 @@ def show_steps(tokenizer: Tokenizer, out: Generation, most: int) -> None:
     tokens, steps = out.tokens[0].tolist(), out.steps[0].tolist()
     pieces = [tokenizer.decode([t], skip_special=False) for t in tokens]
     if not sys.stdout.isatty():
-        print("\ntoken/recurrences: " + " ".join(f"{piece!r}/{r}" for piece, r in zip(pieces, steps, strict=True)))
+        print("\ntoken/recurrences:")
+        line = ""
+        for piece, r in zip(pieces, steps, strict=True):
+            if len(line) > 100:
+                print(line)
+                line = ""
+            line += f"  {piece!r}/{r}"
+        print(line)
         return
     low, high = min(steps), max(steps)
     text = Text("\n")
