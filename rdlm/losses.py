@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from rdlm.config import InputError, ModelConfig
@@ -49,22 +50,24 @@ def as_batch(batch: Any) -> Batch:
       InputError: missing or unknown entries, or shapes that differ.
     """
     if not isinstance(batch, dict):
-        rows = jnp.asarray(batch, jnp.int32)
+        rows = _integers("batch", batch)
         if rows.ndim != 2 or rows.shape[1] < 2:
             raise InputError(f"batch: expected integers [B, L+1] with L >= 1, got shape {tuple(rows.shape)}")
         batch = {"tokens": rows[:, :-1], "labels": rows[:, 1:]}
     known = ("tokens", "labels", "segment_ids", "positions", "sequence_ids")
     for name in ("tokens", "labels"):
-        if name not in batch:
+        if batch.get(name) is None:
             raise InputError(f"batch: entry {name!r} is missing")
     for name in batch:
         if name not in known:
             raise InputError(f"batch: unknown entry {name!r}; known: {', '.join(known)}")
-    given = {name: jnp.asarray(value, jnp.int32) for name, value in batch.items()}
+    given = {name: _integers(f"batch: {name}", value) for name, value in batch.items() if value is not None}
     tokens, labels, segments = given["tokens"], given["labels"], given.get("segment_ids")
-    for name in ("labels", "segment_ids", "sequence_ids"):
-        if name in given and given[name].shape != tokens.shape:
-            raise InputError(f"batch: {name} has shape {given[name].shape}, tokens {tokens.shape}")
+    if tokens.ndim != 2 or tokens.shape[1] == 0:
+        raise InputError(f"batch: tokens: expected integers [B, L] with L >= 1, got shape {tokens.shape}")
+    for name, value in given.items():
+        if value.shape != tokens.shape and not (name == "positions" and value.shape == tokens.shape[1:]):
+            raise InputError(f"batch: {name} has shape {value.shape}, tokens {tokens.shape}")
     if segments is not None:
         follows = jnp.concatenate([segments[:, 1:] == segments[:, :-1], jnp.ones_like(segments[:, :1], bool)], axis=1)
         # The last label of a row has no segment of its own here; whoever cut the row has already ignored it if needed.
@@ -73,6 +76,13 @@ def as_batch(batch: Any) -> Batch:
     if positions is None:
         positions = positions_of(tokens, segments)
     return Batch(tokens, labels, segments, positions, given.get("sequence_ids"))
+
+
+def _integers(name: str, value: Any) -> Array:
+    array = value if isinstance(value, jax.Array) else np.asarray(value)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise InputError(f"{name}: expected integers, got {array.dtype}")
+    return jnp.asarray(array, jnp.int32)
 
 
 def cross_entropy(logits: Array, labels: Array) -> Array:

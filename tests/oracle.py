@@ -30,7 +30,8 @@ def random_params(config, seed=0):
         return noise / np.sqrt(x.shape[-1] if "wte" in name or "head" in name else x.shape[-2])
 
     shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
-    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), jax.tree_util.tree_map_with_path(draw, shapes))
+    with jax.ensure_compile_time_eval():
+        return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), jax.tree_util.tree_map_with_path(draw, shapes))
 
 
 def log_softmax(x):

@@ -73,11 +73,18 @@ def split_steps(num_steps: Any, config: ModelConfig) -> tuple[Any, Any]:
     n, k = num_steps if isinstance(num_steps, (tuple, list)) else (num_steps, 0)
     if n is None:
         n = config.mean_recurrence
-    if isinstance(n, (int, np.integer)) and isinstance(k, (int, np.integer)):
-        n, k = int(n), int(k)
-        if n < 0 or k < 0 or n + k < 1:
-            raise InputError(f"num_steps = {num_steps!r}: at least one recurrence is needed")
+    n, k = (int(x) if isinstance(x, np.integer) else x for x in (n, k))
+    known = [x for x in (n, k) if isinstance(x, int)]
+    if min(known, default=0) < 0 or (len(known) == 2 and n + k < 1):
+        raise InputError(f"num_steps = {num_steps!r}: at least one recurrence is needed")
     return n, k
+
+
+def check_shape(name: str, value: Any, *allowed: tuple[int, ...]) -> None:
+    """Refuse an array (None passes) whose shape is not among those `allowed`."""
+    if value is not None and jnp.shape(value) not in allowed:
+        known = " or ".join(str(list(shape)) for shape in allowed)
+        raise InputError(f"{name}: expected shape {known}, got {list(jnp.shape(value))}")
 
 
 def forward(
@@ -115,10 +122,15 @@ def forward(
       InputError: wrong shapes, ids out of range, a depth below 1.
     """
     tokens = check_tokens(tokens, config)
-    per_token = jnp.ndim(num_steps) > 0 if not isinstance(num_steps, (tuple, list, type(None))) else False
-    if positions is None:
-        positions = positions_of(tokens, segment_ids)
+    B, L = tokens.shape
     dtype, key = compute_dtype(params, config), typed_key(key)
+    check_shape("segment_ids", segment_ids, (B, L))
+    check_shape("positions", positions, (L,), (B, L))
+    check_shape("state", state, (B, L, config.embed_dim))
+    check_shape("key", key, (), (B,))
+    per_token = jnp.ndim(num_steps) > 0 if not isinstance(num_steps, (tuple, list, type(None))) else False
+    segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
+    positions = positions_of(tokens, segment_ids) if positions is None else jnp.asarray(positions)
     state_key, noise_key = key, jax.random.key(0)
     if config.test_time_noise:
         noise_key = key
