@@ -24,7 +24,7 @@ import numpy as np
 import tyro
 
 from rdlm.config import InputError, preset
-from rdlm.runtime import run_command
+from rdlm.runtime import parse_arguments, run_command
 
 CONVERT = Path(__file__).with_name("convert_huggingface.py")
 
@@ -86,7 +86,7 @@ def _wait(pid: int) -> tuple[int, int, resource.struct_rusage]:
 
 
 def main() -> None:
-    args = tyro.cli(Args, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    args = parse_arguments(Args, prog="bench_convert.py", description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
     if args.folder.exists():
         raise InputError(f"{args.folder}: exists; give a folder to make")
     source, run, back = (args.folder / name for name in ("source", "run", "back"))

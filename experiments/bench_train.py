@@ -19,13 +19,12 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import tyro
 
 from rdlm import flops
 from rdlm.config import ModelConfig
 from rdlm.losses import loss
 from rdlm.model import init_params
-from rdlm.runtime import run_command
+from rdlm.runtime import parse_arguments, run_command
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +106,7 @@ def measure(options: Options) -> dict[str, float]:
 
 
 def main() -> None:
-    options = tyro.cli(Options, description=__doc__)
+    options = parse_arguments(Options, prog="bench_train.py", description=__doc__)
     found = measure(options)
     if options.json:
         print(json.dumps(found))

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from rdlm.config import DataConfig, InputError, RunConfig, differences
-from rdlm.runtime import run_command
+from rdlm.runtime import parse_arguments, run_command
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,7 +52,9 @@ class Args:
 
 
 def main() -> int:
-    args = tyro.cli(Args, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    args = parse_arguments(
+        Args, prog="convert_huggingface.py", description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)
+    )
     from rdlm.hf import is_huggingface
 
     source = local_folder(args.src)
