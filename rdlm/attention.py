@@ -6,6 +6,8 @@ pass (`causal_bias`, `past_bias`) and shared by every layer and recurrence.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -123,18 +125,28 @@ def _forward(q: Array, k: Array, v: Array, bias: Array) -> tuple[Array, Saved]:
 def _backward(saved: Saved, d_out: Array) -> tuple[Array, Array, Array, None]:
     # Probabilities are recomputed from the saved log-sum-exp: nothing of size L x L is kept between the passes.
     q, k, v, bias, out, lse = saved
-    scale = q.dtype.type(q.shape[-1] ** -0.5)
+    L, scale = q.shape[2], q.dtype.type(q.shape[-1] ** -0.5)
     inner = (d_out.astype(jnp.float32) * out).sum(-1, keepdims=True)
-    d_q, d_k, d_v = [], jnp.zeros_like(k), jnp.zeros_like(v)
-    for start, end in _blocks(q.shape[2]):
+    d_q, d_k, d_v = [], [], []
+    for start, end in _blocks(L):
         rows = (slice(None), slice(None), slice(start, end))
         p = jnp.exp(_scores(q[rows], k[:, :, :end], bias[:, :, start:end, :end]) - lse[rows])
         d_p = jnp.einsum("bhlq,bhtq->bhlt", d_out[rows], v[:, :, :end], preferred_element_type=jnp.float32)
         d_s = (p * (d_p - inner[rows])).astype(q.dtype)
         d_q.append(jnp.einsum("bhlt,bhtq->bhlq", d_s, k[:, :, :end]) * scale)
-        d_k = d_k.at[:, :, :end].add(jnp.einsum("bhlt,bhlq->bhtq", d_s, q[rows] * scale))
-        d_v = d_v.at[:, :, :end].add(jnp.einsum("bhlt,bhlq->bhtq", p.astype(q.dtype), d_out[rows]))
-    return jnp.concatenate(d_q, axis=2), d_k, d_v, None
+        d_k.append(_over_queries(q[rows] * scale, d_s, L))
+        d_v.append(_over_queries(d_out[rows], p.astype(q.dtype), L))
+    total_k, total_v = (functools.reduce(jnp.add, parts).swapaxes(2, 3) for parts in (d_k, d_v))
+    return jnp.concatenate(d_q, axis=2), total_k, total_v, None
+
+
+def _over_queries(x: Array, weights: Array, length: int) -> Array:
+    """sum_l x[l] weights[l, t]: x [B, H, l, Q], weights [B, H, l, t] -> [B, H, Q, length], zero beyond t.
+
+    The small operand is the transposed one: CPU matmuls take half the time of the other way round.
+    """
+    out = jnp.einsum("bhql,bhlt->bhqt", x.swapaxes(2, 3), weights)
+    return jnp.pad(out, ((0, 0), (0, 0), (0, 0), (0, length - weights.shape[3])))
 
 
 _causal.defvjp(_forward, _backward)
