@@ -48,8 +48,7 @@ class _Loop(NamedTuple):
     core: Any  # own core sets
     rule: Any  # rule state
     coda: Any  # own coda keys and values as of the last check
-    fresh: Array  # bool [B, L]: `coda` and `logits` belong to the present state
-    logits: Array  # of the last check
+    fresh: Array  # bool [B, L]: `coda` belongs to the present state
 
 
 def adaptive_pass(
@@ -101,23 +100,22 @@ def adaptive_pass(
     injected = inject(params, config, e)
     dtype = e.dtype
     by_last = together and rule is not None and rule.needs_logits
-    narrow = by_last or last_only
 
     def at_last(x: Array) -> Array:
         return jnp.take_along_axis(x, last[:, None, None], axis=1)
 
-    def read(s: Array, held: Any, update: Array | None) -> tuple[Array, Array, Any]:
+    def read(s: Array, held: Any, update: Array | None, narrow: bool) -> tuple[Array, Array, Any]:
         (y, z), coda = decode(params, config, s, ctx, cache and cache.coda, held, update)
         return head(params, config, at_last(y) if narrow else y), z, coda
 
     def look(c: _Loop, i: Array, due: Array) -> _Loop:
         """Show the rule every token that is due; stop those that exit."""
         assert rule is not None  # nobody looks without one
-        logits, coda, fresh = c.logits, c.coda, c.fresh
+        logits, coda, fresh = None, c.coda, c.fresh
         if rule.needs_logits:
-            logits, _, coda = read(c.s, c.coda, ~c.fresh)
+            logits, _, coda = read(c.s, c.coda, ~c.fresh, by_last)
             fresh = jnp.ones_like(c.fresh)
-        shown = Observation(at_last(c.s) if by_last else c.s, logits if rule.needs_logits else None, i)
+        shown = Observation(at_last(c.s) if by_last else c.s, logits, i)
         state, value = exits.update(rule, c.rule, shown)
         if together and not by_last:
             value = jnp.where(valid, value, 0).sum(-1, keepdims=True) / valid.sum(-1, keepdims=True)
@@ -127,9 +125,7 @@ def adaptive_pass(
         def keep(new: Array, old: Array) -> Array:
             return jnp.where(seen.reshape(seen.shape + (1,) * (new.ndim - 2)), new, old)
 
-        return c._replace(
-            rule=jax.tree.map(keep, state, c.rule), active=c.active & ~stop, coda=coda, logits=logits, fresh=fresh
-        )
+        return c._replace(rule=jax.tree.map(keep, state, c.rule), active=c.active & ~stop, coda=coda, fresh=fresh)
 
     def step(c: _Loop, i: Array) -> _Loop:
         mine = ctx
@@ -166,12 +162,9 @@ def adaptive_pass(
         rule=() if rule is None else exits.init(rule, at_last(s0) if by_last else s0, config.rows),
         coda=shape(config.coda_layers) if rule is not None and rule.needs_logits else (),
         fresh=jnp.zeros((B, L), bool),
-        logits=jnp.zeros((B, 1 if narrow else L, config.rows), jnp.float32)
-        if rule is not None and rule.needs_logits
-        else jnp.zeros(()),
     )
     c, ran = unroll_until(step, lambda c, i: ~jnp.any(c.active), start, jnp.max(most), begin)
-    logits, z, coda = read(c.s, None, None)
+    logits, z, coda = read(c.s, None, None, last_only)
     return Pass(logits, z, c.s, c.steps, ran, Own(prelude, c.core, coda))
 
 
