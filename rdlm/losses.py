@@ -12,6 +12,7 @@ from jax import Array
 from rdlm.config import InputError, ModelConfig
 from rdlm.model import (
     Params,
+    check_ids,
     compute_dtype,
     context,
     core_step,
@@ -151,6 +152,9 @@ def loss(
       max_k, remat: see `token_losses`.
     """
     batch = as_batch(batch)
+    check_ids("batch: tokens", batch.tokens, config)
+    if not isinstance(batch.labels, jax.core.Tracer):
+        check_ids(f"batch: labels (ignored ones are {IGNORED})", batch.labels[batch.labels != IGNORED], config)
     losses = token_losses(
         params, config, batch, steps=steps, state=state, key=key, max_k=max_k, remat=remat
     )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import signal
 import sys
 import time
@@ -212,6 +213,9 @@ class Trainer:
         """Train to the last step; returns 0, or 75 when SIGTERM came and the state is saved."""
         preemption = Preemption()
         try:
+            # First of all what makes this a run folder: a run killed at any later moment resumes by the same command.
+            if not (self.folder / "config.json").exists():
+                write_config(self.folder, self.config)
             with Checkpoints(self.folder, self.config.checkpoint.keep) as checkpoints:
                 if self._finished(checkpoints):
                     self.say(f"{self.folder} is finished: step {self.config.steps} is saved and evaluated")
@@ -236,7 +240,9 @@ class Trainer:
         config = self.config
         state = self.start(checkpoints)
         if not (self.folder / "tokenizer").exists():
-            self.tokenizer.save(self.folder / "tokenizer")
+            partial = self.folder / "tokenizer.partial"
+            self.tokenizer.save(partial)
+            partial.rename(self.folder / "tokenizer")
         write_config(self.folder, config)
         first = int(state.step)
         writer = MetricsWriter(self.folder, first, config.tensorboard)
@@ -253,6 +259,11 @@ class Trainer:
             step, metrics = done
             values = {k: v.item() for k, v in metrics.items()}
             values |= meter.measure(values["n"], values["k"])
+            if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+                raise InputError(
+                    f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}: training has diverged; "
+                    f"nothing of it was saved, the newest checkpoint is {checkpoints.latest}; lower the learning rate"
+                )
             writer.write(step, values)
             self.progress.update(step + 1, meter.line(step + 1, values), last=step + 1 == config.steps)
 
@@ -276,12 +287,12 @@ class Trainer:
                         self.progress.say(f"step {done}  validation loss  {as_text(curve)}")
                     meter.restart()
                 if last or done % config.checkpoint.every == 0 or preemption.requested:
+                    report(pending)  # before the save: a resumed run writes no row of a step that is saved
+                    pending = None
                     save(done)
                 if preemption.requested:
-                    report(pending)
                     self.say(f"preempted: saved step {done} in {self.folder}; run the same command to go on")
                     return EXIT_PREEMPTED
-            report(pending)
             curve = self.evaluate(state.params, None, lambda: preemption.requested)
             if curve is None:
                 self.say(f"preempted in the last evaluation: {self.folder} holds step {config.steps}")

@@ -96,6 +96,9 @@ class ModelConfig:
         require(self.rope_base > 0, "rope_base", self.rope_base, "must be positive")
         require(self.norm_eps > 0, "norm_eps", self.norm_eps, "must be positive")
         require(self.test_time_noise >= 0, "test_time_noise", self.test_time_noise, "must not be negative")
+        kinds = ("fixed", "geom", "sqrt", "line", "chi")
+        kind = self.test_time_noise_type
+        require(kind in kinds, "test_time_noise_type", kind, f"must be one of {', '.join(kinds)}")
         require(self.param_dtype in DTYPES, "param_dtype", self.param_dtype, f"must be one of {DTYPES}")
         require(
             self.compute_dtype is None or self.compute_dtype in DTYPES,
@@ -134,7 +137,7 @@ class CachePolicy:
 
     def __post_init__(self) -> None:
         require(
-            self.recurrences is None or self.recurrences >= 1,
+            self.recurrences is None or (isinstance(self.recurrences, int) and self.recurrences >= 1),
             "CachePolicy.recurrences",
             self.recurrences,
             "must be None (keep every iteration) or at least 1",

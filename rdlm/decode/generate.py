@@ -16,7 +16,7 @@ from rdlm.decode.passes import PREFILL_EXITS, next_power
 from rdlm.decode.sampling import as_arrays, per_row
 from rdlm.decode.speculative import check_speculation, speculate
 from rdlm.exits import ExitRule
-from rdlm.model import Params, check_depth, typed_key
+from rdlm.model import Params, check_depth, check_rule, typed_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +86,8 @@ def generate(
     if speculative is not None:
         check_speculation(speculative, cache, request.num_steps, exit_rule, warm_start)
         lookahead = speculative.lookahead
-    room = next_power(max_new_tokens, 16)
-    capacity = next_power(max(lengths) + max_new_tokens + lookahead, 64)
+    room = next_power(int(max_new_tokens), 16)
+    capacity = next_power(int(max(lengths) + max_new_tokens + lookahead), 64)
     sets = cache.sets(next_power(int(np.max(request.num_steps))))
     progress, prompt_steps = begin(
         params, config, jnp.asarray(tokens), jnp.asarray(lengths), request, cache, sets, capacity, room,
@@ -129,7 +129,7 @@ def _check(
     """Refuse what cannot be served, one line per request; spread the rest over rows."""
     if len(prompts) == 0:
         raise InputError("prompts: at least one is needed")
-    if max_new_tokens < 1:
+    if not isinstance(max_new_tokens, (int, np.integer)) or max_new_tokens < 1:
         raise InputError(f"max_new_tokens = {max_new_tokens}: must be at least 1")
     rows = [np.asarray(p) for p in prompts]
     for i, row in enumerate(rows):
@@ -148,10 +148,7 @@ def _check(
         raise InputError(f"prefill_exit = {prefill_exit!r}: must be one of {', '.join(PREFILL_EXITS)}")
     if warm_start not in (False, "normalized", "raw"):
         raise InputError(f"warm_start = {warm_start!r}: must be False, 'normalized' or 'raw'")
-    if rule is not None and not isinstance(rule, ExitRule):
-        raise InputError(f"exit_rule = {rule!r}: must be a rule from rdlm.exits")
-    if check_every < 1:
-        raise InputError(f"check_every = {check_every}: must be at least 1")
+    check_rule(rule, len(rows), min_steps, check_every)
     B = len(rows)
     depth = per_row(config.mean_recurrence if num_steps is None else num_steps, B, "num_steps", np.int32)
     check_depth(depth)

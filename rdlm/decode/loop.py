@@ -11,7 +11,7 @@ from jax import Array, lax
 
 from rdlm.cache import Cache, allocate
 from rdlm.decode.passes import run_pass
-from rdlm.decode.sampling import SamplingArrays, choose, stops
+from rdlm.decode.sampling import SamplingArrays, choose, known_only, stops
 from rdlm.exits import ExitRule
 from rdlm.model import compute_dtype
 
@@ -77,7 +77,7 @@ def begin(params, config, tokens, lengths, request, policy, sets, capacity, room
         passes=done.ran,
     )
     steps = jnp.take_along_axis(done.steps, last, axis=1)[:, 0]
-    return emit(start, request, done.logits[:, 0], steps), done.steps
+    return emit(start, request, known_only(done.logits[:, 0], config.vocab_size), steps), done.steps
 
 
 def _warm(done, index: Array, kind: str) -> Array:
@@ -123,7 +123,7 @@ def decode_tokens(params, config, progress, request, limit, most, warm_start) ->
         p = p._replace(cache=cache, passes=p.passes + done.ran)
         if warm_start:
             p = p._replace(warm=_warm(done, jnp.zeros((len(count), 1), jnp.int32), warm_start))
-        p = emit(p, request, done.logits[:, 0], done.steps[:, 0])
+        p = emit(p, request, known_only(done.logits[:, 0], config.vocab_size), done.steps[:, 0])
         return p._replace(done=p.done | (p.count >= most))
 
     return lax.while_loop(go_on, one, progress)

@@ -18,6 +18,8 @@ from rdlm.model import (
     Pass,
     adaptive_pass,
     check_depth,
+    check_rule,
+    check_shape,
     check_tokens,
     compute_dtype,
     context,
@@ -118,6 +120,7 @@ def prefill(
     B, L = tokens.shape
     num_steps = config.mean_recurrence if num_steps is None else num_steps
     check_depth(num_steps)
+    check_rule(exit_rule, B, min_steps, check_every)
     if prefill_exit not in PREFILL_EXITS:
         raise InputError(f"prefill_exit = {prefill_exit!r}: must be one of {', '.join(PREFILL_EXITS)}")
     capacity = config.max_length if capacity is None else capacity
@@ -125,6 +128,11 @@ def prefill(
         raise InputError(f"tokens: {L} positions do not fit capacity = {capacity}")
     if max_steps is None:
         max_steps = config.mean_recurrence if isinstance(num_steps, jax.core.Tracer) else int(np.max(num_steps))
+    num_steps = _within(num_steps, cache, cache.sets(max_steps), f"max_steps = {max_steps}")
+    check_shape("lengths", lengths, (B,))
+    known = lengths is not None and not isinstance(lengths, jax.core.Tracer)
+    if known and (np.min(lengths) < 1 or np.max(lengths) > L):
+        raise InputError(f"lengths = {np.asarray(lengths).tolist()}: must be between 1 and {L}")
     empty = allocate(config, cache, cache.sets(max_steps), B, capacity, compute_dtype(params, config))
     count = jnp.full(B, L, jnp.int32) if lengths is None else jnp.asarray(lengths, jnp.int32)
     done, full = run_pass(
@@ -152,7 +160,8 @@ def decode_step(
     """Process the next token of every row, each with its own depth. Donate `cache` when calling it under jit.
 
     Args:
-      cache: from `prefill` or an earlier `decode_step`.
+      cache: from `prefill` or an earlier `decode_step`. It grows as needed outside jit; under jit it must have room:
+        call `prefill` with `capacity` and `max_steps` for all that follows (a traced num_steps is cut to its sets).
       token: int [B], or [B, L] to append several at once.
       num_steps: as in `prefill`.
       state: [B, D] (or [B, L, D]) initial state; wins over `key`.
@@ -170,8 +179,10 @@ def decode_step(
     check_depth(num_steps)
     if state is not None and single:
         state = jnp.asarray(state).reshape(len(tokens), 1, config.embed_dim)
+    check_rule(exit_rule, tokens.shape[0], min_steps, check_every)
     if not isinstance(cache.length, jax.core.Tracer):
         cache = _with_room(cache, config, tokens.shape[1], num_steps)
+    num_steps = _within(num_steps, cache.policy, cache.sets, "max_steps of prefill")
     count = jnp.full(tokens.shape[0], tokens.shape[1], jnp.int32)
     done, cache = run_pass(
         params, config, cache, tokens, count, first=False, state=state, key=key, init_scale=init_scale,
@@ -179,6 +190,17 @@ def decode_step(
     )  # fmt: skip
     out = Output(done.logits, done.latents, done.steps, done.state)
     return (jax.tree.map(lambda x: x[:, 0], out) if single else out), cache
+
+
+def _within(num_steps: Any, policy: CachePolicy, sets: int, room: str) -> Any:
+    """`num_steps` as far as every recurrence has a set of its own: refused beyond when concrete, cut when traced."""
+    if policy.recurrences is not None:
+        return num_steps
+    if isinstance(num_steps, jax.core.Tracer):
+        return jnp.minimum(num_steps, sets)
+    if int(np.max(num_steps)) > sets:
+        raise InputError(f"num_steps = {num_steps!r}: exceeds {room}, the cache keeps {sets} recurrences")
+    return num_steps
 
 
 def _with_room(cache: Cache, config: ModelConfig, L: int, num_steps: Any) -> Cache:

@@ -33,7 +33,10 @@ def per_row(value: Any, rows: int, name: str, dtype: Any) -> np.ndarray:
     Raises:
       InputError: another number of values.
     """
-    array = np.asarray(value, dtype)
+    given = np.asarray(value)
+    if np.issubdtype(dtype, np.integer) and not np.issubdtype(given.dtype, np.integer):
+        raise InputError(f"{name} = {value!r}: must be an integer")
+    array = given.astype(dtype)
     if array.ndim > 1 or (array.ndim == 1 and len(array) != rows):
         raise InputError(f"{name}: expected one value or {rows}, got shape {array.shape}")
     return np.broadcast_to(array, (rows,))
@@ -67,6 +70,11 @@ def as_arrays(sampling: Sampling, rows: int) -> SamplingArrays:
     width = max(4, *(len(s) for s in each))
     table = np.asarray([s + [-1] * (width - len(s)) for s in each], np.int32).reshape(rows, width)
     return SamplingArrays(**{k: jnp.asarray(v) for k, v in fields.items()}, stop_tokens=jnp.asarray(table))
+
+
+def known_only(logits: Array, vocab_size: int) -> Array:
+    """Logits [..., V] with the rows that only pad the vocabulary set to -inf: no tokenizer knows those ids."""
+    return logits if logits.shape[-1] == vocab_size else logits.at[..., vocab_size:].set(-jnp.inf)
 
 
 def penalise(logits: Array, present: Array, penalty: Array) -> Array:

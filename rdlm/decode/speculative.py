@@ -20,7 +20,7 @@ from rdlm.cache import Cache
 from rdlm.config import CachePolicy, InputError, ModelConfig, Speculative
 from rdlm.decode.loop import Progress, Request, token_keys
 from rdlm.decode.passes import run_pass
-from rdlm.decode.sampling import penalise, probabilities, stops
+from rdlm.decode.sampling import known_only, penalise, probabilities, stops
 from rdlm.exits import ExitRule
 from rdlm.model import Params
 
@@ -82,7 +82,7 @@ def _round(
             params, config, cache, token[:, None], jnp.where(p.done, 0, 1), first=False,
             num_steps=jnp.int32(spec.draft_steps), **options,
         )  # fmt: skip
-        q = _distribution(done.logits[:, 0], present, request)
+        q = _distribution(known_only(done.logits[:, 0], config.vocab_size), present, request)
         keys = jax.vmap(jax.random.fold_in, (0, None))(token_keys(request, p.count + j), 1)
         drafted = _draw(q, request, keys)
         return (cache, drafted, present.at[rows, drafted].set(True), passes + done.ran), (
@@ -101,7 +101,7 @@ def _round(
         params, config, cache, inputs, jnp.where(p.done, 0, L), first=False, state=states,
         num_steps=request.num_steps, resume=(jnp.int32(spec.draft_steps), core), **options,
     )  # fmt: skip
-    logits = checked.logits  # [B, L, V]
+    logits = known_only(checked.logits, config.vocab_size)  # [B, L, V]
     each = jax.vmap(lambda x, seen: _distribution(x, seen, request), in_axes=(1, 0), out_axes=1)
     target = each(logits, presents)
     q = q.swapaxes(0, 1)

@@ -1,7 +1,17 @@
 """The model: three pure functions (embed, core_step, readout), and what is made of them."""
 
 from rdlm.model.adaptive import Pass, adaptive_pass
-from rdlm.model.forward import Output, check_depth, check_tokens, forward, split_steps, typed_key
+from rdlm.model.forward import (
+    Output,
+    check_depth,
+    check_ids,
+    check_rule,
+    check_shape,
+    check_tokens,
+    forward,
+    split_steps,
+    typed_key,
+)
 from rdlm.model.network import (
     Params,
     RecurrentDepth,
@@ -28,6 +38,9 @@ __all__ = [
     "adaptive_pass",
     "cast",
     "check_depth",
+    "check_ids",
+    "check_rule",
+    "check_shape",
     "check_tokens",
     "compute_dtype",
     "context",

@@ -59,9 +59,28 @@ def check_tokens(tokens: Any, config: ModelConfig, name: str = "tokens") -> Arra
         raise InputError(f"{name}: expected integers [B, L] with L >= 1, got {tokens.dtype} {tuple(tokens.shape)}")
     if tokens.shape[1] > config.max_length:
         raise InputError(f"{name}: length {tokens.shape[1]} exceeds config.max_length = {config.max_length}")
-    if isinstance(tokens, np.ndarray) and (tokens.min() < 0 or tokens.max() >= config.rows):
-        raise InputError(f"{name}: ids must be in [0, {config.rows}), found {tokens.min()} .. {tokens.max()}")
+    check_ids(name, tokens, config)
     return jnp.asarray(tokens, jnp.int32)
+
+
+def check_ids(name: str, ids: Any, config: ModelConfig) -> None:
+    """Refuse concrete token ids outside the vocabulary; traced ones pass."""
+    if not isinstance(ids, jax.core.Tracer) and np.size(ids):
+        least, most = int(np.min(ids)), int(np.max(ids))
+        if least < 0 or most >= config.rows:
+            raise InputError(f"{name}: ids must be in [0, {config.rows}), found {least} .. {most}")
+
+
+def check_rule(rule: Any, batch: int, min_steps: Any = 0, check_every: Any = 1) -> None:
+    """Refuse what is no exit rule, thresholds that are neither one nor one per row, and impossible schedules."""
+    if rule is not None and not isinstance(rule, ExitRule):
+        raise InputError(f"exit_rule = {rule!r}: must be a rule such as rdlm.exits.kl()")
+    if rule is not None:
+        for leaf in jax.tree.leaves(rule):
+            check_shape("exit_rule: threshold", leaf, (), (batch,))
+    for name, value, least in (("min_steps", min_steps, 0), ("check_every", check_every, 1)):
+        if not isinstance(value, jax.core.Tracer) and np.min(value) < least:
+            raise InputError(f"{name} = {value!r}: must be at least {least}")
 
 
 def split_steps(num_steps: Any, config: ModelConfig) -> tuple[Any, Any]:
@@ -73,11 +92,20 @@ def split_steps(num_steps: Any, config: ModelConfig) -> tuple[Any, Any]:
     n, k = num_steps if isinstance(num_steps, (tuple, list)) else (num_steps, 0)
     if n is None:
         n = config.mean_recurrence
-    n, k = (int(x) if isinstance(x, np.integer) else x for x in (n, k))
+    n, k = (_concrete(x) for x in (n, k))
     known = [x for x in (n, k) if isinstance(x, int)]
     if min(known, default=0) < 0 or (len(known) == 2 and n + k < 1):
         raise InputError(f"num_steps = {num_steps!r}: at least one recurrence is needed")
     return n, k
+
+
+def _concrete(count: Any) -> Any:
+    """A count as a Python int, unless it is traced."""
+    if isinstance(count, jax.core.Tracer):
+        return count
+    if np.ndim(count) or not np.issubdtype(np.asarray(count).dtype, np.integer):
+        raise InputError(f"num_steps: {count!r} is not a number of recurrences")
+    return int(count)
 
 
 def check_shape(name: str, value: Any, *allowed: tuple[int, ...]) -> None:
@@ -128,6 +156,7 @@ def forward(
     check_shape("positions", positions, (L,), (B, L))
     check_shape("state", state, (B, L, config.embed_dim))
     check_shape("key", key, (), (B,))
+    check_rule(exit_rule, B, min_steps, check_every)
     per_token = jnp.ndim(num_steps) > 0 if not isinstance(num_steps, (tuple, list, type(None))) else False
     segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
     positions = positions_of(tokens, segment_ids) if positions is None else jnp.asarray(positions)

@@ -35,7 +35,7 @@ def noisy(params: Params, config: ModelConfig, s: Array, i: Array, key: Array, p
     elif kind == "chi":
         uniform = jax.vmap(jax.random.uniform)(key.reshape(-1)).reshape(*key.shape, *(1,) * (s.ndim - key.ndim))
         n = 2 * n * uniform
-    rows = jnp.broadcast_to(key.reshape(-1, *(1,) * 0), (s.shape[0],))
+    rows = jnp.broadcast_to(key.reshape(-1), (s.shape[0],))
     index = jnp.broadcast_to(positions, s.shape[:2])
     xi = jax.vmap(jax.vmap(lambda k, p: jax.random.normal(jax.random.fold_in(k, p), s.shape[2:]), (None, 0)))(
         rows, index
