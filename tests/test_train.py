@@ -1,0 +1,207 @@
+"""Training: one program for every depth, resume to the same numbers, the same losses on any mesh."""
+
+import dataclasses
+import functools
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rdlm import sharding
+from rdlm.checkpoint import load_checkpoint, saved_steps
+from rdlm.config import PRESETS, InputError, MeshConfig
+from rdlm.evaluate import depth_curve
+from rdlm.losses import as_batch, token_losses
+from rdlm.metrics import MetricsWriter, read_metrics
+from rdlm.optim import optimizer
+from rdlm.train import draw_depth, init_state, state_shardings, train_step
+
+NANO = PRESETS["nano"]
+ROOT = Path(__file__).parent.parent
+
+
+def rows(step, batch=8, length=32):
+    """A batch that is a function of the step."""
+    tokens = np.random.default_rng(step).integers(0, NANO.model.vocab_size, (batch, length + 1)).astype(np.int32)
+    ids = np.arange(batch, dtype=np.int32)[:, None] + np.zeros((1, length), np.int32)
+    return {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "sequence_ids": ids}
+
+
+def test_one_program_serves_200_steps_of_sampled_depth():
+    tx = optimizer(NANO.optimizer, 200)
+    run = dataclasses.replace(NANO, steps=200)
+    state = init_state(run, tx)
+    step_fn = jax.jit(functools.partial(train_step, run, tx), donate_argnums=0)
+    depths = set()
+    for step in range(200):
+        state, metrics = step_fn(state, rows(step, batch=1, length=8))
+        depths.add((int(metrics["n"]), int(metrics["k"])))
+    assert step_fn._cache_size() == 1
+    assert len(depths) >= 8, "the draws must really differ"
+    assert {k for _, k in depths} == {1, 2}
+
+
+def test_the_depth_draw_is_a_function_of_seed_and_step():
+    draw = lambda run, step: tuple(int(x) for x in draw_depth(run, jnp.int32(step)))  # noqa: E731
+    first = [draw(NANO, step) for step in range(30)]
+    assert first == [draw(NANO, step) for step in range(30)]
+    assert first != [draw(dataclasses.replace(NANO, seed=1), step) for step in range(30)]
+    assert len(set(first)) > 5
+
+
+@functools.cache
+def losses_on(mesh_config, devices, scale=1.0):
+    """Losses of four steps on a mesh of so many devices."""
+    mesh = sharding.make_mesh(mesh_config, jax.devices()[:devices])
+    tx = optimizer(NANO.optimizer, NANO.steps)
+    _, shardings = state_shardings(NANO, tx, mesh)
+    state = jax.jit(functools.partial(init_state, NANO, tx), out_shardings=shardings)()
+    if scale != 1.0:
+        state = state._replace(params=jax.tree.map(lambda x: x * scale, state.params))
+    step_fn, losses = jax.jit(functools.partial(train_step, NANO, tx), donate_argnums=0), []
+    for step in range(4):
+        state, metrics = step_fn(state, jax.device_put(rows(step), sharding.batch_sharding(mesh)))
+        losses.append(float(metrics["loss"]))
+    return np.array(losses)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compile")
+@pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (2, 4), (1, 8)])
+def test_losses_do_not_depend_on_the_mesh(data, fsdp):
+    one = losses_on(MeshConfig(1, 1), 1)
+    np.testing.assert_allclose(losses_on(MeshConfig(data, fsdp), 8), one, atol=1e-5, rtol=0)
+    if data == 8:
+        wrong = losses_on(MeshConfig(data, fsdp), 8, scale=1.01)
+        assert np.abs(wrong - one).max() > 1e-4, "a wrong scale must be seen"
+
+
+def test_a_mesh_that_does_not_fit_is_refused():
+    with pytest.raises(InputError, match="does not fit 8 devices"):
+        sharding.make_mesh(MeshConfig(3, 2))
+    mesh = sharding.make_mesh(MeshConfig(1, 8))
+    odd = dataclasses.replace(NANO, model=dataclasses.replace(NANO.model, embed_dim=36, num_heads=2))
+    with pytest.raises(InputError, match=r"mesh.fsdp = 8: does not divide embed = 36"):
+        state_shardings(odd, optimizer(NANO.optimizer, 10), mesh)
+    with pytest.raises(InputError, match=r"batch_size = 12: must be a multiple of the 8 devices \(try 16\)"):
+        sharding.check_batch(mesh, 12)
+
+
+# The same command after a kill
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    return tmp_path_factory.mktemp("train")
+
+
+def start(work, name):
+    command = [
+        sys.executable, str(ROOT / "experiments" / "train.py"), "nano", "--run-dir", str(work / name),
+        "--data.folder", str(work / "data"), "--evaluation.batches", "1", "--evaluation.depths", "1", "4",
+        "--steps", "40", "--checkpoint.every", "7",
+    ]  # fmt: skip
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+
+def interrupt(process, folder, after, how):
+    """Send `how` once metrics.jsonl has `after` rows; returns the exit code."""
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        if len(steps_of(folder)) >= after:
+            process.send_signal(how)
+            break
+        time.sleep(0.005)
+    process.communicate(timeout=240)
+    return process.returncode
+
+
+def steps_of(folder):
+    return {row["step"] for row in read_metrics(folder) if "loss" in row}
+
+
+def curve(folder):
+    """What must be equal, of every step."""
+    return [(r["step"], r["loss"], r["n"], r["k"], r["grad_norm"]) for r in read_metrics(folder) if "loss" in r]
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_same_numbers_bit_for_bit(work):
+    whole = start(work, "whole")
+    assert whole.wait(300) == 0, whole.stderr.read()
+    expected = curve(work / "whole")
+    assert [step for step, *_ in expected] == list(range(40))
+
+    folder, at = work / "killed", random.SystemRandom().randint(8, 20)
+    assert interrupt(start(work, "killed"), folder, at, signal.SIGKILL) == -signal.SIGKILL
+    assert interrupt(start(work, "killed"), folder, at + 10, signal.SIGTERM) == 75
+    saved = saved_steps(folder)[-1]
+    assert at <= saved < 40
+    last = start(work, "killed")
+    assert last.wait(300) == 0
+    assert f"resuming {folder} at step {saved}" in last.stderr.read()
+    assert curve(folder) == expected, f"killed after {at} steps, saved at {saved}"
+    assert (folder / "loss_by_depth.json").read_text() == (work / "whole" / "loss_by_depth.json").read_text()
+    ours, theirs = (load_checkpoint(work / name)[0] for name in ("killed", "whole"))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+    # What the finished folder says of damage.
+    for path in (folder / "checkpoints" / "40" / "params").rglob("*"):
+        if path.is_file() and path.parent.name == "d":
+            path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(InputError, match="damaged") as refused:
+        load_checkpoint(folder)
+    assert "\n" not in str(refused.value)
+    with pytest.raises(InputError, match="step = 3: not saved"):
+        load_checkpoint(folder, step=3)
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(work):
+    folder = work / "early"
+    process = start(work, "early")
+    deadline = time.monotonic() + 120
+    while not (folder / "checkpoints").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert not saved_steps(folder)
+    again = start(work, "early")
+    assert interrupt(again, folder, 3, signal.SIGTERM) == 75
+    assert steps_of(folder) >= {0, 1, 2}
+
+
+def test_metrics_drop_what_a_lost_stretch_wrote(tmp_path):
+    writer = MetricsWriter(tmp_path, 0)
+    for step in range(5):
+        writer.write(step, {"loss": float(step)})
+    writer.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')  # cut short by a kill
+    assert [row["step"] for row in read_metrics(tmp_path)] == [0, 1, 2, 3, 4]
+    MetricsWriter(tmp_path, 3).close()
+    assert [json.loads(x)["step"] for x in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [0, 1, 2]
+
+
+def test_the_depth_curve_is_that_of_separate_evaluations():
+    params = init_state(NANO, optimizer(NANO.optimizer, 10)).params
+    batches, depths = [rows(step, 2, 16) for step in range(2)], (1, 2, 5)
+    size = np.arange(NANO.model.vocab_size) % 5 + 1
+    found = depth_curve(params, NANO.model, batches, depths, size)
+    labels = np.concatenate([b["labels"].ravel() for b in batches])
+    assert (found.tokens, found.bytes) == (labels.size, size[labels].sum())
+    for r, nats, bits in zip(depths, found.nats, found.bits_per_byte, strict=True):
+        each = [
+            np.asarray(token_losses(params, NANO.model, as_batch(b), steps=r, key=jax.random.key(0))).sum()
+            for b in batches
+        ]
+        np.testing.assert_allclose(nats, sum(each) / labels.size, atol=1e-5)
+        np.testing.assert_allclose(bits, sum(each) / np.log(2) / size[labels].sum(), atol=1e-5)
+    assert abs(found.nats[0] - found.nats[2]) > 1e-4, "depths must differ for this to mean something"
