@@ -248,7 +248,10 @@ class Trainer:
         writer = MetricsWriter(self.folder, first, config.tensorboard)
         meta = {"config": dataclasses.asdict(config), "tokenizer": self.tokenizer.hash}
         self.say(self._headline())
-        step_fn = jax.jit(functools.partial(train_step, config, self.tx), donate_argnums=0)
+        # The state leaves a step as it entered it: left to the compiler, a mesh would compile a second program.
+        step_fn = jax.jit(
+            functools.partial(train_step, config, self.tx), donate_argnums=0, out_shardings=(self.shardings, None)
+        )
         batches = prefetch(self.train.batch, first)
         meter = Meter(config, matmul_peak() * self.mesh.size)
         pending: tuple[int, dict[str, Any]] | None = None
@@ -286,11 +289,12 @@ class Trainer:
                         )
                         self.progress.say(f"step {done}  validation loss  {as_text(curve)}")
                     meter.restart()
-                if last or done % config.checkpoint.every == 0 or preemption.requested:
+                stop = preemption.requested  # read once: a signal from here on is for the next step to see
+                if last or done % config.checkpoint.every == 0 or stop:
                     report(pending)  # before the save: a resumed run writes no row of a step that is saved
                     pending = None
                     save(done)
-                if preemption.requested:
+                if stop:
                     self.say(f"preempted: saved step {done} in {self.folder}; run the same command to go on")
                     return EXIT_PREEMPTED
             curve = self.evaluate(state.params, None, lambda: preemption.requested)
