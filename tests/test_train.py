@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 import json
 import random
 import signal
@@ -15,14 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import rdlm.train
 from rdlm import sharding
-from rdlm.checkpoint import load_checkpoint, saved_steps
+from rdlm.checkpoint import load_checkpoint, saved_steps, write_config
 from rdlm.config import PRESETS, InputError, MeshConfig
 from rdlm.evaluate import depth_curve
 from rdlm.losses import as_batch, token_losses
 from rdlm.metrics import MetricsWriter, read_metrics
 from rdlm.optim import optimizer
-from rdlm.train import draw_depth, init_state, state_shardings, train_step
+from rdlm.train import Trainer, draw_depth, init_state, state_shardings, train_step
 
 NANO = PRESETS["nano"]
 ROOT = Path(__file__).parent.parent
@@ -95,6 +97,119 @@ def test_a_mesh_that_does_not_fit_is_refused():
         sharding.check_batch(mesh, 12)
 
 
+# The whole loop, on a corpus that is prepared in milliseconds
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A run of 8 steps on a small text of its own."""
+    invent = random.Random(0)
+    words = ["".join(invent.choices("aeioubdglmnrst", k=invent.randint(2, 7))) for _ in range(99)]
+    texts = [f"{i} " + " ".join(invent.choices(words, k=60)) for i in range(80)]
+    monkeypatch.setattr(importlib.import_module("rdlm.data.prepare"), "_documents", lambda data: texts)
+    return dataclasses.replace(
+        NANO,
+        data=dataclasses.replace(NANO.data, folder=str(tmp_path / "data"), batch_size=8, validation_fraction=0.2),
+        checkpoint=dataclasses.replace(NANO.checkpoint, every=3),
+        evaluation=dataclasses.replace(NANO.evaluation, every=4, batches=1, depths=(1, 2)),
+        run_dir=str(tmp_path / "run"),
+        steps=8,
+    )
+
+
+class Flips:
+    """Stands in for the signal: `requested` is False so many times, then True."""
+
+    def __init__(self, reads):
+        self.left = reads
+
+    @property
+    def requested(self):
+        self.left -= 1
+        return self.left < 0
+
+    def restore(self):
+        pass
+
+
+def programs(monkeypatch):
+    """The list of compiled train steps that trainers will make from now on."""
+    made, jit = [], jax.jit
+
+    def noting(function, **options):
+        program = jit(function, **options)
+        if getattr(function, "func", None) is train_step:
+            made.append(program)
+        return program
+
+    monkeypatch.setattr(jax, "jit", noting)
+    return made
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compile")
+def test_a_preempted_run_goes_on_on_another_mesh(small, monkeypatch, tmp_path):
+    folder, made, says = tmp_path / "run", programs(monkeypatch), []
+    with monkeypatch.context() as patched:
+        patched.setattr(rdlm.train, "Preemption", lambda: Flips(6))  # whatever moment of a step that is
+        assert Trainer(dataclasses.replace(small, mesh=MeshConfig(1, 8)), says.append).run() == 75
+    saved = saved_steps(folder)[-1]
+    assert steps_of(folder) == set(range(saved))
+    assert 3 < saved < 8
+    assert f"saved step {saved}" in says[-1]
+    # Saved on eight devices, loaded on one.
+    params, config = load_checkpoint(folder)
+    assert config == small.model
+    assert {len(x.devices()) for x in jax.tree.leaves(params)} == {1}
+    assert Trainer(dataclasses.replace(small, mesh=MeshConfig(8, 1)), says.append).run() == 0
+    assert f"at step {saved}" in says[-2]
+    whole = dataclasses.replace(small, mesh=MeshConfig(8, 1), run_dir=str(tmp_path / "whole"))
+    assert Trainer(whole, says.append).run() == 0
+    ours, reference = curve(folder), curve(tmp_path / "whole")
+    assert [(s, n, k) for s, _, n, k, _ in ours] == [(s, n, k) for s, _, n, k, _ in reference]
+    np.testing.assert_allclose([x[1] for x in ours], [x[1] for x in reference], atol=1e-5, rtol=0)
+    # Each of the three compiled its step once, on a mesh too.
+    assert [program._cache_size() for program in made] == [1, 1, 1]
+    # Older checkpoints can still be asked for, and the newest is not one of them.
+    jax.tree.map(np.testing.assert_array_equal, load_checkpoint(folder, step=saved)[0], params)
+    assert not np.array_equal(load_checkpoint(folder)[0]["wte"], params["wte"])
+    # A run may become longer, but not another one.
+    Trainer(dataclasses.replace(small, steps=20))
+    with pytest.raises(InputError, match=r"optimizer.learning_rate = 0.003, not 0.1"):
+        Trainer(dataclasses.replace(small, optimizer=dataclasses.replace(small.optimizer, learning_rate=0.1)))
+    with pytest.raises(InputError, match=r"steps = 5: .* is already at step 8"):
+        Trainer(dataclasses.replace(small, steps=5), says.append).run()
+
+
+@pytest.mark.parametrize("reads", range(2, 6))
+def test_exit_75_means_saved_whenever_the_signal_comes(reads, small, monkeypatch, tmp_path):
+    # Between any two looks at the flag. The step itself is a stand-in: this is about the loop.
+    def step(config, tx, state, batch):
+        metrics = {name: jnp.float32(1) for name in ("loss", "grad_norm", "learning_rate")}
+        return state._replace(step=state.step + 1), metrics | {"n": jnp.int32(1), "k": jnp.int32(1)}
+
+    monkeypatch.setattr(rdlm.train, "train_step", step)
+    monkeypatch.setattr(rdlm.train, "Preemption", lambda: Flips(reads))
+    says = []
+    assert Trainer(dataclasses.replace(small, mesh=MeshConfig(8, 1)), says.append).run() == 75
+    saved = saved_steps(tmp_path / "run")
+    assert saved
+    assert f"saved step {saved[-1]} " in says[-1]
+    assert steps_of(tmp_path / "run") == set(range(saved[-1]))
+
+
+def test_a_half_written_checkpoint_is_never_picked_up(tmp_path):
+    write_config(tmp_path, NANO)
+    (tmp_path / "checkpoints" / "5.orbax-checkpoint-tmp" / "params").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "7" / "params").mkdir(parents=True)  # named, but never finished
+    assert saved_steps(tmp_path) == []
+    with pytest.raises(InputError, match="no complete checkpoint yet") as refused:
+        load_checkpoint(tmp_path)
+    assert "\n" not in str(refused.value)
+    with pytest.raises(InputError, match="does not exist"):
+        load_checkpoint(tmp_path / "nowhere")
+
+
 # The same command after a kill
 
 
@@ -135,11 +250,7 @@ def curve(folder):
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_numbers_bit_for_bit(work):
-    whole = start(work, "whole")
-    assert whole.wait(300) == 0, whole.stderr.read()
-    expected = curve(work / "whole")
-    assert [step for step, *_ in expected] == list(range(40))
-
+    whole = start(work, "whole")  # beside the others: they find the data, or make it too
     folder, at = work / "killed", random.SystemRandom().randint(8, 20)
     assert interrupt(start(work, "killed"), folder, at, signal.SIGKILL) == -signal.SIGKILL
     assert interrupt(start(work, "killed"), folder, at + 10, signal.SIGTERM) == 75
@@ -148,6 +259,9 @@ def test_a_killed_run_goes_on_to_the_same_numbers_bit_for_bit(work):
     last = start(work, "killed")
     assert last.wait(300) == 0
     assert f"resuming {folder} at step {saved}" in last.stderr.read()
+    assert whole.wait(300) == 0, whole.stderr.read()
+    expected = curve(work / "whole")
+    assert [step for step, *_ in expected] == list(range(40))
     assert curve(folder) == expected, f"killed after {at} steps, saved at {saved}"
     assert (folder / "loss_by_depth.json").read_text() == (work / "whole" / "loss_by_depth.json").read_text()
     ours, theirs = (load_checkpoint(work / name)[0] for name in ("killed", "whole"))
@@ -164,6 +278,7 @@ def test_a_killed_run_goes_on_to_the_same_numbers_bit_for_bit(work):
         load_checkpoint(folder, step=3)
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_its_first_checkpoint_starts_again(work):
     folder = work / "early"
     process = start(work, "early")
