@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from rdlm import flops
 from rdlm.config import ModelConfig
 from rdlm.losses import loss
+from rdlm.memory import reuse_freed_memory
 from rdlm.model import init_params
 from rdlm.runtime import parse_arguments, run_command
 
@@ -106,6 +107,7 @@ def measure(options: Options) -> dict[str, float]:
 
 
 def main() -> None:
+    reuse_freed_memory()
     options = parse_arguments(Options, prog="bench_train.py", description=__doc__)
     found = measure(options)
     if options.json:

@@ -4,7 +4,10 @@
     python experiments/train.py nano --steps 50 --seed 1 --optimizer.learning-rate 1e-3 --run-dir runs/try
 
 Everything goes to the run folder (runs/PRESET): config.json, metrics.jsonl, checkpoints/, tokenizer/ and, at the end,
-loss_by_depth.json. Exit codes: 0 done, 75 preempted (SIGTERM) and saved, 2 wrong input.
+loss_by_depth.json. Exit codes: 0 done, 75 preempted (SIGTERM) and saved, 2 wrong input, 1 another process is missing.
+
+On a Cloud TPU slice run it on every worker: tpu_setup/run.sh does. Elsewhere several processes find each other by
+RDLM_COORDINATOR=HOST:PORT RDLM_PROCESSES=2 RDLM_PROCESS_ID=0 (and 1), in a run folder that they share.
 """
 
 from __future__ import annotations
@@ -13,8 +16,8 @@ import sys
 
 import tyro
 
-from rdlm.config import PRESETS, InputError, RunConfig, preset
-from rdlm.runtime import parse_arguments, run_command
+from rdlm.config import PRESETS, InputError, RunConfig, preset, to_json
+from rdlm.runtime import parse_arguments, run_command, start
 
 
 def main() -> int:
@@ -32,8 +35,11 @@ def main() -> int:
         RunConfig, default=base, args=args[1:], prog=f"train.py {args[0]}", description=__doc__,
         config=(tyro.conf.FlagConversionOff,),
     )  # fmt: skip
-    from rdlm.train import train  # after the arguments are known to be right: importing JAX takes seconds
+    from rdlm.memory import reuse_freed_memory  # after the arguments are known to be right: importing JAX takes seconds
+    from rdlm.train import train
 
+    reuse_freed_memory()
+    start(agree_on=to_json(config))
     return train(config)
 
 

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from rdlm.memory import keep
+
 Part = tuple[Array, Array, Array]
 """Keys, values, bias."""
 
@@ -118,8 +120,8 @@ def _forward(q: Array, k: Array, v: Array, bias: Array) -> tuple[Array, Saved]:
         out = jnp.einsum("bhlt,bhtq->bhlq", p.astype(v.dtype), v[:, :, :end], preferred_element_type=jnp.float32)
         outs.append((out / total).astype(q.dtype))
         lses.append(top + jnp.log(total))
-    out = jnp.concatenate(outs, axis=2)
-    return out, (q, k, v, bias, out, jnp.concatenate(lses, axis=2))
+    q, k, v, out, lse = (keep(x) for x in (q, k, v, jnp.concatenate(outs, axis=2), jnp.concatenate(lses, axis=2)))
+    return out, (q, k, v, bias, out, lse)
 
 
 def _backward(saved: Saved, d_out: Array) -> tuple[Array, Array, Array, None]:
@@ -127,6 +129,8 @@ def _backward(saved: Saved, d_out: Array) -> tuple[Array, Array, Array, None]:
     q, k, v, bias, out, lse = saved
     L, scale = q.shape[2], q.dtype.type(q.shape[-1] ** -0.5)
     inner = (d_out.astype(jnp.float32) * out).sum(-1, keepdims=True)
+    # Sums over queries want the queries last on their left side: CPU matmuls take half the time of the other way round.
+    q_last, d_out_last = (q * scale).swapaxes(2, 3), d_out.swapaxes(2, 3)
     d_q, d_k, d_v = [], [], []
     for start, end in _blocks(L):
         rows = (slice(None), slice(None), slice(start, end))
@@ -134,19 +138,11 @@ def _backward(saved: Saved, d_out: Array) -> tuple[Array, Array, Array, None]:
         d_p = jnp.einsum("bhlq,bhtq->bhlt", d_out[rows], v[:, :, :end], preferred_element_type=jnp.float32)
         d_s = (p * (d_p - inner[rows])).astype(q.dtype)
         d_q.append(jnp.einsum("bhlt,bhtq->bhlq", d_s, k[:, :, :end]) * scale)
-        d_k.append(_over_queries(q[rows] * scale, d_s, L))
-        d_v.append(_over_queries(d_out[rows], p.astype(q.dtype), L))
+        rest = ((0, 0), (0, 0), (0, 0), (0, L - end))  # later keys, unseen by this block
+        d_k.append(jnp.pad(jnp.einsum("bhql,bhlt->bhqt", q_last[..., start:end], d_s), rest))
+        d_v.append(jnp.pad(jnp.einsum("bhql,bhlt->bhqt", d_out_last[..., start:end], p.astype(q.dtype)), rest))
     total_k, total_v = (functools.reduce(jnp.add, parts).swapaxes(2, 3) for parts in (d_k, d_v))
     return jnp.concatenate(d_q, axis=2), total_k, total_v, None
-
-
-def _over_queries(x: Array, weights: Array, length: int) -> Array:
-    """sum_l x[l] weights[l, t]: x [B, H, l, Q], weights [B, H, l, t] -> [B, H, Q, length], zero beyond t.
-
-    The small operand is the transposed one: CPU matmuls take half the time of the other way round.
-    """
-    out = jnp.einsum("bhql,bhlt->bhqt", x.swapaxes(2, 3), weights)
-    return jnp.pad(out, ((0, 0), (0, 0), (0, 0), (0, length - weights.shape[3])))
 
 
 _causal.defvjp(_forward, _backward)

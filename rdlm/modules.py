@@ -6,7 +6,6 @@ are what `rdlm.sharding` maps onto mesh axes.
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -18,6 +17,7 @@ from jax import Array
 from rdlm.attention import attend, attend_past
 from rdlm.cache import KeyValue
 from rdlm.config import ModelConfig
+from rdlm.memory import keep
 
 
 class Context(NamedTuple):
@@ -80,23 +80,11 @@ def linear(x: Array, w: Array) -> Array:
     return (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[-1])
 
 
-# Elementwise chains keep only their inputs for the backward pass and are recomputed there: a core step then stores
-# less than half the bytes, which is what training waits for, on CPU and TPU alike.
-recompute = functools.partial(jax.checkpoint, prevent_cse=False)
-
-
-@functools.partial(recompute, static_argnums=2)
 def normalise(x: Array, scale: Array, eps: float) -> Array:
     """scale * x / rms(x) over the last axis, statistics in f32."""
     wide = x.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps)
     return wide.astype(x.dtype) * jnp.expand_dims(scale, range(x.ndim - 1))
-
-
-@recompute
-def gated_linear(gate: Array, up: Array, w: Array) -> Array:
-    """(silu(gate) * up) @ w."""
-    return linear(jax.nn.silu(gate) * up, w)
 
 
 class RMSNorm(nn.Module):
@@ -179,7 +167,8 @@ class GatedMLP(nn.Module):
         std, out_std = takase_std(self.config)
         fc = weight(self, "fc", (2, D, F), std, (None, "embed", "mlp"), x.dtype)
         proj = weight(self, "proj", (F, D), out_std, ("mlp", "embed"), x.dtype)
-        return gated_linear(linear(x, fc[0]), linear(x, fc[1]), proj)
+        gate, up = keep(linear(x, fc[0])), keep(linear(x, fc[1]))
+        return linear(jax.nn.silu(gate) * up, proj)
 
 
 class SandwichBlock(nn.Module):
@@ -203,5 +192,5 @@ class SandwichBlock(nn.Module):
     ) -> tuple[Array, KeyValue]:
         """[B, L, D] -> ([B, L, D], own keys and values). Arguments as in `SelfAttention`."""
         mixed, own = self.attn(self.norm_1(x), ctx, past, held, active)
-        x = self.norm_2(mixed + x)
-        return self.norm_4(self.mlp(self.norm_3(x)) + x), own
+        x = self.norm_2(keep(mixed + x))
+        return self.norm_4(keep(self.mlp(self.norm_3(x)) + x)), own

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from rdlm.config import InputError, Scheme
+from rdlm.memory import recomputed
 
 State = Any
 Step = Callable[[State, Array], State]
@@ -141,7 +142,8 @@ def unroll(
       k: steps with gradient. A traced k needs `max_k` and skips the slots beyond it, so one program serves every
         (n, k); a Python k compiles exactly k slots.
       max_k: number of gradient slots for a traced k.
-      remat: recompute each gradient step in the backward pass instead of keeping its activations.
+      remat: recompute each gradient step in the backward pass from its input alone; otherwise what `step` marked
+        with `rdlm.memory.keep` is stored too.
 
     Returns:
       The state after n + k steps.
@@ -162,8 +164,7 @@ def unroll(
         # The k live slots come first; a skipped slot costs a branch.
         return lax.cond(j < k, lambda s: step(s, n + j), lambda s: s, s), None
 
-    if remat:
-        slot = jax.checkpoint(slot, prevent_cse=False)
+    slot = recomputed(slot, everything=remat)
     return lax.scan(slot, s, jnp.arange(slots, dtype=jnp.int32))[0]
 
 

@@ -1,0 +1,50 @@
+"""What is stored between the forward and the backward pass, and how the CPU process holds on to its memory."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+
+KEPT = "kept"
+
+
+def keep(x: Array) -> Array:
+    """Mark an activation that is dear to recompute: matrix products, attention, sums that norms read."""
+    return checkpoint_name(x, KEPT)
+
+
+def recomputed(step: Callable[..., Any], everything: bool) -> Callable[..., Any]:
+    """`step` for a `scan` whose backward pass recomputes what it did not store.
+
+    Args:
+      step: any differentiable function.
+      everything: store the arguments alone; otherwise also what `keep` marked, so that only norms, rotations and
+        gates are done twice. Either way the weights a step closes over are not copied for every step of the scan.
+    """
+    policies = jax.checkpoint_policies
+    policy = policies.nothing_saveable if everything else policies.save_only_these_names(KEPT)
+    return jax.checkpoint(step, prevent_cse=False, policy=policy)
+
+
+def reuse_freed_memory() -> None:
+    """Make the C library keep freed memory for the next step instead of returning it; Linux with glibc only.
+
+    A CPU step frees and asks again for its activations, gigabytes at a time, and every page of them would be cleared
+    by the kernel once more. Call it before JAX starts its threads. For processes that repeat one step, not for those
+    whose peak memory matters.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:  # another C library
+        return
+    trim_threshold, mmap_max, arena_max = -1, -4, -8  # names of <malloc.h>, without their M_
+    mallopt(arena_max, 1)
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, 2**31 - 1)
