@@ -177,8 +177,7 @@ R, NEW = 8, 6  # most recurrences and new tokens; every prompt of up to 16 token
 KINDS = {
     "latest, kl": (CachePolicy(), exits.kl, (0.001, 0.1)),
     "skip, latent_diff": (CachePolicy(lookup="skip"), exits.latent_diff, (0.03, 0.3)),
-    "2 sets, entropy_diff": (CachePolicy(2), exits.entropy_diff, (0.003, 0.1)),
-    "1 set, argmax_stability": (CachePolicy(1), exits.argmax_stability, (1, 4)),
+    "2 sets, argmax_stability": (CachePolicy(2), exits.argmax_stability, (1, 4)),
 }
 
 

@@ -37,6 +37,7 @@ def rows(step, batch=8, length=32):
     return {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "sequence_ids": ids}
 
 
+@pytest.mark.usefixtures("quick_compile")
 def test_one_program_serves_200_steps_of_sampled_depth():
     tx = optimizer(NANO.optimizer, 200)
     run = dataclasses.replace(NANO, steps=200)
@@ -77,7 +78,7 @@ def losses_on(mesh_config, devices, scale=1.0):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick_compile")
-@pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (2, 4), (1, 8)])
+@pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (2, 4)])
 def test_losses_do_not_depend_on_the_mesh(data, fsdp):
     one = losses_on(MeshConfig(1, 1), 1)
     np.testing.assert_allclose(losses_on(MeshConfig(data, fsdp), 8), one, atol=1e-5, rtol=0)
@@ -305,6 +306,7 @@ def test_metrics_drop_what_a_lost_stretch_wrote(tmp_path):
     assert [json.loads(x)["step"] for x in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [0, 1, 2]
 
 
+@pytest.mark.usefixtures("quick_compile")
 def test_the_depth_curve_is_that_of_separate_evaluations():
     params = init_state(NANO, optimizer(NANO.optimizer, 10)).params
     batches, depths = [rows(step, 2, 16) for step in range(2)], (1, 2, 5)
@@ -312,11 +314,9 @@ def test_the_depth_curve_is_that_of_separate_evaluations():
     found = depth_curve(params, NANO.model, batches, depths, size)
     labels = np.concatenate([b["labels"].ravel() for b in batches])
     assert (found.tokens, found.bytes) == (labels.size, size[labels].sum())
+    at_depth = jax.jit(lambda b, r: token_losses(params, NANO.model, as_batch(b), steps=r, key=jax.random.key(0)))
     for r, nats, bits in zip(depths, found.nats, found.bits_per_byte, strict=True):
-        each = [
-            np.asarray(token_losses(params, NANO.model, as_batch(b), steps=r, key=jax.random.key(0))).sum()
-            for b in batches
-        ]
+        each = [np.asarray(at_depth(b, r)).sum() for b in batches]
         np.testing.assert_allclose(nats, sum(each) / labels.size, atol=1e-5)
         np.testing.assert_allclose(bits, sum(each) / np.log(2) / size[labels].sum(), atol=1e-5)
     assert abs(found.nats[0] - found.nats[2]) > 1e-4, "depths must differ for this to mean something"
