@@ -40,7 +40,7 @@ class Checkpoints:
             path.mkdir(parents=True, exist_ok=True)
             probe = path / ".writable"
             probe.touch()
-            probe.unlink()
+            probe.unlink(missing_ok=True)  # other processes do the same
         except OSError as error:
             raise InputError(f"run folder {folder}: cannot be written ({error.strerror})") from error
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
 from typing import Any, TextIO
 
-from rdlm.config import InputError
+import jax
+import jax.numpy as jnp
+
+from rdlm import flops
+from rdlm.config import InputError, RunConfig
 
 
 class MetricsWriter:
@@ -43,6 +48,10 @@ class MetricsWriter:
                 if isinstance(value, (int, float)):
                     self.events.add_scalar(name, value, step)
 
+    def sync(self) -> None:
+        """Bring everything written so far to the disk, or to the bucket mounted there, which a flush does not reach."""
+        os.fsync(self.file.fileno())
+
     def close(self) -> None:
         """Flush and close."""
         self.file.close()
@@ -64,14 +73,16 @@ def _complete_lines(path: Path) -> list[str]:
 class Progress:
     """One line that rewrites itself on a terminal, and a plain line every ten seconds elsewhere."""
 
-    def __init__(self, total: int, out: TextIO | None = None):
-        """`total`: steps in all."""
-        self.total, self.out = total, out or sys.stderr
+    def __init__(self, total: int, out: TextIO | None = None, quiet: bool = False):
+        """`total`: steps in all. `quiet`: show nothing, another process does."""
+        self.total, self.out, self.quiet = total, out or sys.stderr, quiet
         self.live = self.out.isatty()
         self.printed = 0.0
 
     def update(self, step: int, text: str, last: bool = False) -> None:
         """Show that `step` steps are done."""
+        if self.quiet:
+            return
         now = time.monotonic()
         if now - self.printed < (0.1 if self.live else 10.0) and not last:
             return
@@ -84,8 +95,64 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Print a line that stays."""
+        if self.quiet:
+            return
         self.out.write(f"\r\x1b[2K{text}\n" if self.live else text + "\n")
         self.out.flush()
+
+
+def matmul_peak() -> float:
+    """FLOP/s of one device at its best: the datasheet's for known TPUs, a measured 1024^3 f32 product otherwise."""
+    known = flops.PEAK_FLOPS.get(jax.devices()[0].device_kind)
+    if known:
+        return known
+    a = jnp.ones((1024, 1024))
+    multiply = jax.jit(lambda a: a @ a)
+    multiply(a).block_until_ready()
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        multiply(a).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return 2 * 1024**3 / best
+
+
+class Meter:
+    """Speed of the recent steps, compilation and evaluation left out."""
+
+    def __init__(self, config: RunConfig, peak: float):
+        """`peak`: FLOP/s of all devices."""
+        self.config, self.peak = config, peak
+        self.tokens = config.data.batch_size * config.data.sequence_length
+        self.start = time.monotonic()
+        self.last: float | None = None
+        self.step_seconds: float | None = None
+        self.utilisation = 0.0
+
+    def restart(self) -> None:
+        """Do not count the time since the last step."""
+        self.last = None
+
+    def measure(self, n: int, k: int) -> dict[str, float]:
+        """Speed of the step that just ended and ran (n, k)."""
+        now = time.monotonic()
+        seconds, self.last = (None if self.last is None else now - self.last), now
+        if seconds is None:
+            return {"seconds": round(now - self.start, 3)}
+        work = flops.training_flops(self.config.model, n, k, self.config.data.sequence_length) * self.tokens
+        mfu = work / seconds / self.peak
+        keep = 0.0 if self.step_seconds is None else 0.95
+        self.step_seconds = keep * (self.step_seconds or 0.0) + (1 - keep) * seconds
+        self.utilisation = keep * self.utilisation + (1 - keep) * mfu
+        return {"tokens_per_second": self.tokens / seconds, "mfu": mfu, "seconds": round(now - self.start, 3)}
+
+    def line(self, step: int, values: dict[str, Any]) -> str:
+        """What the progress line says."""
+        text = f"loss {values['loss']:.3f}  r {values['n']}+{values['k']}"
+        if self.step_seconds:
+            left = duration((self.config.steps - step) * self.step_seconds)
+            text += f"  {self.tokens / self.step_seconds:,.0f} tok/s  MFU {self.utilisation:.0%}  ETA {left}"
+        return text
 
 
 def duration(seconds: float) -> str:

@@ -6,15 +6,16 @@ import dataclasses
 import functools
 import json
 import math
+import secrets
 import signal
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 from jax.sharding import Mesh
@@ -25,11 +26,11 @@ from rdlm.config import PRESETS, InputError, RunConfig, differences
 from rdlm.data import PackedData, prefetch, prepare
 from rdlm.evaluate import DepthCurve, depth_curve
 from rdlm.losses import loss
-from rdlm.metrics import MetricsWriter, Progress, duration
+from rdlm.metrics import Meter, MetricsWriter, Progress, matmul_peak
 from rdlm.model import Params, init_params, logical_axes
 from rdlm.optim import optimizer, schedule
 from rdlm.recurrence import max_gradient_steps, sample_steps
-from rdlm.runtime import EXIT_DONE, EXIT_PREEMPTED
+from rdlm.runtime import EXIT_DONE, EXIT_PREEMPTED, exchange, is_first, together
 from rdlm.tokenizer import Tokenizer
 
 
@@ -113,20 +114,27 @@ class Preemption:
         signal.signal(signal.SIGTERM, self.previous)
 
 
-def matmul_peak() -> float:
-    """FLOP/s of one device at its best: the datasheet's for known TPUs, a measured 1024^3 f32 product otherwise."""
-    known = flops.PEAK_FLOPS.get(jax.devices()[0].device_kind)
-    if known:
-        return known
-    a = jnp.ones((1024, 1024))
-    multiply = jax.jit(lambda a: a @ a)
-    multiply(a).block_until_ready()
-    best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        multiply(a).block_until_ready()
-        best = min(best, time.perf_counter() - start)
-    return 2 * 1024**3 / best
+class Stop:
+    """Whether to stop: SIGTERM came to any of the processes. All of them get the same answer at the same call.
+
+    Among several processes a call asks the devices and returns the answer to the call before, which they have
+    computed while the step ran: nobody waits. Alone it is the flag itself.
+    """
+
+    def __init__(self, requested: Callable[[], bool], mesh: Mesh):
+        """`requested`: whether it came to this process."""
+        self.requested, self.mesh = requested, mesh
+        self.asked: Array | None = None
+        self.any = jax.jit(jnp.any, out_shardings=sharding.replicated(mesh))
+
+    def __call__(self) -> bool:
+        """Call it at the same places on every process."""
+        if jax.process_count() == 1:
+            return self.requested()
+        before = self.asked
+        mine = np.full(len(self.mesh.local_devices), self.requested())
+        self.asked = self.any(jax.make_array_from_process_local_data(sharding.batch_sharding(self.mesh), mine))
+        return before is not None and bool(before)
 
 
 class Trainer:
@@ -139,7 +147,8 @@ class Trainer:
           InputError: see the rooms below; nothing on disk is changed by a run that is refused.
         """
         self.config, self.folder = config, Path(config.folder)
-        self.progress = Progress(config.steps)
+        self.first = is_first()
+        self.progress = Progress(config.steps, quiet=not self.first)
         self.say = say or self.progress.say
         self.mesh = sharding.make_mesh(config.mesh)
         sharding.check_batch(self.mesh, config.data.batch_size)
@@ -179,13 +188,19 @@ class Trainer:
             "sequence_length": data.sequence_length,
             "tokenizer_hash": self.tokenizer.hash,
             "seed": self.config.seed,
+            "process_index": jax.process_index(),
+            "process_count": jax.process_count(),
         }
         self.train = PackedData(prepared, "train", batch_size=data.batch_size, **options)
         self.validation = PackedData(prepared, "validation", batch_size=data.batch_size, shuffle=False, **options)
 
     def place(self, batch: Any) -> Any:
-        """A host batch as arrays split over the devices."""
-        return jax.device_put(batch, sharding.batch_sharding(self.mesh))
+        """This process's rows of a batch as its part of arrays split over all devices.
+
+        Which device gets which row means nothing: the loss is a mean over all, and a row brings its own noise along.
+        """
+        split = sharding.batch_sharding(self.mesh)
+        return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(split, rows), batch)
 
     def evaluate(self, params: Params, batches: int | None, stop: Callable[[], bool]) -> DepthCurve | None:
         """Loss by depth on `batches` validation batches (None: all); None when stopped."""
@@ -213,16 +228,35 @@ class Trainer:
         """Train to the last step; returns 0, or 75 when SIGTERM came and the state is saved."""
         preemption = Preemption()
         try:
+            self._check_shared()
             # First of all what makes this a run folder: a run killed at any later moment resumes by the same command.
-            if not (self.folder / "config.json").exists():
+            if self.first and not (self.folder / "config.json").exists():
                 write_config(self.folder, self.config)
             with Checkpoints(self.folder, self.config.checkpoint.keep) as checkpoints:
-                if self._finished(checkpoints):
+                if exchange(str(self._finished(checkpoints)))[0] == "True":
                     self.say(f"{self.folder} is finished: step {self.config.steps} is saved and evaluated")
                     return EXIT_DONE
                 return self._run(checkpoints, preemption)
         finally:
             preemption.restore()
+
+    def _check_shared(self) -> None:
+        """Refuse a run folder that is another one on every host: each would save its part of the state alone."""
+        if jax.process_count() == 1:
+            return
+        token = exchange(secrets.token_hex(8))
+        note = self.folder / ".shared"
+        if self.first:
+            note.write_text(token[0])
+        exchange("written")
+        seen = exchange(str(note.exists() and note.read_text() == token[0]))
+        if self.first:
+            note.unlink()
+        if "False" in seen:
+            raise InputError(
+                f"run folder {self.folder}: process {seen.index('False')} does not see what process 0 wrote there; "
+                "use a folder that all hosts share (tpu_setup/mount.sh mounts a bucket as runs/)"
+            )
 
     def _finished(self, checkpoints: Checkpoints) -> bool:
         """Whether the last step is saved, and its curve at the depths of the config was written after it."""
@@ -239,13 +273,9 @@ class Trainer:
     def _run(self, checkpoints: Checkpoints, preemption: Preemption) -> int:
         config = self.config
         state = self.start(checkpoints)
-        if not (self.folder / "tokenizer").exists():
-            partial = self.folder / "tokenizer.partial"
-            self.tokenizer.save(partial)
-            partial.rename(self.folder / "tokenizer")
-        write_config(self.folder, config)
         first = int(state.step)
-        writer = MetricsWriter(self.folder, first, config.tensorboard)
+        writer = self._open_folder(first) if self.first else None
+        stop = Stop(lambda: preemption.requested, self.mesh)
         meta = {"config": dataclasses.asdict(config), "tokenizer": self.tokenizer.hash}
         self.say(self._headline())
         # The state leaves a step as it entered it: left to the compiler, a mesh would compile a second program.
@@ -267,11 +297,14 @@ class Trainer:
                     f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}: training has diverged; "
                     f"nothing of it was saved, the newest checkpoint is {checkpoints.latest}; lower the learning rate"
                 )
-            writer.write(step, values)
+            if writer:
+                writer.write(step, values)
             self.progress.update(step + 1, meter.line(step + 1, values), last=step + 1 == config.steps)
 
         def save(step: int) -> None:
             checkpoints.save(step, state.params, state.optimizer, meta | {"step": step})
+            if writer:
+                writer.sync()
 
         try:
             for step in range(first, config.steps):
@@ -279,34 +312,45 @@ class Trainer:
                 report(pending)  # of the step before, while this one runs
                 pending = step, metrics
                 done, last = step + 1, step + 1 == config.steps
-                if done % config.evaluation.every == 0 and not last and not preemption.requested:
+                if done % config.evaluation.every == 0 and not last and not stop():
                     report(pending)
                     pending = None
-                    curve = self.evaluate(state.params, config.evaluation.batches, lambda: preemption.requested)
+                    curve = self.evaluate(state.params, config.evaluation.batches, stop)
                     if curve is not None:
-                        writer.write(
-                            step, {f"validation_loss_r{r}": x for r, x in zip(curve.depths, curve.nats, strict=True)}
-                        )
+                        if writer:
+                            losses = zip(curve.depths, curve.nats, strict=True)
+                            writer.write(step, {f"validation_loss_r{r}": x for r, x in losses})
                         self.progress.say(f"step {done}  validation loss  {as_text(curve)}")
                     meter.restart()
-                stop = preemption.requested  # read once: a signal from here on is for the next step to see
-                if last or done % config.checkpoint.every == 0 or stop:
+                stopping = stop()  # asked once: a signal from here on is for the next step to see
+                if last or done % config.checkpoint.every == 0 or stopping:
                     report(pending)  # before the save: a resumed run writes no row of a step that is saved
                     pending = None
                     save(done)
-                if stop:
+                if stopping:
                     self.say(f"preempted: saved step {done} in {self.folder}; run the same command to go on")
                     return EXIT_PREEMPTED
-            curve = self.evaluate(state.params, None, lambda: preemption.requested)
+            curve = self.evaluate(state.params, None, stop)
             if curve is None:
                 self.say(f"preempted in the last evaluation: {self.folder} holds step {config.steps}")
                 return EXIT_PREEMPTED
             checkpoints.wait()  # the curve comes after the state it is about: see `_finished`
-            write_curve(self.folder / "loss_by_depth.json", curve)
+            if self.first:
+                write_curve(self.folder / "loss_by_depth.json", curve)
             return EXIT_DONE
         finally:
             batches.close()
-            writer.close()
+            if writer:
+                writer.close()
+
+    def _open_folder(self, step: int) -> MetricsWriter:
+        """Make the run folder complete, to go on from `step`."""
+        if not (self.folder / "tokenizer").exists():
+            partial = self.folder / "tokenizer.partial"
+            self.tokenizer.save(partial)
+            partial.rename(self.folder / "tokenizer")
+        write_config(self.folder, self.config)
+        return MetricsWriter(self.folder, step, self.config.tensorboard)
 
     def _headline(self) -> str:
         model, data = self.config.model, self.config.data
@@ -319,44 +363,6 @@ class Trainer:
         ]
         lines += [f"  {name} = {new!r} (preset: {old!r})" for name, (old, new) in changed.items() if name != "run_dir"]
         return "\n".join(lines)
-
-
-class Meter:
-    """Speed of the recent steps, compilation and evaluation left out."""
-
-    def __init__(self, config: RunConfig, peak: float):
-        """`peak`: FLOP/s of all devices."""
-        self.config, self.peak = config, peak
-        self.tokens = config.data.batch_size * config.data.sequence_length
-        self.start = time.monotonic()
-        self.last: float | None = None
-        self.step_seconds: float | None = None
-        self.utilisation = 0.0
-
-    def restart(self) -> None:
-        """Do not count the time since the last step."""
-        self.last = None
-
-    def measure(self, n: int, k: int) -> dict[str, float]:
-        """Speed of the step that just ended and ran (n, k)."""
-        now = time.monotonic()
-        seconds, self.last = (None if self.last is None else now - self.last), now
-        if seconds is None:
-            return {"seconds": round(now - self.start, 3)}
-        work = flops.training_flops(self.config.model, n, k, self.config.data.sequence_length) * self.tokens
-        mfu = work / seconds / self.peak
-        keep = 0.0 if self.step_seconds is None else 0.95
-        self.step_seconds = keep * (self.step_seconds or 0.0) + (1 - keep) * seconds
-        self.utilisation = keep * self.utilisation + (1 - keep) * mfu
-        return {"tokens_per_second": self.tokens / seconds, "mfu": mfu, "seconds": round(now - self.start, 3)}
-
-    def line(self, step: int, values: dict[str, Any]) -> str:
-        """What the progress line says."""
-        text = f"loss {values['loss']:.3f}  r {values['n']}+{values['k']}"
-        if self.step_seconds:
-            left = duration((self.config.steps - step) * self.step_seconds)
-            text += f"  {self.tokens / self.step_seconds:,.0f} tok/s  MFU {self.utilisation:.0%}  ETA {left}"
-        return text
 
 
 def as_text(curve: DepthCurve) -> str:
@@ -372,4 +378,4 @@ def write_curve(path: Path, curve: DepthCurve) -> None:
 def train(config: RunConfig) -> int:
     """Train `config` in its run folder, from its newest checkpoint if there is one; returns the exit code."""
     sys.stderr.flush()
-    return Trainer(config).run()
+    return together(lambda: Trainer(config)).run()

@@ -1,22 +1,24 @@
-"""Process start and end: command lines, exit codes, versions. `python -m rdlm.runtime` prints what is installed."""
+"""Command lines and exit codes."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import difflib
-import importlib.metadata
 import io
-import platform
+import os
 import re
 import sys
+import time
+import traceback
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from rdlm.config import InputError
+from rdlm.runtime.processes import StartError, client, is_first
 
-EXIT_DONE, EXIT_WRONG_INPUT, EXIT_PREEMPTED = 0, 2, 75
+EXIT_DONE, EXIT_FAILED, EXIT_WRONG_INPUT, EXIT_PREEMPTED = 0, 1, 2, 75
 
 C = TypeVar("C")
 
@@ -107,41 +109,33 @@ def _flags(cls: Any, prefix: str = "--") -> Iterator[str]:
 def run_command(main: Callable[[], int | None]) -> None:
     """Run a script's `main` and exit: 0 done, 75 preempted and saved, 2 wrong input with one line on stderr.
 
-    Anything else is a bug and keeps its traceback.
+    1 with one line: other processes are missing. Anything else is a bug and keeps its traceback.
     """
     try:
         code = main()
-    except InputError as error:
+    except (InputError, StartError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(EXIT_WRONG_INPUT)
+        _exit(EXIT_WRONG_INPUT if isinstance(error, InputError) else EXIT_FAILED)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output went away (`| head`): nothing to tell
         sys.exit(141)
+    except Exception:
+        if client() is None:
+            raise
+        traceback.print_exc()
+        _exit(EXIT_FAILED)
     sys.exit(code or EXIT_DONE)
 
 
-def versions() -> dict[str, str]:
-    """Installed versions of what rdlm stands on, and the devices JAX sees."""
-    import jax
-
-    packages = (
-        "rdlm jax jaxlib libtpu flax optax orbax-checkpoint chex tensorflow-datasets grain array-record tokenizers"
-    )
-    found = {"python": platform.python_version()}
-    for name in packages.split():
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    kinds = [device.device_kind for device in jax.devices()]
-    found["devices"] = ", ".join(f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds))
-    found["processes"] = str(jax.process_count())
-    return found
-
-
-if __name__ == "__main__":
-    for package, version in versions().items():
-        print(f"{package:20} {version}")
+def _exit(code: int) -> typing.NoReturn:
+    """Leave after an error. Among several processes at once: an orderly end would wait minutes for the others."""
+    if client() is not None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if is_first():  # the others lose their connection with it, and should have said their own word before
+            time.sleep(1)
+        os._exit(code)
+    sys.exit(code)

@@ -1,0 +1,25 @@
+"""What is installed, and which devices there are."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what rdlm stands on, and the devices JAX sees."""
+    import jax
+
+    packages = (
+        "rdlm jax jaxlib libtpu flax optax orbax-checkpoint chex tensorflow-datasets grain array-record tokenizers"
+    )
+    found = {"python": platform.python_version()}
+    for name in packages.split():
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    kinds = [device.device_kind for device in jax.devices()]
+    found["devices"] = ", ".join(f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds))
+    found["processes"] = str(jax.process_count())
+    return found
