@@ -1,5 +1,8 @@
 """What every test runs under: 8 virtual CPU devices, no silent rank promotion, property tests that repeat exactly."""
 
+import gc
+import pathlib
+
 import hypothesis
 import jax
 import pytest
@@ -17,3 +20,16 @@ def quick_compile():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+MAPPINGS = pathlib.Path("/proc/self/maps")
+MOST_MAPPINGS = 20_000
+
+
+@pytest.fixture(autouse=True)
+def few_programs_at_a_time():
+    """Every compiled program holds memory mappings; a process may have 65,530 of them and dies without a word."""
+    yield
+    if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
