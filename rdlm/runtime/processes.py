@@ -48,6 +48,7 @@ def start(agree_on: str = "") -> None:
     On Cloud TPU VMs JAX knows the others. Elsewhere the environment says who takes part, on every host the same but
     for the last: RDLM_COORDINATOR=HOST:PORT (of process 0), RDLM_PROCESSES=2, RDLM_PROCESS_ID=0. Without any of that
     this process is alone, and nothing happens. RDLM_START_TIMEOUT: seconds to wait for everyone (300).
+    RDLM_PROFILER_PORT: where the first process lets itself be profiled (tpu_setup/profile.sh); 0 or empty: nowhere.
 
     Args:
       agree_on: what must be the same on all processes besides the code, for example the configuration.
@@ -58,11 +59,18 @@ def start(agree_on: str = "") -> None:
     """
     timeout = _number("RDLM_START_TIMEOUT", 300)
     place = _from_environment() or _from_tpu(timeout)
-    if place is None:
-        return
+    if place is not None:
+        _join(*place, agree_on, timeout)
+    port = _number("RDLM_PROFILER_PORT", 0)
+    if port and is_first():
+        import jax
+
+        jax.profiler.start_server(port)
+
+
+def _join(address: str, count: int, index: int, agree_on: str, timeout: int) -> None:
     import jax
 
-    address, count, index = place
     mine = {"process": index, "host": socket.gethostname(), "code": _code_hash(), "agreed": _hash(agree_on)}
     if count > 1:
         (_lead if index == 0 else _follow)(address, count, mine, timeout)
@@ -79,7 +87,7 @@ def start(agree_on: str = "") -> None:
 
 
 def _number(name: str, default: int) -> int:
-    text = os.environ.get(name, str(default))
+    text = os.environ.get(name) or str(default)
     if not text.isdecimal():
         raise InputError(f"{name} = {text!r}: must be a whole number")
     return int(text)
