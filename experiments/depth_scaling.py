@@ -1,0 +1,254 @@
+"""Do more recurrences at test time solve harder problems than training did, without more parameters?
+
+    python experiments/depth_scaling.py                                  # S3, one seed: runs/s3
+    python experiments/depth_scaling.py --task s3 --seeds 0 1 2 3 4      # five seeds: runs/s3, runs/s3_seed1, ...
+    python experiments/depth_scaling.py --task s3 --quick                # the machinery alone, seconds
+
+A model of 132,736 parameters (prelude, core and coda of one layer each) is trained from scratch on short instances,
+with the core run 8 times on average and gradients through the last 4, and read at every depth on instances as long
+and longer. Run folders hold what `rdlm.load_checkpoint` loads; the tables go to experiments/results/ as JSON and PNG.
+A run folder that is finished is read again, not trained again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rdlm.config import DataConfig, InputError, ModelConfig, OptimizerConfig, RunConfig, differences, require
+from rdlm.runtime import parse_arguments, run_command
+from rdlm.tasks import Task, WordProblem, batch
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from rdlm.model import Params
+    from rdlm.tasks.depth import ByDifficulty
+
+TEST_STREAM = 1_000_000  # seeds of training are below
+TEST_BATCH = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What is trained on what, and read where."""
+
+    train: tuple[Task, ...]
+    """Training instances; several take turns."""
+    tests: dict[str, tuple[Task, ...]]
+    """Test instances by name; the first are of training's size."""
+    steps: int = 1000
+    learning_rate: float = 1e-3
+    rope_base: float = 10_000.0
+    batch_size: int = 64
+    depths: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
+    """Recurrences to read at."""
+    test_batches: int = 8
+    """Of 64 instances."""
+
+
+RECIPES = {
+    "s3": Recipe(
+        train=(WordProblem("S3", 16),),
+        tests={"length 16": (WordProblem("S3", 16),), "length 32": (WordProblem("S3", 32),)},
+    ),
+}
+EXITS_MOST = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Train on small instances, test on larger ones, at many depths."""
+
+    task: Literal["s3"] = "s3"
+    """Which problem."""
+    seeds: tuple[int, ...] = (0,)
+    """Of initialisation, data, depths and initial states: one run each."""
+    runs: Path = Path("runs")
+    """Where run folders go: RUNS/TASK for seed 0, RUNS/TASK_seedN for others."""
+    results: Path = Path("experiments/results")
+    """Where depth_scaling_TASK.json and .png go."""
+    quick: bool = False
+    """A few steps and instances, to see that everything works; writes under RUNS/quick alone."""
+
+
+def main() -> int:
+    args = parse_arguments(Args, prog="depth_scaling.py", description=__doc__)
+    for seed in args.seeds:
+        require(0 <= seed < TEST_STREAM, "--seeds", seed, f"must be in [0, {TEST_STREAM})")
+    require(len(set(args.seeds)) == len(args.seeds) > 0, "--seeds", args.seeds, "must be different seeds")
+    recipe, runs, results = RECIPES[args.task], args.runs, args.results
+    if args.quick:
+        recipe = dataclasses.replace(recipe, steps=12, batch_size=8, depths=(1, 2, 8), test_batches=1)
+        runs = results = args.runs / "quick"
+    from rdlm.memory import reuse_freed_memory  # importing JAX takes seconds
+
+    reuse_freed_memory()
+    rows = []
+    for seed in args.seeds:
+        run = run_config(args.task, recipe, seed, runs)
+        params, training = trained(run, recipe)
+        rows.append({"seed": seed, "run": run.folder} | training | measure(params, run.model, recipe))
+        print(summary(rows[-1]), flush=True)
+    results.mkdir(parents=True, exist_ok=True)
+    path = results / f"depth_scaling_{args.task}.json"
+    found = {"command": command(), "commit": commit(), "depths": recipe.depths, "seeds": rows}
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    print(f"numbers: {path}")
+    return 0
+
+
+def run_config(name: str, recipe: Recipe, seed: int, runs: Path) -> RunConfig:
+    """The run of one seed; its folder is RUNS/NAME, or RUNS/NAME_seedN for N > 0."""
+    vocab = recipe.train[0].vocab_size
+    longest = max(len(task.instance(0, 0).tokens) for task in recipe.train)
+    model = ModelConfig(
+        vocab_size=vocab, embed_dim=64, num_heads=4, mlp_dim=128, prelude_layers=1, core_layers=1, coda_layers=1,
+        max_length=4096, rope_base=recipe.rope_base, mean_recurrence=8, backprop_depth=4,
+    )  # fmt: skip
+    return RunConfig(
+        model=model,
+        optimizer=OptimizerConfig(
+            learning_rate=recipe.learning_rate, min_learning_rate=0.05 * recipe.learning_rate, weight_decay=0.01,
+            warmup_steps=min(100, recipe.steps // 4), cooldown_steps=recipe.steps // 5,
+        ),
+        data=DataConfig(tokenizer_size=vocab, sequence_length=longest, batch_size=recipe.batch_size),
+        preset=f"depth_scaling_{name}", steps=recipe.steps, seed=seed,
+        run_dir=str(runs / (name if seed == 0 else f"{name}_seed{seed}")),
+    )  # fmt: skip
+
+
+def training_batch(recipe: Recipe, seed: int, step: int) -> dict[str, np.ndarray]:
+    """Batch of a step: new instances, each row with noise of its own."""
+    import numpy as np
+
+    made = batch(recipe.train, seed, step, recipe.batch_size)
+    rows = np.broadcast_to(np.arange(recipe.batch_size, dtype=np.int32)[:, None], made["tokens"].shape)
+    return {"tokens": made["tokens"], "labels": made["labels"], "sequence_ids": rows}
+
+
+def trained(run: RunConfig, recipe: Recipe) -> tuple[Params, dict[str, Any]]:
+    """(parameters, facts of training) of a run: from its folder if it is finished, else trained from scratch.
+
+    Raises:
+      InputError: the folder holds another run, or training diverged.
+    """
+    import jax
+
+    from rdlm.checkpoint import Checkpoints, load_checkpoint, read_config, saved_steps, write_config
+    from rdlm.metrics import MetricsWriter, Progress, read_metrics
+    from rdlm.optim import optimizer
+    from rdlm.train import init_state, train_step
+
+    folder = Path(run.folder)
+    if (folder / "config.json").exists():
+        changed = differences(read_config(folder), run)
+        if changed:
+            name, (old, new) = next(iter(changed.items()))
+            raise InputError(
+                f"run folder {folder}: holds a run with {name} = {old!r}, not {new!r}; choose other --runs"
+            )
+        if run.steps in saved_steps(folder):
+            return load_checkpoint(folder)[0], read_metrics(folder)[-1]
+    tx = optimizer(run.optimizer, run.steps)
+    state = jax.jit(functools.partial(init_state, run, tx))()
+    step: Any = jax.jit(functools.partial(train_step, run, tx), donate_argnums=0)
+    progress, started = Progress(run.steps), processor_seconds()
+    with Checkpoints(folder, keep=1) as checkpoints:
+        writer = MetricsWriter(folder, 0)
+        for i in range(run.steps):
+            state, metrics = step(state, training_batch(recipe, run.seed, i))
+            last = i + 1 == run.steps
+            if last or i % 10 == 0:
+                values = {name: x.item() for name, x in metrics.items()}
+                values |= {"processor_seconds": round(processor_seconds() - started, 1), "programs": step._cache_size()}
+                if not math.isfinite(values["loss"]):
+                    raise InputError(f"step {i}: loss {values['loss']}: training has diverged")
+                writer.write(i, values)
+                progress.update(i + 1, f"{folder}  loss {values['loss']:.4f}", last=last)
+        writer.close()
+        checkpoints.save(
+            run.steps, state.params, state.optimizer, {"config": dataclasses.asdict(run), "step": run.steps}
+        )
+    write_config(folder, run)  # last: a folder with a config is a run that is finished
+    return state.params, read_metrics(folder)[-1]
+
+
+def measure(params: Params, model: ModelConfig, recipe: Recipe) -> dict[str, Any]:
+    """Everything that is read of one model."""
+    from rdlm import exits
+    from rdlm.tasks import depth
+
+    out = {}
+    for name, tasks in recipe.tests.items():
+        data = [batch(tasks, TEST_STREAM, i, TEST_BATCH) for i in range(recipe.test_batches)]
+        curve = depth.by_depth(params, model, data, recipe.depths)
+        rules = {
+            "kl 5e-4, per sequence": depth.with_sequence_exits(params, model, data, exits.kl(5e-4), EXITS_MOST),
+            "kl 5e-4, per token": depth.with_exits(params, model, data, exits.kl(5e-4), EXITS_MOST),
+            "kl 1e-5, per token": depth.with_exits(params, model, data, exits.kl(1e-5), EXITS_MOST),
+            "latent_diff 0.03, per token": depth.with_exits(params, model, data, exits.latent_diff(0.03), EXITS_MOST),
+        }
+        out[name] = {
+            "answers": int(curve.count.sum()),
+            "mean": rounded(curve.accuracy()),
+            "by_difficulty": {str(d): rounded(curve.accuracy(d, d)) for d in known(curve)},
+            "exits": {
+                rule: {
+                    "accuracy": round(float(found.accuracy()[0]), 4),
+                    "steps": round(found.mean_steps(), 2),
+                    "accuracy_by_difficulty": {str(d): round(float(found.accuracy(d, d)[0]), 4) for d in known(found)},
+                    "steps_by_difficulty": {str(d): round(found.mean_steps(d, d), 2) for d in known(found)},
+                }
+                for rule, found in rules.items()
+            },
+        }
+    return {"tests": out}
+
+
+def known(found: ByDifficulty) -> list[int]:
+    """Difficulties that occur."""
+    return [d for d, n in enumerate(found.count.tolist()) if n]
+
+
+def rounded(values: Any) -> list[float]:
+    """To four digits."""
+    return [round(float(x), 4) for x in values]
+
+
+def summary(row: dict[str, Any]) -> str:
+    """What a seed found, a line per test."""
+    lines = [f"seed {row['seed']}: loss {row['loss']:.4f}, {row['processor_seconds']:.0f} s of processor time"]
+    for name, test in row["tests"].items():
+        lines.append(f"  {name:12} " + " ".join(f"{x:.3f}" for x in test["mean"]))
+        for rule, found in test["exits"].items():
+            lines.append(f"    exit {rule}: {found['accuracy']:.4f} with {found['steps']:.2f} steps")
+    return "\n".join(lines)
+
+
+def processor_seconds() -> float:
+    """Processor time of this process so far, all its threads."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+def command() -> str:
+    """This command line."""
+    return " ".join(["python", "experiments/depth_scaling.py", *sys.argv[1:]])
+
+
+def commit() -> str:
+    """The commit of the code that runs."""
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,159 @@
+"""How right a model is as a function of depth: by difficulty and r, and with exits. Counts are exact integers."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from rdlm import exits
+from rdlm.config import InputError, ModelConfig
+from rdlm.exits import ExitRule, Observation
+from rdlm.model import Params, compute_dtype, context, core_step, embed, forward, inject, readout
+from rdlm.recurrence import checkpoints, initial_state
+from rdlm.tasks.instance import IGNORED
+
+
+@dataclasses.dataclass
+class ByDifficulty:
+    """Answers counted by difficulty. count int64 [N+1]: answers; right int64 [N+1, R]: right ones, at each of R depths.
+
+    steps int64 [N+1]: recurrences spent, for exits. Row d is difficulty d; row 0 stays empty.
+    """
+
+    count: np.ndarray
+    right: np.ndarray
+    steps: np.ndarray
+
+    def accuracy(self, least: int = 1, most: int | None = None) -> np.ndarray:
+        """Share of right answers at each depth, [R], over difficulties least .. most (both included)."""
+        rows = slice(least, None if most is None else most + 1)
+        return self.right[rows].sum(0) / self.count[rows].sum()
+
+    def mean_steps(self, least: int = 1, most: int | None = None) -> float:
+        """Recurrences per answer over those difficulties."""
+        rows = slice(least, None if most is None else most + 1)
+        return float(self.steps[rows].sum() / self.count[rows].sum())
+
+
+@functools.partial(jax.jit, static_argnames=("config", "depths"))
+def logits_by_depth(
+    params: Params, config: ModelConfig, tokens: Array, depths: tuple[int, ...], key: Array
+) -> Array:  # fmt: skip
+    """Logits f32 [R, B, L, V] of tokens int [B, L] after each of the R increasing `depths`, from one unroll."""
+    L = tokens.shape[1]
+    positions = jnp.arange(L, dtype=jnp.int32)
+    ctx = context(config, positions, None)
+    e, _ = embed(params, config, tokens, ctx)
+    injected = inject(params, config, e)
+    s = initial_state(key, positions, config.embed_dim, compute_dtype(params, config))
+    s = jnp.broadcast_to(s, (*tokens.shape, config.embed_dim))
+
+    def step(s: Array, i: Array) -> Array:
+        return core_step(params, config, s, injected, ctx)[0]
+
+    return jnp.stack(checkpoints(step, s, depths, lambda s: readout(params, config, s, ctx)[0]))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "depths"))
+def _answers(params: Params, config: ModelConfig, tokens: Array, depths: tuple[int, ...], key: Array) -> Array:
+    return jnp.argmax(logits_by_depth(params, config, tokens, depths, key), axis=-1)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "most"))
+def _adaptive(params: Params, config: ModelConfig, tokens: Array, rule: ExitRule, most: int, key: Array):
+    out = forward(params, config, tokens, most, exit_rule=rule, key=key)
+    return jnp.argmax(out.logits, axis=-1)[None], out.steps
+
+
+@functools.partial(jax.jit, static_argnames=("config", "most"))
+def _together(params: Params, config: ModelConfig, tokens: Array, rule: ExitRule, most: int, key: Array):
+    logits = logits_by_depth(params, config, tokens, tuple(range(1, most + 1)), key)
+    state = exits.init(rule, jnp.zeros((*tokens.shape, 1)), logits.shape[-1])
+    # As if the sequence ended at each of its positions: the largest value so far decides. The model is causal.
+    steps = jnp.full(tokens.shape, most, jnp.int32)
+    running = jnp.ones(tokens.shape, bool)
+    for r in range(1, most + 1):
+        state, value = exits.update(rule, state, Observation(jnp.zeros(()), logits[r - 1], jnp.int32(r)))
+        value = jax.lax.cummax(value[:, 1:], axis=1)
+        stop = running & jnp.pad(exits.exits(rule, value), ((0, 0), (1, 0)))
+        steps, running = jnp.where(stop, r, steps), running & ~stop
+    answers = jnp.take_along_axis(jnp.argmax(logits, axis=-1), steps[None] - 1, axis=0)
+    return answers, steps
+
+
+def by_depth(
+    params: Params,
+    config: ModelConfig,
+    batches: Iterable[dict[str, np.ndarray]],
+    depths: tuple[int, ...],
+    key: Array | None = None,
+) -> ByDifficulty:
+    """Right answers at each of the increasing `depths`, by difficulty; `batches` as `rdlm.tasks.batch` makes them.
+
+    Raises:
+      InputError: nothing to score, or depths that are not increasing.
+    """
+    key = jax.random.key(0) if key is None else key
+    return _count((b, _answers(params, config, jnp.asarray(b["tokens"]), tuple(depths), key), None) for b in batches)
+
+
+def with_exits(
+    params: Params,
+    config: ModelConfig,
+    batches: Iterable[dict[str, np.ndarray]],
+    rule: ExitRule,
+    most: int,
+    key: Array | None = None,
+) -> ByDifficulty:
+    """Right answers (R = 1) and recurrences when every token stops on its own, after at most `most`."""
+    key = jax.random.key(0) if key is None else key
+    return _count((b, *_adaptive(params, config, jnp.asarray(b["tokens"]), rule, most, key)) for b in batches)
+
+
+def with_sequence_exits(
+    params: Params,
+    config: ModelConfig,
+    batches: Iterable[dict[str, np.ndarray]],
+    rule: ExitRule,
+    most: int,
+    key: Array | None = None,
+) -> ByDifficulty:
+    """As `with_exits`, but all tokens run until the rule's largest value over them is below its threshold.
+
+    An answer counts with the steps of the sequence that ends with it. The first token (BOS) has no answer, is never
+    trained, and is left out of the largest value.
+
+    Raises:
+      InputError: a rule that looks at states, or that is not of the kind "value < threshold".
+    """
+    if not rule.needs_logits or rule.kind == "argmax_stability":
+        raise InputError(f"sequence exits: rule {rule.kind!r} must compare predictions, such as rdlm.exits.kl()")
+    key = jax.random.key(0) if key is None else key
+    return _count((b, *_together(params, config, jnp.asarray(b["tokens"]), rule, most, key)) for b in batches)
+
+
+def _count(results: Iterable[Any]) -> ByDifficulty:
+    """Sums over (batch, answers int [R, B, L], steps int [B, L] or None)."""
+    found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    for batch, answers, steps in results:
+        asked = batch["labels"] != IGNORED
+        right = (np.asarray(answers) == batch["labels"][None])[:, asked]
+        spent = np.zeros(right.shape[1], np.int64) if steps is None else np.asarray(steps)[asked]
+        found.append((batch["difficulty"][asked], right, spent))
+    if not found or not sum(len(d) for d, _, _ in found):
+        raise InputError("tasks: there is no answer to score")
+    difficulty = np.concatenate([d for d, _, _ in found])
+    right, steps = (np.concatenate([f[i] for f in found], axis=-1) for i in (1, 2))
+    size = int(difficulty.max()) + 1
+    return ByDifficulty(
+        np.bincount(difficulty, minlength=size),
+        np.stack([np.bincount(difficulty, weights=row, minlength=size) for row in right], axis=1).astype(np.int64),
+        np.bincount(difficulty, weights=steps, minlength=size).astype(np.int64),
+    )

@@ -1,0 +1,114 @@
+"""What every task makes: instances as functions of (seed, index), and batches of them."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from rdlm.config import InputError, require
+
+IGNORED = -100
+"""Label that is not scored."""
+
+
+class Instance(NamedTuple):
+    """One problem with its answers. Each int32 [L].
+
+    tokens: the problem. labels: the right answer where one is asked for, IGNORED elsewhere; an answer is asked for at
+    its own position (not shifted), so no answer is ever part of the input. difficulty: of each answer, at least 1; 0
+    where the label is ignored.
+    """
+
+    tokens: np.ndarray
+    labels: np.ndarray
+    difficulty: np.ndarray
+
+
+class Task(Protocol):
+    """A family of problems: a frozen dataclass whose fields say how hard."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids of tokens and labels are below it; the same for every difficulty of the family."""
+
+    def instance(self, seed: int, index: int) -> Instance:
+        """Problem number `index` of stream `seed`."""
+
+
+def generator(seed: int, index: int) -> np.random.Generator:
+    """The randomness of one instance.
+
+    Raises:
+      InputError: a negative seed or index.
+    """
+    require(seed >= 0, "seed", seed, "must not be negative")
+    require(index >= 0, "index", index, "must not be negative")
+    return np.random.default_rng((seed, index))
+
+
+def integer(field: str, value: Any, least: int, most: int | None = None) -> None:
+    """Refuse what is no integer in [least, most]."""
+    right = isinstance(value, int) and not isinstance(value, bool) and value >= least
+    bounds = f"an integer of at least {least}" + ("" if most is None else f" and at most {most}")
+    require(right and (most is None or value <= most), field, value, f"must be {bounds}")
+
+
+def batch(tasks: Task | Sequence[Task], seed: int, index: int, size: int) -> dict[str, np.ndarray]:
+    """Batch number `index` of stream `seed`: tokens, labels, difficulty, each int32 [size, L].
+
+    Rows are the instances index * size, ..., index * size + size - 1, so batches of one stream share nothing. Several
+    tasks of one family take turns; shorter rows are filled up with token 0, whose labels are ignored. The model is
+    causal, so what follows an instance changes nothing in it.
+
+    Raises:
+      InputError: a size below 1, no task, tasks of different vocabularies, a negative seed or index.
+    """
+    family: list[Any] = list(tasks) if isinstance(tasks, Sequence) else [tasks]
+    integer("batch size", size, 1)
+    require(len({task.vocab_size for task in family}) == 1, "tasks", family, "must be one or more of one family")
+    numbers = range(index * size, (index + 1) * size)
+    rows = [family[i % len(family)].instance(seed, i) for i in numbers]
+    longest = max(len(row.tokens) for row in rows)
+
+    def padded(name: str, fill: int) -> np.ndarray:
+        out = np.full((size, longest), fill, np.int32)
+        for row, instance in zip(out, rows, strict=True):
+            value = getattr(instance, name)
+            row[: len(value)] = value
+        return out
+
+    return {"tokens": padded("tokens", 0), "labels": padded("labels", IGNORED), "difficulty": padded("difficulty", 0)}
+
+
+class Source:
+    """The first `size` instances of a stream as a random-access source of dicts, as `tfds.data_source` gives them."""
+
+    def __init__(self, task: Task, seed: int, size: int):
+        """Raises InputError for a size below 1 or a negative seed."""
+        integer("source size", size, 1)
+        require(seed >= 0, "seed", seed, "must not be negative")
+        self.task, self.seed, self.size = task, seed, size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """Instance `index`: tokens, labels, difficulty, each int32 [L]."""
+        i = operator.index(index)
+        if not -self.size <= i < self.size:
+            raise IndexError(f"index {index}: the source has {self.size} instances")
+        return self.task.instance(self.seed, i % self.size)._asdict()
+
+
+def scored(tokens: Sequence[int] | np.ndarray, answers: dict[int, tuple[int, int]]) -> Instance:
+    """An instance from its tokens and {position: (label, difficulty)}."""
+    made = np.asarray(tokens, np.int32)
+    labels, difficulty = np.full(len(made), IGNORED, np.int32), np.zeros(len(made), np.int32)
+    for position, (label, hard) in answers.items():
+        labels[position], difficulty[position] = label, hard
+    if not len(made):
+        raise InputError("an instance needs at least one token")
+    return Instance(made, labels, difficulty)
