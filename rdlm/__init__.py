@@ -13,6 +13,7 @@ from typing import Any
 # Names are imported on first use: a script that only needs `rdlm.config` starts without JAX.
 _HOME = {
     "CachePolicy": "config",
+    "Engine": "decode",
     "InputError": "config",
     "ModelConfig": "config",
     "Sampling": "config",

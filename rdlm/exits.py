@@ -4,6 +4,9 @@ A rule looks at a token after a recurrence (an `Observation`), keeps what it nee
 value and, separately, the decision. Thresholds are leaves of the pytree, so changing one never recompiles; they may
 be scalars or one per row of the batch. Values follow spec section 6.
 
+Rules that read logits run coda and head at every look, which costs most of a core recurrence (`flops.check_flops`).
+A rule with a gate is asked first whether a look is worth that: `gated_kl` needs about two such looks per token.
+
 A rule of your own is one call (rows B and tokens L lead every array):
 
     def update(rule, previous, seen):                     # state norm has settled
@@ -52,10 +55,12 @@ def _at_least(rule: ExitRule, value: Array) -> Array:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ExitRule:
-    """An exit rule. `threshold` is its only leaf; everything else is static.
+    """An exit rule. Its thresholds are leaves; everything else is static.
 
     init(rule, s0 [B, L, D], vocab) -> rule state; update(rule, rule state, Observation) -> (rule state, value f32
     [B, L]); decide(rule, value) -> bool [B, L], by default value < threshold.
+    gate(rule, rule state, Observation without logits) -> (rule state, bool [B, L]), if any: only tokens for which it is
+    true are shown to `update` at this look, and coda and head run only when there is one.
     """
 
     threshold: Any
@@ -64,11 +69,17 @@ class ExitRule:
     update: Callable[..., Any] = dataclasses.field(metadata={"static": True})
     decide: Callable[..., Array] = dataclasses.field(default=_below, metadata={"static": True})
     needs_logits: bool = dataclasses.field(default=False, metadata={"static": True})
+    gate_threshold: Any = None
+    gate: Callable[..., Any] | None = dataclasses.field(default=None, metadata={"static": True})
 
     def threshold_for(self, value: Array) -> Array:
         """The threshold, shaped to compare with values [B, L]."""
-        threshold = jnp.asarray(self.threshold)
-        return threshold[:, None] if threshold.ndim == 1 and value.ndim == 2 else threshold
+        return _per_row(self.threshold, value)
+
+
+def _per_row(threshold: Any, value: Array) -> Array:
+    threshold = jnp.asarray(threshold)
+    return threshold[:, None] if threshold.ndim == 1 and value.ndim == 2 else threshold
 
 
 def init(rule: ExitRule, s0: Array, vocab: int) -> Any:
@@ -79,6 +90,12 @@ def init(rule: ExitRule, s0: Array, vocab: int) -> Any:
 def update(rule: ExitRule, rule_state: Any, observation: Observation) -> tuple[Any, Array]:
     """Look once: (new rule state, value f32 [B, L])."""
     return rule.update(rule, rule_state, observation)
+
+
+def gate(rule: ExitRule, rule_state: Any, observation: Observation) -> tuple[Any, Array]:
+    """Ask a rule that has a gate which tokens to show it: (new rule state, bool [B, L])."""
+    assert rule.gate is not None
+    return rule.gate(rule, rule_state, observation)
 
 
 def exits(rule: ExitRule, value: Array) -> Array:
@@ -118,6 +135,60 @@ def kl(threshold: Any = 5e-4) -> ExitRule:
 def _kl_update(rule: ExitRule, previous: Array, seen: Observation) -> tuple[Array, Array]:
     new = jax.nn.log_softmax(_logits(seen))
     return new, _divergence(previous, new)
+
+
+def gated_kl(threshold: Any = 5e-4, gate_threshold: Any = 0.1) -> ExitRule:
+    """`kl`, evaluated only while the state moves little: ||s - s at the last look|| / ||s|| below `gate_threshold`.
+
+    KL(previous || new) compares a token's distributions at two consecutive *evaluations*, however many looks lie
+    between them; the first previous is uniform. So a token stops at its second evaluation at the earliest, and a token
+    whose state keeps moving (an orbit) runs to num_steps.
+    """
+    return ExitRule(
+        _positive("gated_kl", threshold), "gated_kl", _gated_init, _gated_update, needs_logits=True,
+        gate_threshold=_positive("gated_kl: gate", gate_threshold), gate=_gate,
+    )  # fmt: skip
+
+
+def _gated_init(rule: ExitRule, s0: Array, vocab: int) -> tuple[Array, Array]:
+    return s0, _uniform(rule, s0, vocab)
+
+
+def _gate(rule: ExitRule, previous: tuple[Array, Array], seen: Observation) -> tuple[tuple[Array, Array], Array]:
+    state, moved = _latent_update(rule, previous[0], seen)
+    return (state, previous[1]), moved < _per_row(rule.gate_threshold, moved)
+
+
+def _gated_update(rule: ExitRule, previous: tuple[Array, Array], seen: Observation):
+    log_p, value = _kl_update(rule, previous[1], seen)
+    return (previous[0], log_p), value
+
+
+def twice(rule: ExitRule) -> ExitRule:
+    """Exit when `rule` would at two looks in a row: a token that merely pauses goes on.
+
+    The value is that of the look before when that one would not have stopped, and the present one otherwise.
+    """
+    static = (rule.kind, rule.init, rule.update, rule.decide, rule.gate)
+    init, update, decide, gate = _twice(*static)
+    return dataclasses.replace(rule, kind=f"twice({rule.kind})", init=init, update=update, decide=decide, gate=gate)
+
+
+@functools.cache  # one set of functions per rule, so that equal rules share a compiled program
+def _twice(kind, init, update, decide, gate):
+    def twice_init(rule: ExitRule, s0: Array, vocab: int):
+        return init(rule, s0, vocab), jnp.full(s0.shape[:-1], jnp.nan, jnp.float32)
+
+    def twice_update(rule: ExitRule, previous, seen: Observation):
+        inner, before = previous
+        inner, now = update(rule, inner, seen)
+        return (inner, now), jnp.where(decide(rule, before), now, before)
+
+    def twice_gate(rule: ExitRule, previous, seen: Observation):
+        inner, opened = gate(rule, previous[0], seen)
+        return (inner, previous[1]), opened
+
+    return twice_init, twice_update, decide, gate and twice_gate
 
 
 def min_p_kl(threshold: Any = 1e-5, min_p: float = 0.1) -> ExitRule:

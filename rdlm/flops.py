@@ -72,6 +72,21 @@ def forward_flops(config: ModelConfig, r: float, keys: float) -> float:
     return outer_flops(config, keys) + r * core_flops(config, keys)
 
 
+def check_flops(config: ModelConfig, keys: float) -> float:
+    """FLOPs of one look of an exit rule that reads logits: coda and head for one token."""
+    return config.coda_layers * _layer_flops(config, keys) + 2 * config.rows * config.embed_dim
+
+
+def check_bytes(config: ModelConfig, itemsize: int) -> int:
+    """Bytes of weights that such a look streams; against `core_bytes`, its price when decoding waits for memory."""
+    return (config.coda_layers * block_matrices(config) + config.rows * config.embed_dim) * itemsize
+
+
+def core_bytes(config: ModelConfig, itemsize: int) -> int:
+    """Bytes of weights that one recurrence streams: core blocks and the state's half of the adapter."""
+    return (config.core_layers * block_matrices(config) + config.embed_dim**2) * itemsize
+
+
 def training_flops(config: ModelConfig, n: float, k: float, length: int) -> float:
     """Model FLOPs per token of a training step: n forward recurrences, k forward and backward (3x), the rest 3x.
 

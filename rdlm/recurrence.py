@@ -102,7 +102,7 @@ def max_gradient_steps(backprop_depth: int, scheme: Scheme) -> int:
     return 2 * backprop_depth if scheme in wide else (1 if scheme == "non-recurrent" else backprop_depth)
 
 
-def initial_state(key: Array, positions: Array, dim: int, dtype: Any = jnp.float32, scale: float = 1.0) -> Array:
+def initial_state(key: Array, positions: Array, dim: int, dtype: Any = jnp.float32, scale: Any = 1.0) -> Array:
     """s0 [B, L, D] as a function of (key, position): batching, packing or resuming never changes a token's noise.
 
     Each element is sqrt(D) times a normal of variance 2/(5D) cut at +-3 standard deviations (spec section 2), so its
@@ -114,7 +114,7 @@ def initial_state(key: Array, positions: Array, dim: int, dtype: Any = jnp.float
       positions: int [L] or [B, L], each token's position in its own sequence.
       dim: D.
       dtype: of the result.
-      scale: multiplies deviation and bounds; 0 gives the zero state.
+      scale: multiplies deviation and bounds; a number or one per row [B]; 0 gives the zero state.
     """
     if key.ndim and positions.ndim == 1:
         positions = positions[None]  # the same in every row
@@ -125,6 +125,7 @@ def initial_state(key: Array, positions: Array, dim: int, dtype: Any = jnp.float
         return jax.random.truncated_normal(jax.random.fold_in(key, position), -3.0, 3.0, (dim,), jnp.float32)
 
     noise = jax.vmap(one)(keys.ravel(), jnp.broadcast_to(positions, keys.shape).ravel())
+    scale = jnp.asarray(scale, jnp.float32).reshape(-1, *(1,) * keys.ndim) if jnp.ndim(scale) else scale
     return (noise.reshape(*keys.shape, dim) * (scale * math.sqrt(0.4))).astype(dtype)
 
 

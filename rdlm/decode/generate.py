@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from rdlm.config import CachePolicy, InputError, ModelConfig, Sampling, Speculative
-from rdlm.decode.loop import Request, begin, decode_tokens
-from rdlm.decode.passes import PREFILL_EXITS, next_power
-from rdlm.decode.sampling import as_arrays, per_row
+from rdlm.config import CachePolicy, ModelConfig, Sampling, Speculative
+from rdlm.decode.loop import begin, decode_tokens
+from rdlm.decode.passes import next_power
+from rdlm.decode.requests import as_requests, padded
 from rdlm.decode.speculative import check_speculation, speculate
 from rdlm.exits import ExitRule
-from rdlm.model import Params, check_depth, check_rule, typed_key
+from rdlm.model import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,11 +78,13 @@ def generate(
     Raises:
       InputError (a ValueError): empty prompts, ids out of range, too long, a depth below 1, sampling without a key.
     """
-    request, tokens, lengths = _check(
-        config, prompts, max_new_tokens, num_steps, exit_rule, prefill_exit, min_steps, check_every, sampling,
-        warm_start, init_scale, key,
+    request, rows = as_requests(
+        config, prompts, max_new_tokens, num_steps=num_steps, exit_rule=exit_rule, prefill_exit=prefill_exit,
+        min_steps=min_steps, check_every=check_every, sampling=sampling, warm_start=warm_start, init_scale=init_scale,
+        key=key,
     )  # fmt: skip
-    B, lookahead = len(prompts), 0
+    tokens, lengths = padded(rows, config.max_length)
+    B, lookahead = len(rows), 0
     if speculative is not None:
         check_speculation(speculative, cache, request.num_steps, exit_rule, warm_start)
         lookahead = speculative.lookahead
@@ -120,56 +122,3 @@ def generate(
         [prompt_depth[b, : lengths[b]] for b in range(B)],
         int(progress.passes),
     )
-
-
-def _check(
-    config, prompts, max_new_tokens, num_steps, rule, prefill_exit, min_steps, check_every, sampling, warm_start,
-    init_scale, key,
-):  # fmt: skip
-    """Refuse what cannot be served, one line per request; spread the rest over rows."""
-    if len(prompts) == 0:
-        raise InputError("prompts: at least one is needed")
-    if not isinstance(max_new_tokens, (int, np.integer)) or max_new_tokens < 1:
-        raise InputError(f"max_new_tokens = {max_new_tokens}: must be at least 1")
-    rows = [np.asarray(p) for p in prompts]
-    for i, row in enumerate(rows):
-        if row.ndim != 1 or row.size == 0:
-            raise InputError(f"prompts[{i}]: must be a non-empty 1-D sequence of token ids, got shape {row.shape}")
-        if not np.issubdtype(row.dtype, np.integer):
-            raise InputError(f"prompts[{i}]: token ids must be integers, got {row.dtype}")
-        if row.min() < 0 or row.max() >= config.rows:
-            raise InputError(f"prompts[{i}]: ids must be in [0, {config.rows}), found {row.min()} .. {row.max()}")
-        if row.size + max_new_tokens > config.max_length:
-            raise InputError(
-                f"prompts[{i}]: {row.size} tokens + max_new_tokens = {max_new_tokens} exceed "
-                f"config.max_length = {config.max_length}"
-            )
-    if prefill_exit not in PREFILL_EXITS:
-        raise InputError(f"prefill_exit = {prefill_exit!r}: must be one of {', '.join(PREFILL_EXITS)}")
-    if warm_start not in (False, "normalized", "raw"):
-        raise InputError(f"warm_start = {warm_start!r}: must be False, 'normalized' or 'raw'")
-    check_rule(rule, len(rows), min_steps, check_every)
-    B = len(rows)
-    depth = per_row(config.mean_recurrence if num_steps is None else num_steps, B, "num_steps", np.int32)
-    check_depth(depth)
-    least = per_row(min_steps, B, "min_steps", np.int32)
-    if np.any(least < 0):
-        raise InputError(f"min_steps = {min_steps!r}: must not be negative")
-    arrays = as_arrays(sampling, B)
-    if key is None and np.any(np.asarray(arrays.temperature) > 0):
-        raise InputError("Sampling.temperature > 0 needs key=jax.random.key(seed)")
-    keys = typed_key(key)
-    if keys.ndim > 1 or (keys.ndim == 1 and len(keys) != B):
-        raise InputError(f"key: expected one key or {B}, got shape {keys.shape}")
-    if rule is not None and np.ndim(rule.threshold) == 0:
-        rule = dataclasses.replace(rule, threshold=np.float32(rule.threshold))
-    request = Request(
-        jnp.asarray(depth), jnp.asarray(least), jnp.int32(check_every), jnp.float32(init_scale),
-        jnp.broadcast_to(keys, (B,)), arrays, rule,
-    )  # fmt: skip
-    lengths = [row.size for row in rows]
-    width = min(next_power(max(lengths), 16), config.max_length)
-    tokens = np.zeros((B, width), np.int32)
-    for i, row in enumerate(rows):
-        tokens[i, : row.size] = row
-    return request, tokens, lengths

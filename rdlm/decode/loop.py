@@ -11,23 +11,11 @@ from jax import Array, lax
 
 from rdlm.cache import Cache, allocate
 from rdlm.decode.passes import run_pass
-from rdlm.decode.sampling import SamplingArrays, choose, known_only, stops
-from rdlm.exits import ExitRule
+from rdlm.decode.requests import Request
+from rdlm.decode.sampling import choose, known_only, stops
 from rdlm.model import compute_dtype
 
 _STREAM = 0x746F6B65  # keeps the randomness of tokens apart from that of states
-
-
-class Request(NamedTuple):
-    """What a batch of prompts asks for, as arrays: no value recompiles. Shapes [B] unless noted."""
-
-    num_steps: Array
-    min_steps: Array
-    check_every: Array  # scalar
-    init_scale: Array  # scalar
-    keys: Array
-    sampling: SamplingArrays
-    rule: ExitRule | None
 
 
 class Progress(NamedTuple):

@@ -63,6 +63,8 @@ def as_arrays(sampling: Sampling, rows: int) -> SamplingArrays:
         if not np.all(good):
             raise InputError(f"Sampling.{name} = {getattr(sampling, name)!r}: {fix}")
     stops: Sequence[Any] = sampling.stop_tokens
+    if not isinstance(stops, (Sequence, np.ndarray)):
+        raise InputError(f"Sampling.stop_tokens = {stops!r}: must be a tuple of ids, such as ({stops},)")
     nested = len(stops) > 0 and isinstance(stops[0], (tuple, list, np.ndarray))
     if nested and len(stops) != rows:
         raise InputError(f"Sampling.stop_tokens: expected one tuple or {rows}, got {len(stops)}")

@@ -18,8 +18,9 @@ from jax import Array, lax
 
 from rdlm.cache import Cache
 from rdlm.config import CachePolicy, InputError, ModelConfig, Speculative
-from rdlm.decode.loop import Progress, Request, token_keys
+from rdlm.decode.loop import Progress, token_keys
 from rdlm.decode.passes import run_pass
+from rdlm.decode.requests import Request
 from rdlm.decode.sampling import known_only, penalise, probabilities, stops
 from rdlm.exits import ExitRule
 from rdlm.model import Params

@@ -91,7 +91,7 @@ def adaptive_pass(
     """
     B, L = tokens.shape
     most = _per_token(num_steps, tokens)
-    min_steps, check_every = _per_token(min_steps, tokens), jnp.asarray(check_every, jnp.int32)
+    min_steps, check_every = _per_token(min_steps, tokens), _per_token(check_every, tokens)
     if sets is None:
         # Reading a stopped token at its deepest set is all that "latest" without a limit asks for.
         sets = 1 if policy.recurrences is None else policy.recurrences
@@ -111,6 +111,15 @@ def adaptive_pass(
     def look(c: _Loop, i: Array, due: Array) -> _Loop:
         """Show the rule every token that is due; stop those that exit."""
         assert rule is not None  # nobody looks without one
+        if rule.gate is None:
+            return evaluate(c, i, due)
+        state, opened = exits.gate(rule, c.rule, Observation(at_last(c.s) if by_last else c.s, None, i))
+        c = c._replace(rule=shown_only(state, c.rule, due))
+        wanted = due & opened
+        return jax.lax.cond(jnp.any(wanted), lambda c: evaluate(c, i, wanted), lambda c: c, c)
+
+    def evaluate(c: _Loop, i: Array, due: Array) -> _Loop:
+        assert rule is not None
         logits, coda, fresh = None, c.coda, c.fresh
         if rule.needs_logits:
             logits, _, coda = read(c.s, c.coda, ~c.fresh, by_last)
@@ -120,12 +129,12 @@ def adaptive_pass(
         if together and not by_last:
             value = jnp.where(valid, value, 0).sum(-1, keepdims=True) / valid.sum(-1, keepdims=True)
         stop = jnp.broadcast_to(exits.exits(rule, value), (B, L)) & due
+        return c._replace(rule=shown_only(state, c.rule, due), active=c.active & ~stop, coda=coda, fresh=fresh)
+
+    def shown_only(new: Any, old: Any, due: Array) -> Any:
+        """The rule's state `new` of tokens that are due, `old` of the others."""
         seen = at_last(due[..., None])[..., 0] if by_last else due
-
-        def keep(new: Array, old: Array) -> Array:
-            return jnp.where(seen.reshape(seen.shape + (1,) * (new.ndim - 2)), new, old)
-
-        return c._replace(rule=jax.tree.map(keep, state, c.rule), active=c.active & ~stop, coda=coda, fresh=fresh)
+        return jax.tree.map(lambda n, o: jnp.where(seen.reshape(seen.shape + (1,) * (n.ndim - 2)), n, o), new, old)
 
     def step(c: _Loop, i: Array) -> _Loop:
         mine = ctx

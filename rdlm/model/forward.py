@@ -48,7 +48,10 @@ def typed_key(key: Array | None) -> Array:
         return jax.random.key(0)
     if jnp.issubdtype(jnp.asarray(key).dtype if not hasattr(key, "dtype") else key.dtype, jax.dtypes.prng_key):
         return key
-    return jax.random.wrap_key_data(jnp.asarray(key, jnp.uint32))
+    data = jnp.asarray(key, jnp.uint32)
+    if data.ndim == 0 or data.shape[-1] != 2:
+        raise InputError(f"key = {key!r}: expected a key such as jax.random.key(0), or an array of them")
+    return jax.random.wrap_key_data(data)
 
 
 def check_tokens(tokens: Any, config: ModelConfig, name: str = "tokens") -> Array:

@@ -1,0 +1,288 @@
+"""Engine: requests come and go while lanes of a running batch, each at its own depth, share the core.
+
+    engine = Engine(params, config, lanes=16, max_new_tokens=256, exit_rule=exits.kl())
+    requests = [engine.submit(prompt, max_new_tokens=100) for prompt in prompts]
+    engine.run()                               # or engine.step() in a loop of your own
+    requests[0].tokens, requests[0].steps
+
+    async for token, steps in engine.submit(prompt, max_new_tokens=100): ...
+
+A request gives the tokens and steps that `generate` gives, whatever else is being served.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import dataclasses
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from rdlm.config import CachePolicy, InputError, ModelConfig, Sampling
+from rdlm.decode.lanes import advance, empty_lanes, insert
+from rdlm.decode.loop import begin
+from rdlm.decode.passes import next_power
+from rdlm.decode.requests import Request, as_requests, padded
+from rdlm.exits import ExitRule
+from rdlm.model import Params, compute_dtype
+
+OnToken = Callable[[int, int], None]
+
+
+@dataclasses.dataclass(eq=False)
+class Served:
+    """A request and what became of it.
+
+    tokens, steps: made so far; the stop token included, steps as in `generate`. prompt_steps: np.int32 per prompt
+    position, once the prompt has been read. done: nothing more will come. cancelled, error: why, if not as asked.
+    """
+
+    prompt: np.ndarray
+    max_new_tokens: int
+    _row: Request = dataclasses.field(repr=False)
+    _engine: Engine = dataclasses.field(repr=False)
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    steps: list[int] = dataclasses.field(default_factory=list)
+    prompt_steps: np.ndarray | None = None
+    done: bool = False
+    cancelled: bool = False
+    error: Exception | None = None
+    _on_token: OnToken | None = dataclasses.field(default=None, repr=False)
+
+    def cancel(self) -> None:
+        """Give up: the lane is free for others at the next step. What was made stays in `tokens`."""
+        if not self.done:
+            self.done = self.cancelled = True
+
+    async def __aiter__(self) -> AsyncIterator[tuple[int, int]]:
+        """(token, steps) as they are made; whoever waits keeps the engine going."""
+        shown = 0
+        while True:
+            while shown < len(self.tokens):
+                shown += 1
+                yield self.tokens[shown - 1], self.steps[shown - 1]
+            if self.done:
+                break
+            async with self._engine._turn:
+                if shown == len(self.tokens) and not self.done:
+                    await asyncio.to_thread(self._engine.step)
+        if self.error is not None:
+            raise self.error
+
+
+@dataclasses.dataclass(frozen=True)
+class Usage:
+    """What the engine did: core iterations of all lanes, lanes that took part in them on average, flushes."""
+
+    ticks: int
+    utilisation: float
+    flushes: int
+
+
+class Engine:
+    """Serves requests on `lanes` lanes. One compile per prompt-length bucket, none per request or value.
+
+    Args:
+      params, config: the model.
+      lanes: requests in flight.
+      max_new_tokens: the most any request may ask for.
+      capacity: positions per lane, prompt and new tokens together; default config.max_length.
+      num_steps: recurrences per token, and the most a request may ask for; None = config.mean_recurrence.
+      exit_rule: kind of rule for all requests, and its default thresholds.
+      prefill_exit, check_every, cache, warm_start, init_scale: as in `generate`.
+      max_queue: requests that may wait; `submit` refuses more.
+      flush_every: lanes whose token has stopped wait at most this many ticks for others to share the coda with.
+      ticks_per_step: core iterations of one `step`, after which tokens are delivered.
+
+    Raises:
+      InputError: impossible sizes.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        config: ModelConfig,
+        *,
+        lanes: int = 16,
+        max_new_tokens: int = 256,
+        capacity: int | None = None,
+        num_steps: int | None = None,
+        exit_rule: ExitRule | None = None,
+        prefill_exit: str = "per_token",
+        check_every: int = 1,
+        cache: CachePolicy = CachePolicy(),
+        warm_start: Literal[False, "normalized", "raw"] = False,
+        init_scale: float = 1.0,
+        max_queue: int = 1024,
+        flush_every: int = 4,
+        ticks_per_step: int = 64,
+    ):
+        sizes = {
+            "lanes": lanes, "max_new_tokens": max_new_tokens, "max_queue": max_queue, "flush_every": flush_every,
+            "ticks_per_step": ticks_per_step,
+        }  # fmt: skip
+        for name, value in sizes.items():
+            if not isinstance(value, (int, np.integer)) or value < 1:
+                raise InputError(f"Engine: {name} = {value!r}: must be at least 1")
+        self.params, self.config, self.usable = params, config, max_new_tokens
+        self.capacity = config.max_length if capacity is None else capacity
+        if not 2 <= self.capacity <= config.max_length:
+            raise InputError(f"Engine: capacity = {capacity}: must be in [2, config.max_length = {config.max_length}]")
+        self.num_steps = config.mean_recurrence if num_steps is None else num_steps
+        self.rule, self.max_queue = exit_rule, max_queue
+        self._ask: dict[str, Any] = {
+            "prefill_exit": prefill_exit, "check_every": check_every, "warm_start": warm_start,
+            "init_scale": init_scale,
+        }  # fmt: skip
+        self._policy, self._sets = cache, cache.sets(next_power(self.num_steps))
+        self._group = max(1, lanes // 4)  # requests that are prefilled together, lanes that are flushed together
+        self._every, self._ticks = flush_every, ticks_per_step
+        # Row 0 stands for every idle lane; asking for it also checks the engine's own options.
+        idle, _ = as_requests(config, [[0]], 1, num_steps=self.num_steps, exit_rule=exit_rule, **self._ask)
+        self._idle = idle
+        self._lanes = empty_lanes(
+            config, _stack([idle] * lanes), cache, self._sets, self.capacity, max_new_tokens,
+            compute_dtype(params, config),
+        )  # fmt: skip
+        self._queue: collections.deque[Served] = collections.deque()
+        self._serving: list[Served | None] = [None] * lanes
+        self._turn = asyncio.Lock()
+
+    def submit(
+        self,
+        prompt: Sequence[int] | np.ndarray,
+        *,
+        max_new_tokens: int | None = None,
+        num_steps: int | None = None,
+        exit_rule: ExitRule | None = None,
+        min_steps: int = 0,
+        sampling: Sampling = Sampling(),
+        key: Array | None = None,
+        on_token: OnToken | None = None,
+    ) -> Served:
+        """Queue a request. Arguments as in `generate`; exit_rule: the engine's kind with thresholds of its own.
+
+        on_token(token, steps) is called as tokens are made; if it raises, the request ends with that `error` and the
+        others go on.
+
+        Raises:
+          InputError: what `generate` refuses, more than the engine has room for, or a full queue; nothing is queued.
+        """
+        most = self.usable if max_new_tokens is None else max_new_tokens
+        if len(self._queue) >= self.max_queue:
+            raise InputError(f"Engine: max_queue = {self.max_queue} requests are waiting; run the engine first")
+        rule = self.rule if exit_rule is None else exit_rule
+        row, (prompt,) = as_requests(
+            self.config, [prompt], most, num_steps=self.num_steps if num_steps is None else num_steps, exit_rule=rule,
+            min_steps=min_steps, sampling=sampling, key=key, **self._ask,
+        )  # fmt: skip
+        if most > self.usable:
+            raise InputError(f"max_new_tokens = {most}: the engine was made for at most {self.usable}")
+        if prompt.size + most > self.capacity:
+            raise InputError(
+                f"prompt: {prompt.size} tokens + max_new_tokens = {most} exceed the engine's capacity = {self.capacity}"
+            )
+        if self._policy.recurrences is None and int(row.num_steps[0]) > self._sets:
+            raise InputError(f"num_steps = {num_steps}: the engine's cache keeps {self._sets} recurrences")
+        if not _same_kind(row.rule, self._idle.rule):
+            kind = None if self.rule is None else self.rule.kind
+            raise InputError(f"exit_rule: this engine serves {kind!r}; another kind needs another engine")
+        if row.sampling.stop_tokens.shape != self._idle.sampling.stop_tokens.shape:
+            width = self._idle.sampling.stop_tokens.shape[1]
+            raise InputError(f"Sampling.stop_tokens: the engine serves at most {width} per request")
+        served = Served(prompt, most, row, self, _on_token=on_token)
+        self._queue.append(served)
+        return served
+
+    def run(self) -> None:
+        """Serve until nothing is queued or in flight."""
+        while self.step():
+            pass
+
+    def step(self) -> bool:
+        """Admit what fits, run some ticks, deliver tokens. False when there was nothing to do."""
+        alive = np.asarray([s is not None and not s.done for s in self._serving])
+        self._serving = [s if a else None for s, a in zip(self._serving, alive, strict=True)]
+        self._queue = collections.deque(s for s in self._queue if not s.done)
+        while self._admit():
+            pass
+        if not any(self._serving):
+            return False
+        alive = np.asarray([s is not None for s in self._serving])
+        wake = min(len(self._queue), self._group) or len(alive) + 1
+        self._lanes = advance(
+            self.params, self.config, self._lanes, jnp.asarray(alive), jnp.int32(self._ticks), jnp.int32(wake),
+            width=self._group, every=self._every, warm_start=self._ask["warm_start"],
+        )  # fmt: skip
+        self._deliver()
+        return True
+
+    @property
+    def usage(self) -> Usage:
+        """Counters since the engine was made."""
+        ticks, used, flushes = (int(x) for x in (self._lanes.ticks, self._lanes.used, self._lanes.flushes))
+        return Usage(ticks, used / max(ticks * len(self._serving), 1), flushes)
+
+    def _admit(self) -> bool:
+        """Prefill a group and give it lanes, once as many lanes are free as the group needs."""
+        free = [lane for lane, s in enumerate(self._serving) if s is None]
+        size = min(len(self._queue), self._group)
+        if size == 0 or len(free) < size:
+            return False
+        group = [self._queue.popleft() for _ in range(size)]
+        rest = self._group - size  # rows that nobody asked for: no tokens, and a lane that does not exist
+        tokens, given = padded([s.prompt for s in group] + [np.zeros(0, np.int32)] * rest, self.config.max_length)
+        lengths = np.asarray(given, np.int32)
+        lane = np.asarray(free[:size] + [len(self._serving)] * rest, np.int32)
+        most = np.asarray([s.max_new_tokens for s in group] + [1] * rest, np.int32)
+        for i, s in enumerate(group):
+            self._serving[free[i]] = s
+        request = _stack([s._row for s in group] + [self._idle] * rest)
+        progress, prompt_steps = begin(
+            self.params, self.config, jnp.asarray(tokens), jnp.asarray(lengths), request, self._policy, self._sets,
+            tokens.shape[1], 1, self._ask["prefill_exit"], self._ask["warm_start"],
+        )  # fmt: skip
+        depth = np.asarray(prompt_steps)
+        for i, s in enumerate(group):
+            s.prompt_steps = depth[i, : s.prompt.size]
+        self._lanes = insert(
+            self.params, self.config, self._lanes, progress, jnp.asarray(lengths), request, jnp.asarray(most),
+            jnp.asarray(lane),
+        )  # fmt: skip
+        self._deliver()  # a request may be over after its first token
+        return True
+
+    def _deliver(self) -> None:
+        """Hand out new tokens, and free the lanes of requests that have ended."""
+        p = self._lanes
+        busy, count, tokens, steps = (np.asarray(x) for x in (p.busy, p.count, p.tokens, p.steps))
+        for lane, served in enumerate(self._serving):
+            if served is None or served.done:
+                continue
+            for j in range(len(served.tokens), count[lane]):
+                served.tokens.append(int(tokens[lane, j]))
+                served.steps.append(int(steps[lane, j]))
+                if served._on_token is not None:
+                    try:
+                        served._on_token(served.tokens[-1], served.steps[-1])
+                    except Exception as error:  # whatever a listener does wrong is its own request's business
+                        served.error, served.done = error, True
+                        break
+            if not busy[lane]:
+                served.done, self._serving[lane] = True, None
+
+
+def _stack(rows: list[Request]) -> Request:
+    """Requests of one row each as one of many."""
+    return jax.tree.map(lambda *x: jnp.concatenate(x), *rows)
+
+
+def _same_kind(a: ExitRule | None, b: ExitRule | None) -> bool:
+    """Whether two rules differ in thresholds at most."""
+    kinds: list[Any] = [jax.tree.structure(rule) for rule in (a, b)]
+    return kinds[0] == kinds[1]
