@@ -1,0 +1,150 @@
+"""Chat templates: jinja2, with the `{% generation %}` blocks that say what the assistant says."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+
+from rdlm.config import InputError
+
+REFERENCE = (
+    "{% for message in messages %}"
+    "{% if loop.first %}{{ bos_token }}{% endif %}"
+    "{% if message['role'] == 'assistant' %}"
+    "{{ '<|begin_header|>Huginn<|end_header|>\n\n' }}"
+    "{% generation %}{{ message['content'] | trim }}{{ '<|end_turn|>' }}{% endgeneration %}"
+    "{% else %}"
+    "{{ '<|begin_header|>' + message['role'] + '<|end_header|>\n\n' + message['content'] | trim + '<|end_turn|>' }}"
+    "{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|begin_header|>Huginn<|end_header|>\n\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+"""The reference's rules (spec section 7), for tokenizers that bring no template."""
+
+# Unicode keeps these for use inside a program: begin and end of what the assistant says, and what is put into the
+# special tokens that a message spells out, so that they stay text.
+_BEGIN, _END, _GUARD = "\ufdd0", "\ufdd1", "\ufdd2"
+_OURS = re.compile(f"[{_BEGIN}{_END}{_GUARD}]")
+
+
+def render(
+    template: Any,
+    messages: Sequence[Mapping[str, str]],
+    *,
+    add_generation_prompt: bool,
+    bos_token: str,
+    eos_token: str,
+    special: Sequence[str],
+) -> str:
+    """A conversation as text that `runs` takes apart again.
+
+    Args:
+      template: of tokenizer_config.json: text, a list of named ones (the one called "default" counts), or None.
+      messages: {"role": ..., "content": ...}; other fields are handed to the template as they are.
+      add_generation_prompt: end where the assistant goes on.
+      bos_token: for the template.
+      eos_token: for the template.
+      special: all special tokens of the tokenizer.
+
+    Raises:
+      InputError: no messages, one without role or content, or a template that is wrong or refuses them.
+    """
+    if not messages:
+        raise InputError("messages: at least one is needed")
+    guarded = []
+    for i, message in enumerate(messages):
+        for field in ("role", "content"):
+            if not isinstance(message.get(field), str):
+                raise InputError(f"messages[{i}]: {field!r} is missing or not text")
+            if _OURS.search(message[field]):
+                raise InputError(f"messages[{i}]: {field!r} holds U+FDD0, U+FDD1 or U+FDD2, which are no characters")
+        words = {field: _pattern(tuple(special)).sub(_guard, message[field]) for field in ("role", "content")}
+        guarded.append({**message, **words})
+    if isinstance(template, list):
+        template = next((t["template"] for t in template if t.get("name") == "default"), None)
+    if template is None:
+        template = REFERENCE
+        missing = [t for t in ("<|begin_header|>", "<|end_header|>", "<|end_turn|>") if t not in special]
+        if missing:
+            raise InputError(f"tokenizer: has no special token {missing[0]!r}, which the chat template needs")
+    try:
+        return _compiled(template).render(
+            messages=guarded, add_generation_prompt=add_generation_prompt, bos_token=bos_token, eos_token=eos_token
+        )
+    except jinja2.TemplateError as error:
+        raise InputError(f"chat template: {' '.join(str(error).split())}") from error
+
+
+def runs(text: str, special: Sequence[str]) -> Iterator[tuple[bool, str, list[tuple[int, int]]]]:
+    """Rendered text as special tokens and the text between them.
+
+    Yields:
+      (special or not, the token or text, where in it the assistant speaks: pairs of begin and end; for a special token
+      the list is empty or not).
+    """
+    speaking = False
+    for i, piece in enumerate(re.split(f"({_pattern(tuple(special)).pattern})", text)):
+        if i % 2:
+            yield True, piece, [(0, len(piece))] if speaking else []
+            continue
+        plain, spans, start = "", [], 0
+        for part in re.split(f"({_OURS.pattern})", piece):
+            if part == _BEGIN:
+                speaking, start = True, len(plain)
+            elif part == _END:
+                spans.append((start, len(plain)))
+                speaking = False
+            elif part != _GUARD:
+                plain += part
+        if speaking:
+            spans.append((start, len(plain)))
+        if plain:
+            yield False, plain, spans
+
+
+def _guard(match: re.Match[str]) -> str:
+    return match[0][0] + _GUARD + match[0][1:]
+
+
+@functools.cache
+def _pattern(special: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(re.escape(token) for token in sorted(special, key=len, reverse=True)))
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %} ... {% endgeneration %}` marks what it encloses."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
+
+    def _mark(self, caller: Callable[[], str]) -> str:
+        return f"{_BEGIN}{caller()}{_END}"
+
+
+@functools.cache
+def _compiled(template: str) -> jinja2.Template:
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return environment.from_string(template)
+
+
+def _refuse(reason: str) -> None:
+    raise jinja2.TemplateError(reason)

@@ -1,0 +1,97 @@
+"""New tokenizers: byte-level BPE with the reference's special tokens, and one token per byte."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+from rdlm.config import InputError
+from rdlm.tokenizer.chat import REFERENCE
+
+BEGIN_TEXT, END_TEXT, PAD = "<|begin_text|>", "<|end_text|>", "<|pad|>"
+SPECIAL_TOKENS = (BEGIN_TEXT, END_TEXT, "<|begin_header|>", "<|end_header|>", "<|end_turn|>", PAD)
+"""The reference's special tokens (spec section 7), in its order."""
+_SLOTS = 32  # ids that the reference keeps for special tokens at the end of its vocabulary
+_LAST = (*SPECIAL_TOKENS, *(f"<|reserved_{i}|>" for i in range(_SLOTS - len(SPECIAL_TOKENS))))
+
+# Where text is cut before merging: a word with the space before it, one digit, one punctuation mark (with the space
+# before it), runs of newlines, other blanks. Digits stay single so that numbers are spelt the same everywhere.
+_SPLIT = r" ?\p{L}[\p{L}\p{M}]*|\p{N}|\n+| ?[^\s\p{L}\p{N}]|[^\S\n]+(?!\S)|[^\S\n]+"
+_LONGEST_TOKEN = 32  # bytes, as the reference
+
+Made = tuple[tokenizers.Tokenizer, dict[str, Any]]
+"""A tokenizer and its tokenizer_config.json."""
+
+
+def train(texts: Iterable[str], vocab_size: int, special_ids: Literal["first", "last"]) -> Made:
+    """See `Tokenizer.train`."""
+    special = SPECIAL_TOKENS if special_ids == "first" else _LAST
+    least = 256 + len(special)
+    if vocab_size < least:
+        raise InputError(
+            f"vocab_size = {vocab_size}: must be at least {least}: 256 bytes, {len(special)} special tokens"
+        )
+    backend = _empty(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size if special_ids == "first" else vocab_size - len(special),
+        min_frequency=2,  # a pair seen once teaches nothing
+        special_tokens=list(special) if special_ids == "first" else [],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        max_token_length=_LONGEST_TOKEN,
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    if special_ids == "last":
+        backend.add_special_tokens(list(special))
+    reached = backend.get_vocab_size()
+    if reached != vocab_size:
+        raise InputError(
+            f"vocab_size = {vocab_size}: these texts yield only {reached}; give more text or ask for at most that"
+        )
+    return _finished(backend, special, chat_template=special_ids == "last")
+
+
+def bytes_only() -> Made:
+    """See `Tokenizer.bytes_only`."""
+    vocab = {character: byte for byte, character in enumerate(characters_of_bytes())}
+    backend = _empty(models.BPE(vocab=vocab, merges=[]))
+    backend.add_special_tokens(list(_LAST))
+    return _finished(backend, _LAST, chat_template=True)
+
+
+def characters_of_bytes() -> list[str]:
+    """Byte-level BPE writes each byte as one printable character: Latin-1 where printable, else from U+0100 on."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = [b for b in range(256) if b not in printable]
+    return [chr(b) if b in printable else chr(256 + others.index(b)) for b in range(256)]
+
+
+def _empty(model: models.Model) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(_SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _finished(backend: tokenizers.Tokenizer, special: tuple[str, ...], *, chat_template: bool) -> Made:
+    # Other readers of the folder add the same token that `encode` adds by default.
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{BEGIN_TEXT} $A", special_tokens=[(BEGIN_TEXT, backend.token_to_id(BEGIN_TEXT))]
+    )
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BEGIN_TEXT,
+        "eos_token": END_TEXT,
+        "pad_token": PAD,
+        "additional_special_tokens": [t for t in special if t not in (BEGIN_TEXT, END_TEXT, PAD)],
+        "clean_up_tokenization_spaces": False,
+    }
+    return backend, config | ({"chat_template": REFERENCE} if chat_template else {})
