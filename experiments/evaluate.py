@@ -25,7 +25,7 @@ from rdlm.config import DataConfig, InputError, require
 from rdlm.runtime import parse_arguments, run_command
 
 if TYPE_CHECKING:
-    from rdlm.data import Batch, PackedData
+    from rdlm.data import Batch, Chain
     from rdlm.evaluate import DepthCurve
     from rdlm.tokenizer import Tokenizer
 
@@ -77,22 +77,18 @@ def main() -> int:
     return 0
 
 
-def validation(run_dir: Path, step: int, config: DataConfig, tokenizer: Tokenizer) -> PackedData:
+def validation(run_dir: Path, step: int, config: DataConfig, tokenizer: Tokenizer) -> Chain:
     """The run's validation data, refused unless it was made with the run's tokenizer."""
     from rdlm.checkpoint import read_meta
-    from rdlm.data import PackedData, prepare, prepared_folder
+    from rdlm.data import open_validation, prepared_folder
 
     # A converted model brings its own tokenizer; data for it are made on first use. A run trained here must find
     # what it was trained on, which `prepare` makes again, equal in every byte, if it is gone.
-    foreign = "source" in read_meta(run_dir, step) and not prepared_folder(config).exists()
-    folder = prepare(config, tokenizer=tokenizer if foreign else None)
-    return PackedData(
-        folder, "validation", sequence_length=config.sequence_length, batch_size=config.batch_size, shuffle=False,
-        tokenizer_hash=tokenizer.hash,
-    )  # fmt: skip
+    foreign = "source" in read_meta(run_dir, step) and not config.prepared and not prepared_folder(config).exists()
+    return open_validation(config, tokenizer, make_with_it=foreign)
 
 
-def evaluate(args: Args, step: int, depths: tuple[int, ...], data: PackedData, tokenizer: Tokenizer) -> DepthCurve:
+def evaluate(args: Args, step: int, depths: tuple[int, ...], data: Chain, tokenizer: Tokenizer) -> DepthCurve:
     """The curve at the given depths."""
     from rdlm.checkpoint import load_checkpoint
     from rdlm.evaluate import depth_curve
@@ -112,7 +108,7 @@ def evaluate(args: Args, step: int, depths: tuple[int, ...], data: PackedData, t
     return curve
 
 
-def saved_curve(saved: dict[int, float], data: PackedData, tokenizer: Tokenizer, batches: int | None) -> DepthCurve:
+def saved_curve(saved: dict[int, float], data: Chain, tokenizer: Tokenizer, batches: int | None) -> DepthCurve:
     """A saved curve with the bits per byte that follow from the validation text."""
     from rdlm.data import IGNORED
     from rdlm.evaluate import DepthCurve

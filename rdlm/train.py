@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from rdlm import flops, sharding
 from rdlm.checkpoint import Checkpoints, as_abstract, read_config, write_config
 from rdlm.config import PRESETS, InputError, RunConfig, differences
-from rdlm.data import PackedData, prefetch, prepare
+from rdlm.data import open_data, prefetch
 from rdlm.evaluate import DepthCurve, depth_curve
 from rdlm.losses import loss
 from rdlm.metrics import Meter, MetricsWriter, Progress, matmul_peak
@@ -178,21 +178,13 @@ class Trainer:
 
     def _open_data(self) -> None:
         data, saved = self.config.data, self.folder / "tokenizer"
-        prepared = prepare(data)
-        self.tokenizer = Tokenizer.load(prepared / "tokenizer")
+        self.train, self.validation, self.tokenizer, prepared = open_data(
+            data, seed=self.config.seed, process_index=jax.process_index(), process_count=jax.process_count()
+        )
         if saved.exists() and Tokenizer.load(saved).hash != self.tokenizer.hash:
             raise InputError(
                 f"{saved}: the run has another tokenizer than {prepared}; restore that data, or start a new run"
             )
-        options: Any = {
-            "sequence_length": data.sequence_length,
-            "tokenizer_hash": self.tokenizer.hash,
-            "seed": self.config.seed,
-            "process_index": jax.process_index(),
-            "process_count": jax.process_count(),
-        }
-        self.train = PackedData(prepared, "train", batch_size=data.batch_size, **options)
-        self.validation = PackedData(prepared, "validation", batch_size=data.batch_size, shuffle=False, **options)
 
     def place(self, batch: Any) -> Any:
         """This process's rows of a batch as its part of arrays split over all devices.
@@ -221,6 +213,8 @@ class Trainer:
         params, opt, meta = checkpoints.restore(latest, target.params, target.optimizer)
         if meta["tokenizer"] != self.tokenizer.hash:
             raise InputError(f"{self.folder}: checkpoint {latest} belongs to another tokenizer than the prepared data")
+        if "data" in meta:  # checkpoints of before it was kept are of the embedded corpus
+            self.train.restore(latest, meta["data"])
         self.say(f"resuming {self.folder} at step {latest}")
         return TrainState(jax.device_put(jnp.int32(latest), self.shardings.step), params, opt)
 
@@ -302,7 +296,7 @@ class Trainer:
             self.progress.update(step + 1, meter.line(step + 1, values), last=step + 1 == config.steps)
 
         def save(step: int) -> None:
-            checkpoints.save(step, state.params, state.optimizer, meta | {"step": step})
+            checkpoints.save(step, state.params, state.optimizer, meta | {"step": step, "data": self.train.state(step)})
             if writer:
                 writer.sync()
 

@@ -21,6 +21,8 @@ Scheme = Literal[
     "full",
 ]
 
+Packing = Literal["concatenate_and_split", "best_fit", "document_start"]
+
 
 @dataclasses.dataclass(frozen=True)
 class RecurrenceConfig:
@@ -79,10 +81,17 @@ class OptimizerConfig:
 class DataConfig:
     """Where tokens come from and how they are cut into batches."""
 
+    prepared: tuple[str, ...] = ()
+    """Your own data: folders made by experiments/prepare_data.py (or their gs:// copies); several are mixed."""
+    weights: tuple[float, ...] = ()
+    """Shares of the rows that come from each of `prepared`; empty: by their sizes."""
+    stream: tuple[str, ...] = ()
+    """Files, folders, globs or gs:// too large to prepare, read while training; `prepared` is then a sample of them,
+    which gives tokenizer, settings and validation."""
     source: Literal["factbook"] = "factbook"
-    """Corpus: the CIA World Factbook (a TFDS builder over a pinned package)."""
+    """Corpus when `prepared` is empty: the CIA World Factbook (a TFDS builder over a pinned package)."""
     folder: str = "data"
-    """Folder for prepared data; filled on first use, reused afterwards."""
+    """Folder for data prepared on first use, and for local copies of gs:// folders."""
     tokenizer_size: int = 4096
     """Entries of the byte-level BPE tokenizer, special tokens included."""
     sequence_length: int = 256
@@ -101,6 +110,18 @@ class DataConfig:
             "data.validation_fraction",
             self.validation_fraction,
             "must be between 0 and 1",
+        )
+        require(
+            not self.weights or (len(self.weights) == len(self.prepared) and min(self.weights) > 0),
+            "data.weights",
+            self.weights,
+            f"must be empty, or one positive number for each of the {len(self.prepared)} folders in data.prepared",
+        )
+        require(
+            not self.stream or len(self.prepared) == 1,
+            "data.stream",
+            self.stream,
+            "needs exactly one folder in data.prepared: a sample of the stream, made by experiments/prepare_data.py",
         )
 
 

@@ -1,22 +1,47 @@
-"""Tokenised, packed training data: prepared once, read as a pure function of the step."""
+"""Tokenised, packed training data: prepared once, read as a pure function of the step; or streamed."""
 
+from rdlm.data.build import Corpus, build
+from rdlm.data.documents import InputFile, Part, Reading, find, parts, read
 from rdlm.data.loader import Batch, PackedData
-from rdlm.data.manifest import Manifest, read_manifest
-from rdlm.data.packing import IGNORED, Row, concatenate_and_split, sequence_ids
+from rdlm.data.manifest import Manifest, Recipe, read_manifest
+from rdlm.data.mixture import Chain, Mixture
+from rdlm.data.open import RunData, open_data, open_validation
+from rdlm.data.packing import IGNORED, Document, Row, best_fit, concatenate_and_split, document_start, sequence_ids
 from rdlm.data.prefetch import prefetch
-from rdlm.data.prepare import held_out, prepare, prepared_folder
+from rdlm.data.prepare import prepare, prepared_folder
+from rdlm.data.shards import build_shard, held_out
+from rdlm.data.stream import StreamedData
 
 __all__ = [
     "IGNORED",
     "Batch",
+    "Chain",
+    "Corpus",
+    "Document",
+    "InputFile",
     "Manifest",
+    "Mixture",
     "PackedData",
+    "Part",
+    "Reading",
+    "Recipe",
     "Row",
+    "RunData",
+    "StreamedData",
+    "best_fit",
+    "build",
+    "build_shard",
     "concatenate_and_split",
+    "document_start",
+    "find",
     "held_out",
+    "open_data",
+    "open_validation",
+    "parts",
     "prefetch",
     "prepare",
     "prepared_folder",
+    "read",
     "read_manifest",
     "sequence_ids",
 ]

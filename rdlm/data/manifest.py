@@ -6,12 +6,34 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
-from rdlm.config import InputError, from_json, to_json
+from rdlm.config import InputError, Packing, from_json, require, to_json
+from rdlm.data.documents import Reading
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Raised whenever folders written before must not be read any more."""
 _AGAIN = "delete the folder and prepare the data again"
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Everything besides documents and tokenizer that decides what prepared rows hold."""
+
+    sequence_length: int
+    """L: rows hold up to L + 1 tokens."""
+    packing: Packing = "concatenate_and_split"
+    """How documents are laid into rows (see `rdlm.data.packing`)."""
+    validation_fraction: float = 0.05
+    """Share of documents held out, chosen by a hash of their text."""
+    deduplicate: bool = False
+    """Only the first of several equal documents counts."""
+    reading: Reading = dataclasses.field(default_factory=Reading)
+    """How files became documents."""
+
+    def __post_init__(self) -> None:
+        require(self.sequence_length >= 1, "sequence_length", self.sequence_length, "must be at least 1")
+        require(0 <= self.validation_fraction < 1, "validation_fraction", self.validation_fraction, "must be in [0, 1)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,22 +41,11 @@ class SourceEntry:
     """Where the documents came from."""
 
     name: str
+    """"factbook", "files", or a TFDS dataset with version and split."""
     version: str
+    """Of the dataset, or which files and bytes there were."""
     sha256: str
-    """Over the source's data."""
-
-
-@dataclasses.dataclass(frozen=True)
-class SplitEntry:
-    """Sizes of one split; `file` lies in the folder."""
-
-    documents: int
-    bytes: int
-    """UTF-8 bytes of all texts."""
-    tokens: int
-    """Tokens, with begin and end of every document."""
-    rows: int
-    file: str
+    """Over all documents, in order."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,26 +58,76 @@ class FileEntry:
 
 
 @dataclasses.dataclass(frozen=True)
+class ShardFile:
+    """Some rows of a split, in one array_record file."""
+
+    file: str
+    rows: int
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitEntry:
+    """Sizes of one split."""
+
+    documents: int
+    bytes: int
+    """UTF-8 bytes of all texts."""
+    tokens: int
+    """Tokens, with begin and end of every document."""
+    rows: int
+    shards: tuple[ShardFile, ...]
+    """Row numbers go through them in this order."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Skipped:
+    """Documents that are in no split."""
+
+    empty: int = 0
+    bad: int = 0
+    duplicate: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Manifest:
     """Content of manifest.json. Equal settings give equal manifests on every machine."""
 
     format_version: int
     source: SourceEntry
-    packing: str
-    sequence_length: int
-    """L: rows hold L + 1 tokens."""
-    validation_fraction: float
+    recipe: Recipe
     tokenizer_hash: str
     vocab_size: int
     pad_id: int
     token_dtype: str
     train: SplitEntry
     validation: SplitEntry
+    skipped: Skipped
     files: tuple[FileEntry, ...]
 
     def split(self, name: str) -> SplitEntry:
         """The entry of "train" or "validation"."""
         return {"train": self.train, "validation": self.validation}[name]
+
+    def identity(self) -> dict[str, Any]:
+        """What a run must find unchanged to go on: every setting and source, and a digest of all rows; flat JSON."""
+        recipe = dataclasses.asdict(self.recipe)
+        digest = hashlib.sha256(json.dumps([dataclasses.asdict(f) for f in self.files]).encode()).hexdigest()
+        return {
+            **recipe.pop("reading"),
+            **recipe,
+            "source": f"{self.source.name}, {self.source.version}",
+            "documents": self.source.sha256,
+            "tokenizer": self.tokenizer_hash,
+            "files": digest,
+        }
+
+
+def first_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
+    """'packing = "best_fit", not "document_start"' for the first field in which two identities differ."""
+    for name in new:
+        if old.get(name) != new[name]:
+            return f"{name} = {json.dumps(new[name])}, not {json.dumps(old.get(name))}"
+    return None
 
 
 def file_entry(folder: Path, name: str) -> FileEntry:

@@ -1,18 +1,34 @@
 """Documents of tokens into rows of equal length, and rows into the arrays a model trains on. Pure numpy.
 
 A row holds up to L + 1 tokens, because the last input needs a label. A packing mode is a function from documents to
-rows, like `concatenate_and_split`; everything after it (`records`, `loader`) takes any rows.
+rows; everything after it (`records`, `loader`) takes any rows.
 """
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 
+from rdlm.config import Packing
+
 IGNORED = -100
 """Label of a position that is not scored."""
+_OPEN_ROWS = 256  # rows that `best_fit` keeps open: more hardly fill better
+
+
+class Document(NamedTuple):
+    """Tokens of one document, wrapped in its begin and end tokens."""
+
+    number: int
+    """Below 2**32: the key of its noise, with the offset of a chunk."""
+    tokens: np.ndarray
+    """int [n]."""
+    scored: np.ndarray | None = None
+    """bool [n]: which tokens count as labels (the assistant's, in chats); None: all."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -23,9 +39,14 @@ class Row:
     """int32 [n]."""
     chunks: np.ndarray
     """int64 [S, 3]: document index, offset of the chunk in its document, length; the lengths add up to n."""
+    scored: np.ndarray | None = None
+    """bool [n]: which tokens count as labels; None: all."""
 
 
-def concatenate_and_split(documents: Iterable[tuple[int, np.ndarray]], sequence_length: int) -> Iterator[Row]:
+_Piece = tuple[Document, int, int]  # document, offset, length
+
+
+def concatenate_and_split(documents: Iterable[Document], sequence_length: int) -> Iterator[Row]:
     """Cut the stream of all documents every L tokens; a document that does not fit goes on in the next row.
 
     With all documents laid end to end in `stream`, row r holds stream[r*L : r*L + L + 1]. Neighbouring rows share one
@@ -33,41 +54,102 @@ def concatenate_and_split(documents: Iterable[tuple[int, np.ndarray]], sequence_
     token but the first of the stream is a label exactly once: no label is lost where a document is cut.
 
     Args:
-      documents: (index of the document, int [n] tokens), each document wrapped in its begin and end tokens.
+      documents: in the order in which they are laid out.
       sequence_length: L.
 
     Yields:
       Rows of L + 1 tokens; the last may have fewer, but at least two.
     """
     size = sequence_length + 1
-    tokens: list[np.ndarray] = []
-    chunks: list[tuple[int, int, int]] = []
+    pieces: list[_Piece] = []
     room = size
-    for index, document in documents:
+    for document in documents:
         offset = 0
-        while offset < len(document):
-            part = document[offset : offset + room]
-            tokens.append(part)
-            chunks.append((index, offset, len(part)))
-            offset += len(part)
-            room -= len(part)
+        while offset < len(document.tokens):
+            length = min(room, len(document.tokens) - offset)
+            pieces.append((document, offset, length))
+            offset += length
+            room -= length
             if room == 0:
-                yield _row(tokens, chunks)
-                tokens, chunks, room = [], [], size
+                yield _row(pieces)
+                pieces, room = [], size
                 offset -= 1  # the last label is the first input of the next row
     if size - room > 1:
-        yield _row(tokens, chunks)
+        yield _row(pieces)
 
 
-def _row(tokens: list[np.ndarray], chunks: list[tuple[int, int, int]]) -> Row:
-    return Row(np.concatenate(tokens).astype(np.int32), np.array(chunks, np.int64))
+def best_fit(documents: Iterable[Document], sequence_length: int) -> Iterator[Row]:
+    """Put whole documents into the open row that they fill best; only documents longer than a row are cut.
+
+    Those are cut every L tokens, neighbouring pieces sharing one token as in `concatenate_and_split`, so no label is
+    lost. At most 256 rows are open at a time; the fullest goes first. Rows end in padding where nothing fits.
+
+    Args and rows: as `concatenate_and_split`.
+    """
+    size = sequence_length + 1
+    rooms: list[tuple[int, int]] = []  # (tokens that still fit, number of the row), ascending
+    rows: dict[int, list[_Piece]] = {}
+    begun = 0
+    for document in documents:
+        n = len(document.tokens)
+        for offset in range(0, max(n - 1, 1), sequence_length):
+            length = min(size, n - offset)
+            place = bisect.bisect_left(rooms, (length, -1))
+            if place < len(rooms):
+                room, row = rooms.pop(place)
+            else:
+                room, row = size, begun
+                rows[row], begun = [], begun + 1
+            rows[row].append((document, offset, length))
+            if room - length < 2:  # no document is shorter than its begin and end tokens
+                yield _row(rows.pop(row))
+            else:
+                bisect.insort(rooms, (room - length, row))
+            if len(rooms) > _OPEN_ROWS:
+                yield _row(rows.pop(rooms.pop(0)[1]))
+    yield from (_row(pieces) for pieces in rows.values() if sum(length for *_, length in pieces) > 1)
+
+
+def document_start(documents: Iterable[Document], sequence_length: int) -> Iterator[Row]:
+    """The reference's rows (spec section 7): each starts with a document, and what does not fit is dropped.
+
+    Documents are joined until they reach L + 1 tokens; the first L + 1 are the row, the rest of the last document is
+    never seen. Documents left over at the end, too few for a row, are dropped as well.
+
+    Args and rows: as `concatenate_and_split`; every row is full.
+    """
+    pieces: list[_Piece] = []
+    room = sequence_length + 1
+    for document in documents:
+        length = min(room, len(document.tokens))
+        pieces.append((document, 0, length))
+        room -= length
+        if room == 0:
+            yield _row(pieces)
+            pieces, room = [], sequence_length + 1
+
+
+def pack(packing: Packing) -> Callable[[Iterable[Document], int], Iterator[Row]]:
+    """The function of a packing mode."""
+    modes = {"concatenate_and_split": concatenate_and_split, "best_fit": best_fit, "document_start": document_start}
+    return modes[packing]
+
+
+def _row(pieces: list[_Piece]) -> Row:
+    tokens = np.concatenate([d.tokens[offset : offset + length] for d, offset, length in pieces]).astype(np.int32)
+    scored = None
+    if any(d.scored is not None for d, *_ in pieces):
+        scored = np.concatenate(
+            [np.ones(n, bool) if d.scored is None else d.scored[offset : offset + n] for d, offset, n in pieces]
+        )
+    return Row(tokens, np.array([(d.number, offset, length) for d, offset, length in pieces], np.int64), scored)
 
 
 def arrays(row: Row, sequence_length: int, *, pad_id: int, epoch: int = 0) -> dict[str, np.ndarray]:
     """What a model reads of one row: int32 [L] each.
 
-    tokens; labels (the next token of the same chunk, else IGNORED); segment_ids (1, 2, ... by chunk, 0 is padding);
-    positions (from 0 in every chunk); sequence_ids (see `sequence_ids`; 0 is padding).
+    tokens; labels (the next token of the same chunk if it counts, else IGNORED); segment_ids (1, 2, ... by chunk,
+    0 is padding); positions (from 0 in every chunk); sequence_ids (see `sequence_ids`; 0 is padding).
     """
     document, offset, length = row.chunks.T
     size, n = sequence_length + 1, len(row.tokens)
@@ -80,6 +162,8 @@ def arrays(row: Row, sequence_length: int, *, pad_id: int, epoch: int = 0) -> di
     sequences = np.zeros(size, np.int32)
     sequences[:n] = np.repeat(sequence_ids(document, offset, epoch), length)
     scored = (segments[1:] == segments[:-1]) & (segments[1:] > 0)
+    if row.scored is not None:
+        scored[: n - 1] &= row.scored[1:]
     return {
         "tokens": tokens[:-1],
         "labels": np.where(scored, tokens[1:], np.int32(IGNORED)),

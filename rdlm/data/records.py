@@ -1,11 +1,15 @@
-"""Rows on disk: one array_record file per split, one record per row, any row readable by its number.
+"""Rows on disk: array_record files, one record per row, any row readable by its number.
 
 A record is little-endian: uint32 S, then S times uint32 (document, offset, length), then the tokens, as uint16 where
-the vocabulary fits and int32 where it does not.
+the vocabulary fits and int32 where it does not. If the highest bit of S is set (it is no part of the number), n bits
+follow in whole bytes, first bit highest: which tokens count as labels.
 """
 
 from __future__ import annotations
 
+import bisect
+import functools
+import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -15,6 +19,8 @@ from array_record.python import array_record_module
 from rdlm.config import InputError
 from rdlm.data.packing import Row
 
+_MASKED = 2**31
+
 
 def token_dtype(vocab_size: int) -> str:
     """The smallest dtype records offer for ids below `vocab_size`."""
@@ -23,15 +29,24 @@ def token_dtype(vocab_size: int) -> str:
 
 def to_bytes(row: Row, dtype: str) -> bytes:
     """The record of a row."""
-    header = np.uint32(len(row.chunks)).astype("<u4")
-    return header.tobytes() + row.chunks.astype("<u4").tobytes() + row.tokens.astype(_on_disk(dtype)).tobytes()
+    masked = row.scored is not None
+    header = np.uint32(len(row.chunks) | _MASKED * masked).astype("<u4")
+    tail = np.packbits(row.scored).tobytes() if row.scored is not None else b""
+    return header.tobytes() + row.chunks.astype("<u4").tobytes() + row.tokens.astype(_on_disk(dtype)).tobytes() + tail
 
 
 def from_bytes(record: bytes, dtype: str) -> Row:
     """The row of a record."""
-    start = 4 + 12 * int(np.frombuffer(record, "<u4", 1)[0])
-    chunks = np.frombuffer(record[4:start], "<u4").reshape(-1, 3)
-    return Row(np.frombuffer(record[start:], _on_disk(dtype)).astype(np.int32), chunks.astype(np.int64))
+    header = int(np.frombuffer(record, "<u4", 1)[0])
+    count = header & ~_MASKED
+    chunks = np.frombuffer(record, "<u4", 3 * count, offset=4).reshape(-1, 3).astype(np.int64)
+    start, n = 4 + 12 * count, int(chunks[:, 2].sum())
+    tokens = np.frombuffer(record, _on_disk(dtype), n, offset=start)
+    scored = None
+    if header & _MASKED:
+        bits = np.frombuffer(record, np.uint8, offset=start + tokens.nbytes)
+        scored = np.unpackbits(bits, count=n).astype(bool)
+    return Row(tokens.astype(np.int32), chunks, scored)
 
 
 def write_rows(path: Path, rows: Iterable[Row], dtype: str) -> int:
@@ -92,6 +107,37 @@ class RowFile:
     def _damaged(self, reason: object) -> InputError:
         line = str(reason).splitlines()[0]
         return InputError(f"{self._path}: damaged ({line}); delete {self._path.parent} and prepare the data again")
+
+
+class RowFiles:
+    """Random access to rows that go on from file to file; files are opened when first needed, 256 at most at once."""
+
+    def __init__(self, files: Sequence[tuple[Path, int]], dtype: str) -> None:
+        """`files`: each with its number of rows."""
+        self._ends = list(itertools.accumulate(count for _, count in files))
+        self._open = functools.lru_cache(256)(lambda i: RowFile(files[i][0], dtype, files[i][1]))
+        for path, _ in files:
+            if not path.is_file():
+                raise InputError(f"{path}: missing; delete {path.parent} and prepare the data again")
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def read(self, indices: Sequence[int]) -> list[Row]:
+        """The rows with these numbers, in this order.
+
+        Raises:
+          InputError: a file is damaged there, or holds another number of rows than it should.
+        """
+        wanted: dict[int, list[int]] = {}
+        for place, index in enumerate(indices):
+            wanted.setdefault(bisect.bisect_right(self._ends, index), []).append(place)
+        rows: list[Row | None] = [None] * len(indices)
+        for i, places in wanted.items():
+            first = self._ends[i - 1] if i else 0
+            for place, row in zip(places, self._open(i).read([indices[p] - first for p in places]), strict=True):
+                rows[place] = row
+        return [row for row in rows if row is not None]
 
 
 def _on_disk(dtype: str) -> np.dtype:

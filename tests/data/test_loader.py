@@ -221,23 +221,23 @@ def test_a_small_validation_split_is_read_but_not_drawn_from(load, one_line):
 def test_a_flipped_bit_is_found_when_its_row_is_read(load, tiny_folder, tmp_path, one_line):
     folder = shutil.copytree(tiny_folder, tmp_path / "copy")
     tokens = load(shuffle=False, batch_size=1).batch(3)["tokens"][0].astype("<u2").tobytes()
-    path = folder / "train.array_record"
+    path = folder / "train-00000.array_record"
     content = bytearray(path.read_bytes())
     content[content.index(tokens) + 5] ^= 1
     path.write_bytes(content)
     data = load(shuffle=False, batch_size=1, folder=folder)
     assert_equal(data.batch(2), load(shuffle=False, batch_size=1).batch(2))  # control: its neighbour is intact
-    with one_line("train.array_record: damaged"):
+    with one_line("train-00000.array_record: damaged"):
         data.batch(3)
 
 
 @pytest.mark.parametrize("content", ["half", "garbage"])
 def test_a_file_that_is_no_array_record_is_refused(load, tiny_folder, content, one_line):
-    path = tiny_folder / "train.array_record"
+    path = tiny_folder / "train-00000.array_record"
     size = path.stat().st_size
     old = path.read_bytes()
     path.write_bytes(old[: size // 2] + bytes(size - size // 2) if content == "half" else bytes([7]) * size)
-    with one_line("train.array_record: damaged"):
+    with one_line("train-00000.array_record: damaged"):
         data = load()
         for step in range(data.steps_per_epoch):
             data.batch(step)
@@ -245,14 +245,14 @@ def test_a_file_that_is_no_array_record_is_refused(load, tiny_folder, content, o
 
 def test_a_file_with_another_number_of_rows_is_refused(tiny_folder, one_line):
     rows = read_manifest(tiny_folder).train.rows
-    RowFile(tiny_folder / "train.array_record", "uint16", rows)  # control
+    RowFile(tiny_folder / "train-00000.array_record", "uint16", rows)  # control
     with one_line(f"damaged \\({rows} rows instead of {rows + 1}\\)"):
-        RowFile(tiny_folder / "train.array_record", "uint16", rows + 1)
+        RowFile(tiny_folder / "train-00000.array_record", "uint16", rows + 1)
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
 def test_missing_and_truncated_files_are_refused(load, tiny_folder, damage, one_line):
-    path = tiny_folder / "train.array_record"
+    path = tiny_folder / "train-00000.array_record"
     if damage == "missing":
         path.unlink()
     else:

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rdlm.data import IGNORED, Row, concatenate_and_split, sequence_ids
-from rdlm.data.packing import arrays, mix, padding
+from rdlm.data import IGNORED, Document, Row, best_fit, concatenate_and_split, document_start, sequence_ids
+from rdlm.data.packing import arrays, mix, pack, padding
 from rdlm.data.records import from_bytes, to_bytes
 
 PAD = 5
@@ -17,7 +17,8 @@ ROW_LENGTH = st.integers(1, 12)
 def corpus(lengths):
     """Documents in which every token is unique, numbered 100, 103, 106, ..."""
     tokens = np.arange(1000, 1000 + sum(lengths))
-    return [(100 + 3 * i, part) for i, part in enumerate(np.split(tokens, np.cumsum(lengths)[:-1]))] if lengths else []
+    parts = np.split(tokens, np.cumsum(lengths)[:-1]) if lengths else []
+    return [Document(100 + 3 * i, part) for i, part in enumerate(parts)]
 
 
 def packed(documents, length):
@@ -28,11 +29,11 @@ def packed(documents, length):
 @given(LENGTHS, ROW_LENGTH)
 def test_every_token_is_input_once_and_label_once(lengths, length):
     documents = corpus(lengths)
-    stream = [int(t) for _, tokens in documents for t in tokens]
+    stream = [int(t) for _, tokens, _ in documents for t in tokens]
     _, rows = packed(documents, length)
     inputs = [int(t) for row in rows for t in row["tokens"][row["segment_ids"] > 0]]
     labels = [int(t) for row in rows for t in row["labels"] if t != IGNORED]
-    firsts = {int(tokens[0]) for _, tokens in documents}
+    firsts = {int(tokens[0]) for _, tokens, _ in documents}
     # The last token of all is never an input when it is the last label of a full row.
     assert inputs in (stream, stream[:-1]) or len(stream) == 1
     # A document's first token would be predicted from another document, so it is no label. All others are, in order.
@@ -42,7 +43,7 @@ def test_every_token_is_input_once_and_label_once(lengths, length):
 @given(LENGTHS, ROW_LENGTH)
 def test_rows_are_windows_of_the_stream_that_overlap_by_one(lengths, length):
     documents = corpus(lengths)
-    stream = np.concatenate([tokens for _, tokens in documents]) if documents else np.zeros(0)
+    stream = np.concatenate([tokens for _, tokens, _ in documents]) if documents else np.zeros(0)
     rows, _ = packed(documents, length)
     assert len(rows) == max(0, -(-(len(stream) - 1) // length))
     for r, row in enumerate(rows):
@@ -51,9 +52,9 @@ def test_rows_are_windows_of_the_stream_that_overlap_by_one(lengths, length):
 
 @given(LENGTHS, ROW_LENGTH)
 def test_segments_positions_and_labels_stay_within_a_document(lengths, length):
-    documents = dict(corpus(lengths))
-    owner = {int(t): i for i, tokens in documents.items() for t in tokens}
-    for row in packed(documents.items(), length)[1]:
+    documents = corpus(lengths)
+    owner = {int(t): i for i, tokens, _ in documents for t in tokens}
+    for row in packed(documents, length)[1]:
         real = row["segment_ids"] > 0
         owners = np.array([owner[int(t)] if r else -1 for t, r in zip(row["tokens"], real, strict=True)])
         same_owner = owners[1:] == owners[:-1]
@@ -79,7 +80,7 @@ def test_only_the_last_row_is_padded_and_padding_is_inert(lengths, length):
 
 
 def test_an_example_by_hand():
-    rows, (first, second) = packed([(0, np.array([10, 11, 12])), (1, np.array([20, 21, 22, 23]))], 4)
+    rows, (first, second) = packed([Document(0, np.array([10, 11, 12])), Document(1, np.array([20, 21, 22, 23]))], 4)
     assert first["tokens"].tolist() == [10, 11, 12, 20]
     assert first["labels"].tolist() == [11, 12, IGNORED, 21]
     assert first["segment_ids"].tolist() == [1, 1, 1, 2]
@@ -92,7 +93,7 @@ def test_an_example_by_hand():
 
 
 def test_a_single_token_has_nothing_to_predict():
-    assert packed([(0, np.array([7]))], 4)[0] == []
+    assert packed([Document(0, np.array([7]))], 4)[0] == []
 
 
 @given(LENGTHS, ROW_LENGTH, st.sampled_from(["uint16", "int32"]))
@@ -145,3 +146,79 @@ def test_the_input_may_be_a_generator(size):
     documents = corpus([4, 4])
     lazily = concatenate_and_split((d for d in documents), size)
     np.testing.assert_array_equal(next(lazily).tokens, documents[0][1][: size + 1])
+
+
+# Other packing modes
+
+
+@given(LENGTHS, ROW_LENGTH)
+def test_best_fit_loses_no_label_and_cuts_only_what_is_longer_than_a_row(lengths, length):
+    documents = corpus([n + 1 for n in lengths])  # with begin and end, no document is a single token
+    rows = list(best_fit(documents, length))
+    labels, chunks = [], {}
+    for row in rows:
+        assert len(row.tokens) == row.chunks[:, 2].sum() <= length + 1
+        batch = arrays(row, length, pad_id=PAD)
+        labels += [int(t) for t in batch["labels"] if t != IGNORED]
+        for (number, offset, n), tokens in zip(
+            row.chunks.tolist(), np.split(row.tokens, np.cumsum(row.chunks[:, 2]))[:-1], strict=True
+        ):
+            chunks.setdefault(number, []).append((offset, n))
+            np.testing.assert_array_equal(tokens, dict((d.number, d.tokens) for d in documents)[number][offset:][:n])
+    assert sorted(labels) == [int(t) for d in documents for t in d.tokens[1:]]
+    for document in documents:
+        if len(document.tokens) <= length + 1:
+            assert chunks[document.number] == [(0, len(document.tokens))]
+
+
+def test_best_fit_fills_the_fullest_row_that_fits():
+    documents = [Document(i, np.arange(n)) for i, n in enumerate([6, 5, 7, 3, 4, 2])]
+    rows = [row.chunks[:, 0].tolist() for row in best_fit(documents, 9)]
+    # Rows of 10 tokens: 7 is topped up by 3, 6 by 4 and so on; first come is not first served.
+    assert rows == [[2, 3], [0, 4], [1, 5]]
+
+
+def test_best_fit_keeps_few_rows_open():
+    documents = (Document(i, np.arange(8)) for i in range(10_000))  # two never fit into one
+    rows = best_fit(documents, 11)
+    next(rows)
+    assert next(documents).number < 300
+
+
+@given(LENGTHS, ROW_LENGTH)
+def test_reference_rows_are_full_and_start_with_a_document(lengths, length):
+    documents, expected, joined = corpus(lengths), [], []
+    for document in documents:  # spec section 7: join until a row is full, keep a row, drop the rest
+        joined += document.tokens.tolist()
+        if len(joined) >= length + 1:
+            expected.append(joined[: length + 1])
+            joined = []
+    rows = list(document_start(documents, length))
+    assert [row.tokens.tolist() for row in rows] == expected
+    assert all(row.chunks[0, 1] == 0 for row in rows)
+
+
+# Loss masks
+
+
+def masked(lengths):
+    """The corpus with every third token scored."""
+    return [d._replace(scored=d.tokens % 3 == 0) for d in corpus([n + 1 for n in lengths])]
+
+
+@given(LENGTHS, ROW_LENGTH, st.sampled_from(["concatenate_and_split", "best_fit", "document_start"]))
+def test_only_scored_tokens_are_labels_and_records_keep_that(lengths, length, packing):
+    plain, marked = corpus([n + 1 for n in lengths]), masked(lengths)
+    for row, free in zip(pack(packing)(marked, length), pack(packing)(plain, length), strict=True):
+        back = from_bytes(to_bytes(row, "uint16"), "uint16")
+        np.testing.assert_array_equal(back.scored, row.scored)
+        np.testing.assert_array_equal(back.tokens, row.tokens)
+        labels, everything = (arrays(r, length, pad_id=PAD)["labels"] for r in (back, free))
+        np.testing.assert_array_equal(labels, np.where(everything % 3 == 0, everything, IGNORED))
+
+
+def test_documents_with_and_without_masks_share_rows():
+    [row] = concatenate_and_split(
+        [Document(0, np.array([1, 2, 3])), Document(1, np.array([4, 5, 6]), np.array([True, False, True]))], 6
+    )
+    assert arrays(row, 6, pad_id=PAD)["labels"].tolist() == [2, 3, IGNORED, IGNORED, 6, IGNORED]

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rdlm.data import concatenate_and_split, held_out, prepare, prepared_folder, read_manifest
+from rdlm.data import Document, concatenate_and_split, held_out, prepare, prepared_folder, read_manifest
 from rdlm.data.folders import complete_folder
-from rdlm.data.records import RowFile
+from rdlm.data.records import RowFiles
 from rdlm.tokenizer import Tokenizer
 
 module = importlib.import_module("rdlm.data.prepare")  # the package's `prepare` is the function
@@ -22,7 +22,7 @@ module = importlib.import_module("rdlm.data.prepare")  # the package's `prepare`
 def rows_of(folder, split):
     manifest = read_manifest(folder)
     entry = manifest.split(split)
-    return RowFile(folder / entry.file, manifest.token_dtype, entry.rows).read(range(entry.rows))
+    return RowFiles([(folder / s.file, s.rows) for s in entry.shards], manifest.token_dtype).read(range(entry.rows))
 
 
 def siblings(folder):
@@ -37,14 +37,14 @@ def test_rows_are_the_packed_documents_of_each_split(tiny_data, tiny_texts):
     tokenizer, manifest = Tokenizer.load(folder / "tokenizer"), read_manifest(folder, checksums=True)
     for split, out in (("train", False), ("validation", True)):
         chosen = [(i, text) for i, text in enumerate(tiny_texts) if held_out(text, 0.2) == out]
-        documents = [(i, tokenizer.encode(text, bos=True, eos=True)) for i, text in chosen]
+        documents = [Document(i, tokenizer.encode(text, bos=True, eos=True)) for i, text in chosen]
         expected = list(concatenate_and_split(documents, 16))
         for found, row in zip(rows_of(folder, split), expected, strict=True):
             np.testing.assert_array_equal(found.tokens, row.tokens)
             np.testing.assert_array_equal(found.chunks, row.chunks)
         entry = manifest.split(split)
         assert entry.documents == len(documents)
-        assert entry.tokens == sum(len(tokens) for _, tokens in documents)
+        assert entry.tokens == sum(len(tokens) for _, tokens, _ in documents)
         assert entry.bytes == sum(len(text.encode()) for _, text in chosen)
         assert entry.rows == len(expected)
     assert manifest.tokenizer_hash == tokenizer.hash
@@ -133,7 +133,7 @@ def test_an_interrupted_preparation_leaves_nothing(tiny_data, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "write_manifest", interrupted)
+        patch.setattr(module, "finish", interrupted)
         with pytest.raises(KeyboardInterrupt):
             prepare(tiny_data)
     assert siblings(tiny_data.folder) == []
@@ -144,7 +144,7 @@ def test_what_a_killed_process_left_is_never_read(tiny_data):
     final = prepared_folder(tiny_data)
     left = final.parent / f".{final.name}.partial-0123456789ab"
     left.mkdir(parents=True)
-    (left / "train.array_record").write_bytes(b"half")
+    (left / "train-00000.array_record").write_bytes(b"half")
     folder = prepare(tiny_data)
     read_manifest(folder, checksums=True)
     assert siblings(tiny_data.folder) == sorted([left.name, final.name])
@@ -198,7 +198,7 @@ def test_a_full_disk_is_reported_and_leaves_nothing(tiny_data, monkeypatch, one_
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(module, "write_rows", full)
+    monkeypatch.setattr(importlib.import_module("rdlm.data.shards"), "write_rows", full)
     with one_line("No space left on device"):
         prepare(tiny_data)
     assert siblings(tiny_data.folder) == []
@@ -227,7 +227,8 @@ def test_too_little_text_for_the_tokenizer_is_reported(tiny_data, one_line):
 
 def _edit(folder, **changes):
     tree = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**tree, **changes}))
+    recipe = {**tree["recipe"], **changes.pop("recipe", {})}
+    (folder / "manifest.json").write_text(json.dumps({**tree, "recipe": recipe, **changes}))
 
 
 @pytest.mark.parametrize(
@@ -239,10 +240,11 @@ def _edit(folder, **changes):
         (lambda f: (f / "manifest.json").write_bytes(b"\xff"), "cannot be read"),
         (lambda f: _edit(f, format_version=99), "format version 99"),
         (lambda f: _edit(f, surprise=1), "unknown field 'surprise'"),
-        (lambda f: _edit(f, validation_fraction=0.3), "prepared with validation_fraction = 0.3, not 0.2"),
-        (lambda f: (f / "train.array_record").unlink(), "train.array_record: missing"),
+        (lambda f: _edit(f, recipe={"validation_fraction": 0.3}), "prepared with validation_fraction = 0.3, not 0.2"),
+        (lambda f: _edit(f, recipe={"packing": "best_fit"}), "prepared with packing = best_fit, not concatenate_and"),
+        (lambda f: (f / "train-00000.array_record").unlink(), "train-00000.array_record: missing"),
         (lambda f: (f / "tokenizer" / "tokenizer.json").write_text("{}"), "tokenizer.json: 2 bytes instead of"),
-        (lambda f: (f / "train.array_record").write_bytes(b""), "0 bytes instead of"),
+        (lambda f: (f / "train-00000.array_record").write_bytes(b""), "0 bytes instead of"),
     ],
 )
 def test_a_folder_that_was_damaged_or_is_another_is_refused(tiny_data, damage, match, one_line):
@@ -270,8 +272,7 @@ def test_progress_is_plain_lines_where_there_is_no_terminal(tiny_data, capsys):
     assert err.splitlines() == [
         "Reading factbook",
         "Training a tokenizer of 320 entries on 48 documents",
-        "Packing 48 train documents into rows of 16",
-        "Packing 12 validation documents into rows of 16",
+        "Packing 60 documents into rows of 16",
     ]
     prepare(tiny_data)
     assert capsys.readouterr().err == ""

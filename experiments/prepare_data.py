@@ -1,0 +1,157 @@
+"""Prepare your own text for training: tokens packed into rows, in shards that any number of hosts can read.
+
+    python experiments/prepare_data.py texts/ --tokenizer tokenizers/mine --sequence-length 1024 --out data/mine
+    python experiments/prepare_data.py 'c/*.jsonl.zst' --tokenizer tokenizers/mine --packing best_fit --out data/crawl
+    python experiments/prepare_data.py chats.jsonl --field messages --tokenizer FOLDER --out data/chats
+    python experiments/prepare_data.py --tfds imdb_reviews --tokenizer tokenizers/mine --out data/imdb
+    python experiments/train.py small --data.prepared data/mine data/crawl --data.weights 1 3
+
+Killed at any moment, the same command goes on where it stopped, to the same bytes. Measured on two cores: see
+`experiments/bench_data.py`. Exit codes: 0 done, 2 wrong input (one line says what and where).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from rdlm.config import Packing, require
+from rdlm.runtime import parse_arguments, run_command
+
+if TYPE_CHECKING:
+    from rdlm.data import Corpus, Manifest, Recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """What to prepare, and how."""
+
+    paths: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Files, folders, globs or gs:// URLs: .txt, .md, .jsonl, .json, .parquet, text and JSON also .gz or .zst."""
+    out: str = ""
+    """Folder to make; with --beam also a URL."""
+    tokenizer: str = ""
+    """Folder with tokenizer.json (experiments/train_tokenizer.py makes one), or "bytes": one token per byte."""
+    sequence_length: int = 1024
+    """Tokens per row (L)."""
+    packing: Packing = "concatenate_and_split"
+    """Documents end to end, cut every L; whole documents where they fit best; or the reference's rows, which start with
+    a document and drop what does not fit."""
+    validation_fraction: float = 0.05
+    """Share of documents held out for validation, chosen by a hash of their text."""
+    deduplicate: bool = False
+    """Keep only the first of several equal documents; reads everything twice, and needs 16 bytes per document."""
+    field: str = "text"
+    """Field of JSON lines, parquet files and TFDS examples: text, or a list of chat messages. Of chats only what the
+    assistant says is scored."""
+    document: Literal["file", "line", "blank_line"] = "file"
+    """What is one document in a text file: the file, each line, or what stands between blank lines."""
+    bad_documents: Literal["refuse", "skip"] = "refuse"
+    """Text that is not UTF-8, lines that are not JSON, a missing field: stop, or leave out and count."""
+    tfds: str = ""
+    """Instead of paths: a TFDS dataset, for example imdb_reviews or story_cloze/2016."""
+    tfds_split: str = "train"
+    """Its split."""
+    tfds_dir: str = "data/tfds"
+    """Where TFDS keeps datasets; one prepared there as array_record is used as it is."""
+    manual_dir: str = ""
+    """Folder with files that the dataset wants to be put there by hand, or that were downloaded before."""
+    embedded: bool = False
+    """Instead of paths: the embedded corpus, the CIA World Factbook."""
+    processes: int = 0
+    """Processes side by side; 0: one per core. Changes nothing in the result."""
+    shard_bytes: int = 64_000_000
+    """Input per shard, about."""
+    beam: bool = False
+    """Run as an Apache Beam pipeline (extra `beam`): here, or on Dataflow or Flink by --beam-flags."""
+    beam_flags: str = ""
+    """Flags of the pipeline, for example "--runner=DataflowRunner --project=P --region=R --temp_location=gs://B/tmp"."""
+
+    def __post_init__(self) -> None:
+        chosen = sum([bool(self.paths), bool(self.tfds), self.embedded])
+        require(chosen == 1, "paths", self.paths, "give files or folders, or --tfds NAME, or --embedded: one of them")
+        require(bool(self.out), "--out", self.out, "say where the prepared data go, for example --out data/mine")
+        require(
+            bool(self.tokenizer), "--tokenizer", self.tokenizer,
+            "give a folder with tokenizer.json (experiments/train_tokenizer.py makes one), or 'bytes'",
+        )  # fmt: skip
+        require(self.processes >= 0, "--processes", self.processes, "must not be negative")
+        require(self.shard_bytes >= 1, "--shard-bytes", self.shard_bytes, "must be at least 1")
+        require(self.beam or "://" not in self.out, "--out", self.out, "must be a local folder (or pass --beam)")
+        require(self.beam or not self.beam_flags, "--beam-flags", self.beam_flags, "only with --beam")
+
+
+def main() -> int:
+    args = parse_arguments(Args, prog="prepare_data.py", description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    from rdlm.data import Reading, Recipe, build
+    from rdlm.tokenizer import Tokenizer
+
+    reading = Reading(args.field, args.document, args.bad_documents)
+    recipe = Recipe(args.sequence_length, args.packing, args.validation_fraction, args.deduplicate, reading)
+    tokenizer = Tokenizer.bytes_only() if args.tokenizer == "bytes" else Tokenizer.load(args.tokenizer)
+    corpus = find_corpus(args, recipe)
+    if args.beam:
+        from rdlm.data.beam import build_with_beam
+
+        manifest = build_with_beam(args.out, corpus, recipe, tokenizer, shlex.split(args.beam_flags))
+    else:
+        processes = args.processes or os.cpu_count() or 1
+        manifest = build(args.out, corpus, recipe, tokenizer, processes=processes, say=say)
+    report(args.out, manifest)
+    return 0
+
+
+def find_corpus(args: Args, recipe: Recipe) -> Corpus:
+    """What the arguments point at."""
+    from rdlm.data import Corpus, find, parts
+
+    if args.embedded:
+        from rdlm.data.prepare import embedded_corpus
+
+        return embedded_corpus(Path(args.tfds_dir))
+    if args.tfds:
+        from rdlm.data.catalogue import dataset, dataset_parts
+
+        builder = dataset(args.tfds, args.tfds_dir, args.manual_dir or None)
+        cut = dataset_parts(builder, args.tfds_split, args.field, args.shard_bytes)
+        return Corpus(f"{builder.info.full_name}, {args.tfds_split}", str(builder.info.version), cut)
+    files = find(args.paths)
+    size = sum(file.bytes for file in files)
+    names = ", ".join(Path(file.path).name for file in files[:3]) + (", ..." if len(files) > 3 else "")
+    say(f"{len(files):,} files, {size / 1e6:,.1f} MB")
+    return Corpus(
+        "files", f"{names} ({len(files)} files, {size} bytes)", parts(files, recipe.reading, args.shard_bytes)
+    )
+
+
+def say(line: str) -> None:
+    """A line about progress."""
+    print(line, file=sys.stderr)
+
+
+def report(out: str, manifest: Manifest) -> None:
+    """What there is now, and how to train on it."""
+    length = manifest.recipe.sequence_length
+    for name in ("train", "validation"):
+        split = manifest.split(name)
+        print(
+            f"{name:10}  {split.documents:,} documents, {split.bytes / 1e6:,.1f} MB, {split.tokens:,} tokens, "
+            f"{split.rows:,} rows of {length}"
+        )
+    left = {what: n for what, n in dataclasses.asdict(manifest.skipped).items() if n}
+    if left:
+        print("left out    " + ", ".join(f"{n:,} {what}" for what, n in left.items()))
+    print(
+        f"train on it: python experiments/train.py PRESET --data.prepared {out} --data.sequence-length {length} "
+        f"--data.tokenizer-size {manifest.vocab_size} --model.vocab-size {manifest.vocab_size}"
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,96 @@
+"""Train a tokenizer on your own text: byte-level BPE with the reference's special tokens at the end of the vocabulary.
+
+    python experiments/train_tokenizer.py texts/ --size 8192 --out tokenizers/mine
+    python experiments/train_tokenizer.py --bytes --out tokenizers/bytes            # one token per byte, no training
+
+It learns from the documents that preparation will train on: those that the hash holds out for validation are left
+out. Two cores learn 8,192 entries from 100 MB in about a minute. Exit codes: 0 done, 2 wrong input.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from rdlm.config import InputError, require
+from rdlm.runtime import parse_arguments, run_command
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """What to learn from, and how much."""
+
+    paths: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Files, folders, globs or gs:// URLs: .txt, .md, .jsonl, .json, .parquet, text and JSON also .gz or .zst."""
+    out: str = ""
+    """Folder for tokenizer.json and tokenizer_config.json; must not exist."""
+    size: int = 8192
+    """Entries, the 32 special ids included."""
+    bytes: bool = False
+    """One token per byte instead; needs no text."""
+    field: str = "text"
+    """Field of JSON lines and column of parquet files that holds the text."""
+    document: Literal["file", "line", "blank_line"] = "file"
+    """What is one document in a text file: the file, each line, or what stands between blank lines."""
+    bad_documents: Literal["refuse", "skip"] = "refuse"
+    """Text that is not UTF-8, lines that are not JSON, a missing field: stop, or leave out and count."""
+    validation_fraction: float = 0.05
+    """Share of documents that preparation will hold out; not learnt from."""
+    max_bytes: int = 1_000_000_000
+    """Learn from about so much text, parts spread over all of it; memory grows with it."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.out), "--out", self.out, "say where the tokenizer goes, for example --out tokenizers/mine")
+        require(self.bytes or bool(self.paths), "paths", self.paths, "say what to learn from, or pass --bytes")
+        require(self.max_bytes > 0, "--max-bytes", self.max_bytes, "must be positive")
+        require(
+            0 <= self.validation_fraction < 1, "--validation-fraction", self.validation_fraction, "must be in [0, 1)"
+        )
+
+
+def main() -> int:
+    args = parse_arguments(
+        Args, prog="train_tokenizer.py", description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)
+    )  # fmt: skip
+    from rdlm.data.folders import complete_folder
+    from rdlm.tokenizer import Tokenizer
+
+    out = Path(args.out).expanduser()
+    if out.exists():
+        raise InputError(f"--out = {args.out}: is there already; choose another, or delete it")
+    tokenizer = Tokenizer.bytes_only() if args.bytes else Tokenizer.train(texts(args), args.size, "last")
+    with complete_folder(out) as partial:
+        tokenizer.save(partial)
+    special = ", ".join(f"{i} {name}" for name, i in list(tokenizer.special_ids.items())[:6])
+    print(f"{out}: {tokenizer.vocab_size:,} entries; special: {special}, ...")
+    return 0
+
+
+def texts(args: Args) -> Iterator[str]:
+    """The train documents; messages of conversations one by one."""
+    from rdlm.data import Reading, find, held_out, parts, read
+
+    reading = Reading(args.field, args.document, args.bad_documents)
+    cut = parts(find(args.paths), reading, min(64_000_000, args.max_bytes))
+    total = sum(part.size for part in cut)
+    every = max(1.0, total / args.max_bytes)  # of so many parts one is learnt from
+    chosen = [cut[int(i * every)] for i in range(int(len(cut) / every))] or cut[:1]
+    print(f"Learning from {sum(part.size for part in chosen) / 1e6:,.1f} of {total / 1e6:,.1f} MB", file=sys.stderr)
+    skipped: Counter[str] = Counter()
+    for part in chosen:
+        for document in read(part, reading, skipped=skipped):
+            if held_out(document, args.validation_fraction):
+                continue
+            yield from [document] if isinstance(document, str) else [str(m.get("content") or "") for m in document]
+    if skipped:
+        print("Left out: " + ", ".join(f"{n} {what}" for what, n in sorted(skipped.items())), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,47 @@
+"""Local copies of prepared folders that lie in a bucket."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import fsspec
+
+from rdlm.config import InputError
+from rdlm.data.folders import complete_folder
+from rdlm.data.manifest import read_manifest
+
+
+def local_copy(folder: str, cache: str) -> Path:
+    """`folder` itself if it is local; of a URL (gs://...) a copy below `cache`, made once and checked.
+
+    array_record reads local files only: mount a bucket to train on more than fits a host's disk.
+
+    Raises:
+      InputError: it cannot be copied, or arrives damaged.
+    """
+    if "://" not in folder:
+        return Path(folder).expanduser()
+    try:
+        fs, root = fsspec.core.url_to_fs(folder)
+        manifest = fs.cat_file(f"{root}/manifest.json")
+        # Named by its content: another manifest at the same URL is another copy.
+        name = f"{root.rstrip('/').rpartition('/')[2]}-{hashlib.sha256(manifest).hexdigest()[:12]}"
+        final = Path(cache).expanduser() / name
+        if not final.exists():
+            with complete_folder(final) as partial:
+                for path in sorted(fs.find(root)):
+                    target = partial / path[len(root) :].lstrip("/")
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    fs.get_file(path, str(target))
+                read_manifest(partial, checksums=True)
+    except InputError:
+        raise
+    except ImportError as error:
+        raise InputError(f"{folder}: {error}; for gs:// run: pip install 'rdlm[gcs]'") from error
+    except FileNotFoundError as error:
+        raise InputError(f"{folder}: not prepared data (no manifest.json there)") from error
+    except Exception as error:  # every file system has its own
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"{folder}: cannot be copied ({reason})") from error
+    return final

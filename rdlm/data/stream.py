@@ -1,0 +1,267 @@
+"""Training data read, encoded and packed on the way, for corpora too large to prepare.
+
+Every process reads its own parts of the files. Unlike prepared data the batches depend on the number of processes, and
+come in order only: the position is a Grain iterator state, which checkpoints keep. Resuming reads the current part
+again up to where it was, about 64 MB at most for files that can be cut.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+from grain.experimental import WindowShuffleIterDataset, index_shuffle
+
+from rdlm.config import InputError
+from rdlm.data.documents import Part, Text, find, parts, read
+from rdlm.data.loader import Batch, Example, PackedData, check_sources, my_rows, stack
+from rdlm.data.manifest import Manifest
+from rdlm.data.packing import Document, Row, mix
+from rdlm.data.shards import DOCUMENT_STRIDE, encode, held_out
+from rdlm.runtime import exchange
+from rdlm.tokenizer import Tokenizer
+
+PART_BYTES = 64_000_000
+_WINDOW = 1024  # rows shuffled among each other
+_AHEAD = 16  # documents encoded together
+_STATES = 64  # steps whose positions are remembered: more than are prefetched
+
+
+class StreamedData:
+    """Batches of a stream, in order from the first step or from a saved state.
+
+    Tokenizer, length, field names and validation split are those of a prepared sample; documents that the sample's
+    fraction holds out are left out here, so none of them is ever trained on.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        sample: PackedData,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        process_index: int = 0,
+        process_count: int = 1,
+        part_bytes: int = PART_BYTES,
+        window: int = _WINDOW,
+    ) -> None:
+        """Find the files; reading begins with the first batch.
+
+        Args:
+          paths: files, folders, globs or URLs (see `documents.find`).
+          sample: any split of a prepared part of them.
+          batch_size: B, rows of a step over all processes.
+          seed: of the order of parts, and of rows within a window.
+          process_index: which rows of a batch to make.
+          process_count: processes; each must get a part.
+          part_bytes: about so many bytes of input are read in one go.
+          window: rows shuffled among each other.
+
+        Raises:
+          InputError: no files, fewer parts than processes, or a sample packed otherwise than concatenate_and_split.
+        """
+        manifest = sample.manifest
+        if manifest.recipe.packing != "concatenate_and_split":
+            raise InputError(
+                f"data.stream: {sample.folder} was prepared with packing = {manifest.recipe.packing}; a stream can "
+                "only be packed by concatenate_and_split"
+            )
+        files = find(paths)
+        cut = parts(files, manifest.recipe.reading, part_bytes)
+        if len(cut) < process_count:
+            raise InputError(
+                f"data.stream: {len(cut)} parts are too few for {process_count} processes; prepare the data"
+            )
+        self._sample, self._process, self._processes = sample, process_index, process_count
+        self.batch_size, self.sequence_length = batch_size, manifest.recipe.sequence_length
+        self._count = len(my_rows(batch_size, process_index, process_count))
+        tokens = sum(file.bytes for file in files) / max(manifest.train.bytes, 1) * manifest.train.tokens
+        self.steps_per_epoch = max(1, round(tokens / self.sequence_length / batch_size))
+        """Estimated from the size of the files and the sample's tokens per byte."""
+        mine = [(number, part) for number, part in enumerate(cut) if number % process_count == process_index]
+        documents = _Documents(mine, manifest, Tokenizer.load(sample.folder / "tokenizer"), seed)
+        rows = _Rows(documents, self.sequence_length)
+        self._rows = iter(WindowShuffleIterDataset(rows, window_size=window, seed=seed))
+        self._next = 0
+        self._states: dict[int, str] = {0: self._position()}
+
+    def batch(self, step: int) -> Batch:
+        """The next batch; `step` must be the one after the last, or the one restored to.
+
+        Raises:
+          ValueError: another step.
+          InputError: a file cannot be read.
+        """
+        if step != self._next:
+            raise ValueError(f"step = {step}: a stream goes on at {self._next}; restore a state to go elsewhere")
+        examples = [next(self._rows) for _ in range(self._count)]
+        self._next = step + 1
+        self._states[self._next] = self._position()
+        self._states.pop(self._next - _STATES, None)
+        return stack(examples, self.sequence_length, self._sample.manifest.pad_id)
+
+    def state(self, step: int) -> dict[str, Any]:
+        """What a checkpoint keeps to go on at `step`, one of the last 64. All processes must call it together."""
+        return {
+            "sources": [self._sample.manifest.identity()],
+            "stream": exchange(self._states[step]),
+        }
+
+    def restore(self, step: int, state: dict[str, Any]) -> None:
+        """Go on at `step` from its `state`.
+
+        Raises:
+          InputError: another sample, another number of processes, or a run that was not streamed.
+        """
+        check_sources(state, [self._sample])
+        saved = state.get("stream", [])
+        if len(saved) != self._processes:
+            raise InputError(
+                f"data.stream: saved by {len(saved)} processes, not {self._processes}; resume on as many, or train on "
+                "prepared data, which any number can share"
+            )
+        self._rows.set_state(json.loads(saved[self._process]))
+        self._next, self._states = step, {step: saved[self._process]}
+
+    def close(self) -> None:
+        """Close the files."""
+        self._rows.close()
+
+    def _position(self) -> str:
+        return json.dumps(self._rows.get_state())
+
+
+class _Seen(NamedTuple):
+    document: Document
+    epoch: int
+
+
+class _Documents(grain.IterDataset):
+    """The train documents of some parts, epoch after epoch, in an order of parts that changes with the epoch."""
+
+    def __init__(self, mine: list[tuple[int, Part]], manifest: Manifest, tokenizer: Tokenizer, seed: int) -> None:
+        super().__init__()
+        self.mine, self.manifest, self.tokenizer, self.seed = mine, manifest, tokenizer, seed
+
+    def __iter__(self) -> _DocumentIterator:
+        return _DocumentIterator(self)
+
+
+class _DocumentIterator(grain.DatasetIterator):
+    """State: `part`, how many parts are done; `document`, how many documents of the current one."""
+
+    def __init__(self, data: _Documents) -> None:
+        super().__init__()
+        self._data = data
+        self._part = self._document = self._fruitless = 0
+        self._texts: Iterator[Text] | None = None
+        self._ready: deque[tuple[int, _Seen]] = deque()
+
+    def __next__(self) -> _Seen:
+        while not self._ready:
+            self._fill()
+        self._document, seen = self._ready.popleft()
+        return seen
+
+    def _fill(self) -> None:
+        data, recipe = self._data, self._data.manifest.recipe
+        epoch, i = divmod(self._part, len(data.mine))
+        order = int(mix(mix(np.uint64(data.seed)) ^ np.uint64(epoch)) >> np.uint64(32))
+        if len(data.mine) > 1:
+            i = index_shuffle(i, max_index=len(data.mine) - 1, seed=order, rounds=4)
+        number, part = data.mine[i]
+        if self._texts is None:
+            self._texts = read(part, recipe.reading)
+            self._at = 0
+            for _ in range(self._document):
+                next(self._texts, None)
+                self._at += 1
+        texts: list[tuple[int, Text]] = []
+        ended = False
+        while len(texts) < _AHEAD and not ended:
+            text = next(self._texts, None)
+            ended = text is None
+            if text is not None:
+                if not held_out(text, recipe.validation_fraction):
+                    texts.append((self._at, text))
+                self._at += 1
+        self._fruitless = 0 if texts else self._fruitless + ended
+        if self._fruitless > len(data.mine):
+            raise InputError("data.stream: the files hold no train document")
+        if not texts and ended:
+            self._part, self._document, self._texts = self._part + 1, 0, None
+            return
+        for (at, _), (tokens, scored) in zip(texts, encode([t for _, t in texts], data.tokenizer), strict=True):
+            index = (number * DOCUMENT_STRIDE + at) % 2**32
+            self._ready.append((at + 1, _Seen(Document(index, tokens, scored), epoch)))
+
+    def get_state(self) -> dict[str, Any]:
+        return {"part": self._part, "document": self._document}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._part, self._document = state["part"], state["document"]
+        self._ready.clear()
+        self._stop_reading()
+
+    def close(self) -> None:
+        super().close()
+        self._stop_reading()
+
+    def _stop_reading(self) -> None:
+        if self._texts is not None:
+            self._texts.close()  # type: ignore[attr-defined]  # a generator, which holds a file
+            self._texts = None
+
+
+class _Rows(grain.IterDataset):
+    """Documents cut into rows as `packing.concatenate_and_split` cuts them, resumable at every row."""
+
+    def __init__(self, documents: _Documents, sequence_length: int) -> None:
+        super().__init__(documents)
+        self.size = sequence_length + 1
+
+    def __iter__(self) -> _RowIterator:
+        return _RowIterator(iter(self._parent), self.size)
+
+
+class _RowIterator(grain.DatasetIterator):
+    """State: that of the documents before the one a row starts in, and where in it."""
+
+    def __init__(self, documents: grain.DatasetIterator, size: int) -> None:
+        super().__init__(documents)
+        self._size = size
+        self._current: _Seen | None = None
+        self._before, self._offset = documents.get_state(), 0
+
+    def __next__(self) -> Example:
+        if self._current is None:
+            self._current = next(self._parent)
+        epoch, room = self._current.epoch, self._size
+        tokens, scored, chunks = [], [], []
+        while room:
+            document = self._current.document
+            piece = slice(self._offset, min(self._offset + room, len(document.tokens)))
+            length = piece.stop - piece.start
+            tokens.append(document.tokens[piece])
+            scored.append(np.ones(length, bool) if document.scored is None else document.scored[piece])
+            chunks.append((document.number, self._offset, length))
+            self._offset, room = piece.stop, room - length
+            if room and self._offset == len(document.tokens):
+                self._before, self._offset = self._parent.get_state(), 0
+                self._current = next(self._parent)
+        self._offset -= 1  # the last label is the first input of the next row
+        mask = np.concatenate(scored)
+        row = Row(np.concatenate(tokens).astype(np.int32), np.array(chunks, np.int64), None if mask.all() else mask)
+        return Example(row, epoch)
+
+    def get_state(self) -> dict[str, Any]:
+        return {"documents": self._before, "offset": self._offset}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._parent.set_state(state["documents"])
+        self._before, self._offset, self._current = state["documents"], state["offset"], None

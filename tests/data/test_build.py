@@ -1,0 +1,353 @@
+"""Preparing files: one result for any number of processes and any kills, and one line for whatever goes wrong."""
+
+import dataclasses
+import errno
+import fcntl
+import hashlib
+import importlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rdlm.data import Corpus, PackedData, Reading, Recipe, best_fit, build, find, held_out, parts, read_manifest
+from rdlm.data.records import RowFiles
+from rdlm.data.shards import DOCUMENT_STRIDE, digest
+from rdlm.tokenizer import Tokenizer
+
+module = importlib.import_module("rdlm.data.build")
+ROOT = Path(__file__).parents[2]
+RECIPE = Recipe(32, validation_fraction=0.2)
+BYTES = Tokenizer.bytes_only()
+
+
+def texts(count=300):
+    draw = random.Random(0)
+    return [f"{i} é " + "".join(draw.choices("abcdefg \n", k=draw.randint(1, 300))) for i in range(count)]
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts()))
+    return path
+
+
+def corpus_of(path, part_bytes=4000, reading=RECIPE.reading):
+    return Corpus("files", path.name, parts(find([str(path)]), reading, part_bytes))
+
+
+@pytest.fixture
+def prepare_it(tmp_path, source):
+    """prepare_it("name", recipe) -> (folder, manifest, lines said)."""
+
+    def prepare(name="out", recipe=RECIPE, tokenizer=BYTES, processes=1, part_bytes=4000):
+        said = []
+        corpus = corpus_of(source, part_bytes, recipe.reading)
+        manifest = build(tmp_path / name, corpus, recipe, tokenizer, processes=processes, say=said.append)
+        return tmp_path / name, manifest, said
+
+    return prepare
+
+
+def contents(folder):
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(Path(folder).rglob("*"))
+        if path.is_file()
+    }
+
+
+def rows_of(folder, split):
+    manifest = read_manifest(folder)
+    entry = manifest.split(split)
+    files = RowFiles([(folder / shard.file, shard.rows) for shard in entry.shards], manifest.token_dtype)
+    return files.read(range(entry.rows))
+
+
+# Content
+
+
+def test_rows_hold_the_documents_of_each_split_in_order(prepare_it, tmp_path):
+    folder, manifest, _ = prepare_it()
+    assert len(manifest.train.shards) > 5
+    for split, out in (("train", False), ("validation", True)):
+        expected = [text for text in texts() if held_out(text, 0.2) == out]
+        found = []
+        for row in rows_of(folder, split):
+            for (number, offset, n), tokens in zip(
+                row.chunks.tolist(), np.split(row.tokens, np.cumsum(row.chunks[:, 2]))[:-1], strict=True
+            ):
+                again = bool(found) and found[-1][0] == number
+                assert again or offset == 0
+                if not again:
+                    found.append((number, []))
+                found[-1][1].append(tokens[again:])  # a cut shares one token
+                assert n == len(tokens)
+        assert [BYTES.decode(np.concatenate(tokens)) for _, tokens in found] == expected
+        assert len({number for number, _ in found}) == len(found)
+        entry = manifest.split(split)
+        assert (entry.documents, entry.bytes) == (len(expected), sum(len(text.encode()) for text in expected))
+        assert entry.tokens == sum(len(np.concatenate(tokens)) for _, tokens in found)
+    assert not list(tmp_path.glob(".*"))
+    read_manifest(folder, checksums=True)
+
+
+def test_documents_are_numbered_apart_in_every_shard(prepare_it):
+    folder, manifest, _ = prepare_it()
+    first = {int(row.chunks[0, 0]) // 1000 * 1000 for row in rows_of(folder, "train")}
+    wanted = {n * DOCUMENT_STRIDE % 2**32 // 1000 * 1000 for n in range(len(manifest.train.shards))}
+    assert wanted <= first | {n + 1000 for n in first}
+
+
+def test_the_number_of_processes_changes_no_byte(prepare_it):
+    one, two = prepare_it("one")[0], prepare_it("two", processes=2)[0]
+    assert contents(one) == contents(two)
+    assert contents(prepare_it("other", recipe=dataclasses.replace(RECIPE, packing="best_fit"))[0]) != contents(one)
+
+
+def test_best_fit_keeps_documents_whole(prepare_it):
+    folder, manifest, _ = prepare_it(recipe=Recipe(400, "best_fit", 0.2))
+    rows = rows_of(folder, "train")
+    assert sum(len(row.chunks) for row in rows) == manifest.train.documents > len(rows)
+    assert best_fit  # whose own properties test_packing holds
+
+
+def test_duplicates_are_dropped_wherever_they_are(tmp_path):
+    again = [*texts(60), *reversed(texts(60)), "only once"]
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in again))
+    made = {}
+    for drop in (False, True):
+        recipe = dataclasses.replace(RECIPE, deduplicate=drop)
+        made[drop] = build(tmp_path / str(drop), corpus_of(path), recipe, BYTES, processes=1, say=print)
+    documents = {drop: m.train.documents + m.validation.documents for drop, m in made.items()}
+    assert documents == {False: 121, True: 61}
+    assert (made[True].skipped.duplicate, made[False].skipped.duplicate) == (60, 0)
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in [*texts(60), "only once"]))
+    clean = build(tmp_path / "clean", corpus_of(path, 10**9), RECIPE, BYTES, processes=1, say=print)
+    assert (clean.train.bytes, clean.validation.bytes) == (made[True].train.bytes, made[True].validation.bytes)
+
+
+def test_chats_score_only_the_assistant(tmp_path):
+    lines = []
+    for i in range(40):
+        chat = [{"role": "user", "content": f"what is {i}?"}, {"role": "assistant", "content": f"{i} is a number"}]
+        lines.append(json.dumps({"messages": chat}) + "\n")
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(lines))
+    recipe = Recipe(128, "best_fit", 0.2, reading=Reading(field="messages"))
+    build(tmp_path / "out", corpus_of(path, reading=recipe.reading), recipe, BYTES, processes=1, say=print)
+    batch = PackedData(tmp_path / "out", sequence_length=128, batch_size=4).batch(0)
+    for labels in batch["labels"]:
+        said = BYTES.decode(labels[labels >= 0], skip_special=False)
+        assert said
+        assert set(part.partition(" ")[2] for part in said.split("<|end_turn|>")[:-1]) == {"is a number"}
+
+
+# Killed and run again
+
+SCRIPT = [sys.executable, str(ROOT / "experiments" / "prepare_data.py")]
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_and_run_again_it_gives_the_same_bytes(tmp_path, source):
+    command = [*SCRIPT, str(source), "--tokenizer", "bytes", "--sequence-length", "32", "--shard-bytes", "3000",
+               "--processes", "2", "--deduplicate"]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+
+    def start(out):
+        return subprocess.Popen([*command, "--out", str(out)], env=environment, stderr=subprocess.PIPE, text=True)
+
+    began = time.monotonic()
+    whole = start(tmp_path / "whole")
+    whole.communicate(timeout=120)
+    took = time.monotonic() - began
+    assert whole.returncode == 0
+    draw, kills, kept = random.Random(1), 0, 0
+    work = tmp_path / ".killed.unfinished" / "work"
+    for _ in range(4):
+        process = start(tmp_path / "killed")
+        while process.poll() is None and not list(work.glob("shard-*")) and not list(work.glob("digests-*")):
+            time.sleep(0.01)  # the first seconds only start Python
+        time.sleep(draw.uniform(0, took / 20))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += process.returncode == -signal.SIGKILL
+        kept = max(kept, len(list(work.glob("shard-*.json"))))
+        if (tmp_path / "killed").exists():
+            break
+    last = start(tmp_path / "killed")
+    _, said = last.communicate(timeout=120)
+    assert last.returncode == 0, said
+    assert kills >= 1
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("moment", range(0, 30, 3))
+def test_stopped_at_any_write_and_run_again_it_gives_the_same_bytes(prepare_it, monkeypatch, tmp_path, moment):
+    class Killed(BaseException):
+        pass
+
+    counter = {"replace": 0}
+    replace, rename = Path.replace, Path.rename
+
+    def dying(original):
+        def call(self, target):
+            if counter["replace"] == moment:
+                raise Killed
+            counter["replace"] += 1
+            return original(self, target)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", dying(replace))
+        patch.setattr(Path, "rename", dying(rename))
+        # What a killed process leaves is not tidied up either.
+        patch.setattr("rdlm.data.shards.shutil.rmtree", lambda *a, **k: None)
+        with pytest.raises(Killed):
+            prepare_it()
+        assert not (tmp_path / "out").exists()
+    folder, _, said = prepare_it()
+    assert bool(said) == (moment > 3), "shards that were complete are kept"
+    assert contents(folder) == contents(prepare_it("whole")[0])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "texts.jsonl", "whole"]
+
+
+def test_complete_shards_are_kept_and_incomplete_ones_made_again(prepare_it, monkeypatch, tmp_path):
+    made = []
+    real = module._write_shard
+
+    def spy(context, number, part):
+        if len(made) == 3:
+            raise RuntimeError("power cut")
+        real(context, number, part)
+        made.append(number)
+
+    monkeypatch.setattr(module, "_write_shard", spy)
+    with pytest.raises(RuntimeError, match="power cut"):
+        prepare_it()
+    half = tmp_path / ".out.unfinished"
+    (half / "train-00001.array_record").write_bytes(b"half")  # what its JSON file says is no longer true
+    made.clear()
+    monkeypatch.setattr(module, "_write_shard", lambda *a: (made.append(a[1]), real(*a)))
+    folder, manifest, said = prepare_it()
+    assert said == [f"Preparing: 2 of {len(manifest.train.shards)} parts are there already"]
+    assert made == [1, *range(3, len(manifest.train.shards))]
+    read_manifest(folder, checksums=True)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"packing": "best_fit"}, 'packing = "concatenate_and_split", not "best_fit"'),
+        ({"sequence_length": 16}, "sequence_length = 32, not 16"),
+        ({"deduplicate": True}, "deduplicate = false, not true"),
+        ({"reading": Reading(bad_documents="skip")}, 'bad_documents = "refuse", not "skip"'),
+        ("tokenizer", "tokenizer = "),
+        ("source", "source = "),
+    ],
+)
+@pytest.mark.parametrize("finished", [True, False])
+def test_other_settings_are_refused_and_named(
+    prepare_it, source, tmp_path, change, message, finished, one_line, monkeypatch
+):
+    if finished:
+        prepare_it()
+    else:
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "finish", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                prepare_it()
+    before = contents(tmp_path)
+    recipe = dataclasses.replace(RECIPE, **change) if isinstance(change, dict) else RECIPE
+    if change == "source":
+        source.rename(source.with_name("other.jsonl"))
+        before = contents(tmp_path)
+        source = source.with_name("other.jsonl")
+    tokenizer = Tokenizer.train(texts(), 300) if change == "tokenizer" else BYTES
+    if not finished and change == {"reading": Reading(bad_documents="skip")}:
+        assert prepare_it(recipe=recipe)[2]  # there were none so far: goes on
+        return
+    with one_line(message):
+        build(tmp_path / "out", corpus_of(source), recipe, tokenizer, processes=1, say=print)
+    assert contents(tmp_path) == before
+
+
+def test_input_that_changed_on_the_way_is_refused(prepare_it, source, monkeypatch, one_line):
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "finish", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prepare_it()
+    source.write_text(source.read_text().replace("é", "e"))
+    with one_line("unfinished preparation, whose settings differ .files = "):
+        prepare_it()
+
+
+def test_what_is_there_is_not_made_again(prepare_it, monkeypatch):
+    folder, first, _ = prepare_it()
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    monkeypatch.setattr(module, "_shards", None)  # would fail if called
+    assert prepare_it()[1] == first
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_two_at_once_do_not_disturb_each_other(prepare_it, tmp_path, one_line):
+    (tmp_path / ".out.unfinished").mkdir()
+    handle = os.open(tmp_path / ".out.unfinished", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    with one_line("another process is preparing it"):
+        prepare_it()
+    os.close(handle)
+    prepare_it()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_bad_document_ends_it_and_leaves_no_target(prepare_it, source, tmp_path, processes, one_line):
+    with source.open("ab") as file:
+        file.write(b'{"text": "\xff"}\n')
+    with one_line("texts.jsonl, byte .*: not UTF-8"):
+        prepare_it(processes=processes)
+    assert not (tmp_path / "out").exists()
+    recipe = dataclasses.replace(RECIPE, reading=Reading(bad_documents="skip"))
+    assert prepare_it(recipe=recipe, processes=processes)[1].skipped.bad == 1
+
+
+def test_a_full_disk_is_one_line_and_the_work_so_far_is_kept(prepare_it, monkeypatch, one_line):
+    shards = importlib.import_module("rdlm.data.shards")
+    real, calls = shards.write_rows, []
+
+    def full(*args):
+        calls.append(args)
+        if len(calls) > 6:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*args)
+
+    with monkeypatch.context() as patch, one_line("out: cannot be written .No space left on device.; free space"):
+        patch.setattr(shards, "write_rows", full)
+        prepare_it()
+    assert prepare_it()[2][0].startswith("Preparing: 3 of ")
+
+
+def test_a_split_left_empty_is_refused_and_forgotten(prepare_it, tmp_path, one_line):
+    with one_line("leave no validation row of 300 documents; .*--document line"):
+        prepare_it(recipe=dataclasses.replace(RECIPE, validation_fraction=1e-9))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["texts.jsonl"]
+    assert prepare_it(recipe=dataclasses.replace(RECIPE, validation_fraction=0.0))[1].validation.rows == 0
+
+
+def test_a_conversation_has_one_digest_however_it_is_written():
+    assert digest([{"role": "user", "content": "a"}]) == digest([{"content": "a", "role": "user"}])
+    assert digest([{"role": "user", "content": "a"}]) != digest([{"role": "user", "content": "b"}])
