@@ -7,7 +7,26 @@ batch(task, seed=0, index=7, size=64)      # on the fly: tokens, labels, difficu
 Source(task, seed=1, size=1000)[42]        # a random-access source of the same
 """
 
+from rdlm.tasks.addition import Addition
+from rdlm.tasks.expressions import Expression
 from rdlm.tasks.instance import IGNORED, Instance, Source, Task, batch
+from rdlm.tasks.mazes import Maze
+from rdlm.tasks.pointers import PointerChasing
+from rdlm.tasks.reachability import Reachability
+from rdlm.tasks.sudoku import Sudoku
 from rdlm.tasks.words import WordProblem
 
-__all__ = ["IGNORED", "Instance", "Source", "Task", "WordProblem", "batch"]
+__all__ = [
+    "IGNORED",
+    "Addition",
+    "Expression",
+    "Instance",
+    "Maze",
+    "PointerChasing",
+    "Reachability",
+    "Source",
+    "Sudoku",
+    "Task",
+    "WordProblem",
+    "batch",
+]

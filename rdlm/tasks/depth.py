@@ -16,7 +16,7 @@ from rdlm import exits
 from rdlm.config import InputError, ModelConfig
 from rdlm.exits import ExitRule, Observation
 from rdlm.model import Params, compute_dtype, context, core_step, embed, forward, inject, readout
-from rdlm.recurrence import checkpoints, initial_state
+from rdlm.recurrence import initial_state, trajectory
 from rdlm.tasks.instance import IGNORED
 
 
@@ -55,10 +55,9 @@ def logits_by_depth(
     s = initial_state(key, positions, config.embed_dim, compute_dtype(params, config))
     s = jnp.broadcast_to(s, (*tokens.shape, config.embed_dim))
 
-    def step(s: Array, i: Array) -> Array:
-        return core_step(params, config, s, injected, ctx)[0]
-
-    return jnp.stack(checkpoints(step, s, depths, lambda s: readout(params, config, s, ctx)[0]))
+    states = trajectory(lambda s, i: core_step(params, config, s, injected, ctx)[0], s, max(depths))
+    # One compiled readout for all depths, where a call for each would compile as many.
+    return jax.lax.map(lambda s: readout(params, config, s, ctx)[0], states[np.array(depths)])
 
 
 @functools.partial(jax.jit, static_argnames=("config", "depths"))
@@ -76,14 +75,18 @@ def _adaptive(params: Params, config: ModelConfig, tokens: Array, rule: ExitRule
 def _together(params: Params, config: ModelConfig, tokens: Array, rule: ExitRule, most: int, key: Array):
     logits = logits_by_depth(params, config, tokens, tuple(range(1, most + 1)), key)
     state = exits.init(rule, jnp.zeros((*tokens.shape, 1)), logits.shape[-1])
-    # As if the sequence ended at each of its positions: the largest value so far decides. The model is causal.
-    steps = jnp.full(tokens.shape, most, jnp.int32)
-    running = jnp.ones(tokens.shape, bool)
-    for r in range(1, most + 1):
-        state, value = exits.update(rule, state, Observation(jnp.zeros(()), logits[r - 1], jnp.int32(r)))
+
+    def look(carry: Any, seen: tuple[Array, Array]) -> tuple[Any, None]:
+        state, steps = carry
+        r, at_r = seen
+        state, value = exits.update(rule, state, Observation(jnp.zeros(()), at_r, r))
+        # As if the sequence ended at each of its positions: the largest value so far decides. The model is causal.
         value = jax.lax.cummax(value[:, 1:], axis=1)
-        stop = running & jnp.pad(exits.exits(rule, value), ((0, 0), (1, 0)))
-        steps, running = jnp.where(stop, r, steps), running & ~stop
+        stop = (steps == most) & jnp.pad(exits.exits(rule, value), ((0, 0), (1, 0)))
+        return (state, jnp.where(stop, r, steps)), None
+
+    start = state, jnp.full(tokens.shape, most, jnp.int32)
+    (_, steps), _ = jax.lax.scan(look, start, (jnp.arange(1, most + 1, dtype=jnp.int32), logits))
     answers = jnp.take_along_axis(jnp.argmax(logits, axis=-1), steps[None] - 1, axis=0)
     return answers, steps
 

@@ -1,0 +1,45 @@
+"""Addition of several numbers, column by column as on paper, the units first.
+
+Input `BOS 7 5 9 = 2 0 8 = 0 0 0 =`: the column of units of all operands, then of tens, ..., and a last column of zeros
+for the carry. The label at each `=` is the digit of the sum. Its difficulty is one more than the number of columns
+directly before it through which a carry could pass: those where the carry that goes out depends on the one that comes
+in, whatever digits lie further back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from rdlm.tasks.instance import Instance, generator, integer, scored
+
+
+@dataclasses.dataclass(frozen=True)
+class Addition:
+    """`operands` numbers of `digits` digits. Tokens: the ten digits, then `=`, then BOS."""
+
+    operands: int = 3
+    """Numbers to add: 2 to 9, so that a carry has one digit."""
+    digits: int = 8
+    """Digits of each number; the sum has one more."""
+
+    def __post_init__(self) -> None:
+        integer("Addition.operands", self.operands, 2, 9)
+        integer("Addition.digits", self.digits, 1)
+
+    @property
+    def vocab_size(self) -> int:
+        """Digits, `=` and BOS."""
+        return 12
+
+    def instance(self, seed: int, index: int) -> Instance:
+        """Uniform digits: int32 [(digits + 1)(operands + 1) + 1]. Raises InputError: see `generator`."""
+        columns = generator(seed, index).integers(0, 10, (self.digits + 1, self.operands))
+        columns[-1] = 0
+        tokens, answers, carry, chain = [11], {}, 0, 0
+        for column in columns.tolist():
+            tokens += [*column, 10]
+            alone = sum(column)
+            answers[len(tokens) - 1] = (alone + carry) % 10, 1 + chain
+            passes = alone // 10 != (alone + self.operands - 1) // 10
+            carry, chain = (alone + carry) // 10, chain + 1 if passes else 0
+        return scored(tokens, answers)

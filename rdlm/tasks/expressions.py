@@ -1,0 +1,56 @@
+"""Modular arithmetic: the value of every parenthesis of a formula, asked for where it closes.
+
+Input `BOS ( ( 3 + 1 ) * ( 4 - 2 ) )`: a random binary tree of operators over digits, everything modulo `modulus`. The
+label at a `)` is the value of what it closes; its difficulty is the height of that subtree (1: two digits).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from rdlm.tasks.instance import Instance, generator, integer, scored
+
+
+@dataclasses.dataclass(frozen=True)
+class Expression:
+    """Formulas of `operators` operators. Tokens: the digits, then + - * ( ) BOS."""
+
+    operators: int = 6
+    """Operators; the input has four times as many tokens and two more."""
+    modulus: int = 5
+    """Digits are 0 .. modulus-1."""
+
+    def __post_init__(self) -> None:
+        integer("Expression.operators", self.operators, 1, 200)
+        integer("Expression.modulus", self.modulus, 2)
+
+    @property
+    def vocab_size(self) -> int:
+        """Digits, + - * ( ) and BOS."""
+        return self.modulus + 6
+
+    def instance(self, seed: int, index: int) -> Instance:
+        """A formula whose tree splits its operators uniformly: int32 [4 operators + 2]. Raises InputError."""
+        rng, m = generator(seed, index), self.modulus
+        tokens, answers = [m + 5], {}
+
+        def write(operators: int) -> tuple[int, int]:
+            """Write a formula; its (value, height)."""
+            if not operators:
+                tokens.append(int(rng.integers(m)))
+                return tokens[-1], 0
+            left = int(rng.integers(operators))
+            tokens.append(m + 3)
+            a, high = write(left)
+            operator = int(rng.integers(3))
+            tokens.append(m + operator)
+            b, higher = write(operators - 1 - left)
+            tokens.append(m + 4)
+            value = ((a + b), (a - b), (a * b))[operator] % m
+            answers[len(tokens) - 1] = value, 1 + max(high, higher)
+            return answers[len(tokens) - 1]
+
+        write(self.operators)
+        return scored(np.array(tokens), answers)

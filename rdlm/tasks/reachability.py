@@ -1,0 +1,48 @@
+"""Reachability on lines: which nodes can be reached from the start?
+
+Input `BOS a b c d ... x ? y ? ...`: the arrows a -> b of two equally long chains in random order, then every node but
+the two heads, each followed by its question. One head is named first, as the start; the label at a `?` is yes or no.
+The difficulty of a node is the number of arrows between it and the head of its chain, so that yes and no are equally
+hard and equally frequent at every difficulty.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from rdlm.tasks.instance import Instance, generator, integer, scored
+
+
+@dataclasses.dataclass(frozen=True)
+class Reachability:
+    """Two chains of `distance` arrows. Tokens: the names of nodes, then no, yes, `?`, BOS."""
+
+    distance: int = 6
+    """Arrows of each chain; 2 distance + 2 nodes."""
+    names: int = 40
+    """Names for nodes, drawn anew for every instance."""
+
+    def __post_init__(self) -> None:
+        integer("Reachability.distance", self.distance, 1)
+        integer("Reachability.names", self.names, 2 * self.distance + 2)
+
+    @property
+    def vocab_size(self) -> int:
+        """Names, no, yes, `?` and BOS."""
+        return self.names + 4
+
+    def instance(self, seed: int, index: int) -> Instance:
+        """Uniform names and orders: int32 [8 distance + 2]. Raises InputError: see `generator`."""
+        rng, d = generator(seed, index), self.distance
+        no, question, bos = self.names, self.names + 2, self.names + 3
+        chains = rng.permutation(self.names)[: 2 * d + 2].reshape(2, d + 1)
+        arrows = np.stack([chains[:, :-1].ravel(), chains[:, 1:].ravel()], axis=1)
+        tokens = [bos, *rng.permutation(arrows).ravel().tolist(), int(chains[0, 0])]
+        answers = {}
+        for node in rng.permutation(2 * d):
+            chain, far = divmod(int(node), d)
+            tokens += [int(chains[chain, far + 1]), question]
+            answers[len(tokens) - 1] = (no + (chain == 0), far + 1)
+        return scored(tokens, answers)
