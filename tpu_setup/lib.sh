@@ -8,6 +8,7 @@ ROOT=$(dirname "$HERE")
 CONFIG=${CONFIG:-$HERE/config.env}
 DRY_RUN=${DRY_RUN:-0}
 BILLED='' # set where a failure may leave something behind that costs money
+WORKERS='' # how many, once asked
 WORK=$(mktemp -d)
 exec 3>&1 # where DRY_RUN prints, also from inside $(...)
 
@@ -202,7 +203,8 @@ on_worker() {
 # those that fail what went wrong; returns the exit code of the last of them.
 on_all() {
   local n count code worst=0 pids=()
-  count=$(count_workers)
+  [[ -n $WORKERS ]] || WORKERS=$(count_workers)
+  count=$WORKERS
   ((count > 0)) || fail "TPU_NAME = $TPU_NAME: has no workers in $ZONE; tpu_setup/create.sh"
   for ((n = 0; n < count; n++)); do
     on_worker "$n" "$@" >"$WORK/out.$n" 2>"$WORK/err.$n" &

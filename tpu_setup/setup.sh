@@ -5,10 +5,10 @@
 settings
 need_ready
 [[ $(run_state none) != running ]] || die "TPU_NAME = $TPU_NAME: a run is active on this code; tpu_setup/stop.sh first"
-workers=$(count_workers)
+WORKERS=$(count_workers)
 
 say "1/5 ssh: keys and known hosts, one worker after the other"
-for ((n = 0; n < workers; n++)); do
+for ((n = 0; n < WORKERS; n++)); do
   on_worker "$n" true 2>"$WORK/trouble" || explain "reach worker $n of $TPU_NAME by ssh"
 done
 
@@ -16,7 +16,7 @@ commit=$(git -C "$ROOT" rev-parse HEAD)
 # What is tracked, with changes that are not committed: an unnamed commit, no branch moves.
 tree=$(git -C "$ROOT" -c user.name=rdlm -c user.email=rdlm@localhost stash create)
 say "2/5 code: commit $commit${tree:+ with changes}"
-git -C "$ROOT" archive --format=tar.gz -o "$WORK/rdlm.tar.gz" "${tree:-HEAD}"
+git -C "$ROOT" archive --format=tar.gz -o "$WORK/rdlm.tar.gz" "${tree:-HEAD}" -- . ':(exclude)tests'
 tpu tpu-vm scp "$WORK/rdlm.tar.gz" "$TPU_NAME:rdlm.tar.gz" --worker=all --quiet || explain "copy the code"
 # shellcheck disable=SC2016 # expanded on the workers
 on_all bash -euc 'mkdir -p rdlm && cd rdlm
@@ -33,9 +33,9 @@ else
   say "4/5 bucket: none (BUCKET is empty): runs stay on the TPU's disks, and several workers cannot share a run folder"
 fi
 
-say "5/5 devices: $(expected_devices) on $workers workers"
+say "5/5 devices: $(expected_devices) on $WORKERS workers"
 # shellcheck disable=SC2016 # expanded on the workers
 on_all bash -euc 'cd rdlm && exec .venv/bin/python -m rdlm.runtime --devices "$1" --processes "$2"' check \
-  "$(expected_devices)" "$workers" >"$WORK/devices" || fail "$TPU_NAME does not have all its devices; see above"
+  "$(expected_devices)" "$WORKERS" >"$WORK/devices" || fail "$TPU_NAME does not have all its devices; see above"
 sed -nE '/devices|processes/p' "$WORK/devices"
 say "ready; next: tpu_setup/run.sh experiments/train.py small --run-dir runs/small"

@@ -9,22 +9,20 @@ those commands, per worker), `replies` (per verb, a list of [exit code, stdout, 
 import fcntl
 import json
 import os
-import shlex
-import shutil
-import subprocess
 import sys
-from pathlib import Path
 
-CLOUD = Path(os.environ["FAKE_CLOUD"])
+CLOUD = os.environ["FAKE_CLOUD"]
 NOT_FOUND = "ERROR: (gcloud.compute.tpus) NOT_FOUND: Resource 'projects/p/locations/z/x' was not found"
 
 
 def remote_verb(command):
     """What a command does on a worker: status, start, install, ..."""
-    words = shlex.split(command)
-    if words[0] == "bash":
-        return "status" if "worker.sh" in words[2] else words[3]
-    name = Path(words[0]).name
+    if command.startswith("bash"):
+        return {"worker.sh": "status", "tar": "unpack", "rdlm.runtime": "check"}[
+            next(mark for mark in ("worker.sh", "tar", "rdlm.runtime") if mark in command)
+        ]
+    words = command.split(" ")
+    name = os.path.basename(words[0])
     return words[1] if name == "worker.sh" else name.removesuffix(".sh")
 
 
@@ -56,7 +54,9 @@ def answer(cloud, verb, words, flags):
         return 0, ";".join(f"10.0.0.{i + 1}" for i in range(cloud["workers"])), ""
     elif verb in ("tpu-vm describe", "queued-resources describe"):
         state = cloud["node" if verb.startswith("tpu") else "queue"]
-        return (0, state if "state" in flags["--format"] else "", "") if state else (1, "", NOT_FOUND)
+        if "failedData" in flags["--format"]:
+            state = "for a reason"
+        return (0, state, "") if state else (1, "", NOT_FOUND)
     elif verb == "buckets describe":
         return 1, "", "ERROR: (gcloud.storage.buckets.describe) gs://b not found: 404."
     elif verb == "status":
@@ -71,30 +71,34 @@ def answer(cloud, verb, words, flags):
 
 def really(cloud, words, flags):
     """Run an ssh or scp in the folders of the workers."""
+    import shutil  # every call pays for what it imports
+    import subprocess
+
     wanted = flags.get("--worker", "0")
     workers = range(cloud["workers"]) if wanted == "all" else [int(wanted)]
     code = 0
     for i in workers:
-        home = Path(cloud["homes"][i])
+        home = cloud["homes"][i]
         if "--command" in flags:  # what sshd does: the user's shell, one string, in the home folder
-            environment = cloud["environment"][i] | {"HOME": str(home)}
+            environment = cloud["environment"][i] | {"HOME": home}
             code = subprocess.run(["bash", "-c", flags["--command"]], cwd=home, env=environment).returncode or code
         else:
             source, target = words
             if ":" in target:
-                shutil.copy(source, home / target.split(":", 1)[1])
+                shutil.copy(source, os.path.join(home, target.split(":", 1)[1]))
             else:
-                shutil.copytree(home / source.split(":", 1)[1], target, dirs_exist_ok=True)
+                shutil.copytree(os.path.join(home, source.split(":", 1)[1]), target, dirs_exist_ok=True)
     return code
 
 
 def main():
     argv = sys.argv[1:]
-    with (CLOUD / "lock").open("w") as lock:
+    with open(f"{CLOUD}/lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with (CLOUD / "calls.jsonl").open("a") as calls:
+        with open(f"{CLOUD}/calls.jsonl", "a") as calls:
             calls.write(json.dumps(argv) + "\n")
-        cloud = json.loads((CLOUD / "cloud.json").read_text())
+        with open(f"{CLOUD}/cloud.json") as file:
+            cloud = json.load(file)
         verb, words, flags = parse(argv)
         played = cloud["replies"].get(verb)
         run = not played and cloud["homes"] and (verb == "tpu-vm scp" or "--command" in flags)
@@ -102,7 +106,8 @@ def main():
             code, out, err = played.pop(0)
         elif not run:
             code, out, err = answer(cloud, verb, words, flags)
-        (CLOUD / "cloud.json").write_text(json.dumps(cloud))
+        with open(f"{CLOUD}/cloud.json", "w") as file:
+            json.dump(cloud, file)
     if run:
         sys.exit(really(cloud, words, flags))
     print(out, end="\n" if out else "")
