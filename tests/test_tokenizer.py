@@ -20,6 +20,7 @@ TEXTS = [
     for i, tree in enumerate(TREES * 4)
 ]
 TOKENIZER = Tokenizer.train(TEXTS, 384)
+BYTES = Tokenizer.bytes_only()
 UNICODE = st.text(st.characters(exclude_categories=["Cs"]))  # everything but lone surrogates
 
 
@@ -293,6 +294,135 @@ def test_chat_follows_the_reference_template():
     assert TOKENIZER.decode(closed, skip_special=False) == written + "<|end_text|>"
     end_turn = TOKENIZER.special_ids["<|end_turn|>"]
     assert (ids == end_turn).sum() == 3, "a special token spelled out by a user stays text"
+
+
+def test_the_assistants_words_and_the_end_of_its_turn_are_what_it_says():
+    chat = [
+        {"role": "user", "content": "1+1?"},
+        {"role": "assistant", "content": " 2 é🙂 <|end_turn|>"},
+        {"role": "user", "content": "sure?"},
+        {"role": "assistant", "content": "yes"},
+    ]
+    ids, said = TOKENIZER.encode_conversation(chat, reply=False)
+    np.testing.assert_array_equal(ids, TOKENIZER.encode_chat(chat, reply=False))
+    assert TOKENIZER.decode(ids[said], skip_special=False) == "2 é🙂 <|end_turn|><|end_turn|>yes<|end_turn|>"
+    assert not TOKENIZER.encode_conversation(chat[:1])[1].any()
+
+
+def direct(messages, reply):
+    """The rules of spec section 7, written down without a template."""
+    special, text = TOKENIZER.special_ids, lambda words: TOKENIZER.encode(words, bos=False).tolist()
+    ids, said = [TOKENIZER.bos_id], [False]
+    for message in messages:
+        ours = message["role"] == "assistant"
+        head = [special["<|begin_header|>"], *text("Huginn" if ours else message["role"]), special["<|end_header|>"]]
+        head += text("\n\n")
+        body = [*text(message["content"].strip()), special["<|end_turn|>"]]
+        ids += head + body
+        said += [False] * len(head) + [ours] * len(body)
+    tail = [special["<|begin_header|>"], *text("Huginn"), special["<|end_header|>"], *text("\n\n")]
+    tail = tail if reply else [TOKENIZER.eos_id]
+    return ids + tail, said + [False] * len(tail)
+
+
+PIECES = [*"ab 1.\n", "é", "<|end_turn|>", "<|begin_header|>", "{{", "{% if %}", "<"]
+WORDS = st.lists(st.sampled_from(PIECES), max_size=12).map("".join)
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["user", "system", "assistant"]), WORDS), min_size=1, max_size=5), st.booleans()
+)
+def test_the_template_renders_the_rules_of_the_reference_for_any_conversation(turns, reply):
+    messages = [{"role": role, "content": words} for role, words in turns]
+    ids, said = TOKENIZER.encode_conversation(messages, reply)
+    expected, ours = direct(messages, reply)
+    assert ids.tolist() == expected
+    assert said.tolist() == ours
+
+
+@pytest.mark.parametrize("where", ["tokenizer_config.json", "list", "chat_template.jinja"])
+def test_a_template_of_the_folder_is_used(saved, tmp_path, where):
+    template = (
+        "{%- for m in messages %}\n{{ m.role | upper }}: "
+        "{% generation %}{{ m.content }}{% endgeneration %}{{ eos_token }}{% endfor %}"
+    )
+    if where == "chat_template.jinja":
+        (tmp_path / where).write_text(template)
+        saved("tokenizer_config.json", lambda tree: tree)
+    else:
+        value = template if where != "list" else [{"name": "default", "template": template}]
+        saved("tokenizer_config.json", lambda tree: {**tree, "chat_template": value})
+    tokenizer = Tokenizer.load(tmp_path)
+    ids, said = tokenizer.encode_conversation([{"role": "user", "content": "tea"}])
+    assert tokenizer.decode(ids, skip_special=False) == "USER: tea<|end_text|>"
+    assert tokenizer.decode(ids[said]).strip() == "tea"  # a token that only begins before it counts as well
+    tokenizer.save(tmp_path / "again")
+    np.testing.assert_array_equal(
+        Tokenizer.load(tmp_path / "again").encode_chat([{"role": "user", "content": "tea"}]), ids
+    )
+
+
+@pytest.mark.parametrize(
+    ("template", "match"),
+    [
+        ("{% for %}", "chat template: "),
+        ("{{ raise_exception('roles must alternate') }}", "chat template: roles must alternate"),
+        ("{{ messages.__class__.__mro__ }}", "chat template: "),
+    ],
+)
+def test_a_template_that_is_wrong_or_refuses_is_one_line(saved, template, match):
+    tokenizer = Tokenizer.load(saved("tokenizer_config.json", lambda tree: {**tree, "chat_template": template}))
+    with pytest.raises(InputError, match=match) as caught:
+        tokenizer.encode_chat([{"role": "user", "content": "x"}])
+    assert "\n" not in str(caught.value)
+
+
+# The reference's ids, bytes only, long texts
+
+
+def test_special_ids_come_last_as_in_the_reference():
+    tokenizer = Tokenizer.train(TEXTS, 384, "last")
+    names = list(tokenizer.special_ids)
+    assert (tokenizer.vocab_size, len(names)) == (384, 32)
+    assert names[:6] == list(SPECIAL_TOKENS)
+    # Of 65,536 entries these are the published 65504, 65505, ... 65509.
+    assert [tokenizer.special_ids[name] for name in names] == list(range(352, 384))
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (352, 353, 357)
+    text = TEXTS[0] + "<|end_text|>"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.token_bytes[tokenizer.encode(text)].sum() == len(text.encode())
+
+
+@given(UNICODE)
+def test_bytes_only_gives_the_bytes_themselves(text):
+    assert BYTES.encode(text, bos=False).tolist() == list(text.encode())
+    assert BYTES.decode(BYTES.encode(text, eos=True)) == text
+
+
+def test_bytes_only_has_the_ids_after_the_bytes():
+    assert (BYTES.vocab_size, BYTES.bos_id, BYTES.eos_id) == (288, 256, 257)
+
+
+@settings(max_examples=40)
+@given(
+    st.lists(st.sampled_from([*TEXTS[:4], "a\n", "\n", "\nb c", " \n 1", "é\t\n", "<|end_text|>"]), max_size=30),
+    st.integers(1, 60),
+)
+def test_long_texts_encode_in_pieces_as_they_do_whole(parts, long):
+    text = "".join(parts)
+    for tokenizer in (TOKENIZER, BYTES):
+        whole = tokenizer._backend.encode(text, add_special_tokens=False).ids
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("rdlm.tokenizer.core._LONG", long)
+            patch.setattr("rdlm.tokenizer.core._ENCODED_AT_ONCE", 2 * long)
+            assert tokenizer.encode(text, bos=False).tolist() == whole
+            assert "".join(tokenizer._pieces_of(text)) == text
+
+
+def test_a_long_text_is_cut(monkeypatch, word_level):
+    monkeypatch.setattr("rdlm.tokenizer.core._LONG", 50)
+    assert len(list(TOKENIZER._pieces_of("".join(TEXTS)))) > 20
+    assert len(list(word_level._pieces_of("".join(TEXTS)))) == 1  # unknown rules: left whole
 
 
 @pytest.mark.parametrize("messages", [[], [{"role": "user"}], [{"role": 1, "content": "x"}]])

@@ -169,7 +169,7 @@ class Tokenizer:
                 continue
             encoding = self._backend.encode(run, add_special_tokens=False)
             ids += encoding.ids
-            scored += [any(a <= start < b for a, b in spans) for start, _ in encoding.offsets]
+            scored += [any(start < b and end > a for a, b in spans) for start, end in encoding.offsets]
         return np.array(ids, np.int32), np.array(scored, bool)
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
