@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import json
 import math
+import re
 import resource
 import subprocess
 import sys
@@ -24,7 +26,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rdlm.config import DataConfig, InputError, ModelConfig, OptimizerConfig, RunConfig, differences, require
 from rdlm.runtime import parse_arguments, run_command
-from rdlm.tasks import Task, WordProblem, batch
+from rdlm.tasks import (
+    Addition,
+    Expression,
+    Maze,
+    PointerChasing,
+    Reachability,
+    Sudoku,
+    Task,
+    WordProblem,
+    batch,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,24 +62,70 @@ class Recipe:
     batch_size: int = 64
     depths: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
     """Recurrences to read at."""
-    test_batches: int = 8
+    exits_most: int = 64
+    """Recurrences after which a token that has not stopped is stopped."""
+    test_batches: int = 4
     """Of 64 instances."""
 
 
 RECIPES = {
     "s3": Recipe(
         train=(WordProblem("S3", 16),),
-        tests={"length 16": (WordProblem("S3", 16),), "length 32": (WordProblem("S3", 32),)},
+        tests={f"length {T}": (WordProblem("S3", T),) for T in (16, 32, 64)},
     ),
-}
-EXITS_MOST = 64
+    "s5": Recipe(
+        train=(WordProblem("S5", 16),),
+        tests={f"length {T}": (WordProblem("S5", T),) for T in (16, 32)},
+        learning_rate=2e-3, steps=1500,
+    ),
+    "parity": Recipe(
+        train=(WordProblem("Z2", 32),),
+        tests={f"length {T}": (WordProblem("Z2", T),) for T in (32, 64)},
+        learning_rate=2e-3, steps=920,
+    ),
+    "expressions": Recipe(
+        train=(Expression(8),),
+        tests={f"{n} operators": (Expression(n),) for n in (8, 16, 24)},
+        learning_rate=2e-3, batch_size=48,
+    ),
+    "pointers": Recipe(
+        train=(PointerChasing(8, 16),),
+        tests={f"{h} hops": (PointerChasing(h, 16),) for h in (8, 15)},
+        learning_rate=2e-3, batch_size=48,
+    ),
+    "reachability": Recipe(
+        train=(Reachability(2), Reachability(4), Reachability(6)),
+        tests={f"distance {d}": (Reachability(d),) for d in (6, 12)},
+        learning_rate=2e-3, batch_size=48,
+    ),
+    "sudoku": Recipe(
+        train=(Sudoku(2), Sudoku(4), Sudoku(6), Sudoku(8)),
+        tests={
+            "2 to 8 blanks": (Sudoku(2), Sudoku(4), Sudoku(6), Sudoku(8)),
+            "9 to 11 blanks": (Sudoku(9), Sudoku(10), Sudoku(11)),
+        },
+        learning_rate=2e-3,
+    ),
+    "addition": Recipe(
+        train=(Addition(5, 6),),
+        tests={f"{n} digits": (Addition(5, n),) for n in (6, 18)},
+        learning_rate=2e-3, batch_size=48,
+    ),
+    "mazes": Recipe(
+        train=(Maze(2), Maze(3)),
+        tests={f"{n} x {n}": (Maze(n),) for n in (3, 4)},
+        learning_rate=2e-3, batch_size=32,
+    ),
+}  # fmt: skip
+Name = Literal["s3", "s5", "parity", "expressions", "pointers", "reachability", "sudoku", "addition", "mazes"]
+LEARNT = 0.95  # accuracy on instances of training's size at the deepest r, below which a seed counts as failed
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
     """Train on small instances, test on larger ones, at many depths."""
 
-    task: Literal["s3"] = "s3"
+    task: Name = "s3"
     """Which problem."""
     seeds: tuple[int, ...] = (0,)
     """Of initialisation, data, depths and initial states: one run each."""
@@ -86,12 +144,15 @@ def main() -> int:
     require(len(set(args.seeds)) == len(args.seeds) > 0, "--seeds", args.seeds, "must be different seeds")
     recipe, runs, results = RECIPES[args.task], args.runs, args.results
     if args.quick:
-        recipe = dataclasses.replace(recipe, steps=12, batch_size=8, depths=(1, 2, 8), test_batches=1)
+        hardest = dict(list(recipe.tests.items())[-1:])
+        recipe = dataclasses.replace(
+            recipe, tests=hardest, steps=12, batch_size=8, depths=(1, 2, 8), exits_most=8, test_batches=1
+        )
         runs = results = args.runs / "quick"
     from rdlm.memory import reuse_freed_memory  # importing JAX takes seconds
 
     reuse_freed_memory()
-    rows = []
+    rows: list[dict[str, Any]] = []
     for seed in args.seeds:
         run = run_config(args.task, recipe, seed, runs)
         params, training = trained(run, recipe)
@@ -99,10 +160,101 @@ def main() -> int:
         print(summary(rows[-1]), flush=True)
     results.mkdir(parents=True, exist_ok=True)
     path = results / f"depth_scaling_{args.task}.json"
-    found = {"command": command(), "commit": commit(), "depths": recipe.depths, "seeds": rows}
-    path.write_text(json.dumps(found, indent=1) + "\n")
+    found: dict[str, Any] = {"command": command(), "commit": commit(), "depths": list(recipe.depths)}
+    first = next(iter(recipe.tests))
+    failed = [row["seed"] for row in rows if row["tests"][first]["mean"][-1] < LEARNT]
+    found["failed_seeds"] = failed
+    if args.task == "s3" and not args.quick:
+        found["bars"] = checked = bars(rows, recipe.depths)
+        for name, (value, bar, met) in checked.items():
+            print(f"{'met   ' if met else 'MISSED'} {name}: {value} ({bar})")
+    print(f"{len(failed)} of {len(rows)} seeds below {LEARNT} on {first}: {failed}")
+    path.write_text(compact(json.dumps(found | {"seeds": rows}, indent=1)) + "\n")
     print(f"numbers: {path}")
+    if importlib.util.find_spec("matplotlib"):
+        picture(path.with_suffix(".png"), args.task, recipe, rows)
+        print(f"picture: {path.with_suffix('.png')}")
     return 0
+
+
+def compact(text: str) -> str:
+    """JSON with every list of numbers on one line."""
+    return re.sub(r"\[[^\[\]{}]*\]", lambda found: re.sub(r"\s+", " ", found[0]), text)
+
+
+def bars(rows: list[dict[str, Any]], depths: tuple[int, ...]) -> dict[str, tuple[float, str, bool]]:
+    """What S3 was expected to show, as means over the seeds: {name: (value, bar, whether it was met)}."""
+
+    def mean(values: Any) -> float:
+        values = list(values)
+        return round(sum(values) / len(values), 4)
+
+    def accuracy(T: int, r: int) -> float:
+        return mean(row["tests"][f"length {T}"]["mean"][depths.index(r)] for row in rows)
+
+    def last_quarter(r: int) -> float:
+        tests = [row["tests"]["length 16"]["by_difficulty"] for row in rows]
+        return mean(test[str(t)][depths.index(r)] for test in tests for t in (13, 14, 15, 16))
+
+    exits = [row["tests"]["length 16"]["exits"]["kl 5e-4, per sequence"] for row in rows]
+    kept = mean(e["accuracy"] - row["tests"]["length 16"]["mean"][-1] for e, row in zip(exits, rows, strict=True))
+    ratio = mean(e["steps_by_difficulty"]["16"] / e["steps_by_difficulty"]["2"] for e in exits)
+    found = {
+        "length 16, r=1": (accuracy(16, 1), "<= .62"),
+        "length 16, r=12": (accuracy(16, 12), ">= .99"),
+        "last quarter of 16, r=1": (last_quarter(1), "<= .27"),
+        "last quarter of 16, r=12": (last_quarter(12), ">= .97"),
+        "length 16, change from r=12 to r=64": (round(abs(accuracy(16, 64) - accuracy(16, 12)), 4), "<= .01"),
+        "length 32, gain from r=4 to r=16": (round(accuracy(32, 16) - accuracy(32, 4), 4), ">= .18"),
+        "KL exit of sequences of 16, loss of accuracy": (-kept, "<= .005"),
+        "KL exit, steps at length 16 / steps at length 2": (ratio, ">= 2.5"),
+        "most processor seconds of a seed": (max(row["processor_seconds"] for row in rows), "<= 120"),
+        "most compiled training steps of a seed": (max(row["programs"] for row in rows), "<= 1"),
+    }
+    return {
+        name: (value, bar, value <= float(bar[3:]) if bar[0] == "<" else value >= float(bar[3:]))
+        for name, (value, bar) in found.items()
+    }
+
+
+def picture(path: Path, name: str, recipe: Recipe, rows: list[dict[str, Any]]) -> None:
+    """Above: accuracy by (difficulty, r), mean over seeds. Below: accuracy by r of every seed; steps until exit."""
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    tests, depths = list(recipe.tests), recipe.depths
+    figure = Figure(figsize=(4.2 * max(len(tests), 2), 7.5), layout="constrained")
+    parts: Any = figure.subfigures(2, 1)
+    upper, lower = parts
+    for axes, test in zip(upper.subplots(1, len(tests), squeeze=False)[0], tests, strict=True):
+        table = [row["tests"][test]["by_difficulty"] for row in rows]
+        hard = sorted({int(d) for found in table for d in found})
+        mean = np.array([np.mean([found[str(d)] for found in table if str(d) in found], axis=0) for d in hard])
+        image = axes.imshow(mean, origin="lower", aspect="auto", vmin=0, vmax=1, cmap="cividis", interpolation="none")
+        axes.set_xticks(range(len(depths)), map(str, depths))
+        some = range(0, len(hard), max(1, len(hard) // 8))
+        axes.set_yticks(some, [str(hard[i]) for i in some])
+        axes.set(title=f"{name}, {test}", xlabel="recurrences r", ylabel="difficulty")
+    upper.colorbar(image, ax=upper.axes, label=f"accuracy, mean of {len(rows)} seeds")
+    curves, exits = lower.subplots(1, 2)
+    for colour, test in zip(("#0072B2", "#D55E00", "#009E73"), tests, strict=False):
+        for row in rows:
+            curves.plot(depths, row["tests"][test]["mean"], color=colour, alpha=0.3, linewidth=1)
+        mean = np.mean([row["tests"][test]["mean"] for row in rows], axis=0)
+        curves.plot(depths, mean, color=colour, marker="o", markersize=4, label=test)
+    curves.axvline(8, color="#999999", linestyle=":", label="mean r of training")
+    curves.set(xscale="log", xlabel="recurrences r", ylabel="accuracy", ylim=(0, 1.03))
+    curves.set_xticks(depths, map(str, depths))
+    curves.minorticks_off()
+    curves.legend(frameon=False, fontsize=8)
+    table = [row["tests"][tests[-1]]["exits"] for row in rows]
+    for colour, rule in zip(("#0072B2", "#56B4E9", "#009E73", "#D55E00"), table[0], strict=True):
+        steps = [found[rule]["steps_by_difficulty"] for found in table]
+        hard = sorted({int(d) for found in steps for d in found})
+        exits.plot(hard, [np.mean([f[str(d)] for f in steps if str(d) in f]) for d in hard], color=colour, label=rule)
+    exits.set(title=f"exits, {tests[-1]}", xlabel="difficulty", ylabel="mean recurrences", ylim=(0, None))
+    exits.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)
 
 
 def run_config(name: str, recipe: Recipe, seed: int, runs: Path) -> RunConfig:
@@ -186,15 +338,15 @@ def measure(params: Params, model: ModelConfig, recipe: Recipe) -> dict[str, Any
     from rdlm import exits
     from rdlm.tasks import depth
 
-    out = {}
+    out, most = {}, recipe.exits_most
     for name, tasks in recipe.tests.items():
         data = [batch(tasks, TEST_STREAM, i, TEST_BATCH) for i in range(recipe.test_batches)]
         curve = depth.by_depth(params, model, data, recipe.depths)
         rules = {
-            "kl 5e-4, per sequence": depth.with_sequence_exits(params, model, data, exits.kl(5e-4), EXITS_MOST),
-            "kl 5e-4, per token": depth.with_exits(params, model, data, exits.kl(5e-4), EXITS_MOST),
-            "kl 1e-5, per token": depth.with_exits(params, model, data, exits.kl(1e-5), EXITS_MOST),
-            "latent_diff 0.03, per token": depth.with_exits(params, model, data, exits.latent_diff(0.03), EXITS_MOST),
+            "kl 5e-4, per sequence": depth.with_sequence_exits(params, model, data, exits.kl(5e-4), most),
+            "kl 5e-4, per token": depth.with_exits(params, model, data, exits.kl(5e-4), most),
+            "kl 1e-5, per token": depth.with_exits(params, model, data, exits.kl(1e-5), most),
+            "latent_diff 0.03, per token": depth.with_exits(params, model, data, exits.latent_diff(0.03), most),
         }
         out[name] = {
             "answers": int(curve.count.sum()),

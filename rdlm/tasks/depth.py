@@ -103,6 +103,8 @@ def by_depth(
     Raises:
       InputError: nothing to score, or depths that are not increasing.
     """
+    if not depths or list(depths) != sorted(set(depths)) or depths[0] < 1:
+        raise InputError(f"depths = {tuple(depths)}: must be increasing recurrences, each at least 1")
     key = jax.random.key(0) if key is None else key
     return _count((b, _answers(params, config, jnp.asarray(b["tokens"]), tuple(depths), key), None) for b in batches)
 
