@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,6 @@ def build_with_beam(
     with tempfile.TemporaryDirectory() as local:
         tokenizer.save(local)
         files = {path.name: path.read_text(encoding="utf-8") for path in Path(local).iterdir()}
-    results = f"{target.rstrip('/')}/.work/shards"
     work = _ShardWork(target, recipe, files)
     options = PipelineOptions(list(flags), save_main_session=False)
     try:
@@ -63,25 +62,24 @@ def build_with_beam(
                 | apache_beam.Create(list(enumerate(corpus.parts)))
                 | apache_beam.Reshuffle()  # parts spread over workers
                 | apache_beam.Map(work)
-                | apache_beam.io.WriteToText(results, num_shards=1, shard_name_template="")
             )
     except InputError:
         raise
     except Exception as error:  # runners wrap what a worker raised
         raise InputError(f"{target}: the pipeline failed ({_reason(error)})") from error
-    with fsspec.open(results, "rt", encoding="utf-8") as file:
-        shards = _in_order(file)
+    names = [f"{root}/{_entry(number)}" for number in range(len(corpus.parts))]
+    shards = [from_json(Shard, fs.cat_file(name).decode(), name) for name in names]
     fs.rm(f"{root}/.work", recursive=True)
     return finish(target, shards, recipe, tokenizer, corpus.name, corpus.version)
 
 
 class _ShardWork:
-    """(number, part) -> the shard as one line of JSON; carries everything a worker needs, and travels by pickling."""
+    """Makes the shard of (number, part) and notes in a file of JSON what it holds; travels by pickling."""
 
     def __init__(self, target: str, recipe: Recipe, tokenizer_files: dict[str, str]) -> None:
         self.target, self.recipe, self.tokenizer_files = target, recipe, tokenizer_files
 
-    def __call__(self, work: tuple[int, Part]) -> str:
+    def __call__(self, work: tuple[int, Part]) -> None:
         number, part = work
         with tempfile.TemporaryDirectory() as local:
             for name, text in self.tokenizer_files.items():
@@ -90,11 +88,13 @@ class _ShardWork:
         skipped: Counter[str] = Counter()
         documents = read(part, self.recipe.reading, skipped=skipped)
         shard = build_shard(self.target, number, documents, self.recipe, tokenizer, skipped=skipped)
-        return " ".join(to_json(shard).split("\n"))
+        fs, root = fsspec.core.url_to_fs(self.target)
+        fs.makedirs(f"{root}/.work", exist_ok=True)
+        fs.pipe_file(f"{root}/{_entry(number)}", to_json(shard).encode())
 
 
-def _in_order(lines: Iterable[str]) -> list[Shard]:
-    return sorted((from_json(Shard, line, "shard") for line in lines if line.strip()), key=lambda shard: shard.number)
+def _entry(number: int) -> str:
+    return f".work/shard-{number:05d}.json"
 
 
 def _reason(error: Any) -> str:

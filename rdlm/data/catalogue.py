@@ -70,7 +70,7 @@ def dataset_parts(builder: Any, split: str, field: str, part_bytes: int) -> list
     splits = builder.info.splits
     if split not in splits:
         raise InputError(
-            f"tfds_split = {split!r}: {builder.info.full_name} has no such split.{did_you_mean(split, map(str, splits))}"
+            f"tfds_split = {split!r}: not in {builder.info.full_name}.{did_you_mean(split, map(str, splits))}"
         )
     if field not in builder.info.features:
         raise InputError(
