@@ -1,0 +1,47 @@
+"""The Beam pipeline gives the folder that processes give. Runs where the extra `beam` is installed."""
+
+import hashlib
+import json
+
+import pytest
+
+from rdlm.data import Corpus, Recipe, build, find, parts
+from rdlm.data.beam import build_with_beam
+from rdlm.tokenizer import Tokenizer
+
+BYTES = Tokenizer.bytes_only()
+RECIPE = Recipe(32, "best_fit", 0.2)
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": f"{i} " + "word " * (i % 30)}) + "\n" for i in range(200)))
+    return Corpus("files", path.name, parts(find([str(path)]), RECIPE.reading, 3000))
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*.*")}
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_the_direct_runner_writes_the_same_bytes_as_processes(tmp_path, corpus, scheme):
+    pytest.importorskip("apache_beam")
+    build(tmp_path / "here", corpus, RECIPE, BYTES, processes=1, say=print)
+    manifest = build_with_beam(f"{scheme}{tmp_path}/beam", corpus, RECIPE, BYTES)
+    assert len(manifest.train.shards) > 3
+    assert contents(tmp_path / "beam") == contents(tmp_path / "here")
+
+
+def test_a_bad_document_is_named_and_leaves_no_manifest(tmp_path, corpus, one_line):
+    pytest.importorskip("apache_beam")
+    (tmp_path / "texts.jsonl").write_bytes((tmp_path / "texts.jsonl").read_bytes()[:-20] + b"\xff\n")
+    with one_line("texts.jsonl, byte .*: not UTF-8"):
+        build_with_beam(str(tmp_path / "beam"), corpus, RECIPE, BYTES)
+    assert not (tmp_path / "beam" / "manifest.json").exists()
+
+
+def test_without_beam_one_line_says_how_to_get_it(tmp_path, corpus, one_line, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "apache_beam", None)
+    with one_line("--beam: Apache Beam is not installed .*rdlm.beam"):
+        build_with_beam(str(tmp_path / "beam"), corpus, RECIPE, BYTES)

@@ -1,0 +1,238 @@
+"""From one's own text to a training run: the commands, the loss, and resuming; and how the commands refuse."""
+
+import dataclasses
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import rdlm
+from rdlm.config import PRESETS, DataConfig, InputError
+from rdlm.data import (
+    Corpus,
+    Document,
+    PackedData,
+    Reading,
+    Recipe,
+    StreamedData,
+    best_fit,
+    build,
+    concatenate_and_split,
+    find,
+    held_out,
+    open_data,
+    parts,
+)
+from rdlm.data.loader import Example, stack
+from rdlm.runtime import run_command
+from rdlm.tokenizer import Tokenizer
+from rdlm.train import Trainer
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+TEXTS = [f"{i} The capital of land {i} is city {i % 7}; its river é flows {i * i} km.\n" * 3 for i in range(60)]
+BYTES = Tokenizer.bytes_only()
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """command("prepare_data", ...) -> (exit code, stdout, stderr)."""
+
+    def run(name, *arguments):
+        spec = importlib.util.spec_from_file_location(f"experiments_{name}", EXPERIMENTS / f"{name}.py")
+        script = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = script  # dataclasses look their module up
+        spec.loader.exec_module(script)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            run_command(script.main)
+        out, err = capsys.readouterr()
+        return stop.value.code, out, err
+
+    return run
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder of text files."""
+    (tmp_path / "texts").mkdir()
+    for i, text in enumerate(TEXTS):
+        (tmp_path / "texts" / f"{i:02d}.txt").write_text(text)
+    return tmp_path / "texts"
+
+
+# The loss
+
+
+def test_the_loss_of_packed_rows_is_that_of_documents_alone():
+    model = PRESETS["nano"].model
+    params = rdlm.init_params(model, jax.random.key(0))
+    draw = np.random.default_rng(0)
+    documents = [Document(i, draw.integers(0, model.vocab_size, n)) for i, n in enumerate([9, 17, 4, 30, 12, 2, 25])]
+    jax.config.update("jax_disable_most_optimizations", True)
+    mean = jax.jit(lambda batch: rdlm.loss(params, model, batch, steps=(2, 2), key=jax.random.key(1)))
+
+    def loss(rows):  # always of 12 rows, the last of padding: compiled once
+        batch = stack([Example(row, 0) for row in rows], 39, 0, fill=12)
+        return float(mean({name: jnp.asarray(value) for name, value in batch.items()}))
+
+    try:
+        for pack in (concatenate_and_split, best_fit):
+            packed = list(pack(documents, 39))
+            alone = [row for row in packed for row in one_by_one(row)]  # a cut document in its pieces
+            assert len(packed) < len(documents) <= len(alone)
+            assert loss(packed) == pytest.approx(loss(alone), abs=2e-6)
+            merged = [dataclasses.replace(row, chunks=np.array([[0, 0, len(row.tokens)]])) for row in packed]
+            assert abs(loss(merged) - loss(alone)) > 1e-4  # control: seeing neighbours shows
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
+def one_by_one(row):
+    ends = np.cumsum(row.chunks[:, 2])
+    for chunk, end in zip(row.chunks, ends, strict=True):
+        yield dataclasses.replace(row, tokens=row.tokens[end - chunk[2] : end], chunks=chunk[None])
+
+
+# A whole run
+
+
+def settings_of(tmp_path, **data):
+    nano = PRESETS["nano"]
+    sizes = {"tokenizer_size": 288, "sequence_length": 32, "batch_size": 8, "folder": str(tmp_path / "cache")}
+    return dataclasses.replace(
+        nano,
+        model=dataclasses.replace(nano.model, vocab_size=288),
+        data=dataclasses.replace(nano.data, **sizes, **data),
+        checkpoint=dataclasses.replace(nano.checkpoint, every=3),
+        evaluation=dataclasses.replace(nano.evaluation, every=100, batches=1, depths=(1, 2)),
+        run_dir=str(tmp_path / "run"),
+        steps=5,
+    )
+
+
+@pytest.fixture
+def sources(tmp_path):
+    """Two prepared folders of JSON lines, and the glob of both files."""
+    made = []
+    for name, texts in (("a", TEXTS[:30]), ("b", TEXTS[30:])):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        recipe = Recipe(32, validation_fraction=0.3)
+        corpus = Corpus("files", path.name, parts(find([str(path)]), recipe.reading, 2000))
+        build(tmp_path / name, corpus, recipe, BYTES, processes=1, say=print)
+        made.append(str(tmp_path / name))
+    return made, str(tmp_path / "*.jsonl")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compile")
+def test_a_run_keeps_its_place_in_a_stream_and_notices_other_data(tmp_path, sources, monkeypatch, one_line):
+    folders, files = sources
+    config = settings_of(tmp_path, prepared=(folders[0],), stream=(files,))
+    seen = {}
+    real = StreamedData.batch
+
+    def spy(self, step):
+        batch = real(self, step)
+        seen.setdefault(step, []).append(batch["tokens"].tobytes())
+        return batch
+
+    monkeypatch.setattr(StreamedData, "batch", spy)
+    assert Trainer(dataclasses.replace(config, steps=3), say=lambda line: None).run() == 0
+    before = {step: len(batches) for step, batches in seen.items()}
+    assert Trainer(config, say=lambda line: None).run() == 0
+    sample = PackedData(folders[0], "validation", sequence_length=32, batch_size=1)
+    straight = StreamedData([files], sample, batch_size=8)
+    for step in range(5):
+        assert set(seen[step]) == {real(straight, step)["tokens"].tobytes()}
+    assert len(seen[3]) > before.get(3, 0)  # control: the second run did go on at step 3
+    assert len(seen[0]) == before[0]
+    manifest = Path(folders[0]) / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"validation_fraction": 0.3', '"validation_fraction": 0.2'))
+    with one_line("a has changed since the checkpoint: validation_fraction = 0.2, not 0.3; put the same data back"):
+        Trainer(dataclasses.replace(config, steps=9), say=lambda line: None).run()
+
+
+# The commands
+
+
+def test_from_a_folder_of_text_to_prepared_data(command, folder, tmp_path):
+    code, out, err = command("train_tokenizer", folder, "--size", "320", "--out", tmp_path / "tok")
+    assert code == 0, err
+    assert "320 entries; special: 288 <|begin_text|>, 289 <|end_text|>" in out
+    wanted = Tokenizer.train([text for text in TEXTS if not held_out(text, 0.05)], 320, "last")
+    assert Tokenizer.load(tmp_path / "tok").hash == wanted.hash
+    arguments = (folder, "--tokenizer", tmp_path / "tok", "--sequence-length", "32", "--processes", "1",
+                 "--validation-fraction", "0.2", "--out", tmp_path / "out")  # fmt: skip
+    code, out, err = command("prepare_data", *arguments)
+    assert code == 0, err
+    held = sum(held_out(text, 0.2) for text in TEXTS)
+    assert f"train       {60 - held} documents" in out
+    assert f"validation  {held} documents" in out
+    assert "--data.prepared" in out
+    assert command("prepare_data", *arguments)[1] == out  # again: it is there
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "words"),
+    [
+        ("prepare_data", (), ["paths", "--tfds NAME"]),
+        ("prepare_data", ("TEXTS", "--embedded", "--out", "x", "--tokenizer", "bytes"), ["paths", "one of them"]),
+        ("prepare_data", ("TEXTS", "--tokenizer", "bytes"), ["--out"]),
+        ("prepare_data", ("TEXTS", "--out", "x"), ["--tokenizer", "train_tokenizer.py"]),
+        ("prepare_data", ("TEXTS", "--out", "x", "--tokenizer", "nowhere"), ["nowhere", "no tokenizer.json"]),
+        ("prepare_data", ("nowhere", "--out", "x", "--tokenizer", "bytes"), ["nowhere: no such file or folder"]),
+        ("prepare_data", ("TEXTS", "--out", "x", "--tokenizer", "bytes", "--pakcing", "best_fit"), ["--packing"]),
+        ("prepare_data", ("TEXTS", "--out", "x", "--tokenizer", "bytes", "--packing", "best"), ["'best'", "best_fit"]),
+        ("prepare_data", ("TEXTS", "--out", "gs://b/x", "--tokenizer", "bytes"), ["gs://b/x", "--beam"]),
+        (
+            "prepare_data",
+            ("TEXTS", "--out", "x", "--tokenizer", "bytes", "--sequence-length", "0"),
+            ["sequence_length"],
+        ),
+        ("prepare_data", ("--tfds", "imdb_reviewz", "--out", "x", "--tokenizer", "bytes"), ["'imdb_reviews'"]),
+        ("train_tokenizer", ("TEXTS",), ["--out"]),
+        ("train_tokenizer", ("--out", "x"), ["paths", "--bytes"]),
+        ("train_tokenizer", ("TEXTS", "--out", "x", "--size", "100"), ["vocab_size = 100", "at least 288"]),
+        ("train_tokenizer", ("TEXTS", "--out", "x", "--size", "99999"), ["vocab_size = 99999", "yield only"]),
+        ("train_tokenizer", ("TEXTS", "--out", "TEXTS"), ["is there already"]),
+    ],
+)
+def test_the_commands_refuse_in_one_line_and_leave_nothing(
+    command, folder, tmp_path, monkeypatch, name, arguments, words
+):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    code, out, err = command(name, *(str(folder) if word == "TEXTS" else word for word in arguments))
+    said = [line for line in err.splitlines() if not line.endswith("MB")]  # how much there is to read
+    assert (code, len(said), out) == (2, 1, ""), err
+    assert all(word in said[0] for word in words), err
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_a_large_document_is_prepared_in_pieces_and_needs_no_validation(tmp_path):
+    line = "The quick brown fox jumps over the lazy dog, 1234 times.\n"
+    (tmp_path / "large.txt").write_text(line * (3_000_000 // len(line)))
+    (tmp_path / "small.txt").write_text("small")
+    recipe = Recipe(1024, validation_fraction=0.0, reading=Reading())
+    corpus = Corpus("files", "large", parts(find([str(tmp_path)]), recipe.reading, 10**6))
+    manifest = build(tmp_path / "out", corpus, recipe, BYTES, processes=1, say=print)
+    assert manifest.train.tokens == manifest.train.bytes + 4
+    config = DataConfig(prepared=(str(tmp_path / "out"),), sequence_length=1024, batch_size=1)
+    with pytest.raises(InputError, match="holds no validation rows"):
+        open_data(config, seed=0)
+
+
+def test_the_embedded_corpus_can_be_prepared_like_any_other(command, tmp_path):
+    arguments = ("--embedded", "--tokenizer", "bytes", "--sequence-length", "512", "--processes", "1",
+                 "--tfds-dir", tmp_path / "tfds", "--out", tmp_path / "out")  # fmt: skip
+    code, out, err = command("prepare_data", *arguments)
+    assert code == 0, err
+    assert "train       244 documents" in out
+    assert "validation  12 documents" in out
