@@ -135,7 +135,7 @@ def _lead(address: str, count: int, mine: dict[str, Any], timeout: int) -> None:
     with server, contextlib.ExitStack() as stack:
         while len(arrived) < count and time.monotonic() < deadline:
             server.settimeout(max(0.05, deadline - time.monotonic()))
-            with contextlib.suppress(OSError, ValueError, KeyError):  # whoever else knocks at this port
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # whoever else knocks at this port
                 line = stack.enter_context(server.accept()[0])
                 line.settimeout(5)
                 other = json.loads(line.makefile().readline())
@@ -153,10 +153,13 @@ def _follow(address: str, count: int, mine: dict[str, Any], timeout: int) -> Non
     host, _, port = address.rpartition(":")
     deadline = time.monotonic() + timeout + 10  # process 0 gives up first, and says why
     while time.monotonic() < deadline:
+        verdict = None
         with contextlib.suppress(OSError, ValueError), socket.create_connection((host, int(port)), timeout=5) as line:
             line.sendall((json.dumps(mine) + "\n").encode())
             line.settimeout(max(0.05, deadline - time.monotonic()))
-            return _obey(json.loads(line.makefile().readline()))
+            verdict = json.loads(line.makefile().readline())
+        if verdict is not None:
+            return _obey(verdict)
         time.sleep(0.2)
     raise StartError(
         f"process {mine['process']} of {count}: no answer from process 0 at {address} within {timeout} s; "

@@ -1,0 +1,167 @@
+"""How the processes of a run come together: the roll call, and what it says when one is missing or different."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+import rdlm.runtime.processes as processes
+from rdlm.config import InputError
+from rdlm.runtime import StartError, exchange, start, together
+
+
+@pytest.fixture
+def address():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return f"localhost:{free.getsockname()[1]}"
+
+
+def roll_call(address, greetings, count, timeout=30):
+    """What becomes of each process that calls with these greetings: None or its exception."""
+
+    def one(mine):
+        try:
+            (processes._lead if mine["process"] == 0 else processes._follow)(address, count, mine, timeout)
+        except (InputError, StartError) as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor(len(greetings)) as pool:
+        return list(pool.map(one, greetings))
+
+
+def greeting(process, **changes):
+    return {"process": process, "host": f"host{process}", "code": "c", "agreed": "a"} | changes
+
+
+def test_all_arrive_in_any_order(address):
+    assert roll_call(address, [greeting(i) for i in (2, 1, 0, 3)], 4) == [None] * 4
+
+
+def test_the_missing_are_named_on_every_process(address):
+    found = roll_call(address, [greeting(0), greeting(2)], 4, timeout=1)
+    assert all(isinstance(error, StartError) for error in found)
+    for error in found:
+        assert str(error).startswith(f"process 1, 3 of 4 did not come to {address} within 1 s")
+        assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"code": "other"}, "has another code than process 0 (host0): copy it again (tpu_setup/setup.sh)"),
+     ({"agreed": "other"}, "has another configuration than process 0 (host0): give all the same arguments")],
+)  # fmt: skip
+def test_a_process_that_differs_is_refused_on_every_process(changes, words, address):
+    found = roll_call(address, [greeting(0), greeting(1), greeting(2, **changes)], 3)
+    assert all(isinstance(error, InputError) for error in found)
+    assert {str(error) for error in found} == {f"process 2 (host2) {words}"}
+
+
+def test_whoever_else_knocks_is_ignored(address):
+    host, port = address.split(":")
+    with ThreadPoolExecutor(1) as pool:
+        lead = pool.submit(roll_call, address, [greeting(0)], 2)
+        for noise in (b"GET / HTTP/1.1\r\n\r\n", b"[]\n", b'{"process": 7}\n', b""):
+            deadline = time.monotonic() + 30
+            while time.monotonic() < deadline:
+                try:
+                    with socket.create_connection((host, int(port)), timeout=5) as line:
+                        line.sendall(noise)
+                    break
+                except ConnectionRefusedError:  # the lead is not there yet
+                    time.sleep(0.01)
+        assert roll_call(address, [greeting(1)], 2) == [None]
+        assert lead.result() == [None]
+
+
+def test_without_process_0_the_others_say_where_they_asked(address, monkeypatch):
+    clock = iter(range(0, 1000, 5))
+    monkeypatch.setattr(processes.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(processes.time, "sleep", lambda seconds: None)
+    [error] = roll_call(address, [greeting(1)], 2, timeout=20)
+    assert isinstance(error, StartError)
+    assert str(error).startswith(f"process 1 of 2: no answer from process 0 at {address} within 20 s")
+
+
+def test_a_port_in_use_is_one_line(address):
+    with socket.create_server(("", int(address.split(":")[1]))):
+        [error] = roll_call(address, [greeting(0)], 2)
+    assert isinstance(error, StartError)
+    assert "cannot be opened" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"RDLM_PROCESSES": "2"}, "RDLM_COORDINATOR is not set, but RDLM_PROCESSES is"),
+        ({"RDLM_COORDINATOR": "a:1", "RDLM_PROCESSES": "2"}, "RDLM_PROCESS_ID is not set"),
+        ({"RDLM_COORDINATOR": "a", "RDLM_PROCESSES": "2", "RDLM_PROCESS_ID": "0"}, "RDLM_COORDINATOR = 'a': must be"),
+        (
+            {"RDLM_COORDINATOR": "a:1", "RDLM_PROCESSES": "2", "RDLM_PROCESS_ID": "2"},
+            "must be less than RDLM_PROCESSES",
+        ),
+        ({"RDLM_COORDINATOR": "a:1", "RDLM_PROCESSES": "two", "RDLM_PROCESS_ID": "0"}, "RDLM_PROCESSES = 'two'"),
+        ({"RDLM_START_TIMEOUT": "5m"}, "RDLM_START_TIMEOUT = '5m'"),
+    ],
+)
+def test_wrong_environment_is_refused(environment, words, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=words):
+        start()
+
+
+def test_a_process_alone_needs_none_of_it():
+    start("anything")
+    assert exchange("text") == ["text"]
+    assert together(lambda: 3) == 3
+    with pytest.raises(InputError, match="mine"):
+        together(refuse)
+
+
+def refuse():
+    raise InputError("mine")
+
+
+TOGETHER = """
+import json, sys
+from rdlm.config import InputError
+from rdlm.runtime import exchange, run_command, start, together
+
+def make():
+    if said[0] == "first" and sys.argv[1] == "1":
+        raise InputError("folder = 'x': is full")
+
+def main():
+    global said
+    start("same")
+    said = exchange(sys.argv[2])
+    print(json.dumps(said), flush=True)
+    together(make)
+
+run_command(main)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_talk_and_refuse_together(address):
+    environment = {"RDLM_COORDINATOR": address, "RDLM_PROCESSES": "2", "JAX_PLATFORMS": "cpu"}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", TOGETHER, str(i), word], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=os.environ | environment | {"RDLM_PROCESS_ID": str(i)},
+        )
+        for i, word in enumerate(["first", "é second"])
+    ]  # fmt: skip
+    for i, process in enumerate(both):
+        out, err = process.communicate(timeout=240)
+        assert process.returncode == 2, err
+        assert json.loads(out.splitlines()[-1]) == ["first", "é second"]
+        expected = "error: " + ("process 1: " if i == 0 else "") + "folder = 'x': is full"
+        assert err.splitlines()[-1] == expected
