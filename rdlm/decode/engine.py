@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import dataclasses
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Literal
 
@@ -68,7 +69,7 @@ class Served:
                 yield self.tokens[shown - 1], self.steps[shown - 1]
             if self.done:
                 break
-            async with self._engine._turn:
+            async with self._engine._consumers_turn():
                 if shown == len(self.tokens) and not self.done:
                     await asyncio.to_thread(self._engine.step)
         if self.error is not None:
@@ -129,6 +130,7 @@ class Engine:
         for name, value in sizes.items():
             if not isinstance(value, (int, np.integer)) or value < 1:
                 raise InputError(f"Engine: {name} = {value!r}: must be at least 1")
+        lanes, max_new_tokens = int(lanes), int(max_new_tokens)
         self.params, self.config, self.usable = params, config, max_new_tokens
         self.capacity = config.max_length if capacity is None else capacity
         if not 2 <= self.capacity <= config.max_length:
@@ -139,19 +141,21 @@ class Engine:
             "prefill_exit": prefill_exit, "check_every": check_every, "warm_start": warm_start,
             "init_scale": init_scale,
         }  # fmt: skip
-        self._policy, self._sets = cache, cache.sets(next_power(self.num_steps))
         self._group = max(1, lanes // 4)  # requests that are prefilled together, lanes that are flushed together
         self._every, self._ticks = flush_every, ticks_per_step
         # Row 0 stands for every idle lane; asking for it also checks the engine's own options.
         idle, _ = as_requests(config, [[0]], 1, num_steps=self.num_steps, exit_rule=exit_rule, **self._ask)
         self._idle = idle
+        self._policy, self._sets = cache, cache.sets(next_power(int(idle.num_steps[0])))
         self._lanes = empty_lanes(
             config, _stack([idle] * lanes), cache, self._sets, self.capacity, max_new_tokens,
             compute_dtype(params, config),
         )  # fmt: skip
         self._queue: collections.deque[Served] = collections.deque()
         self._serving: list[Served | None] = [None] * lanes
-        self._turn = asyncio.Lock()
+        self._door = threading.Lock()  # of the queue: requests may come while another thread runs a step
+        self._running, self._inside = threading.RLock(), False
+        self._turn: tuple[Any, asyncio.Lock] | None = None
 
     def submit(
         self,
@@ -174,8 +178,6 @@ class Engine:
           InputError: what `generate` refuses, more than the engine has room for, or a full queue; nothing is queued.
         """
         most = self.usable if max_new_tokens is None else max_new_tokens
-        if len(self._queue) >= self.max_queue:
-            raise InputError(f"Engine: max_queue = {self.max_queue} requests are waiting; run the engine first")
         rule = self.rule if exit_rule is None else exit_rule
         row, (prompt,) = as_requests(
             self.config, [prompt], most, num_steps=self.num_steps if num_steps is None else num_steps, exit_rule=rule,
@@ -187,7 +189,7 @@ class Engine:
             raise InputError(
                 f"prompt: {prompt.size} tokens + max_new_tokens = {most} exceed the engine's capacity = {self.capacity}"
             )
-        if self._policy.recurrences is None and int(row.num_steps[0]) > self._sets:
+        if self._policy.sets(int(row.num_steps[0])) > self._sets:
             raise InputError(f"num_steps = {num_steps}: the engine's cache keeps {self._sets} recurrences")
         if not _same_kind(row.rule, self._idle.rule):
             kind = None if self.rule is None else self.rule.kind
@@ -195,8 +197,13 @@ class Engine:
         if row.sampling.stop_tokens.shape != self._idle.sampling.stop_tokens.shape:
             width = self._idle.sampling.stop_tokens.shape[1]
             raise InputError(f"Sampling.stop_tokens: the engine serves at most {width} per request")
+        if row.keys.dtype != self._idle.keys.dtype:
+            raise InputError(f"key: {row.keys.dtype}, but this engine's are {self._idle.keys.dtype}")
         served = Served(prompt, most, row, self, _on_token=on_token)
-        self._queue.append(served)
+        with self._door:
+            if sum(not s.done for s in self._queue) >= self.max_queue:
+                raise InputError(f"Engine: max_queue = {self.max_queue} requests are waiting; run the engine first")
+            self._queue.append(served)
         return served
 
     def run(self) -> None:
@@ -205,22 +212,43 @@ class Engine:
             pass
 
     def step(self) -> bool:
-        """Admit what fits, run some ticks, deliver tokens. False when there was nothing to do."""
+        """Admit what fits, run some ticks, deliver tokens. False when there was nothing to do.
+
+        Threads take turns. A listener may submit and cancel, but not run the engine that calls it.
+        """
+        with self._running:
+            if self._inside:
+                raise InputError("Engine: called from on_token; a listener cannot run the engine that calls it")
+            self._inside = True
+            try:
+                return self._step()
+            finally:
+                self._inside = False
+
+    def _step(self) -> bool:
         alive = np.asarray([s is not None and not s.done for s in self._serving])
         self._serving = [s if a else None for s, a in zip(self._serving, alive, strict=True)]
-        self._queue = collections.deque(s for s in self._queue if not s.done)
         while self._admit():
             pass
         if not any(self._serving):
             return False
         alive = np.asarray([s is not None for s in self._serving])
-        wake = min(len(self._queue), self._group) or len(alive) + 1
+        # Stop as soon as the next group finds its lanes: some may be free already.
+        waiting = min(len(self._queue), self._group)
+        wake = max(waiting - int((~alive).sum()), 1) if waiting else len(alive) + 1
         self._lanes = advance(
             self.params, self.config, self._lanes, jnp.asarray(alive), jnp.int32(self._ticks), jnp.int32(wake),
             width=self._group, every=self._every, warm_start=self._ask["warm_start"],
         )  # fmt: skip
         self._deliver()
         return True
+
+    def _consumers_turn(self) -> asyncio.Lock:
+        """Lets one consumer at a time keep the engine going. Such locks belong to an event loop; engines do not."""
+        loop = asyncio.get_running_loop()
+        if self._turn is None or self._turn[0] is not loop:
+            self._turn = loop, asyncio.Lock()
+        return self._turn[1]
 
     @property
     def usage(self) -> Usage:
@@ -231,25 +259,30 @@ class Engine:
     def _admit(self) -> bool:
         """Prefill a group and give it lanes, once as many lanes are free as the group needs."""
         free = [lane for lane, s in enumerate(self._serving) if s is None]
-        size = min(len(self._queue), self._group)
-        if size == 0 or len(free) < size:
-            return False
-        group = [self._queue.popleft() for _ in range(size)]
+        with self._door:
+            self._queue = collections.deque(s for s in self._queue if not s.done)
+            size = min(len(self._queue), self._group)
+            if size == 0 or len(free) < size:
+                return False
+            group = [self._queue.popleft() for _ in range(size)]
         rest = self._group - size  # rows that nobody asked for: no tokens, and a lane that does not exist
         tokens, given = padded([s.prompt for s in group] + [np.zeros(0, np.int32)] * rest, self.config.max_length)
         lengths = np.asarray(given, np.int32)
         lane = np.asarray(free[:size] + [len(self._serving)] * rest, np.int32)
         most = np.asarray([s.max_new_tokens for s in group] + [1] * rest, np.int32)
-        for i, s in enumerate(group):
-            self._serving[free[i]] = s
         request = _stack([s._row for s in group] + [self._idle] * rest)
-        progress, prompt_steps = begin(
-            self.params, self.config, jnp.asarray(tokens), jnp.asarray(lengths), request, self._policy, self._sets,
-            tokens.shape[1], 1, self._ask["prefill_exit"], self._ask["warm_start"],
-        )  # fmt: skip
-        depth = np.asarray(prompt_steps)
+        try:
+            progress, prompt_steps = begin(
+                self.params, self.config, jnp.asarray(tokens), jnp.asarray(lengths), request, self._policy, self._sets,
+                tokens.shape[1], 1, self._ask["prefill_exit"], self._ask["warm_start"],
+            )  # fmt: skip
+            depth = np.asarray(prompt_steps)
+        except Exception as error:  # such as too little memory for prompts of that length: the lanes are untouched
+            for s in group:
+                s.error, s.done = error, True
+            return True
         for i, s in enumerate(group):
-            s.prompt_steps = depth[i, : s.prompt.size]
+            self._serving[free[i]], s.prompt_steps = s, depth[i, : s.prompt.size]
         self._lanes = insert(
             self.params, self.config, self._lanes, progress, jnp.asarray(lengths), request, jnp.asarray(most),
             jnp.asarray(lane),
@@ -272,7 +305,8 @@ class Engine:
                         served._on_token(served.tokens[-1], served.steps[-1])
                     except Exception as error:  # whatever a listener does wrong is its own request's business
                         served.error, served.done = error, True
-                        break
+                if served.done:  # or it has cancelled itself
+                    break
             if not busy[lane]:
                 served.done, self._serving[lane] = True, None
 
