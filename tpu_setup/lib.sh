@@ -19,7 +19,11 @@ finish() {
 }
 trap finish EXIT
 
-say() { printf '%s\n' "$*" >&2; }
+say() {
+  local mark=''
+  [[ $DRY_RUN != 1 || $* == error:* ]] || mark='(dry run) '
+  printf '%s\n' "$mark$*" >&2
+}
 die() { # wrong input: trying again cannot help
   say "error: $*"
   exit 2
@@ -98,7 +102,7 @@ show_settings() {
   local name line="$CONFIG:"
   [[ -z ${QUIET:-} ]] || return 0
   for name in $NAMES; do line+=" $name=${!name:-''}"; done
-  say "$line"
+  printf '%s\n' "$line" >&2
 }
 
 settings() {

@@ -77,5 +77,5 @@ while :; do
     unreachable) trouble "its workers do not answer" ;;
   esac
   alive=0
-  [[ $DRY_RUN != 1 ]] || end 0 "(dry run: it would look again every minute)"
+  [[ $DRY_RUN != 1 ]] || end 0 "it would look again every minute, and act on what it finds"
 done
