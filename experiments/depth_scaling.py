@@ -79,9 +79,8 @@ RECIPES = {
         learning_rate=2e-3, steps=1500,
     ),
     "parity": Recipe(
-        train=(WordProblem("Z2", 32),),
-        tests={f"length {T}": (WordProblem("Z2", T),) for T in (32, 64)},
-        learning_rate=2e-3, steps=920,
+        train=(WordProblem("Z2", 16),),
+        tests={f"length {T}": (WordProblem("Z2", T),) for T in (16, 32)},
     ),
     "expressions": Recipe(
         train=(Expression(8),),
@@ -89,14 +88,14 @@ RECIPES = {
         learning_rate=2e-3, batch_size=48,
     ),
     "pointers": Recipe(
-        train=(PointerChasing(8, 16),),
-        tests={f"{h} hops": (PointerChasing(h, 16),) for h in (8, 15)},
+        train=(PointerChasing(4, 12),),
+        tests={f"{h} hops": (PointerChasing(h, 12),) for h in (4, 8)},
         learning_rate=2e-3, batch_size=48,
     ),
     "reachability": Recipe(
         train=(Reachability(2), Reachability(4), Reachability(6)),
         tests={f"distance {d}": (Reachability(d),) for d in (6, 12)},
-        learning_rate=2e-3, batch_size=48,
+        learning_rate=2e-3, batch_size=32,
     ),
     "sudoku": Recipe(
         train=(Sudoku(2), Sudoku(4), Sudoku(6), Sudoku(8)),
@@ -104,12 +103,12 @@ RECIPES = {
             "2 to 8 blanks": (Sudoku(2), Sudoku(4), Sudoku(6), Sudoku(8)),
             "9 to 11 blanks": (Sudoku(9), Sudoku(10), Sudoku(11)),
         },
-        learning_rate=2e-3,
+        learning_rate=2e-3, batch_size=32,
     ),
     "addition": Recipe(
         train=(Addition(5, 6),),
         tests={f"{n} digits": (Addition(5, n),) for n in (6, 18)},
-        learning_rate=2e-3, batch_size=48,
+        learning_rate=2e-3, batch_size=32,
     ),
     "mazes": Recipe(
         train=(Maze(2), Maze(3)),
@@ -206,7 +205,7 @@ def bars(rows: list[dict[str, Any]], depths: tuple[int, ...]) -> dict[str, tuple
         "last quarter of 16, r=12": (last_quarter(12), ">= .97"),
         "length 16, change from r=12 to r=64": (round(abs(accuracy(16, 64) - accuracy(16, 12)), 4), "<= .01"),
         "length 32, gain from r=4 to r=16": (round(accuracy(32, 16) - accuracy(32, 4), 4), ">= .18"),
-        "KL exit of sequences of 16, loss of accuracy": (-kept, "<= .005"),
+        "KL exit of sequences of 16, loss of accuracy": (0.0 - kept, "<= .005"),
         "KL exit, steps at length 16 / steps at length 2": (ratio, ">= 2.5"),
         "most processor seconds of a seed": (max(row["processor_seconds"] for row in rows), "<= 120"),
         "most compiled training steps of a seed": (max(row["programs"] for row in rows), "<= 1"),
@@ -235,7 +234,7 @@ def picture(path: Path, name: str, recipe: Recipe, rows: list[dict[str, Any]]) -
         some = range(0, len(hard), max(1, len(hard) // 8))
         axes.set_yticks(some, [str(hard[i]) for i in some])
         axes.set(title=f"{name}, {test}", xlabel="recurrences r", ylabel="difficulty")
-    upper.colorbar(image, ax=upper.axes, label=f"accuracy, mean of {len(rows)} seeds")
+    upper.colorbar(image, ax=upper.axes, label=f"accuracy (seeds: {len(rows)})")
     curves, exits = lower.subplots(1, 2)
     for colour, test in zip(("#0072B2", "#D55E00", "#009E73"), tests, strict=False):
         for row in rows:

@@ -31,14 +31,14 @@ def test_quick_run(tmp_path, monkeypatch):
     (row,) = found["seeds"]
     assert found["failed_seeds"] == [3]  # twelve steps teach nothing, and that is said
     (test,) = row["tests"].values()
-    assert set(test["by_difficulty"]) == {str(h) for h in range(1, 16)}
-    assert test["answers"] == 64 * 15
+    assert set(test["by_difficulty"]) == {str(h) for h in range(1, 9)}
+    assert test["answers"] == 64 * 8
     assert set(test["exits"]["kl 5e-4, per sequence"]["steps_by_difficulty"]) == set(test["by_difficulty"])
     assert row["programs"] == 1
     assert table.with_suffix(".png").stat().st_size > 10_000
     folder = tmp_path / "runs/quick/pointers_seed3"
     params, config = rdlm.load_checkpoint(folder)
-    assert config.vocab_size == params["wte"].shape[0] == 18
+    assert config.vocab_size == params["wte"].shape[0] == 14
     assert read_config(folder).seed == 3
     assert {(m["n"], m["k"]) for m in read_metrics(folder)} != {(4, 4)}  # depths are drawn
 
