@@ -18,6 +18,7 @@ from jax import Array, lax
 
 from rdlm.attention import HIDDEN
 from rdlm.config import CachePolicy, ModelConfig
+from rdlm.memory import stored_width
 
 
 class KeyValue(NamedTuple):
@@ -35,7 +36,8 @@ class KeyValue(NamedTuple):
 class Cache:
     """Everything later tokens need of earlier ones.
 
-    prelude, coda: one KeyValue [B, T, .] per layer. core: one KeyValue [S, B, T, .] per layer.
+    prelude, coda: one KeyValue [B, T, .] per layer. core: one KeyValue [S, B, T, .] per layer. The last axis may be
+    wider than the keys or values in it, see `rdlm.memory.stored_width`.
     length: int32 [B], tokens held per row. depth: int32 [B, T], recurrences each of them ran.
     """
 
@@ -80,7 +82,11 @@ def allocate(config: ModelConfig, policy: CachePolicy, sets: int, batch: int, ca
     """An empty cache with room for `capacity` positions and `sets` core sets per layer."""
 
     def layers(count: int, *lead: int) -> tuple[KeyValue, ...]:
-        return tuple(zeros(config, (*lead, batch, capacity), dtype) for _ in range(count))
+        one = jax.eval_shape(lambda: zeros(config, (*lead, batch, capacity), dtype))
+        return tuple(
+            jax.tree.map(lambda x: jnp.zeros((*x.shape[:-1], stored_width(x.shape[-1])), dtype), one)
+            for _ in range(count)
+        )
 
     return Cache(
         layers(config.prelude_layers),
@@ -120,6 +126,32 @@ def write_set(own: tuple[KeyValue, ...], new: tuple[KeyValue, ...], i: Array) ->
     return jax.tree.map(lambda x, y: lax.dynamic_update_index_in_dim(x, y, i % sets, 0), own, new)
 
 
+def write(target: Array, new: Array, row: Array, position: Array, sets: Array | None = None) -> Array:
+    """Write tokens into the cache in place; those with row B or a position of T or more are dropped.
+
+    Args:
+      target: [B, T, F], or [S, B, T, F].
+      new: [..., F], and with four axes in `target` either the same for `sets`, or [S, ..., F] for all of them.
+      row, position: int32, of shapes that broadcast to new's [...].
+      sets: int32 [...], the one set to write to.
+    """
+    # One index over the flattened leading axes: with several, compilers for TPU turn the whole cache around first.
+    *lead, B, T, F = target.shape
+    row, position = jnp.broadcast_arrays(row, position)
+    index = jnp.where((row < B) & (position < T), row * T + position, target.size // F)
+    if sets is not None:
+        index = index + sets * (B * T)
+    elif lead:
+        index = index[None] + (B * T) * jnp.arange(lead[0]).reshape(-1, *(1,) * index.ndim)
+    flat = target.reshape(-1, F).at[index].set(_wide(new, target), mode="drop")
+    return flat.reshape(target.shape)
+
+
+def _wide(new: Array, target: Array) -> Array:
+    """`new` in the dtype and width of `target`."""
+    return jnp.pad(new.astype(target.dtype), [(0, 0)] * (new.ndim - 1) + [(0, target.shape[-1] - new.shape[-1])])
+
+
 def append(cache: Cache, own: Own, steps: Array, ran: Array, start: Array, count: Array) -> Cache:
     """Write a pass of L tokens behind what each row holds.
 
@@ -138,11 +170,9 @@ def append(cache: Cache, own: Own, steps: Array, ran: Array, start: Array, count
         if jnp.ndim(start) == 0:
             index: list[Array | int] = [0] * target.ndim
             index[lead + 1] = start
-            return lax.dynamic_update_slice(target, new.astype(target.dtype), index)
-        L, B = new.shape[lead + 1], new.shape[lead]
-        rows, columns = jnp.arange(B)[:, None], start[:, None] + jnp.arange(L)[None]
-        where = (slice(None),) * lead + (rows, columns)
-        return target.at[where].set(new.astype(target.dtype), mode="drop")
+            return lax.dynamic_update_slice(target, _wide(new, target), index)
+        rows, columns = jnp.arange(new.shape[lead])[:, None], start[:, None] + jnp.arange(new.shape[lead + 1])[None]
+        return write(target, new, rows, columns)
 
     def filled(new: Array) -> Array:
         return new if sets == 1 else jnp.take(new, source, axis=0)
@@ -152,7 +182,7 @@ def append(cache: Cache, own: Own, steps: Array, ran: Array, start: Array, count
         prelude=jax.tree.map(lambda t, n: put(t, n, 0), cache.prelude, own.prelude),
         core=jax.tree.map(lambda t, n: put(t, filled(n), 1), cache.core, own.core),
         coda=jax.tree.map(lambda t, n: put(t, n, 0), cache.coda, own.coda),
-        depth=put(cache.depth, steps, 0),
+        depth=put(cache.depth[..., None], steps[..., None], 0)[..., 0],
         length=start + count if jnp.ndim(start) else jnp.where(count > 0, start + count, cache.length),
     )
 

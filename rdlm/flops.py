@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rdlm.config import CachePolicy, ModelConfig
+from rdlm.memory import stored_width
 
 PEAK_FLOPS = {
     "TPU v4": 275e12,
@@ -96,10 +97,19 @@ def training_flops(config: ModelConfig, n: float, k: float, length: int) -> floa
     return (n + 3 * k) * core_flops(config, length) + 3 * outer_flops(config, length)
 
 
+def key_value_bytes(config: ModelConfig, itemsize: int) -> int:
+    """Bytes of one token's keys and values in one set of one layer (21,120 for huginn_3p5b in bf16)."""
+    return sum(_key_value_widths(config)) * itemsize
+
+
+def _key_value_widths(config: ModelConfig) -> tuple[int, int]:
+    keys = config.num_heads if config.qk_bias else config.kv_heads
+    return keys * config.head_dim, config.kv_heads * config.head_dim
+
+
 def cache_bytes(
     config: ModelConfig, policy: CachePolicy, num_steps: int, batch: int, capacity: int, itemsize: int
 ) -> int:
     """Bytes of the keys and values that `rdlm.cache.allocate` makes (positions' depths and lengths not counted)."""
     slots = config.prelude_layers + config.core_layers * policy.sets(num_steps) + config.coda_layers
-    heads = (config.num_heads if config.qk_bias else config.kv_heads) + config.kv_heads
-    return slots * batch * capacity * heads * config.head_dim * itemsize
+    return slots * batch * capacity * sum(map(stored_width, _key_value_widths(config))) * itemsize

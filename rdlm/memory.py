@@ -1,4 +1,4 @@
-"""What is stored between the forward and the backward pass, and how the CPU process holds on to its memory."""
+"""What is stored between the forward and the backward pass, how wide a cache is, and what a CPU process frees."""
 
 from __future__ import annotations
 
@@ -30,6 +30,15 @@ def recomputed(step: Callable[..., Any], everything: bool) -> Callable[..., Any]
     policies = jax.checkpoint_policies
     policy = policies.nothing_saveable if everything else policies.save_only_these_names(KEPT)
     return jax.checkpoint(step, prevent_cse=False, policy=policy)
+
+
+def stored_width(width: int) -> int:
+    """Columns that keys or values of `width` elements take in the cache.
+
+    Large ones fill whole tiles of 128 columns, as a TPU stores them anyway (5280 becomes 5376): left ragged, its
+    compilers keep the cache turned around, with a copy of it on the way in and out of every program.
+    """
+    return width if width < 1024 else -(-width // 128) * 128
 
 
 def reuse_freed_memory() -> None:

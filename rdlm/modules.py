@@ -137,6 +137,8 @@ class SelfAttention(nn.Module):
         # Columns are grouped by key head: G query heads, then their key, then their value. So the one matrix the
         # reference calls Wqkv (its optimizer scales updates per tensor) still splits over devices by whole heads.
         qkv = linear(x, weight(self, "qkv", (D, K * (G + 2) * Q), std, ("embed", "heads"), dtype))
+        if past is not None:
+            qkv = jax.lax.optimization_barrier(qkv)  # or a TPU compiler splits the matrix by heads: a padded copy of it
         qkv = qkv.reshape(B, L, K, G + 2, Q)
         q, k, v = qkv[:, :, :, :G].reshape(B, L, H, Q), qkv[:, :, :, G], qkv[:, :, :, G + 1]
         if cfg.qk_bias:
@@ -150,8 +152,10 @@ class SelfAttention(nn.Module):
         if past is None or ctx.past_bias is None:
             mixed = attend(q, *own_heads)
         else:
-            T = past.k.shape[1]
-            mixed = attend_past(q, own_heads, (past.k.reshape(B, T, -1, Q), past.v.reshape(B, T, K, Q), ctx.past_bias))
+            T = past.k.shape[1]  # and the cache may be wider than what it holds
+            past_k = past.k[..., : own.k.shape[-1]].reshape(B, T, -1, Q)
+            past_v = past.v[..., : own.v.shape[-1]].reshape(B, T, K, Q)
+            mixed = attend_past(q, own_heads, (past_k, past_v, ctx.past_bias))
         return linear(mixed, weight(self, "proj", (H * Q, D), out_std, ("heads", "embed"), dtype)), own
 
 

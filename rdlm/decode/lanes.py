@@ -19,7 +19,7 @@ from jax import Array, lax
 
 from rdlm import exits
 from rdlm.attention import HIDDEN
-from rdlm.cache import Cache, KeyValue, allocate, past_bias
+from rdlm.cache import Cache, KeyValue, allocate, past_bias, write
 from rdlm.config import CachePolicy, ModelConfig
 from rdlm.decode.loop import Progress, token_keys
 from rdlm.decode.requests import Request
@@ -135,7 +135,7 @@ def _tick(params, config: ModelConfig, p: Lanes) -> Lanes:
     mine = ctx
     if cache.policy.lookup == "skip":
         mine = ctx._replace(past_bias=seen + jnp.where(cache.depth > p.ran[:, None], 0.0, HIDDEN)[:, None])
-    past = jax.tree.map(lambda x: x[0] if cache.sets == 1 else x[m, lane], cache.core)
+    past = jax.tree.map(lambda x: x[0] if cache.sets == 1 else _windows(x, m, lane), cache.core)
     s = p.s
     if config.test_time_noise:
         s = jax.vmap(lambda s, i, k, at: noisy(params, config, s[None], i, k[None], at[None, None])[0])(
@@ -143,7 +143,7 @@ def _tick(params, config: ModelConfig, p: Lanes) -> Lanes:
         )
     s, own = core_step(params, config, s, p.injected, mine, past)
     at = jnp.where(p.iterating, cache.length, cache.capacity)  # beyond the end: dropped
-    core = jax.tree.map(lambda x, y: x.at[m, lane, at].set(y[:, 0], mode="drop"), cache.core, own)
+    core = jax.tree.map(lambda x, y: write(x, y[:, 0], lane, at, m), cache.core, own)
     p = p._replace(
         cache=dataclasses.replace(cache, core=core),
         s=jnp.where(p.iterating[:, None, None], s, p.s),
@@ -157,6 +157,11 @@ def _tick(params, config: ModelConfig, p: Lanes) -> Lanes:
         rule_state, exited = _look(params, config, p, ctx)
         p, stop = p._replace(rule=rule_state), stop | exited
     return p._replace(iterating=p.iterating & ~stop)
+
+
+def _windows(x: Array, m: Array, lane: Array) -> Array:
+    """Set m [B] of every lane: [S, B, T, F] -> [B, T, F]."""
+    return x.reshape(-1, *x.shape[2:])[m * lane.size + lane]
 
 
 def _look(params, config: ModelConfig, p: Lanes, ctx) -> tuple[Any, Array]:
@@ -197,8 +202,9 @@ def _flush(params, config: ModelConfig, p: Lanes, *, width: int, warm_start) -> 
     request, count = jax.tree.map(lambda x: x[row], p.request), p.count[row]
     token = choose(logits, p.present[row], request.sampling, token_keys(request, count))
     # Sets that the token never reached hold what it wrote last.
-    sets = jnp.arange(p.cache.sets)[:, None]
-    core = jax.tree.map(lambda x: x[jnp.minimum(sets, ran[None] - 1), row[None], position[None]], p.cache.core)
+    wrote = jnp.minimum(jnp.arange(p.cache.sets)[:, None], ran[None] - 1)
+    index = (wrote * B + row[None]) * p.cache.capacity + position[None]
+    core = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1])[index], p.cache.core)
     done = stops(token, request.sampling) | (count + 1 >= p.most[row])
     left = _Exit(core, jax.tree.map(lambda x: x[:, 0], coda), ran, token, done)
     warm = {"normalized": z, "raw": s}.get(warm_start)
@@ -222,8 +228,8 @@ def _apply(p: Lanes, lane: Array, left: _Exit, entry: _Entry) -> Lanes:
     at, count = cache.length[row], p.count[row]
     cache = dataclasses.replace(
         cache,
-        core=jax.tree.map(lambda x, y: x.at[:, lane, at].set(y, mode="drop"), cache.core, left.core),
-        coda=jax.tree.map(lambda x, y: x.at[lane, at].set(y, mode="drop"), cache.coda, left.coda),
+        core=jax.tree.map(lambda x, y: write(x, y, lane, at), cache.core, left.core),
+        coda=jax.tree.map(lambda x, y: write(x, y, lane, at), cache.coda, left.coda),
         depth=cache.depth.at[lane, at].set(left.depth, mode="drop"),
         length=cache.length.at[lane].add(1, mode="drop"),
     )
@@ -244,9 +250,7 @@ def _begin(p: Lanes, lane: Array, entry: _Entry) -> Lanes:
     def put(target: Any, rows: Any) -> Any:
         return jax.tree.map(lambda x, y: x.at[lane].set(y, mode="drop"), target, rows)
 
-    prelude = jax.tree.map(
-        lambda x, y: x.at[lane, entry.position].set(y, mode="drop"), p.cache.prelude, entry.prelude
-    )  # fmt: skip
+    prelude = jax.tree.map(lambda x, y: write(x, y, lane, entry.position), p.cache.prelude, entry.prelude)
     return p._replace(
         cache=dataclasses.replace(p.cache, prelude=prelude),
         s=put(p.s, entry.s),
@@ -263,19 +267,18 @@ def insert(params, config, lanes, progress: Progress, lengths, request: Request,
     held, cache = progress.cache, lanes.cache
     columns = jnp.arange(held.capacity)[None]
 
-    def put(lead: int, target: Any, rows: Any) -> Any:
-        where = (slice(None),) * lead + (lane[:, None], columns)
-        return jax.tree.map(lambda x, y: x.at[where].set(y, mode="drop"), target, rows)
+    def put(target: Any, rows: Any) -> Any:
+        return jax.tree.map(lambda x, y: write(x, y, lane[:, None], columns), target, rows)
 
     def row(target: Any, rows: Any) -> Any:
         return jax.tree.map(lambda x, y: x.at[lane].set(y, mode="drop"), target, rows)
 
     cache = dataclasses.replace(
         cache,
-        prelude=put(0, cache.prelude, held.prelude),
-        core=put(1, cache.core, held.core),
-        coda=put(0, cache.coda, held.coda),
-        depth=put(0, cache.depth, held.depth),
+        prelude=put(cache.prelude, held.prelude),
+        core=put(cache.core, held.core),
+        coda=put(cache.coda, held.coda),
+        depth=put(cache.depth[..., None], held.depth[..., None])[..., 0],
         length=row(cache.length, lengths),
     )
     lanes = lanes._replace(

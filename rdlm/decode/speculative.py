@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from rdlm.cache import Cache
+from rdlm.cache import Cache, zeros
 from rdlm.config import CachePolicy, InputError, ModelConfig, Speculative
 from rdlm.decode.loop import Progress, token_keys
 from rdlm.decode.passes import run_pass
@@ -96,7 +96,11 @@ def _round(
     inputs, drafts, states = (x.swapaxes(0, 1) for x in (inputs, drafts, states))  # [B, L, ...]
     # The drafts' own keys and values, read back from where they were appended; then the cache forgets them.
     where = start[:, None] + jnp.arange(L)[None]
-    core = jax.tree.map(lambda x: x[:, rows[:, None], where], cache.core)
+    widths = jax.eval_shape(lambda: zeros(config, (), jnp.float32))
+    core = tuple(
+        jax.tree.map(lambda x, like: x[:, rows[:, None], where, : like.shape[-1]], layer, widths)
+        for layer in cache.core
+    )
     cache = _rewind(cache, start)
     checked, cache = run_pass(
         params, config, cache, inputs, jnp.where(p.done, 0, L), first=False, state=states,
