@@ -36,7 +36,7 @@ class Observation(NamedTuple):
     """What a rule may look at after a recurrence.
 
     state: [B, L, D] raw latent state s. logits: f32 [B, L, V], or None unless the rule needs them.
-    step: int32 scalar, recurrences run so far.
+    step: int32, recurrences run so far: a scalar, or [B, 1] where rows differ (`rdlm.Engine`).
     """
 
     state: Array

@@ -85,12 +85,16 @@ class Oracle:
         self.held = {}  # (layer, position) -> {set: (k [H, Q], v [H, Q])}
 
     def process(
-        self, tokens, s0, num_steps, rule=None, threshold=None, min_steps=0, check_every=1, follow=None, close=1e-3
-    ):
+        self, tokens, s0, num_steps, rule=None, threshold=None, min_steps=0, check_every=1, follow=None, close=1e-3,
+        gate=None, twice=False, together=False,
+    ):  # fmt: skip
         """Process `tokens` together behind those held.
 
         s0: [L, D]. num_steps: most recurrences, one number or one per token. rule: a name of `latest_value`.
         follow: steps [L] to follow in decisions closer than `close` (relative) to the threshold.
+        gate: the rule is evaluated at checks where ||s - s at the check before|| / ||s|| is below; None: at all.
+        twice: stop when the rule would at two evaluations in a row. together: all stop with the last token, which
+        alone is asked.
         """
         cfg, L = self.config, len(tokens)
         at = np.arange(self.length, self.length + L)
@@ -100,7 +104,9 @@ class Oracle:
         for layer in range(cfg.prelude_layers):
             e = self._block(f"prelude_{layer}", 0, e, at)
         s, steps, active = np.array(s0, np.float64), np.zeros(L, int), np.ones(L, bool)
+        # What the rule has seen of every token: states and logits, the state at the last check, would it have stopped?
         states, looks = [[x.copy()] for x in s], [[] for _ in s]
+        checked, before, behind = s.copy(), np.zeros(L, bool), np.zeros(L, bool)
         decisions = near = 0
         for i in range(max(num_steps)):
             on = np.flatnonzero(active)
@@ -110,25 +116,35 @@ class Oracle:
             keep = i if self.policy.recurrences is None else i % self.policy.recurrences
             for layer in range(cfg.core_layers):
                 x = self._block(f"core_{layer}", keep, x, at[on])
-            s[on], steps[on] = x, steps[on] + 1
+            s[on], steps[on], behind[on] = x, steps[on] + 1, True
             if rule is not None and i >= min_steps and (i - min_steps) % check_every == 0:
-                logits = self._logits(s[on], at[on])
-                for row, t in enumerate(on):
+                asked = on[-1:] if together else on
+                if gate is not None:
+                    moved = np.linalg.norm(s[asked] - checked[asked], axis=-1) / np.linalg.norm(s[asked], axis=-1)
+                    checked[asked] = s[asked]
+                    decisions, near = decisions + len(asked), near + np.sum(np.abs(moved - gate) < close * gate)
+                    asked = asked[moved < gate]
+                if len(asked):  # the coda catches up with every state that has changed
+                    late = np.flatnonzero(behind)
+                    logits = dict(zip(late, self._logits(s[late], at[late]), strict=True))
+                    behind[:] = False
+                for t in asked:
                     states[t].append(s[t].copy())
-                    looks[t].append(logits[row])
+                    looks[t].append(logits[t])
                     with np.errstate(all="ignore"):
                         value = latest_value(rule, np.array(states[t]), np.array(looks[t]))
                     if rule == "argmax_stability":
                         stop = value >= threshold
-                        best = np.sort(logits[row])
+                        best = np.sort(logits[t])
                         hard = best[-1] - best[-2] < 1e-4
                     else:
                         stop = value < threshold
                         hard = abs(value - threshold) < close * threshold
+                    stop, before[t] = stop and (before[t] or not twice), stop
                     decisions, near = decisions + 1, near + hard
                     if hard and follow is not None:
                         stop = follow[t] == steps[t]
-                    active[t] &= not stop
+                    active[slice(None) if together else t] &= not stop
             active &= steps < num_steps
         return Processed(self._logits(s, at), s, steps, decisions, near)
 

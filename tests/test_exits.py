@@ -145,6 +145,42 @@ def test_kl_stays_accurate_where_it_is_tiny():
     assert np.abs(naive / exact - 1).max() > 0.01
 
 
+@pytest.mark.parametrize("kind", RULES)
+def test_twice_wants_two_looks_in_a_row(kind):
+    states, logits = draws()
+    plain = values(RULES[kind](), states, logits)
+    rule = RULES[kind](float(np.nanmedian(plain)))
+    once = np.asarray(exits.exits(rule, plain))
+    again = np.concatenate([np.zeros_like(once[:1]), once[:-1]])
+    in_a_row, pauses = once & again, once & ~again
+    for asked, expected in (
+        (exits.twice(rule), in_a_row),
+        (exits.twice(exits.twice(rule)), in_a_row & np.roll(again, 1, 0)),
+    ):
+        found = values(asked, states, logits)
+        np.testing.assert_array_equal(exits.exits(asked, found), expected)
+    assert np.any(in_a_row)
+    assert np.any(pauses)  # where `rule` alone would have stopped
+
+
+def test_twice_of_equal_rules_is_one_program():
+    def structure(rule):
+        return jax.tree.structure(exits.twice(rule))
+
+    assert structure(exits.kl(0.1)) == structure(exits.kl(0.2))
+    assert structure(exits.min_p_kl(min_p=0.2)) == structure(exits.min_p_kl(0.1, min_p=0.2))
+    others = [exits.kl(), exits.min_p_kl(), exits.min_p_kl(min_p=0.2), exits.gated_kl(), exits.twice(exits.kl())]
+    assert len({structure(rule) for rule in others}) == len(others)
+
+
+@pytest.mark.parametrize("gate", [-0.1, float("nan"), np.array([0.1, -1.0])], ids=str)
+def test_bad_gates_are_refused(gate):
+    with pytest.raises(InputError, match=r"exits\.gated_kl: gate: threshold"):
+        exits.gated_kl(gate_threshold=gate)
+    with pytest.raises(InputError, match=r"exits\.gated_kl: threshold"):
+        exits.gated_kl(gate)
+
+
 TINY = ModelConfig(
     vocab_size=V, embed_dim=D, num_heads=2, mlp_dim=8, prelude_layers=1, core_layers=1, coda_layers=1, max_length=16
 )

@@ -122,8 +122,10 @@ def adaptive_pass(
         assert rule is not None
         logits, coda, fresh = None, c.coda, c.fresh
         if rule.needs_logits:
-            logits, _, coda = read(c.s, c.coda, ~c.fresh, by_last)
-            fresh = jnp.ones_like(c.fresh)
+            # Only rows with a token that is due: what a stopped token shows in the coda must not depend on other rows.
+            asked = jnp.any(due, axis=1, keepdims=True)
+            logits, _, coda = read(c.s, c.coda, ~c.fresh & asked, by_last)
+            fresh = c.fresh | asked
         shown = Observation(at_last(c.s) if by_last else c.s, logits, i)
         state, value = exits.update(rule, c.rule, shown)
         if together and not by_last:
