@@ -18,7 +18,11 @@ BILLED=perhaps # whatever ends this script early
 end() { # CODE MESSAGE
   say "$id: $2"
   if (($1 != 0)) && [[ $(node_state 2>/dev/null) == READY ]]; then "$HERE/logs.sh" -n 30 || true; fi
-  if [[ $WHEN_DONE == delete ]]; then "$HERE/delete.sh" --force && BILLED=''; fi
+  if [[ $WHEN_DONE == delete ]]; then
+    local force=()
+    (($1 != 1)) || force=(--force) # not after a refusal: the TPU may be busy with another run
+    "$HERE/delete.sh" ${force[@]+"${force[@]}"} && BILLED=''
+  fi
   [[ $1 != 0 || -z $BILLED ]] || mention_billing
   exit "$1"
 }

@@ -70,6 +70,8 @@ TABLE = [
              cloud={"queue": "ACTIVE", "node": "READY", "replies": {"status": [LOST] * 3}}, says=("do not answer",)),
     Scenario("ssh fails for ever", [], ["delete"], code=1, says=("do not answer", "gave up after 3 failures"),
              cloud={"queue": "ACTIVE", "node": "READY", "replies": {"status": [LOST] * 9}}),
+    Scenario("busy with another run", [], [], code=2, says=("a run is active", "setup.sh refuses"), billed=True,
+             cloud={"queue": "ACTIVE", "node": "READY", "run": "running", "replies": {"status": [[0, "none", ""]]}}),
     Scenario("over the quota", [], ["create"], code=2, says=("over the quota of my-project", "nothing to delete"),
              cloud={"replies": {"queued-resources create": [QUOTA]}}),
     Scenario("the cloud does not answer once", [{}, {"run": "done"}], [*UP, "delete"],
