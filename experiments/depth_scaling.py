@@ -8,6 +8,12 @@ A model of 132,736 parameters (prelude, core and coda of one layer each) is trai
 with the core run 8 times on average and gradients through the last 4, and read at every depth on instances as long
 and longer. Run folders hold what `rdlm.load_checkpoint` loads; the tables go to experiments/results/ as JSON and PNG.
 A run folder that is finished is read again, not trained again.
+
+Hardware: any; one CPU core trains a seed of S3 in 1.4 to 1.7 minutes of processor time, other tasks take up to 2.5.
+Expected for S3 (the command prints them beside their bars): at 16 letters .46 at r = 1 and .999 from r = 12 on; at 32
+letters .51 at r = 4 and .80 at r = 16; exits that lose nothing and spend three times the steps on the longest words.
+Found: all of that in five seeds of five; behind letter 22 or so no depth helps. What other tasks gave, failures
+included, is in experiments/README.md.
 """
 
 from __future__ import annotations
@@ -26,17 +32,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rdlm.config import DataConfig, InputError, ModelConfig, OptimizerConfig, RunConfig, differences, require
 from rdlm.runtime import parse_arguments, run_command
-from rdlm.tasks import (
-    Addition,
-    Expression,
-    Maze,
-    PointerChasing,
-    Reachability,
-    Sudoku,
-    Task,
-    WordProblem,
-    batch,
-)
+from rdlm.tasks import Expression, PointerChasing, Reachability, Task, WordProblem, batch
 
 if TYPE_CHECKING:
     import numpy as np
@@ -73,11 +69,6 @@ RECIPES = {
         train=(WordProblem("S3", 16),),
         tests={f"length {T}": (WordProblem("S3", T),) for T in (16, 32, 64)},
     ),
-    "s5": Recipe(
-        train=(WordProblem("S5", 16),),
-        tests={f"length {T}": (WordProblem("S5", T),) for T in (16, 32)},
-        learning_rate=2e-3, steps=1500,
-    ),
     "parity": Recipe(
         train=(WordProblem("Z2", 16),),
         tests={f"length {T}": (WordProblem("Z2", T),) for T in (16, 32)},
@@ -97,26 +88,8 @@ RECIPES = {
         tests={f"distance {d}": (Reachability(d),) for d in (6, 12)},
         learning_rate=2e-3, batch_size=32,
     ),
-    "sudoku": Recipe(
-        train=(Sudoku(2), Sudoku(4), Sudoku(6), Sudoku(8)),
-        tests={
-            "2 to 8 blanks": (Sudoku(2), Sudoku(4), Sudoku(6), Sudoku(8)),
-            "9 to 11 blanks": (Sudoku(9), Sudoku(10), Sudoku(11)),
-        },
-        learning_rate=2e-3, batch_size=32,
-    ),
-    "addition": Recipe(
-        train=(Addition(5, 6),),
-        tests={f"{n} digits": (Addition(5, n),) for n in (6, 18)},
-        learning_rate=2e-3, batch_size=32,
-    ),
-    "mazes": Recipe(
-        train=(Maze(2), Maze(3)),
-        tests={f"{n} x {n}": (Maze(n),) for n in (3, 4)},
-        learning_rate=2e-3, batch_size=32,
-    ),
 }  # fmt: skip
-Name = Literal["s3", "s5", "parity", "expressions", "pointers", "reachability", "sudoku", "addition", "mazes"]
+Name = Literal["s3", "parity", "expressions", "pointers", "reachability"]
 LEARNT = 0.95  # accuracy on instances of training's size at the deepest r, below which a seed counts as failed
 
 

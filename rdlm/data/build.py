@@ -78,7 +78,12 @@ def build(
             unfinished.mkdir(parents=True, exist_ok=True)
             with _locked(unfinished, target):
                 _check_settings(unfinished, target, corpus, recipe, tokenizer)
-                shards = _shards(unfinished, corpus, recipe, tokenizer, processes, say)
+                try:
+                    shards = _shards(unfinished, corpus, recipe, tokenizer, processes, say)
+                except BaseException:
+                    if not list((unfinished / "work").glob("shard-*.json")):
+                        shutil.rmtree(unfinished)  # nothing to go on with
+                    raise
                 try:
                     finish(unfinished, shards, recipe, tokenizer, corpus.name, corpus.version)
                 except InputError:  # nothing to go on with: these settings leave a split empty

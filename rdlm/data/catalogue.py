@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import io
 import itertools
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ def dataset(name: str, data_dir: str | Path, manual_dir: str | Path | None = Non
         if base not in known and not (folder / base).is_dir():
             raise InputError(f"tfds = {name!r}: TFDS knows no such dataset.{did_you_mean(base, known)}")
         tfds.disable_progress_bar()
+        logging.getLogger("urllib3").setLevel(logging.ERROR)  # one line when it fails is enough
         with contextlib.redirect_stdout(io.StringIO()):  # its announcement is not ours to print
             builder = _prepared(folder / name)
             if builder is None:

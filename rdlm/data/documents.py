@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import glob
 import gzip
 import io
@@ -23,7 +24,7 @@ import fsspec
 import pyarrow
 import pyarrow.parquet
 
-from rdlm.config import InputError, did_you_mean
+from rdlm.config import InputError
 
 Text = str | list[dict[str, Any]]
 """A document before it is encoded: plain text, or the messages of a conversation."""
@@ -188,7 +189,8 @@ def _find_local(path: str) -> dict[str, int]:
         known = [Path(p) for p in sorted(glob.glob(str(place), recursive=True)) if Path(p).is_file()]
         if not known:
             near = [p.name for p in place.parent.iterdir()] if place.parent.is_dir() else []
-            raise InputError(f"{path}: no such file or folder.{did_you_mean(place.name, near) if near else ''}")
+            close = difflib.get_close_matches(place.name, near, n=1)
+            raise InputError(f"{path}: no such file or folder" + (f"; did you mean {close[0]!r}?" if close else ""))
     return {str(p): _checked(p).stat().st_size for p in known}
 
 
@@ -260,7 +262,7 @@ def _lines_or_files(part: Part, reading: Reading, advance: Callable[[int], None]
             elif part.kind == "text" and reading.document == "blank_line":
                 pieces = _paragraphs(_lines(stream, part, path), part, path)
             else:
-                pieces = ((at, line) for at, line in _lines(stream, part, path) if part.end is None or at < part.end)
+                pieces = _before(part.end, _lines(stream, part, path))
             seen = 0 if part.end is None else part.start
             for at, piece in pieces:
                 with _skipping(reading) as result:
@@ -287,6 +289,14 @@ def _lines(stream: Any, part: Part, path: str) -> Iterator[tuple[int, bytes]]:
     while line := stream.readline(_LARGEST + 1):
         yield at, _limited(line, path, at).rstrip(b"\r\n")
         at += len(line)
+
+
+def _before(end: int | None, lines: Iterator[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
+    """The lines that start before `end`."""
+    for at, line in lines:
+        if end is not None and at >= end:
+            return
+        yield at, line
 
 
 def _paragraphs(lines: Iterator[tuple[int, bytes]], part: Part, path: str) -> Iterator[tuple[int, bytes]]:

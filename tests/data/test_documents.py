@@ -100,7 +100,7 @@ def test_progress_adds_up_to_the_input(tmp_path):
     for part in parts(find([str(path)]), Reading(), 500):
         read_bytes = []
         list(read(part, Reading(), advance=read_bytes.append))
-        assert sum(read_bytes) >= part.size - 100  # a part may end with the line that begins in it
+        assert abs(sum(read_bytes) - part.size) < 200  # a part ends with the line that begins in it
 
 
 def test_conversations_are_lists_of_messages(tmp_path):
@@ -158,7 +158,7 @@ def test_bad_documents_can_be_left_out_and_are_counted(tmp_path):
     ("path", "message"),
     [
         ("nothing", "nothing: no such file or folder"),
-        ("a.txtt", "Did you mean 'a.txt'"),
+        ("a.txtt", "did you mean 'a.txt'"),
         ("b.pdf", "b.pdf: not a known kind of file; known are .txt"),
         ("empty", "empty: no file there ends in .txt"),
         ("*.md", "no such file"),
