@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tensorflow_datasets as tfds
 
-from rdlm.data import factbook
+from rdlm.data import factbook, held_out
 
 
 @pytest.fixture(scope="session")
@@ -23,6 +23,13 @@ def test_the_texts_are_pinned(texts):
     assert sum(len(text.encode()) for text in texts) == 6_883_390
     digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
     assert digest == "1ef5600b43ccc37179750df787b5c76798dbfb8cc5416e022d56832ceee210eb"
+
+
+def test_the_evaluation_text_is_pinned(texts):
+    held = [text for text in texts if held_out(text, 0.05)]  # listed in docs/data.md
+    assert (len(held), sum(len(text.encode()) for text in held)) == (12, 312_993)
+    digest = hashlib.sha256("\0".join(held).encode()).hexdigest()
+    assert digest == "0a61e57f38d29ddf2b5122b288c0684f042586472cdde9381ee59de612221a9f"
 
 
 def test_the_texts_are_plain(texts):
