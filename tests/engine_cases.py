@@ -11,6 +11,7 @@ from oracle import random_params
 from rdlm import exits
 from rdlm.config import CachePolicy, ModelConfig, Sampling
 from rdlm.decode import Engine, generate
+from rdlm.model import cast
 
 TINY = ModelConfig(
     vocab_size=40, embed_dim=16, num_heads=4, num_kv_heads=2, mlp_dim=24, prelude_layers=1, core_layers=1,
@@ -31,6 +32,7 @@ class Kind:
     lanes: int = 8
     every: int = 3
     ticks: int = 5
+    dtype: str = "float32"
 
 
 KINDS = {
@@ -49,16 +51,20 @@ KINDS = {
 }  # fmt: skip
 
 
+EXACT = list(KINDS)
+KINDS["bf16"] = dataclasses.replace(KINDS["latest, kl"], dtype="bfloat16")
+
+
 @functools.cache
-def params():
-    return random_params(TINY, seed=2)
+def params(dtype="float32"):
+    return cast(random_params(TINY, seed=2), dtype)
 
 
 def new_engine(kind, **options):
     k = KINDS[kind]
     rule = None if k.rule is None else k.rule(np.float32(0.1))
     options = k.shared | {"lanes": k.lanes, "flush_every": k.every, "ticks_per_step": k.ticks} | options
-    return Engine(params(), k.config, max_new_tokens=NEW, num_steps=R, exit_rule=rule, **options)
+    return Engine(params(k.dtype), k.config, max_new_tokens=NEW, num_steps=R, exit_rule=rule, **options)
 
 
 engine = functools.cache(new_engine)  # one engine serves all examples: lanes are never clean
@@ -115,7 +121,8 @@ def generated(kind, batch):
     k = KINDS[kind]
     sampling = {f.name: [getattr(ask.sampling, f.name) for ask in batch] for f in dataclasses.fields(Sampling)}
     out = generate(
-        params(), k.config, [ask.prompt for ask in batch], max_new_tokens=NEW, num_steps=[ask.depth for ask in batch],
+        params(k.dtype), k.config, [ask.prompt for ask in batch], max_new_tokens=NEW,
+        num_steps=[ask.depth for ask in batch],
         exit_rule=k.rule and k.rule(np.array([ask.threshold for ask in batch], np.float32)),
         min_steps=[ask.least for ask in batch], sampling=Sampling(**sampling),
         key=jnp.stack([jax.random.key(ask.seed) for ask in batch]), **k.shared,

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from engine_cases import (
+    EXACT,
     KINDS,
     MANY,
     NEW,
@@ -59,30 +60,37 @@ def asks(draw, kind):
     )  # fmt: skip
 
 
-def is_start_of(got, whole):
-    """Whether a request that was cancelled got the beginning of what it would have got."""
-    n = len(got[0])
-    return (got[0], got[1]) == (whole[0][:n], whole[1][:n]) and got[2] in ([], whole[2])
+def agrees(served, whole):
+    """Whether a request got `whole`, or the beginning of it if it was cancelled."""
+    tokens, steps, prompt_steps = outcome(served)
+    n = len(tokens) if served.cancelled else None
+    return (tokens, steps) == (whole[0][:n], whole[1][:n]) and prompt_steps in (
+        [whole[2], []] if n == 0 else [whole[2]]
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EXACT)
 def test_a_request_gets_what_it_gets_alone(kind):
-    depths, cancelled = set(), 0
+    depths, cancelled, close, calls = set(), 0, 0, 0
 
     @settings(max_examples=10)
     @given(st.lists(asks(kind), min_size=MANY, max_size=MANY))
     def check(batch):
-        nonlocal cancelled
+        nonlocal cancelled, close, calls
         served, expected = serve(kind, batch, engine(kind)), generated(kind, batch)
         for i, (ask, s, whole) in enumerate(zip(batch, served, expected, strict=True)):
-            assert i % 3 or alone(kind, ask, engine(kind)) == whole
-            assert is_start_of(outcome(s), whole) if s.cancelled else outcome(s) == whole
+            assert i % 3 or agrees(s, alone(kind, ask, engine(kind)))
+            if not agrees(s, whole):  # thresholds within 1e-3 of a value may decide otherwise in another program
+                nudged = [[dataclasses.replace(a, threshold=a.threshold * f) for a in batch] for f in (0.999, 1.001)]
+                assert any(agrees(s, generated(kind, other)[i]) for other in nudged)
+                close += 1
             assert ask.leaves is not None or not s.cancelled
             depths.update(whole[1])
-            cancelled += s.cancelled
+            cancelled, calls = cancelled + s.cancelled, calls + len(whole[1])
 
     check()
+    assert close <= 0.01 * calls
     assert len(depths) > 4
     assert cancelled > 3
 
@@ -194,3 +202,35 @@ def test_control_a_neighbour_is_read(monkeypatch):
 def test_control_nothing_broken(monkeypatch):
     together, one = broken(monkeypatch)
     assert together == one == sound()
+
+
+@pytest.mark.slow
+def test_agreement_in_bf16(capsys):
+    jax.config.update("jax_disable_most_optimizations", False)  # as in production: roundings depend on what is fused
+
+    def agreement(ours, theirs):
+        """Shares of tokens equal up to a request's first difference, of their steps, and of whole requests."""
+        tokens = [np.cumprod(np.equal(a[0], b[0])).sum() for a, b in zip(ours, theirs, strict=True)]
+        steps = [np.equal(a[1], b[1])[:n].sum() for a, b, n in zip(ours, theirs, tokens, strict=True)]
+        whole = [a == b for a, b in zip(ours, theirs, strict=True)]
+        return sum(tokens) / sum(len(b[0]) for b in theirs), sum(steps) / sum(tokens), np.mean(whole)
+
+    batches = [crowd("bf16", seed) for seed in range(20)]
+
+    def by_engine(kind):
+        return [outcome(s) for batch in batches for s in serve(kind, batch, engine(kind))]
+
+    ours = by_engine("bf16")
+    assert ours[:MANY] == [alone("bf16", ask, engine("bf16")) for ask in batches[0]]  # in one shape exact as ever
+    found = agreement(ours, [whole for batch in batches for whole in generated("bf16", batch)])
+    control = agreement(ours, by_engine("latest, kl"))
+    with capsys.disabled():
+        for name, shares in (("engine and generate, both bf16", found), ("engine, bf16 and f32", control)):
+            print("\n{}: tokens {:.4f}, their steps {:.4f}, whole requests {:.4f}".format(name, *shares))
+    # Where two programs round differently, they do by one bit in 256, so a value must lie that close to its threshold
+    # for another decision. Measured: all tokens, 0.9993 of their steps, 0.9958 of requests; three times as many
+    # differences are granted.
+    assert found[0] >= 0.995
+    assert found[1] >= 0.998
+    assert found[2] >= 0.99
+    assert control[2] < 0.9  # 0.7333: the precision itself matters far more
