@@ -155,7 +155,7 @@ def test_a_run_keeps_its_place_in_a_stream_and_notices_other_data(tmp_path, sour
     assert len(seen[0]) == before[0]
     manifest = Path(folders[0]) / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"validation_fraction": 0.3', '"validation_fraction": 0.2'))
-    with one_line("a has changed since the checkpoint: validation_fraction = 0.2, not 0.3; put the same data back"):
+    with one_line("a: has changed since the checkpoint: validation_fraction = 0.2, not 0.3; put the same data back"):
         Trainer(dataclasses.replace(config, steps=9), say=lambda line: None).run()
 
 
