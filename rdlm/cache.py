@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from rdlm.attention import HIDDEN
 from rdlm.config import CachePolicy, ModelConfig
@@ -144,7 +145,10 @@ def write(target: Array, new: Array, row: Array, position: Array, sets: Array | 
     elif lead:
         index = index[None] + (B * T) * jnp.arange(lead[0]).reshape(-1, *(1,) * index.ndim)
     flat = target.reshape(-1, F).at[index].set(_wide(new, target), mode="drop")
-    return flat.reshape(target.shape)
+    # Where an axis has one element, compilers may take another order of axes for the same thing and copy between them.
+    # (The barrier: a program that returns an array with a constraint of its own could not take a donated one for it.)
+    kept = with_layout_constraint(flat.reshape(target.shape), Layout(tuple(range(target.ndim))))
+    return lax.optimization_barrier(kept)
 
 
 def _wide(new: Array, target: Array) -> Array:

@@ -142,7 +142,10 @@ def _tick(params, config: ModelConfig, p: Lanes) -> Lanes:
             s, p.ran, p.request.keys, cache.length
         )
     s, own = core_step(params, config, s, p.injected, mine, past)
-    at = jnp.where(p.iterating, cache.length, cache.capacity)  # beyond the end: dropped
+    # Where to write depends on the new state, in name only: so the write comes after all reading. Left unordered, the
+    # CPU's compiler copies the whole cache at every tick to be safe (and removes barriers before it looks).
+    writes = p.iterating & jnp.isfinite(s[:, 0, 0])
+    at = jnp.where(writes, cache.length, cache.capacity)  # beyond the end: dropped
     core = jax.tree.map(lambda x, y: write(x, y[:, 0], lane, at, m), cache.core, own)
     p = p._replace(
         cache=dataclasses.replace(cache, core=core),
@@ -192,8 +195,8 @@ def _flush(params, config: ModelConfig, p: Lanes, *, width: int, warm_start) -> 
     """Take up to `width` waiting lanes through coda, sampling and the next token's prelude."""
     B = p.busy.size
     # Start looking at another lane each time, so that none waits for ever.
-    lane = jnp.nonzero(jnp.roll(p.busy & ~p.iterating, -p.ticks), size=width, fill_value=B)[0].astype(jnp.int32)
-    lane = jnp.where(lane < B, (lane + p.ticks) % B, B)
+    lane = jnp.nonzero(jnp.roll(p.busy & ~p.iterating, -(p.ticks % B)), size=width, fill_value=B)[0].astype(jnp.int32)
+    lane = jnp.where(lane < B, (lane + p.ticks % B) % B, B)
     row = jnp.minimum(lane, B - 1)
     position, ran, s = p.cache.length[row], p.ran[row], p.s[row]
     ctx = context(config, position[:, None], None, past_bias(p.cache)[row])
