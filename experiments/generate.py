@@ -45,16 +45,19 @@ class Args:
     """Recurrences per token, or with an exit rule the most of them.
 
     None: mean_recurrence of the model with --exit none, twice that otherwise, about as deep as training went."""
-    exit: Literal["none", "kl", "min_p_kl", "entropy_diff", "latent_diff", "cosine", "argmax_stability"] = "kl"
+    exit: Literal["none", "kl", "gated_kl", "min_p_kl", "entropy_diff", "latent_diff", "cosine", "argmax_stability"] = (
+        "kl"
+    )
     """When a token stops thinking, before --steps.
 
-    kl, min_p_kl, entropy_diff: its prediction hardly changes from one recurrence to the next.
+    kl, min_p_kl, entropy_diff: its prediction hardly changes from one recurrence to the next. gated_kl: kl, looked at
+    only once the state moves little.
 
     latent_diff, cosine: its state hardly changes. argmax_stability: its likeliest next token stays the same."""
     threshold: float | None = None
     """Threshold of the exit rule: larger stops earlier, except that argmax_stability counts recurrences.
 
-    None: kl 5e-4, min_p_kl 1e-5, entropy_diff 1e-3, latent_diff 0.03, cosine 1e-3, argmax_stability 5."""
+    None: kl and gated_kl 5e-4, min_p_kl 1e-5, entropy_diff 1e-3, latent_diff 0.03, cosine 1e-3, argmax_stability 5."""
     min_steps: int = 0
     """The exit rule is first asked after this many recurrences plus one."""
     temperature: float = 0.0

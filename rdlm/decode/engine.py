@@ -93,7 +93,8 @@ class Engine:
       lanes: requests in flight.
       max_new_tokens: the most any request may ask for.
       capacity: positions per lane, prompt and new tokens together; default config.max_length.
-      num_steps: recurrences per token, and the most a request may ask for; None = config.mean_recurrence.
+      num_steps: recurrences per token; None = config.mean_recurrence. A request may ask for fewer, or for as many as
+        the cache then keeps (the next power of two).
       exit_rule: kind of rule for all requests, and its default thresholds.
       prefill_exit, check_every, cache, warm_start, init_scale: as in `generate`.
       max_queue: requests that may wait; `submit` refuses more.
