@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -47,6 +48,14 @@ def wait_for(condition, process=None, seconds=240):
         assert time.monotonic() < deadline, "it does not happen"
         assert process is None or process.poll() is None, process.communicate()
         time.sleep(0.05)
+
+
+def told_to_stop(pid):
+    """Whether SIGTERM waits for a process that stands still."""
+    status = dict(
+        line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":\t" in line
+    )
+    return bool(int(status["ShdPnd"], 16) & 1 << (signal.SIGTERM - 1))
 
 
 class Workers(Place):
@@ -180,16 +189,17 @@ def test_two_workers_train_stop_and_resume_to_the_losses_of_one(workers, data, t
     # supervise.sh resumes; stop.sh makes it save and exit 75; supervise.sh resumes again, to the end.
     supervisor = workers.start("supervise.sh", *arguments)
     wait_for(lambda: len(losses(workers.rows())) >= first + 5, supervisor)
-    with workers.paused():
+    with workers.paused() as pids:
         stop = workers.start("stop.sh")
-        wait_for(lambda: sum("worker.sh stop" in str(call) for call in workers.calls) == 2, stop)
-        time.sleep(0.3)  # from the call to the signal; more only makes for a later stop
+        wait_for(lambda: all(map(told_to_stop, pids)), stop)
+        os.kill(supervisor.pid, signal.SIGSTOP)  # or it has resumed, and even ended, the run before stop.sh looks
     out, err = stop.communicate(timeout=120)
     assert stop.returncode == 0, out + err
     assert out.count("preempted (saved, exit code 75)") == 2, out
     assert "still there and billed" in err
     second = len(losses(workers.rows()))
     assert second < STEPS, "stopped too late to mean anything"
+    os.kill(supervisor.pid, signal.SIGCONT)
     out, err = supervisor.communicate(timeout=300)
     assert supervisor.returncode == 0, err
     assert place_is_empty(workers)
