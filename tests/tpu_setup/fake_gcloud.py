@@ -106,8 +106,9 @@ def main():
             code, out, err = played.pop(0)
         elif not run:
             code, out, err = answer(cloud, verb, words, flags)
-        with open(f"{CLOUD}/cloud.json", "w") as file:
+        with open(f"{CLOUD}/cloud.json.new", "w") as file:
             json.dump(cloud, file)
+        os.replace(f"{CLOUD}/cloud.json.new", f"{CLOUD}/cloud.json")  # others read it without the lock
     if run:
         sys.exit(really(cloud, words, flags))
     print(out, end="\n" if out else "")

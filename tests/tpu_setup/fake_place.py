@@ -36,8 +36,9 @@ with open(cloud + "/lock", "w") as lock:
     state["clock"] += int(sys.argv[1])
     if state["events"]:
         state.update(state["events"].pop(0))
-    with open(cloud + "/cloud.json", "w") as file:
+    with open(cloud + "/cloud.json.new", "w") as file:
         json.dump(state, file)
+    os.replace(cloud + "/cloud.json.new", cloud + "/cloud.json")
 time.sleep(state["real_sleep"])
 """
 DATE = """#!{python}
@@ -95,7 +96,8 @@ class Place:
         """The state of the cloud, after `changes`."""
         path = self.cloud_folder / "cloud.json"
         state = (json.loads(path.read_text()) if path.exists() else {}) | changes
-        path.write_text(json.dumps(state))
+        path.with_suffix(".mine").write_text(json.dumps(state))
+        os.replace(path.with_suffix(".mine"), path)
         return state
 
     def start(self, script, *arguments, **environment):
