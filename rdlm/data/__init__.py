@@ -1,7 +1,8 @@
 """Tokenised, packed training data: prepared once, read as a pure function of the step; or streamed."""
 
 from rdlm.data.build import Corpus, build
-from rdlm.data.documents import InputFile, Part, Reading, find, parts, read
+from rdlm.data.documents import Part, Reading, parts, read
+from rdlm.data.finding import InputFile, find
 from rdlm.data.loader import Batch, PackedData
 from rdlm.data.manifest import Manifest, Recipe, read_manifest
 from rdlm.data.mixture import Chain, Mixture

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
-import glob
 import gzip
 import io
 import itertools
@@ -17,7 +15,6 @@ import json
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import fsspec
@@ -25,15 +22,10 @@ import pyarrow
 import pyarrow.parquet
 
 from rdlm.config import InputError
+from rdlm.data.finding import COMPRESSED, InputFile, Kind, first_line, kind_of
 
 Text = str | list[dict[str, Any]]
 """A document before it is encoded: plain text, or the messages of a conversation."""
-Kind = Literal["text", "jsonl", "parquet", "tfds", "factbook"]
-
-_KINDS: dict[str, Kind] = {
-    ".txt": "text", ".md": "text", ".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet",
-}  # fmt: skip
-_COMPRESSED = (".gz", ".zst")
 _LARGEST = 256 * 2**20  # bytes of one document; more would not fit in memory several times over
 
 
@@ -64,29 +56,6 @@ class Part:
     """Of a TFDS dataset."""
 
 
-@dataclasses.dataclass(frozen=True)
-class InputFile:
-    """A file that documents are read from."""
-
-    path: str
-    bytes: int
-
-
-def find(paths: Sequence[str]) -> list[InputFile]:
-    """The files behind files, folders, globs and URLs (gs://..., through fsspec), sorted within each.
-
-    Folders are searched to the bottom for .txt, .md, .jsonl, .json, .ndjson and .parquet, the text formats also with
-    .gz or .zst; hidden files are left out.
-
-    Raises:
-      InputError: nothing there, nothing of a known kind, or a URL whose library is not installed.
-    """
-    found: dict[str, int] = {}
-    for path in paths:
-        found.update(_find_remote(path) if "://" in path else _find_local(path))
-    return [InputFile(path, size) for path, size in found.items()]
-
-
 def parts(files: Sequence[InputFile], reading: Reading, part_bytes: int) -> list[Part]:
     """Cut files into parts of about `part_bytes`; compressed files are never cut.
 
@@ -98,24 +67,25 @@ def parts(files: Sequence[InputFile], reading: Reading, part_bytes: int) -> list
 
     def flush() -> None:
         if waiting:
-            kind = _kind(waiting[0].path)
+            kind = kind_of(waiting[0].path)
             result.append(Part(kind, tuple(f.path for f in waiting), sum(f.bytes for f in waiting)))
             waiting.clear()
 
     for file in files:
-        kind = _kind(file.path)
+        kind = kind_of(file.path)
         cut = kind == "jsonl" or (kind == "text" and reading.document != "file")
         if file.bytes > part_bytes and kind == "parquet":
             flush()
             result += _row_group_parts(file, part_bytes)
-        elif file.bytes > part_bytes and cut and not file.path.endswith(_COMPRESSED):
+        elif file.bytes > part_bytes and cut and not file.path.endswith(COMPRESSED):
             flush()
             count = -(-file.bytes // part_bytes)
             edges = [file.bytes * i // count for i in range(count + 1)]
             pairs = itertools.pairwise(edges)
             result += [Part(kind, (file.path,), end - start, start, end) for start, end in pairs]
         else:
-            if waiting and (kind != _kind(waiting[0].path) or sum(f.bytes for f in waiting) + file.bytes > part_bytes):
+            full = sum(f.bytes for f in waiting) + file.bytes > part_bytes
+            if waiting and (full or kind != kind_of(waiting[0].path)):
                 flush()
             waiting.append(file)
     flush()
@@ -171,67 +141,6 @@ def text_of(value: Any, field: str, where: str) -> Text:
     if isinstance(value, list) and all(isinstance(message, dict) for message in value):
         return value
     raise InputError(f"{where}: field {field!r} is {type(value).__name__}, neither text nor a list of messages")
-
-
-# Finding
-
-
-def _find_local(path: str) -> dict[str, int]:
-    place = Path(path).expanduser()
-    if place.is_dir():
-        files = [p for p in sorted(place.rglob("*")) if not any(x.startswith(".") for x in p.relative_to(place).parts)]
-        known = [p for p in files if p.is_file() and _suffix(p.name)]
-        if not known:
-            raise InputError(f"{path}: no file there ends in {_known()}")
-    elif place.is_file():
-        known = [place]
-    else:
-        known = [Path(p) for p in sorted(glob.glob(str(place), recursive=True)) if Path(p).is_file()]
-        if not known:
-            near = [p.name for p in place.parent.iterdir()] if place.parent.is_dir() else []
-            close = difflib.get_close_matches(place.name, near, n=1)
-            raise InputError(f"{path}: no such file or folder" + (f"; did you mean {close[0]!r}?" if close else ""))
-    return {str(p): _checked(p).stat().st_size for p in known}
-
-
-def _find_remote(url: str) -> dict[str, int]:
-    try:
-        fs, path = fsspec.core.url_to_fs(url)
-        if not glob.has_magic(path) and fs.isdir(path):
-            names = [name for name in fs.find(path) if _suffix(name)]
-        else:
-            names = fs.glob(path) if glob.has_magic(path) else [path]
-        sizes = {fs.unstrip_protocol(name): int(fs.size(name) or 0) for name in sorted(names)}
-    except ImportError as error:
-        raise InputError(f"{url}: {error}; for gs:// run: pip install 'rdlm[gcs]'") from error
-    except Exception as error:  # every file system has its own
-        raise InputError(f"{url}: cannot be listed ({_first_line(error)})") from error
-    if not sizes:
-        raise InputError(f"{url}: no file there ends in {_known()}")
-    return {str(_checked(name)): size for name, size in sizes.items()}
-
-
-def _checked(path: Any) -> Any:
-    if not _suffix(str(path)):
-        raise InputError(f"{path}: not a known kind of file; known are {_known()}")
-    return path
-
-
-def _known() -> str:
-    return ", ".join(_KINDS) + " (text and JSON also with .gz or .zst)"
-
-
-def _suffix(name: str) -> str | None:
-    suffixes = Path(name).suffixes
-    if suffixes and suffixes[-1] in _COMPRESSED and suffixes[-2:-1] != [".parquet"]:
-        suffixes = suffixes[:-1]
-    return suffixes[-1] if suffixes and suffixes[-1] in _KINDS else None
-
-
-def _kind(path: str) -> Kind:
-    suffix = _suffix(path)
-    assert suffix is not None, path
-    return _KINDS[suffix]
 
 
 def _row_group_parts(file: InputFile, part_bytes: int) -> list[Part]:
@@ -377,9 +286,9 @@ def _readable(path: str) -> Iterator[None]:
     try:
         yield
     except (EOFError, zlib.error, gzip.BadGzipFile, pyarrow.ArrowException) as error:
-        raise InputError(f"{path}: cut short or damaged ({_first_line(error)}); copy it again") from error
+        raise InputError(f"{path}: cut short or damaged ({first_line(error)}); copy it again") from error
     except OSError as error:
-        reason = error.strerror or _first_line(error)
+        reason = error.strerror or first_line(error)
         raise InputError(f"{path}: cannot be read ({reason}); copy it again, or leave it out") from error
 
 
@@ -412,7 +321,3 @@ def _decode(piece: bytes, where: str) -> str:
         raise InputError(
             f"{where}: not UTF-8 ({error.reason} {error.start} bytes on); convert it, or pass --bad-documents skip"
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

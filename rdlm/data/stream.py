@@ -17,7 +17,8 @@ import numpy as np
 from grain.experimental import WindowShuffleIterDataset, index_shuffle
 
 from rdlm.config import InputError
-from rdlm.data.documents import Part, Text, find, parts, read
+from rdlm.data.documents import Part, Text, parts, read
+from rdlm.data.finding import find
 from rdlm.data.loader import Batch, Example, PackedData, check_sources, my_rows, stack
 from rdlm.data.manifest import Manifest
 from rdlm.data.packing import Document, Row, mix
