@@ -11,7 +11,6 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,7 +18,7 @@ from jax.experimental import topologies
 
 from rdlm.config import InputError
 
-HBM_BYTES = {"TPU v4": 32, "TPU v5 lite": 15.75, "TPU v5": 95, "TPU v5p": 95, "TPU v6 lite": 31.25, "TPU7x": 94.75}
+HBM_GIB = {"TPU v4": 32, "TPU v5 lite": 15.75, "TPU v5": 95, "TPU v5p": 95, "TPU v6 lite": 31.25, "TPU7x": 94.75}
 """GiB a program may use on one chip, by `device_kind`, as the compiler counts them."""
 
 _ITEM = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8}
@@ -69,11 +68,24 @@ class Program:
     def copies(self, least: int) -> collections.Counter[tuple[bool, str]]:
         """Copies and transpositions of at least `least` bytes: {(inside a loop, shape): how many}."""
         found: collections.Counter[tuple[bool, str]] = collections.Counter()
-        looped = _reached_from_loops(self.text)
-        for computation, shape, operation in _instructions(self.text):
-            if operation in ("copy", "copy-start", "transpose") and _bytes(shape) >= least:
-                found[computation in looped, shape] += 1
+        computations = _computations(self.text)
+        looped = _reached_from_loops(computations)
+        for name, lines in computations.items():
+            for shape, operation in (m.groups() for m in map(_INSTRUCTION.match, lines) if m):
+                if operation in ("copy", "copy-start", "transpose") and _bytes(shape) >= least:
+                    found[name in looped, shape] += 1
         return found
+
+
+def limit(device: Any) -> float:
+    """GiB that a program may use on a chip like `device`.
+
+    Raises:
+      InputError: a chip whose memory is not known here.
+    """
+    if device.device_kind not in HBM_GIB:
+        raise InputError(f"{device.device_kind}: its memory is not known; known are {', '.join(HBM_GIB)}")
+    return HBM_GIB[device.device_kind]
 
 
 def compile_program(lowered: Any) -> Program:
@@ -100,44 +112,38 @@ _HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.\-]+ = \(?(\w+\[[\d,]*\])\S*.*? ([\w\-]+)\(")
 
 
-def _instructions(text: str) -> list[tuple[str, str, str]]:
-    """(computation, shape of the first result, operation) of every instruction."""
-    found, computation = [], ""
+def _computations(text: str) -> dict[str, list[str]]:
+    """The lines of every computation of a program."""
+    found: dict[str, list[str]] = {}
+    lines: list[str] = []
     for line in text.splitlines():
         if header := _HEADER.match(line):
-            computation = header[1]
-        elif instruction := _INSTRUCTION.match(line):
-            found.append((computation, instruction[1], instruction[2]))
+            lines = found[header[1]] = []
+        else:
+            lines.append(line)
     return found
 
 
-def _reached_from_loops(text: str) -> set[str]:
-    """Computations that run inside some while loop."""
-    calls: dict[str, set[str]] = collections.defaultdict(set)
-    bodies, computation = set(), ""
-    for line in text.splitlines():
-        if header := _HEADER.match(line):
-            computation = header[1]
-            continue
-        called = re.findall(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)", line)
-        for group in re.findall(r"branch_computations=\{([^}]*)\}", line):
-            called += [name.strip().lstrip("%") for name in group.split(",")]
-        calls[computation].update(called)
-        bodies.update(re.findall(r"body=%?([\w.\-]+)", line))
-    reached, todo = set(), list(bodies)
+def _reached_from_loops(computations: dict[str, list[str]]) -> set[str]:
+    """Names of those that run inside some while loop."""
+    calls: dict[str, set[str]] = {}
+    todo: list[str] = []
+    for name, lines in computations.items():
+        text = "\n".join(lines)
+        called = re.findall(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)", text)
+        for group in re.findall(r"branch_computations=\{([^}]*)\}", text):
+            called += [branch.strip().lstrip("%") for branch in group.split(",")]
+        calls[name] = set(called)
+        todo += re.findall(r"body=%?([\w.\-]+)", text)
+    reached: set[str] = set()
     while todo:
         name = todo.pop()
         if name not in reached:
             reached.add(name)
-            todo += calls[name]
+            todo += calls.get(name, ())
     return reached
 
 
 def _bytes(shape: str) -> int:
     dtype, sizes = shape.rstrip("]").split("[")
     return math.prod(map(int, filter(None, sizes.split(",")))) * _ITEM.get(dtype, 4)
-
-
-def fits(program: Program, devices: Sequence[Any]) -> bool:
-    """Whether one of `devices` has the memory to run the program."""
-    return program.peak <= HBM_BYTES[devices[0].device_kind] * 2**30

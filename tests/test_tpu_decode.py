@@ -8,10 +8,9 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from rdlm import aot, exits, flops
-from rdlm.cache import allocate
 from rdlm.config import CachePolicy, preset
 from rdlm.decode.lanes import advance, empty_lanes
-from rdlm.decode.loop import Progress, decode_tokens
+from rdlm.decode.loop import decode_tokens, progress_shapes
 from rdlm.decode.requests import as_requests
 from rdlm.model import cast, init_params
 
@@ -38,21 +37,14 @@ def lowered(place, lanes):
     params = jax.eval_shape(lambda: cast(init_params(CONFIG, jax.random.key(0)), jnp.bfloat16))
     request = as_requests(CONFIG, [[1]] * B, 16, num_steps=R, exit_rule=exits.kl())[0]
 
-    def zeros(*shape, dtype=jnp.int32):
-        return jax.ShapeDtypeStruct(shape, dtype)
-
+    numbers = jnp.int32(0), jnp.int32(0)
     if lanes:
         state = jax.eval_shape(lambda r: empty_lanes(CONFIG, r, POLICY, 4, T, 64, jnp.bfloat16), request)
-        given = (state, zeros(B, dtype=bool), zeros(), zeros())
-        params, given = aot.specs(params, place), aot.specs(given, place)
-        return advance.lower(params, CONFIG, *given, width=4, every=4, warm_start=False)
-    cache = jax.eval_shape(lambda: allocate(CONFIG, POLICY, 4, B, T, jnp.bfloat16))
-    flags = zeros(B, dtype=bool)
-    progress = Progress(
-        cache, zeros(B), None, zeros(B, 64), zeros(B, 64), zeros(B), flags, zeros(B, CONFIG.rows, dtype=bool), zeros()
-    )
-    params, progress, request = (aot.specs(x, place) for x in (params, progress, request))
-    return decode_tokens.lower(params, CONFIG, progress, request, *aot.specs((zeros(), zeros()), place), False)
+        params, *rest = aot.specs((params, state, jnp.ones(B, bool), *numbers), place)
+        return advance.lower(params, CONFIG, *rest, width=4, every=4, warm_start=False)
+    progress = progress_shapes(params, CONFIG, request, POLICY, 4, T)
+    params, *rest = aot.specs((params, progress, request, *numbers), place)
+    return decode_tokens.lower(params, CONFIG, *rest, False)
 
 
 @pytest.mark.parametrize("lanes", [False, True], ids=["lock-step", "lanes"])
@@ -61,7 +53,7 @@ def test_no_program_copies_the_cache(place, lanes):
     core = 4 * SET
     assert not program.copies(core), "a whole layer of the cache is copied"
     assert program.shared >= flops.cache_bytes(CONFIG, POLICY, R, B, T, 2), "the cache is not updated in place"
-    assert aot.fits(program, aot.tpu_devices("v5e:2x2"))
+    assert program.peak <= aot.limit(aot.tpu_devices("v5e:2x2")[0]) * 2**30
 
 
 def test_control_a_cache_with_ragged_columns_is_copied(place, monkeypatch):

@@ -68,6 +68,18 @@ def begin(params, config, tokens, lengths, request, policy, sets, capacity, room
     return emit(start, request, known_only(done.logits[:, 0], config.vocab_size), steps), done.steps
 
 
+def progress_shapes(params, config, request: Request, policy, sets: int, capacity: int) -> Progress:
+    """Shapes of what `begin` returns, with room for `capacity` tokens; nothing is computed, shapes of params do."""
+    B = request.num_steps.shape[0]
+    tokens, lengths = jnp.zeros((B, 1), jnp.int32), jnp.ones(B, jnp.int32)
+    return jax.eval_shape(
+        lambda params, request: begin(
+            params, config, tokens, lengths, request, policy, sets, capacity, capacity, "never", False
+        )[0],
+        params, request,
+    )  # fmt: skip
+
+
 def _warm(done, index: Array, kind: str) -> Array:
     states = done.latents if kind == "normalized" else done.state
     return jnp.take_along_axis(states, index[..., None], axis=1)
