@@ -7,6 +7,7 @@ pass (`causal_bias`, `past_bias`) and shared by every layer and recurrence.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -80,13 +81,11 @@ def _past_by_heads(q: Array, own: Part, past: Part) -> Array:
     for k, v, bias in (past, own):
         wide_q, k, v = _heads_first(q, k, v)
         parts.append((_scores(wide_q, k, bias[:, None]), v))
-    top = jnp.maximum(parts[0][0].max(-1, keepdims=True), parts[1][0].max(-1, keepdims=True))
-    total, out = jnp.zeros(()), jnp.zeros(())
-    for scores, v in parts:
-        p = jnp.exp(scores - top)
-        total = total + p.sum(-1, keepdims=True)
-        out = out + jnp.einsum("bhlt,bhtq->bhlq", p.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    return _heads_last((out / total).astype(q.dtype))
+
+    def mix(p: Array, v: Array) -> Array:
+        return jnp.einsum("bhlt,bhtq->bhlq", p.astype(v.dtype), v, preferred_element_type=jnp.float32)
+
+    return _heads_last(_one_softmax(parts, mix).astype(q.dtype))
 
 
 def _past_flat(q: Array, own: Part, past: Part) -> Array:
@@ -102,17 +101,28 @@ def _past_flat(q: Array, own: Part, past: Part) -> Array:
         spread = jnp.einsum("blhq,hk->bkqlh", q * q.dtype.type(Q**-0.5), _serves(H, k.shape[2], q.dtype))
         scores = jnp.einsum("btd,bdn->bnt", _flat(k), spread.reshape(B, -1, L * H), preferred_element_type=jnp.float32)
         parts.append((scores.reshape(B, L, H, -1) + bias[:, :, None], v))
+
+    def mix(p: Array, v: Array) -> Array:
+        p = p.astype(v.dtype).reshape(B, L * H, -1)
+        wide = jnp.einsum("bnt,btd->bnd", p, _flat(v), preferred_element_type=jnp.float32)
+        mine = _serves(H, v.shape[2], jnp.float32)[None, None, :, :, None]
+        return (wide.reshape(B, L, H, -1, Q) * mine).sum(3)
+
+    return _one_softmax(parts, mix).astype(q.dtype).reshape(B, L, H * Q)
+
+
+def _one_softmax(parts: list[tuple[Array, Array]], mix: Callable[[Array, Array], Array]) -> Array:
+    """Softmax over the scores [..., T] of both parts (scores, v) as if they stood side by side, times their values.
+
+    mix(p, v): unnormalised probabilities [..., T] times v, f32 [..., Q].
+    """
     top = jnp.maximum(parts[0][0].max(-1, keepdims=True), parts[1][0].max(-1, keepdims=True))
     total, out = jnp.zeros(()), jnp.zeros(())
     for scores, v in parts:
         p = jnp.exp(scores - top)
         total = total + p.sum(-1, keepdims=True)
-        wide = jnp.einsum(
-            "bnt,btd->bnd", p.astype(v.dtype).reshape(B, L * H, -1), _flat(v), preferred_element_type=jnp.float32
-        )
-        mine = _serves(H, v.shape[2], jnp.float32)[None, None, :, :, None]
-        out = out + (wide.reshape(B, L, H, -1, Q) * mine).sum(3)
-    return (out / total).astype(q.dtype).reshape(B, L, H * Q)
+        out = out + mix(p, v)
+    return out / total
 
 
 def _flat(x: Array) -> Array:

@@ -68,26 +68,18 @@ class Own(NamedTuple):
     coda: tuple[KeyValue, ...]
 
 
-def key_heads(config: ModelConfig) -> int:
-    """Heads Hk of a stored key."""
-    return config.num_heads if config.qk_bias else config.kv_heads
-
-
 def zeros(config: ModelConfig, shape: tuple[int, ...], dtype: Any) -> KeyValue:
     """Empty keys and values of one layer, with leading axes `shape`."""
-    Q = config.head_dim
-    return KeyValue(jnp.zeros((*shape, key_heads(config) * Q), dtype), jnp.zeros((*shape, config.kv_heads * Q), dtype))
+    return KeyValue(*(jnp.zeros((*shape, width), dtype) for width in config.key_value_widths))
 
 
 def allocate(config: ModelConfig, policy: CachePolicy, sets: int, batch: int, capacity: int, dtype: Any) -> Cache:
     """An empty cache with room for `capacity` positions and `sets` core sets per layer."""
+    widths = [stored_width(width) for width in config.key_value_widths]
 
     def layers(count: int, *lead: int) -> tuple[KeyValue, ...]:
-        one = jax.eval_shape(lambda: zeros(config, (*lead, batch, capacity), dtype))
-        return tuple(
-            jax.tree.map(lambda x: jnp.zeros((*x.shape[:-1], stored_width(x.shape[-1])), dtype), one)
-            for _ in range(count)
-        )
+        shape = (*lead, batch, capacity)
+        return tuple(KeyValue(*(jnp.zeros((*shape, width), dtype) for width in widths)) for _ in range(count))
 
     return Cache(
         layers(config.prelude_layers),
@@ -99,14 +91,14 @@ def allocate(config: ModelConfig, policy: CachePolicy, sets: int, batch: int, ca
     )
 
 
-def past_bias(cache: Cache) -> Array:
-    """Bias [B, 1, T]: every position held so far is visible."""
-    held = jnp.arange(cache.capacity)[None] < cache.length[:, None]
+def past_bias(capacity: int, length: Array) -> Array:
+    """Bias [B, 1, T] of a cache with room for T = capacity: the first `length` [B] positions are visible."""
+    held = jnp.arange(capacity)[None] < length[:, None]
     return jnp.where(held, 0.0, HIDDEN)[:, None]
 
 
 def skip_bias(depth: Array, i: Array) -> Array:
-    """Bias [B, 1, T] that hides tokens of `depth` [B, T] which ran no recurrence i (lookup "skip")."""
+    """Bias [B, 1, T] that hides tokens of `depth` [B, T] which ran no recurrence i, int32 or [B, 1] (lookup "skip")."""
     return jnp.where(depth > i, 0.0, HIDDEN)[:, None]
 
 

@@ -92,6 +92,16 @@ def update(rule: ExitRule, rule_state: Any, observation: Observation) -> tuple[A
     return rule.update(rule, rule_state, observation)
 
 
+def is_due(ran: Array, min_steps: Array, check_every: Array) -> Array:
+    """Whether tokens that ran so many recurrences are looked at: after min_steps + 1, then every check_every."""
+    return (ran > min_steps) & ((ran - min_steps - 1) % check_every == 0)
+
+
+def seen_only(seen: Array, new: Any, old: Any) -> Any:
+    """A rule's state: `new` for the tokens that were `seen` (bool [B, L]), `old` for the others."""
+    return jax.tree.map(lambda n, o: jnp.where(seen.reshape(seen.shape + (1,) * (n.ndim - 2)), n, o), new, old)
+
+
 def gate(rule: ExitRule, rule_state: Any, observation: Observation) -> tuple[Any, Array]:
     """Ask a rule that has a gate which tokens to show it: (new rule state, bool [B, L])."""
     assert rule.gate is not None

@@ -99,12 +99,7 @@ def training_flops(config: ModelConfig, n: float, k: float, length: int) -> floa
 
 def key_value_bytes(config: ModelConfig, itemsize: int) -> int:
     """Bytes of one token's keys and values in one set of one layer (21,120 for huginn_3p5b in bf16)."""
-    return sum(_key_value_widths(config)) * itemsize
-
-
-def _key_value_widths(config: ModelConfig) -> tuple[int, int]:
-    keys = config.num_heads if config.qk_bias else config.kv_heads
-    return keys * config.head_dim, config.kv_heads * config.head_dim
+    return sum(config.key_value_widths) * itemsize
 
 
 def cache_bytes(
@@ -112,4 +107,4 @@ def cache_bytes(
 ) -> int:
     """Bytes of the keys and values that `rdlm.cache.allocate` makes (positions' depths and lengths not counted)."""
     slots = config.prelude_layers + config.core_layers * policy.sets(num_steps) + config.coda_layers
-    return slots * batch * capacity * sum(map(stored_width, _key_value_widths(config))) * itemsize
+    return slots * batch * capacity * sum(map(stored_width, config.key_value_widths)) * itemsize

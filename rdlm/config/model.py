@@ -118,6 +118,14 @@ class ModelConfig:
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
     @property
+    def key_value_widths(self) -> tuple[int, int]:
+        """Elements of one token's keys and of its values in one layer's cache.
+
+        With `qk_bias` there is a key per query head (the bias on keys is per query head, spec section 1).
+        """
+        return (self.num_heads if self.qk_bias else self.kv_heads) * self.head_dim, self.kv_heads * self.head_dim
+
+    @property
     def rows(self) -> int:
         """Rows of the embedding, and columns V of the logits."""
         return self.vocab_size if self.padded_vocab_size is None else self.padded_vocab_size

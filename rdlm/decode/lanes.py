@@ -18,8 +18,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from rdlm import exits
-from rdlm.attention import HIDDEN
-from rdlm.cache import Cache, KeyValue, allocate, past_bias, write
+from rdlm.cache import Cache, KeyValue, allocate, past_bias, skip_bias, write
 from rdlm.config import CachePolicy, ModelConfig
 from rdlm.decode.loop import Progress, token_keys
 from rdlm.decode.requests import Request
@@ -130,11 +129,11 @@ def _zeros(shapes: Any) -> Any:
 def _tick(params, config: ModelConfig, p: Lanes) -> Lanes:
     """One recurrence for every iterating lane, and a look of the exit rule at those that are due."""
     cache, lane = p.cache, jnp.arange(p.busy.size)
-    seen, m = past_bias(cache), p.ran % cache.sets
+    seen, m = past_bias(cache.capacity, cache.length), p.ran % cache.sets
     ctx = context(config, cache.length[:, None], None, seen)
     mine = ctx
     if cache.policy.lookup == "skip":
-        mine = ctx._replace(past_bias=seen + jnp.where(cache.depth > p.ran[:, None], 0.0, HIDDEN)[:, None])
+        mine = ctx._replace(past_bias=seen + skip_bias(cache.depth, p.ran[:, None]))
     past = jax.tree.map(lambda x: x[0] if cache.sets == 1 else _windows(x, m, lane), cache.core)
     s = p.s
     if config.test_time_noise:
@@ -169,12 +168,9 @@ def _windows(x: Array, m: Array, lane: Array) -> Array:
 
 def _look(params, config: ModelConfig, p: Lanes, ctx) -> tuple[Any, Array]:
     """(rule state, bool [B] exits) after showing the rule every lane that is due."""
-    rule, least = p.request.rule, p.request.min_steps
+    rule = p.request.rule
     assert rule is not None
-    due = p.iterating & (p.ran > least) & ((p.ran - least - 1) % p.request.check_every == 0)
-
-    def only(due: Array, new: Any, old: Any) -> Any:
-        return jax.tree.map(lambda n, o: jnp.where(due.reshape(-1, *(1,) * (n.ndim - 1)), n, o), new, old)
+    due = p.iterating & exits.is_due(p.ran, p.request.min_steps, p.request.check_every)
 
     def evaluate(state: Any, due: Array) -> tuple[Any, Array]:
         logits = None
@@ -182,24 +178,24 @@ def _look(params, config: ModelConfig, p: Lanes, ctx) -> tuple[Any, Array]:
             (y, _), _ = decode(params, config, p.s, ctx, p.cache.coda)
             logits = head(params, config, y)
         new, value = exits.update(rule, state, Observation(p.s, logits, p.ran[:, None]))
-        return only(due, new, state), exits.exits(rule, value)[:, 0] & due
+        return exits.seen_only(due[:, None], new, state), exits.exits(rule, value)[:, 0] & due
 
     state, wanted = p.rule, due
     if rule.gate is not None:
         new, opened = exits.gate(rule, state, Observation(p.s, None, p.ran[:, None]))
-        state, wanted = only(due, new, state), due & opened[:, 0]
+        state, wanted = exits.seen_only(due[:, None], new, state), due & opened[:, 0]
     return lax.cond(jnp.any(wanted), evaluate, lambda state, due: (state, jnp.zeros_like(due)), state, wanted)
 
 
 def _flush(params, config: ModelConfig, p: Lanes, *, width: int, warm_start) -> tuple[Array, _Exit, _Entry]:
     """Take up to `width` waiting lanes through coda, sampling and the next token's prelude."""
     B = p.busy.size
-    # Start looking at another lane each time, so that none waits for ever.
-    lane = jnp.nonzero(jnp.roll(p.busy & ~p.iterating, -(p.ticks % B)), size=width, fill_value=B)[0].astype(jnp.int32)
-    lane = jnp.where(lane < B, (lane + p.ticks % B) % B, B)
+    first = p.ticks % B  # start looking at another lane each time, so that none waits for ever
+    lane = jnp.nonzero(jnp.roll(p.busy & ~p.iterating, -first), size=width, fill_value=B)[0].astype(jnp.int32)
+    lane = jnp.where(lane < B, (lane + first) % B, B)
     row = jnp.minimum(lane, B - 1)
     position, ran, s = p.cache.length[row], p.ran[row], p.s[row]
-    ctx = context(config, position[:, None], None, past_bias(p.cache)[row])
+    ctx = context(config, position[:, None], None, past_bias(p.cache.capacity, position))
     (y, z), coda = decode(params, config, s, ctx, jax.tree.map(lambda x: x[row], p.cache.coda))
     logits = known_only(head(params, config, y)[:, 0], config.vocab_size)
     request, count = jax.tree.map(lambda x: x[row], p.request), p.count[row]
@@ -216,13 +212,14 @@ def _flush(params, config: ModelConfig, p: Lanes, *, width: int, warm_start) -> 
 
 def _enter(params, config: ModelConfig, cache: Cache, row, request: Request, token, position, warm) -> _Entry:
     """The next token [W] of the lanes `row`, at its position: prelude, injected input, initial state."""
-    seen = jnp.where(jnp.arange(cache.capacity)[None] < position[:, None], 0.0, HIDDEN)[:, None]
-    ctx = context(config, position[:, None], None, seen)
+    ctx = context(config, position[:, None], None, past_bias(cache.capacity, position))
     e, own = embed(params, config, token[:, None], ctx, jax.tree.map(lambda x: x[row], cache.prelude))
-    s = initial_state(request.keys, position[:, None], config.embed_dim, e.dtype, request.init_scale)
-    rule = () if request.rule is None else exits.init(request.rule, s if warm is None else warm, config.rows)
+    s = warm
+    if s is None:
+        s = initial_state(request.keys, position[:, None], config.embed_dim, e.dtype, request.init_scale)
+    rule = () if request.rule is None else exits.init(request.rule, s, config.rows)
     own = jax.tree.map(lambda x: x[:, 0], own)
-    return _Entry(position, s if warm is None else warm, inject(params, config, e), rule, own)
+    return _Entry(position, s, inject(params, config, e), rule, own)
 
 
 def _apply(p: Lanes, lane: Array, left: _Exit, entry: _Entry) -> Lanes:
@@ -242,26 +239,27 @@ def _apply(p: Lanes, lane: Array, left: _Exit, entry: _Entry) -> Lanes:
         steps=p.steps.at[lane, count].set(left.depth, mode="drop"),
         count=p.count.at[lane].add(1, mode="drop"),
         present=p.present.at[lane, left.token].set(True, mode="drop"),
-        busy=p.busy.at[lane].set(~left.done, mode="drop"),
+        busy=_put(p.busy, lane, ~left.done),
     )
     return _begin(p, lane, entry)
 
 
 def _begin(p: Lanes, lane: Array, entry: _Entry) -> Lanes:
     """Put new tokens into their lanes."""
-
-    def put(target: Any, rows: Any) -> Any:
-        return jax.tree.map(lambda x, y: x.at[lane].set(y, mode="drop"), target, rows)
-
     prelude = jax.tree.map(lambda x, y: write(x, y, lane, entry.position), p.cache.prelude, entry.prelude)
     return p._replace(
         cache=dataclasses.replace(p.cache, prelude=prelude),
-        s=put(p.s, entry.s),
-        injected=put(p.injected, entry.injected),
-        rule=put(p.rule, entry.rule),
-        ran=p.ran.at[lane].set(0, mode="drop"),
-        iterating=p.iterating.at[lane].set(True, mode="drop") & p.busy,
+        s=_put(p.s, lane, entry.s),
+        injected=_put(p.injected, lane, entry.injected),
+        rule=_put(p.rule, lane, entry.rule),
+        ran=_put(p.ran, lane, jnp.zeros_like(lane)),
+        iterating=_put(p.iterating, lane, jnp.ones_like(lane, bool)) & p.busy,
     )
+
+
+def _put(target: Any, lane: Array, rows: Any) -> Any:
+    """`target` [B, ...] with `rows` [W, ...] in place of those of `lane`; lane B drops a row."""
+    return jax.tree.map(lambda x, y: x.at[lane].set(y, mode="drop"), target, rows)
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="lanes")
@@ -273,26 +271,23 @@ def insert(params, config, lanes, progress: Progress, lengths, request: Request,
     def put(target: Any, rows: Any) -> Any:
         return jax.tree.map(lambda x, y: write(x, y, lane[:, None], columns), target, rows)
 
-    def row(target: Any, rows: Any) -> Any:
-        return jax.tree.map(lambda x, y: x.at[lane].set(y, mode="drop"), target, rows)
-
     cache = dataclasses.replace(
         cache,
         prelude=put(cache.prelude, held.prelude),
         core=put(cache.core, held.core),
         coda=put(cache.coda, held.coda),
         depth=put(cache.depth[..., None], held.depth[..., None])[..., 0],
-        length=row(cache.length, lengths),
+        length=_put(cache.length, lane, lengths),
     )
     lanes = lanes._replace(
         cache=cache,
-        request=row(lanes.request, request),
-        most=row(lanes.most, most),
-        busy=row(lanes.busy, ~progress.done & (most > 1)),
+        request=_put(lanes.request, lane, request),
+        most=_put(lanes.most, lane, most),
+        busy=_put(lanes.busy, lane, ~progress.done & (most > 1)),
         tokens=lanes.tokens.at[lane, 0].set(progress.tokens[:, 0], mode="drop"),
         steps=lanes.steps.at[lane, 0].set(progress.steps[:, 0], mode="drop"),
-        count=row(lanes.count, jnp.ones_like(most)),
-        present=row(lanes.present, progress.present),
+        count=_put(lanes.count, lane, jnp.ones_like(most)),
+        present=_put(lanes.present, lane, progress.present),
     )
     index = jnp.minimum(lane, lanes.busy.size - 1)
     entry = _enter(params, config, cache, index, request, progress.token, lengths, progress.warm)

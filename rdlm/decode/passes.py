@@ -65,7 +65,9 @@ def run_pass(
     key = typed_key(key)
     if state is None:
         state = initial_state(key, positions, config.embed_dim, dtype, init_scale)
-    ctx = context(config, positions, valid.astype(jnp.int32), None if first else past_bias(cache))
+    ctx = context(
+        config, positions, valid.astype(jnp.int32), None if first else past_bias(cache.capacity, cache.length)
+    )
     done = adaptive_pass(
         params, config, tokens, positions, ctx, jnp.asarray(state, dtype), valid,
         num_steps=num_steps, rule=rule, min_steps=min_steps, check_every=check_every, together=together,

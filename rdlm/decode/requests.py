@@ -14,7 +14,7 @@ from rdlm.config import InputError, ModelConfig, Sampling
 from rdlm.decode.passes import PREFILL_EXITS, next_power
 from rdlm.decode.sampling import SamplingArrays, as_arrays, per_row
 from rdlm.exits import ExitRule
-from rdlm.model import check_depth, check_rule, typed_key
+from rdlm.model import check_depth, check_ids, check_rule, typed_key
 
 
 class Request(NamedTuple):
@@ -61,8 +61,7 @@ def as_requests(
             raise InputError(f"prompts[{i}]: must be a non-empty 1-D sequence of token ids, got shape {row.shape}")
         if not np.issubdtype(row.dtype, np.integer):
             raise InputError(f"prompts[{i}]: token ids must be integers, got {row.dtype}")
-        if row.min() < 0 or row.max() >= config.rows:
-            raise InputError(f"prompts[{i}]: ids must be in [0, {config.rows}), found {row.min()} .. {row.max()}")
+        check_ids(f"prompts[{i}]", row, config)
         if row.size + max_new_tokens > config.max_length:
             raise InputError(
                 f"prompts[{i}]: {row.size} tokens + max_new_tokens = {max_new_tokens} exceed "
@@ -77,8 +76,6 @@ def as_requests(
     depth = per_row(config.mean_recurrence if num_steps is None else num_steps, B, "num_steps", np.int32)
     check_depth(depth)
     least = per_row(min_steps, B, "min_steps", np.int32)
-    if np.any(least < 0):
-        raise InputError(f"min_steps = {min_steps!r}: must not be negative")
     arrays = as_arrays(sampling, B)
     if key is None and np.any(np.asarray(arrays.temperature) > 0):
         raise InputError("Sampling.temperature > 0 needs key=jax.random.key(seed)")

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from rdlm.cache import Cache, zeros
+from rdlm.cache import Cache, KeyValue
 from rdlm.config import CachePolicy, InputError, ModelConfig, Speculative
 from rdlm.decode.loop import Progress, token_keys
 from rdlm.decode.passes import run_pass
@@ -96,9 +96,9 @@ def _round(
     inputs, drafts, states = (x.swapaxes(0, 1) for x in (inputs, drafts, states))  # [B, L, ...]
     # The drafts' own keys and values, read back from where they were appended; then the cache forgets them.
     where = start[:, None] + jnp.arange(L)[None]
-    widths = jax.eval_shape(lambda: zeros(config, (), jnp.float32))
+    widths = config.key_value_widths
     core = tuple(
-        jax.tree.map(lambda x, like: x[:, rows[:, None], where, : like.shape[-1]], layer, widths)
+        KeyValue(*(x[:, rows[:, None], where, :width] for x, width in zip(layer, widths, strict=True)))
         for layer in cache.core
     )
     cache = _rewind(cache, start)

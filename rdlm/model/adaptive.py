@@ -134,9 +134,7 @@ def adaptive_pass(
         return c._replace(rule=shown_only(state, c.rule, due), active=c.active & ~stop, coda=coda, fresh=fresh)
 
     def shown_only(new: Any, old: Any, due: Array) -> Any:
-        """The rule's state `new` of tokens that are due, `old` of the others."""
-        seen = at_last(due[..., None])[..., 0] if by_last else due
-        return jax.tree.map(lambda n, o: jnp.where(seen.reshape(seen.shape + (1,) * (n.ndim - 2)), n, o), new, old)
+        return exits.seen_only(at_last(due[..., None])[..., 0] if by_last else due, new, old)
 
     def step(c: _Loop, i: Array) -> _Loop:
         mine = ctx
@@ -157,7 +155,7 @@ def adaptive_pass(
         )
         if rule is not None:
             ran = i + 1
-            due = c.active & (ran > min_steps) & ((ran - min_steps - 1) % check_every == 0)
+            due = c.active & exits.is_due(ran, min_steps, check_every)
             c = jax.lax.cond(jnp.any(due), lambda c: look(c, ran, due), lambda c: c, c)
         return c._replace(active=c.active & (c.steps < most))
 
