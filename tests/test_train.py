@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import rdlm.train
+import rdlm.train.loop
 from rdlm import sharding
 from rdlm.checkpoint import load_checkpoint, saved_steps, write_config
 from rdlm.config import PRESETS, InputError, MeshConfig
@@ -152,7 +152,7 @@ def programs(monkeypatch):
 def test_a_preempted_run_goes_on_on_another_mesh(small, monkeypatch, tmp_path):
     folder, made, says = tmp_path / "run", programs(monkeypatch), []
     with monkeypatch.context() as patched:
-        patched.setattr(rdlm.train, "Preemption", lambda: Flips(6))  # whatever moment of a step that is
+        patched.setattr(rdlm.train.loop, "Preemption", lambda: Flips(6))  # whatever moment of a step that is
         assert Trainer(dataclasses.replace(small, mesh=MeshConfig(1, 8)), says.append).run() == 75
     saved = saved_steps(folder)[-1]
     assert steps_of(folder) == set(range(saved))
@@ -189,8 +189,8 @@ def test_exit_75_means_saved_whenever_the_signal_comes(reads, small, monkeypatch
         metrics = {name: jnp.float32(1) for name in ("loss", "grad_norm", "learning_rate")}
         return state._replace(step=state.step + 1), metrics | {"n": jnp.int32(1), "k": jnp.int32(1)}
 
-    monkeypatch.setattr(rdlm.train, "train_step", step)
-    monkeypatch.setattr(rdlm.train, "Preemption", lambda: Flips(reads))
+    monkeypatch.setattr(rdlm.train.loop, "train_step", step)
+    monkeypatch.setattr(rdlm.train.loop, "Preemption", lambda: Flips(reads))
     says = []
     assert Trainer(dataclasses.replace(small, mesh=MeshConfig(8, 1)), says.append).run() == 75
     saved = saved_steps(tmp_path / "run")

@@ -1,4 +1,4 @@
-"""The training loop: one compiled step for every depth, data and draws as functions of the step, exact resume."""
+"""The training loop: data and draws as functions of the step, metrics, checkpoints, exact resume."""
 
 from __future__ import annotations
 
@@ -7,134 +7,26 @@ import functools
 import json
 import math
 import secrets
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
-from jax import Array
-from jax.sharding import Mesh
 
 from rdlm import flops, sharding
 from rdlm.checkpoint import Checkpoints, as_abstract, read_config, write_config
 from rdlm.config import PRESETS, InputError, RunConfig, differences
 from rdlm.data import open_data, prefetch
 from rdlm.evaluate import DepthCurve, depth_curve
-from rdlm.losses import loss
 from rdlm.metrics import Meter, MetricsWriter, Progress, matmul_peak
-from rdlm.model import Params, init_params, logical_axes
-from rdlm.optim import optimizer, schedule
-from rdlm.recurrence import max_gradient_steps, sample_steps
+from rdlm.model import Params
+from rdlm.optim import optimizer
 from rdlm.runtime import EXIT_DONE, EXIT_PREEMPTED, exchange, is_first, together
 from rdlm.tokenizer import Tokenizer
-
-
-class TrainState(NamedTuple):
-    """What a step changes. step: int32 scalar, optimizer steps done; also the position in the data."""
-
-    step: Array
-    params: Params
-    optimizer: Any
-
-
-def step_keys(seed: int, step: Array) -> tuple[Array, Array]:
-    """(key of the depth draw, key of the initial states) of a step: functions of (seed, step) on every host."""
-    depth, state = jax.random.split(jax.random.fold_in(jax.random.key(seed), step))
-    return depth, state
-
-
-def draw_depth(run: RunConfig, step: Array) -> tuple[Array, Array]:
-    """(n, k) of training step `step` (from 0), the same on all devices."""
-    rec, model = run.recurrence, run.model
-    progress = None if not rec.curriculum_steps else (step + 1) / rec.curriculum_steps
-    return sample_steps(
-        step_keys(run.seed, step)[0], model.mean_recurrence, model.backprop_depth, rec.scheme, progress
-    )  # fmt: skip
-
-
-def train_step(run: RunConfig, tx: optax.GradientTransformation, state: TrainState, batch: dict[str, Array]):
-    """One optimizer step: (new state, metrics of it as scalars)."""
-    n, k = draw_depth(run, state.step)
-    _, state_key = step_keys(run.seed, state.step)
-    value, grads = jax.value_and_grad(loss)(
-        state.params,
-        run.model,
-        batch,
-        steps=(n, k),
-        key=state_key,
-        max_k=max_gradient_steps(run.model.backprop_depth, run.recurrence.scheme),
-        remat=run.recurrence.remat == "iteration",
-    )
-    updates, opt = tx.update(grads, state.optimizer, state.params)
-    params = optax.apply_updates(state.params, updates)
-    metrics = {
-        "loss": value,
-        "n": n,
-        "k": k,
-        "grad_norm": optax.tree.norm(grads),
-        "learning_rate": schedule(run.optimizer, run.steps)(state.step),
-    }
-    return TrainState(state.step + 1, params, opt), metrics
-
-
-def init_state(run: RunConfig, tx: optax.GradientTransformation) -> TrainState:
-    """Fresh parameters and optimizer state, a function of the seed."""
-    params = init_params(run.model, jax.random.key(run.seed))
-    return TrainState(jnp.int32(0), params, tx.init(params))
-
-
-def state_shardings(run: RunConfig, tx: optax.GradientTransformation, mesh: Mesh) -> tuple[TrainState, TrainState]:
-    """(shapes, shardings) of the train state: optimizer moments live where their parameters do."""
-    shapes = jax.eval_shape(lambda: init_state(run, tx))
-    params = sharding.parameter_sharding(mesh, logical_axes(run.model), shapes.params)
-    everywhere: Any = sharding.replicated(mesh)
-    opt = optax.tree.map_params(
-        tx, lambda _, s: s, shapes.optimizer, params, transform_non_params=lambda _: everywhere
-    )  # fmt: skip
-    return shapes, TrainState(everywhere, params, opt)
-
-
-class Preemption:
-    """SIGTERM sets a flag instead of killing; the loop polls it, saves, and exits with code 75."""
-
-    def __init__(self):
-        self.requested = False
-        self.previous = signal.signal(signal.SIGTERM, self._note)
-
-    def _note(self, *_: Any) -> None:
-        self.requested = True
-
-    def restore(self) -> None:
-        """Put the previous handler back."""
-        signal.signal(signal.SIGTERM, self.previous)
-
-
-class Stop:
-    """Whether to stop: SIGTERM came to any of the processes. All of them get the same answer at the same call.
-
-    Among several processes a call asks the devices and returns the answer to the call before, which they have
-    computed while the step ran: nobody waits. Alone it is the flag itself.
-    """
-
-    def __init__(self, requested: Callable[[], bool], mesh: Mesh):
-        """`requested`: whether it came to this process."""
-        self.requested, self.mesh = requested, mesh
-        self.asked: Array | None = None
-        self.any = jax.jit(jnp.any, out_shardings=sharding.replicated(mesh))
-
-    def __call__(self) -> bool:
-        """Call it at the same places on every process."""
-        if jax.process_count() == 1:
-            return self.requested()
-        before = self.asked
-        mine = np.full(len(self.mesh.local_devices), self.requested())
-        self.asked = self.any(jax.make_array_from_process_local_data(sharding.batch_sharding(self.mesh), mine))
-        return before is not None and bool(before)
+from rdlm.train.step import TrainState, init_state, state_shardings, train_step
+from rdlm.train.stopping import Preemption, Stop
 
 
 class Trainer:

@@ -1,0 +1,16 @@
+"""Training: one compiled step for every depth (step), the loop around it (loop), and when to stop (stopping)."""
+
+from rdlm.train.loop import Trainer, train, write_curve
+from rdlm.train.step import TrainState, draw_depth, init_state, state_shardings, step_keys, train_step
+
+__all__ = [
+    "TrainState",
+    "Trainer",
+    "draw_depth",
+    "init_state",
+    "state_shardings",
+    "step_keys",
+    "train",
+    "train_step",
+    "write_curve",
+]
