@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -30,6 +31,26 @@ def recomputed(step: Callable[..., Any], everything: bool) -> Callable[..., Any]
     policies = jax.checkpoint_policies
     policy = policies.nothing_saveable if everything else policies.save_only_these_names(KEPT)
     return jax.checkpoint(step, prevent_cse=False, policy=policy)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How a training step holds weights and activations.
+
+    fetch(name, stored): the stored parameters of the top-level entry `name` as the computation wants them (whole, and
+    in the compute dtype); called where they are used. layers: recompute every block from its input, and fetch its
+    weights again, in the backward pass.
+    """
+
+    fetch: Callable[[str, Any], Any] = lambda name, stored: stored
+    layers: bool = False
+
+    def layer(self, block: Callable[..., Any]) -> Callable[..., Any]:
+        """`block`, recomputed in the backward pass where the plan says so."""
+        return jax.checkpoint(block) if self.layers else block
+
+
+PLAIN = Plan()
 
 
 def stored_width(width: int) -> int:

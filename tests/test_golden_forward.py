@@ -11,9 +11,8 @@ from golden_cases import ACTIVATIONS, LOGITS, cases, deviation, model, of_kind
 
 import rdlm.modules
 from rdlm.hf.names import rotary_buffer
-from rdlm.model import context, core_step, embed, forward, inject, readout
-from rdlm.model.network import RecurrentDepth, _blocks
-from rdlm.modules import rotary_tables
+from rdlm.model import context, core_step, embed, forward, inject, network, readout
+from rdlm.modules import SandwichBlock, rotary_tables
 from rdlm.recurrence import trajectory
 
 DEBUG = of_kind("debug")
@@ -59,14 +58,16 @@ def intermediates(name):
     tokens, s0 = jnp.asarray(arrays["input_ids"]), jnp.asarray(arrays["input_states"])
     ctx = context(config, jnp.arange(tokens.shape[1]), None)
     with jax.default_matmul_precision("highest"):
-        (e, _), seen = RecurrentDepth(config).apply(
-            {"params": params}, tokens, ctx, method="embed", capture_intermediates=True, mutable=["intermediates"]
+        e, _ = embed(params, config, tokens, ctx)
+        scaled, _ = embed(params, dataclasses.replace(config, prelude_layers=0), tokens, ctx)
+        _, seen = SandwichBlock(config).apply(
+            {"params": params["prelude_0"]}, scaled, ctx, capture_intermediates=True, mutable=["intermediates"]
         )
-        block = seen["intermediates"]["prelude_0"]
+        block = seen["intermediates"]
         found = {f"prelude0_norm_{i}": block[f"norm_{i}"]["__call__"][0] for i in (1, 2, 3, 4)}
         found["prelude0_attn"] = block["attn"]["__call__"][0][0]
         found["prelude0_mlp"] = block["mlp"]["__call__"][0]
-        found["scaled_embed"] = embed(params, dataclasses.replace(config, prelude_layers=0), tokens, ctx)[0]
+        found["scaled_embed"] = scaled
         found["prelude_out"] = e
         injected = inject(params, config, e)
         states = trajectory(lambda s, i: core_step(params, config, s, injected, ctx)[0], s0, 4)
@@ -103,9 +104,9 @@ def half_rotation(x, cos, sin):
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1)
 
 
-def decode_without_second_norm(self, s, ctx, past=None, held=None, active=None):
-    z = self.ln_f(s)
-    y, own = _blocks(self.coda, z, ctx, past, held, active)
+def decode_without_second_norm(params, config, s, ctx, past=None, held=None, active=None):
+    z = network._norm(params["ln_f"], config, s)
+    y, own = network._blocks(params, config, "coda", config.coda_layers, z, ctx, past, held, active)
     return (y, z), own
 
 
@@ -126,7 +127,7 @@ def test_control_rotary_convention(monkeypatch):
 
 
 def test_control_second_norm(monkeypatch):
-    monkeypatch.setattr(RecurrentDepth, "decode", decode_without_second_norm)
+    monkeypatch.setattr(network, "decode", decode_without_second_norm)
     assert off() > 100
 
 

@@ -1,6 +1,6 @@
 """The network as three pure functions of (params, config): embed, core_step, readout.
 
-The Linen module only declares parameters and wires blocks; it holds no loop. Parameters are a plain nested dict:
+The Linen modules declare parameters and do a block's arithmetic; they hold no loop. Parameters are a plain nested dict:
 wte [V, D], head [V, D] (untied only), adapter [2, D, D] (state half, embedding half), ln_f, and the blocks
 prelude_i, core_i, coda_i.
 """
@@ -17,6 +17,7 @@ from jax import Array
 from rdlm.attention import causal_bias
 from rdlm.cache import KeyValue
 from rdlm.config import ModelConfig
+from rdlm.memory import PLAIN, Plan
 from rdlm.modules import Context, RMSNorm, SandwichBlock, linear, rotary_tables, takase_std, weight
 
 Params = Any
@@ -24,7 +25,7 @@ Layers = tuple[KeyValue, ...]
 
 
 class RecurrentDepth(nn.Module):
-    """Prelude, adapter, core, coda and head (spec section 1)."""
+    """Declares all parameters: shapes, initialisers, logical axes. What is done with them: the functions below."""
 
     config: ModelConfig
 
@@ -42,59 +43,11 @@ class RecurrentDepth(nn.Module):
         self.coda = [SandwichBlock(cfg) for _ in range(cfg.coda_layers)]
         self.ln_f = RMSNorm(cfg)
 
-    def __call__(self, tokens: Array, ctx: Context) -> Array:
-        """Touch every parameter once; used for initialisation only."""
-        e, _ = self.embed(tokens, ctx)
-        s, _ = self.core_step(e, self.inject(e), ctx)
-        return self.logits(self.decode(s, ctx)[0])
-
-    @property
-    def dtype(self):
-        """Dtype of activations and matrix products."""
-        return jnp.dtype(self.config.compute_dtype or self.wte.dtype)
-
-    def embed(self, tokens: Array, ctx: Context, past: Layers | None = None) -> tuple[Array, Layers]:
-        """tokens [B, L] -> e [B, L, D] and the prelude's own keys and values."""
-        x = self.wte[tokens].astype(self.dtype) * jnp.asarray(self.config.embed_dim**0.5, self.dtype)
-        return _blocks(self.prelude, x, ctx, past)
-
-    def inject(self, e: Array) -> Array:
-        """The half of the adapter that multiplies e; the same at every recurrence, so computed once."""
-        return linear(e, self.adapter[1].astype(e.dtype))
-
-    def core_step(self, s: Array, injected: Array, ctx: Context, past=None, held=None, active=None):
-        """One recurrence: A[s; e], then the core blocks."""
-        x = linear(s, self.adapter[0].astype(s.dtype)) + injected
-        return _blocks(self.core, x, ctx, past, held, active)
-
-    def decode(self, s: Array, ctx: Context, past=None, held=None, active=None):
-        """s -> ((y [B, L, D] before the head, z = ln_f(s)), the coda's own keys and values). ln_f serves twice."""
-        z = self.ln_f(s)
-        y, own = _blocks(self.coda, z, ctx, past, held, active)
-        return (self.ln_f(y), z), own
-
-    def logits(self, y_z: tuple[Array, Array]) -> Array:
-        """Head: f32 [B, L, V]."""
-        head = self.wte if self.config.tie_embeddings else self.head
-        y = y_z[0].reshape(-1, self.config.embed_dim)
-        out = jnp.einsum("nd,vd->nv", y, head.astype(self.dtype), preferred_element_type=jnp.float32)
-        return out.reshape(*y_z[0].shape[:-1], -1)
-
-    def renorm(self, s: Array) -> Array:
-        """The last core block's norm_4, with which test-time noise is renormalised (spec section 2)."""
-        return self.core[-1].norm_4(s)
-
-
-def _blocks(blocks, x: Array, ctx: Context, past=None, held=None, active=None) -> tuple[Array, Layers]:
-    own = []
-    for j, block in enumerate(blocks):
-        x, kv = block(x, ctx, past and past[j], held and held[j], active)
-        own.append(kv)
-    return x, tuple(own)
-
-
-def _apply(method: str, params: Params, config: ModelConfig, *args: Any) -> Any:
-    return RecurrentDepth(config).apply({"params": params}, *args, method=method)
+    def __call__(self, x: Array, ctx: Context) -> Array:
+        """Touch every parameter once; used for initialisation only. x [B, L, D]."""
+        for block in (*self.prelude, *self.core, *self.coda):
+            x, _ = block(x, ctx)
+        return self.ln_f(x)
 
 
 def init_params(config: ModelConfig, key: Array) -> Params:
@@ -109,8 +62,8 @@ def logical_axes(config: ModelConfig) -> Params:
 
 
 def _init(config: ModelConfig, key: Array) -> Params:
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    return RecurrentDepth(config).init(key, tokens, context(config, jnp.arange(1), None))["params"]
+    x = jnp.zeros((1, 1, config.embed_dim), config.param_dtype)
+    return RecurrentDepth(config).init(key, x, context(config, jnp.arange(1), None))["params"]
 
 
 def compute_dtype(params: Params, config: ModelConfig) -> Any:
@@ -142,34 +95,51 @@ def positions_of(tokens: Array, segment_ids: Array | None) -> Array:
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
 
 
-def embed(params: Params, config: ModelConfig, tokens: Array, ctx: Context, past: Layers | None = None):
+def embed(
+    params: Params, config: ModelConfig, tokens: Array, ctx: Context, past: Layers | None = None, plan: Plan = PLAIN
+):
     """Prelude: tokens int [B, L] -> (e [B, L, D], own keys and values per layer)."""
-    return _apply("embed", params, config, tokens, ctx, past)
+    dtype = compute_dtype(params, config)
+    wte = plan.fetch("wte", params["wte"])
+    x = wte[tokens].astype(dtype) * jnp.asarray(config.embed_dim**0.5, dtype)
+    return _blocks(params, config, "prelude", config.prelude_layers, x, ctx, past, plan=plan)
 
 
-def inject(params: Params, config: ModelConfig, e: Array) -> Array:
-    """The loop-invariant half of the adapter, A_e e: [B, L, D]."""
-    return _apply("inject", params, config, e)
+def inject(params: Params, config: ModelConfig, e: Array, plan: Plan = PLAIN) -> Array:
+    """The loop-invariant half of the adapter, A_e e: [B, L, D]; computed once for all recurrences."""
+    return linear(e, plan.fetch("adapter", params["adapter"])[1].astype(e.dtype))
 
 
 def core_step(
-    params: Params, config: ModelConfig, s: Array, injected: Array, ctx: Context, past=None, held=None, active=None
-):
-    """One recurrence: s [B, L, D] -> (new s, own keys and values per core layer).
+    params: Params, config: ModelConfig, s: Array, injected: Array, ctx: Context, past=None, held=None, active=None,
+    plan: Plan = PLAIN,
+):  # fmt: skip
+    """One recurrence, A[s; e] and the core blocks: s [B, L, D] -> (new s, own keys and values per core layer).
 
     `injected` is `inject(params, config, e)`. `past`, `held` and `active` as in `rdlm.modules.SelfAttention`.
     """
-    return _apply("core_step", params, config, s, injected, ctx, past, held, active)
+    x = linear(s, plan.fetch("adapter", params["adapter"])[0].astype(s.dtype)) + injected
+    return _blocks(params, config, "core", config.core_layers, x, ctx, past, held, active, plan)
 
 
-def decode(params: Params, config: ModelConfig, s: Array, ctx: Context, past=None, held=None, active=None):
-    """Coda: s -> ((y, z), own keys and values); z = ln_f(s) are the reference's latent states, y goes to the head."""
-    return _apply("decode", params, config, s, ctx, past, held, active)
+def decode(
+    params: Params, config: ModelConfig, s: Array, ctx: Context, past=None, held=None, active=None, plan: Plan = PLAIN
+):
+    """Coda: s -> ((y, z), own keys and values); z = ln_f(s) are the reference's latent states, y goes to the head.
+
+    ln_f serves twice.
+    """
+    z = _norm(params["ln_f"], config, s)
+    y, own = _blocks(params, config, "coda", config.coda_layers, z, ctx, past, held, active, plan)
+    return (_norm(params["ln_f"], config, y), z), own
 
 
-def head(params: Params, config: ModelConfig, y: Array) -> Array:
+def head(params: Params, config: ModelConfig, y: Array, plan: Plan = PLAIN) -> Array:
     """y [B, L, D] -> logits f32 [B, L, V]."""
-    return _apply("logits", params, config, (y, y))
+    name = "wte" if config.tie_embeddings else "head"
+    weights = plan.fetch(name, params[name]).astype(compute_dtype(params, config))
+    out = jnp.einsum("nd,vd->nv", y.reshape(-1, config.embed_dim), weights, preferred_element_type=jnp.float32)
+    return out.reshape(*y.shape[:-1], -1)
 
 
 def readout(params: Params, config: ModelConfig, s: Array, ctx: Context) -> tuple[Array, Array]:
@@ -179,5 +149,29 @@ def readout(params: Params, config: ModelConfig, s: Array, ctx: Context) -> tupl
 
 
 def renorm(params: Params, config: ModelConfig, s: Array) -> Array:
-    """Norm that follows test-time noise."""
-    return _apply("renorm", params, config, s)
+    """Norm that follows test-time noise: the last core block's norm_4 (spec section 2)."""
+    return _norm(params[f"core_{config.core_layers - 1}"]["norm_4"], config, s)
+
+
+def _norm(params: Params, config: ModelConfig, x: Array) -> Array:
+    out: Any = RMSNorm(config).apply({"params": params}, x)  # Linen does not know what a module returns
+    return out
+
+
+def _blocks(
+    params: Params, config: ModelConfig, part: str, count: int, x: Array, ctx: Context, past=None, held=None,
+    active=None, plan: Plan = PLAIN,
+) -> tuple[Array, Layers]:  # fmt: skip
+    """The blocks part_0, part_1, ... in turn: x [B, L, D] -> (x, own keys and values per block)."""
+    own = []
+    for j in range(count):
+        name = f"{part}_{j}"
+
+        def block(stored: Params, x: Array, name: str = name, j: int = j) -> tuple[Array, KeyValue]:
+            whole = {"params": plan.fetch(name, stored)}
+            out: Any = SandwichBlock(config).apply(whole, x, ctx, past and past[j], held and held[j], active)
+            return out
+
+        x, kv = plan.layer(block)(params[name], x)
+        own.append(kv)
+    return x, tuple(own)
