@@ -1,4 +1,4 @@
-"""Loss against depth: every depth from one unroll."""
+"""Quality against depth: every fixed depth from one unroll, exit rules beside it, and what each of them costs."""
 
 from __future__ import annotations
 
@@ -12,16 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from rdlm import flops
 from rdlm.config import InputError, ModelConfig
-from rdlm.losses import IGNORED, as_batch, losses_by_depth
-from rdlm.model import Params
+from rdlm.exits import ExitRule
+from rdlm.losses import IGNORED, as_batch, batch_state, cross_entropy, is_likeliest, scores_by_depth
+from rdlm.model import Params, forward
 
 
 class DepthCurve(NamedTuple):
     """Mean loss at several depths.
 
     depths: recurrences r. nats: mean cross-entropy per scored token. bits_per_byte: the same per byte of text.
-    tokens, bytes: how many were scored.
+    tokens, bytes: how many were scored. accuracy: share of scored tokens whose label is the likeliest; empty where it
+    is not known.
     """
 
     depths: tuple[int, ...]
@@ -29,15 +32,65 @@ class DepthCurve(NamedTuple):
     bits_per_byte: list[float]
     tokens: int
     bytes: int
+    accuracy: tuple[float, ...] = ()
+
+
+class ExitScore(NamedTuple):
+    """Quality and effort when every token stops on its own.
+
+    nats, bits_per_byte, accuracy: as in `DepthCurve`. iterations: mean recurrences over all tokens, scored or not,
+    padding left out. looks: mean number of times the rule read a token's logits. most: largest number of recurrences
+    that a token took. tokens: how many were scored.
+    """
+
+    nats: float
+    bits_per_byte: float
+    accuracy: float
+    iterations: float
+    looks: float
+    most: int
+    tokens: int
+
+
+class Cost(NamedTuple):
+    """What a token costs on average.
+
+    iterations: recurrences. flops_per_token: forward FLOPs, looks of the exit rule included. equivalent_parameters:
+    of the unrolled model, as the paper counts them (the core as often as it runs).
+    """
+
+    iterations: float
+    flops_per_token: float
+    equivalent_parameters: float
+
+
+def cost(config: ModelConfig, iterations: float, length: int, looks: float = 0.0) -> Cost:
+    """The price of a token that runs so many recurrences, in a sequence of `length`.
+
+    Attention is counted in full over the length, as the paper counts it. Each look of a rule at logits costs coda and
+    head (`flops.check_flops`), and so does the readout at the end, although it could reuse the last look's.
+    """
+    spent = flops.forward_flops(config, iterations, length) + looks * flops.check_flops(config, length)
+    return Cost(iterations, spent, flops.materialised_parameters(config, iterations))
+
+
+def sweep_flops(config: ModelConfig, depths: tuple[int, ...], length: int) -> float:
+    """FLOPs per token of a whole depth curve: the deepest point, and coda and head at every other."""
+    return flops.forward_flops(config, depths[-1], length) + (len(depths) - 1) * flops.check_flops(config, length)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "depths"))
 def _sums(params: Params, config: ModelConfig, batch: dict[str, Array], depths: tuple[int, ...], token_bytes: Array):
     labelled = as_batch(batch)
-    scored = labelled.labels != IGNORED
-    losses = losses_by_depth(params, config, labelled, depths, jax.random.key(0))
-    size = jnp.where(scored, token_bytes[jnp.where(scored, labelled.labels, 0)], 0)
-    return losses.sum((1, 2)), scored.sum(), size.sum()
+    losses, right = scores_by_depth(params, config, labelled, depths, jax.random.key(0))
+    return losses.sum((1, 2)), right.sum((1, 2)), *_scored(labelled.labels, token_bytes)
+
+
+def _scored(labels: Array, token_bytes: Array) -> tuple[Array, Array]:
+    """How many labels are scored, and the bytes behind them."""
+    scored = labels != IGNORED
+    size = jnp.where(scored, token_bytes[jnp.where(scored, labels, 0)], 0)
+    return scored.sum(), size.sum()
 
 
 def depth_curve(
@@ -49,13 +102,13 @@ def depth_curve(
     place: Callable[[Any], Any] = lambda batch: batch,
     stop: Callable[[], bool] = lambda: False,
 ) -> DepthCurve | None:
-    """Loss at each depth over `batches`, from one unroll to the deepest. Sums are kept in float64.
+    """Loss and accuracy at each depth over `batches`, from one unroll to the deepest. Sums are kept in float64.
 
     Args:
       params, config: the model.
       batches: dicts as `rdlm.data.PackedData.batches` yields them.
       depths: increasing recurrences.
-      token_bytes: int [V], bytes of text behind each token.
+      token_bytes: int [V], bytes of text behind each token (zeros where there is no text: bits per byte become NaN).
       place: puts a batch onto devices.
       stop: polled between batches; when true the result is None.
 
@@ -64,14 +117,67 @@ def depth_curve(
     """
     if not depths or list(depths) != sorted(set(depths)) or depths[0] < 1:
         raise InputError(f"depths = {tuple(depths)}: must be increasing recurrences, each at least 1")
-    sums, count, size = np.zeros(len(depths)), 0, 0
+    sums, hits, count, size = np.zeros(len(depths)), np.zeros(len(depths)), 0, 0
     table = jnp.asarray(token_bytes)
     for batch in batches:
         if stop():
             return None
-        s, c, b = _sums(params, config, place(batch), tuple(depths), table)
-        sums, count, size = sums + np.asarray(s, np.float64), count + int(c), size + int(b)
+        s, h, c, b = _sums(params, config, place(batch), tuple(depths), table)
+        sums, hits = sums + np.asarray(s, np.float64), hits + np.asarray(h)
+        count, size = count + int(c), size + int(b)
     if not count:
         raise InputError("validation: there is no label to score")
-    nats = (sums / count).tolist()
-    return DepthCurve(tuple(depths), nats, (sums / math.log(2) / max(size, 1)).tolist(), count, size)
+    bits = [_bits_per_byte(x, size) for x in sums.tolist()]
+    return DepthCurve(tuple(depths), (sums / count).tolist(), bits, count, size, tuple((hits / count).tolist()))
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def _exit_sums(
+    params: Params, config: ModelConfig, batch: dict[str, Array], rule: ExitRule, most: Array, token_bytes: Array
+):
+    labelled = as_batch(batch)
+    out = forward(
+        params, config, labelled.tokens, most, state=batch_state(params, config, labelled, None, jax.random.key(0)),
+        segment_ids=labelled.segment_ids, positions=labelled.positions, exit_rule=rule,
+    )  # fmt: skip
+    assert out.looks is not None  # a rule's looks are counted
+    nats, right = cross_entropy(out.logits, labelled.labels).sum(), is_likeliest(out.logits, labelled.labels).sum()
+    spent = out.steps.sum(), out.looks.sum(), (out.steps > 0).sum(), out.steps.max()
+    return nats, right, *spent, *_scored(labelled.labels, token_bytes)
+
+
+def exit_score(
+    params: Params,
+    config: ModelConfig,
+    batches: Iterable[dict[str, Any]],
+    rule: ExitRule,
+    most: int,
+    token_bytes: np.ndarray,
+) -> ExitScore:
+    """Loss, accuracy and effort with an exit rule, over the same labels and initial states as `depth_curve`.
+
+    Every token stops on its own, after at most `most` recurrences, in one parallel pass (`rdlm.forward`). Neither
+    another threshold nor another `most` compiles anything anew.
+
+    Raises:
+      InputError: `most` below 1, or nothing to score.
+    """
+    if most < 1:
+        raise InputError(f"most = {most}: at least one recurrence is needed")
+    sums, deepest = np.zeros(7), 0
+    table = jnp.asarray(token_bytes)
+    for batch in batches:
+        nats, right, steps, looks, ran, deep, count, size = _exit_sums(
+            params, config, batch, rule, jnp.int32(most), table
+        )
+        sums += [float(x) for x in (nats, right, steps, looks, ran, count, size)]
+        deepest = max(deepest, int(deep))
+    nats, right, steps, looks, ran, count, size = sums.tolist()
+    if not count:
+        raise InputError("validation: there is no label to score")
+    bits = _bits_per_byte(nats, int(size))
+    return ExitScore(nats / count, bits, right / count, steps / ran, looks / ran, deepest, int(count))
+
+
+def _bits_per_byte(nats: float, size: int) -> float:
+    return nats / math.log(2) / size if size else math.nan

@@ -43,8 +43,8 @@ def core_parameters(config: ModelConfig) -> int:
     return config.core_layers * block_parameters(config)
 
 
-def materialised_parameters(config: ModelConfig, r: int) -> int:
-    """Parameters of the unrolled model as the paper counts them: the core r times, the adapter once."""
+def materialised_parameters(config: ModelConfig, r: float) -> float:
+    """Parameters of the unrolled model as the paper counts them: the core r (or r on average) times, adapter once."""
     return parameters(config) + (r - 1) * core_parameters(config)
 
 

@@ -93,6 +93,15 @@ def cross_entropy(logits: Array, labels: Array) -> Array:
     return jnp.where(scored, jax.nn.logsumexp(logits, axis=-1) - at_label, 0.0)
 
 
+def is_likeliest(logits: Array, labels: Array) -> Array:
+    """Whether no other token's logit reaches the label's, bool [B, L]; False where the label is ignored.
+
+    logits f32 [B, L, V]. A count of the logits that reach it: CPUs do that many times faster than an argmax.
+    """
+    at_label = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[..., None], axis=-1)
+    return ((logits >= at_label).sum(-1) == 1) & (labels != IGNORED)
+
+
 def batch_state(params: Params, config: ModelConfig, batch: Batch, state: Array | None, key: Array | None) -> Array:
     """The initial state of a batch: the one given, or noise keyed by (key, sequence, position)."""
     dtype = compute_dtype(params, config)
@@ -161,14 +170,21 @@ def loss(
     return losses.sum() / jnp.maximum((batch.labels != IGNORED).sum(), 1)
 
 
-def losses_by_depth(
+def scores_by_depth(
     params: Params, config: ModelConfig, batch: Batch, depths: tuple[int, ...], key: Array | None = None
-) -> Array:
-    """Cross-entropies f32 [len(depths), B, L] at each depth, from one unroll. No gradient."""
+) -> tuple[Array, Array]:
+    """Cross-entropies f32 and whether the label is the likeliest token, bool, both [len(depths), B, L], at each depth.
+
+    One unroll, no gradient.
+    """
     step, s, ctx = _setup(params, config, batch, None, key)
-    return jnp.stack(
-        checkpoints(step, s, depths, lambda s: cross_entropy(readout(params, config, s, ctx)[0], batch.labels))
-    )
+
+    def read(s: Array) -> tuple[Array, Array]:
+        logits, _ = readout(params, config, s, ctx)
+        return cross_entropy(logits, batch.labels), is_likeliest(logits, batch.labels)
+
+    losses, right = zip(*checkpoints(step, s, depths, read), strict=True)
+    return jnp.stack(losses), jnp.stack(right)
 
 
 def _setup(params: Params, config: ModelConfig, batch: Batch, state: Array | None, key: Array | None):

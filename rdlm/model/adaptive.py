@@ -30,7 +30,7 @@ class Pass(NamedTuple):
 
     logits f32 [B, L, V] (L = 1 when only the last position was asked for); latents, state [B, L, D] (after and before
     ln_f); steps int32 [B, L]; ran int32 scalar, the recurrence at which the last token stopped; own: keys and values to
-    append to the cache.
+    append to the cache; looks int32 [B, L], how often the rule read a token's logits.
     """
 
     logits: Array
@@ -39,12 +39,14 @@ class Pass(NamedTuple):
     steps: Array
     ran: Array
     own: Own
+    looks: Array
 
 
 class _Loop(NamedTuple):
     s: Array
     active: Array  # bool [B, L]: still iterating
     steps: Array  # int32 [B, L]
+    looks: Array  # int32 [B, L]: looks at logits
     core: Any  # own core sets
     rule: Any  # rule state
     coda: Any  # own coda keys and values as of the last check
@@ -120,18 +122,20 @@ def adaptive_pass(
 
     def evaluate(c: _Loop, i: Array, due: Array) -> _Loop:
         assert rule is not None
-        logits, coda, fresh = None, c.coda, c.fresh
+        logits, coda, fresh, looks = None, c.coda, c.fresh, c.looks
         if rule.needs_logits:
             # Only rows with a token that is due: what a stopped token shows in the coda must not depend on other rows.
             asked = jnp.any(due, axis=1, keepdims=True)
             logits, _, coda = read(c.s, c.coda, ~c.fresh & asked, by_last)
             fresh = c.fresh | asked
+            looks = c.looks + due
         shown = Observation(at_last(c.s) if by_last else c.s, logits, i)
         state, value = exits.update(rule, c.rule, shown)
         if together and not by_last:
             value = jnp.where(valid, value, 0).sum(-1, keepdims=True) / valid.sum(-1, keepdims=True)
         stop = jnp.broadcast_to(exits.exits(rule, value), (B, L)) & due
-        return c._replace(rule=shown_only(state, c.rule, due), active=c.active & ~stop, coda=coda, fresh=fresh)
+        rule_state = shown_only(state, c.rule, due)
+        return c._replace(rule=rule_state, active=c.active & ~stop, coda=coda, fresh=fresh, looks=looks)
 
     def shown_only(new: Any, old: Any, due: Array) -> Any:
         return exits.seen_only(at_last(due[..., None])[..., 0] if by_last else due, new, old)
@@ -167,6 +171,7 @@ def adaptive_pass(
         s=s0,
         active=valid & (begin < most),
         steps=jnp.where(valid, begin, 0),
+        looks=jnp.zeros((B, L), jnp.int32),
         core=core,
         rule=() if rule is None else exits.init(rule, at_last(s0) if by_last else s0, config.rows),
         coda=shape(config.coda_layers) if rule is not None and rule.needs_logits else (),
@@ -174,7 +179,7 @@ def adaptive_pass(
     )
     c, ran = unroll_until(step, lambda c, i: ~jnp.any(c.active), start, jnp.max(most), begin)
     logits, z, coda = read(c.s, None, None, last_only)
-    return Pass(logits, z, c.s, c.steps, ran, Own(prelude, c.core, coda))
+    return Pass(logits, z, c.s, c.steps, ran, Own(prelude, c.core, coda), c.looks)
 
 
 def _per_token(value: Any, tokens: Array) -> Array:

@@ -33,13 +33,15 @@ class Output:
     """What `forward` returns.
 
     logits f32 [B, L, V]; latents [B, L, D], after ln_f; steps int32 [B, L], recurrences each token ran;
-    state [B, L, D], the raw latent state before ln_f.
+    state [B, L, D], the raw latent state before ln_f; looks int32 [B, L], how often an exit rule read a token's logits
+    (each costs `flops.check_flops`), None where it is not counted.
     """
 
     logits: Array
     latents: Array
     steps: Array
     state: Array
+    looks: Array | None = None
 
 
 def typed_key(key: Array | None) -> Array:
@@ -180,7 +182,7 @@ def forward(
             params, config, tokens, positions, ctx, state, valid,
             num_steps=most, rule=exit_rule, min_steps=min_steps, check_every=check_every, policy=cache, key=noise_key,
         )  # fmt: skip
-        return Output(result.logits, result.latents, result.steps, result.state)
+        return Output(result.logits, result.latents, result.steps, result.state, result.looks)
     n, k = split_steps(num_steps, config)
     e, _ = embed(params, config, tokens, ctx)
     injected = inject(params, config, e)
