@@ -16,7 +16,8 @@ from rdlm import exits
 from rdlm.config import InputError, ModelConfig
 from rdlm.exits import ExitRule, Observation
 from rdlm.model import Params, compute_dtype, context, core_step, embed, forward, inject, readout
-from rdlm.recurrence import initial_state, trajectory
+from rdlm.modules import Context
+from rdlm.recurrence import Step, initial_state, trajectory
 from rdlm.tasks.instance import IGNORED
 
 
@@ -42,20 +43,27 @@ class ByDifficulty:
         return float(self.steps[rows].sum() / self.count[rows].sum())
 
 
-@functools.partial(jax.jit, static_argnames=("config", "depths"))
-def logits_by_depth(
-    params: Params, config: ModelConfig, tokens: Array, depths: tuple[int, ...], key: Array
-) -> Array:  # fmt: skip
-    """Logits f32 [R, B, L, V] of tokens int [B, L] after each of the R increasing `depths`, from one unroll."""
-    L = tokens.shape[1]
-    positions = jnp.arange(L, dtype=jnp.int32)
+def setup(params: Params, config: ModelConfig, tokens: Array, key: Array) -> tuple[Step, Array, Context]:
+    """What every way of running the core starts from: (step(s, i) -> s, the initial state s0 [B, L, D], the context).
+
+    tokens: int [B, L]. key: one, for the same noise in every row, or one per row [B].
+    """
+    positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)
     ctx = context(config, positions, None)
     e, _ = embed(params, config, tokens, ctx)
     injected = inject(params, config, e)
     s = initial_state(key, positions, config.embed_dim, compute_dtype(params, config))
     s = jnp.broadcast_to(s, (*tokens.shape, config.embed_dim))
+    return (lambda s, i: core_step(params, config, s, injected, ctx)[0]), s, ctx
 
-    states = trajectory(lambda s, i: core_step(params, config, s, injected, ctx)[0], s, max(depths))
+
+@functools.partial(jax.jit, static_argnames=("config", "depths"))
+def logits_by_depth(
+    params: Params, config: ModelConfig, tokens: Array, depths: tuple[int, ...], key: Array
+) -> Array:  # fmt: skip
+    """Logits f32 [R, B, L, V] of tokens int [B, L] after each of the R increasing `depths`, from one unroll."""
+    step, s, ctx = setup(params, config, tokens, key)
+    states = trajectory(step, s, max(depths))
     # One compiled readout for all depths, where a call for each would compile as many.
     return jax.lax.map(lambda s: readout(params, config, s, ctx)[0], states[np.array(depths)])
 
@@ -106,7 +114,7 @@ def by_depth(
     if not depths or list(depths) != sorted(set(depths)) or depths[0] < 1:
         raise InputError(f"depths = {tuple(depths)}: must be increasing recurrences, each at least 1")
     key = jax.random.key(0) if key is None else key
-    return _count((b, _answers(params, config, jnp.asarray(b["tokens"]), tuple(depths), key), None) for b in batches)
+    return counted((b, _answers(params, config, jnp.asarray(b["tokens"]), tuple(depths), key), None) for b in batches)
 
 
 def with_exits(
@@ -119,7 +127,7 @@ def with_exits(
 ) -> ByDifficulty:
     """Right answers (R = 1) and recurrences when every token stops on its own, after at most `most`."""
     key = jax.random.key(0) if key is None else key
-    return _count((b, *_adaptive(params, config, jnp.asarray(b["tokens"]), rule, most, key)) for b in batches)
+    return counted((b, *_adaptive(params, config, jnp.asarray(b["tokens"]), rule, most, key)) for b in batches)
 
 
 def with_sequence_exits(
@@ -141,11 +149,15 @@ def with_sequence_exits(
     if not rule.needs_logits or rule.kind == "argmax_stability":
         raise InputError(f"sequence exits: rule {rule.kind!r} must compare predictions, such as rdlm.exits.kl()")
     key = jax.random.key(0) if key is None else key
-    return _count((b, *_together(params, config, jnp.asarray(b["tokens"]), rule, most, key)) for b in batches)
+    return counted((b, *_together(params, config, jnp.asarray(b["tokens"]), rule, most, key)) for b in batches)
 
 
-def _count(results: Iterable[Any]) -> ByDifficulty:
-    """Sums over (batch, answers int [R, B, L], steps int [B, L] or None)."""
+def counted(results: Iterable[Any]) -> ByDifficulty:
+    """Sums over (batch, answers int [R, B, L], steps int [B, L] or None), batches as `rdlm.tasks.batch` makes them.
+
+    Raises:
+      InputError: nothing to score.
+    """
     found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     for batch, answers, steps in results:
         asked = batch["labels"] != IGNORED

@@ -1,0 +1,90 @@
+"""What an experiment leaves behind: finished parts that are not done again, intervals, JSON that says what made it."""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rdlm.config import InputError
+
+# Student's t at 97.5 % for 1, 2, ... degrees of freedom.
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+def remembered(path: Path, made_by: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """`make()`, or what it returned when `path` was written; the file appears whole or not at all.
+
+    Args:
+      path: a JSON file.
+      made_by: everything that determines the result; kept beside it.
+      make: the work.
+
+    Raises:
+      InputError: the file holds a result of something else.
+    """
+    made_by = json.loads(json.dumps(made_by))  # as it will be read: tuples are lists
+    if path.exists():
+        known = json.loads(path.read_text())
+        for name in {**made_by, **known["made_by"]}:
+            old, new = known["made_by"].get(name), made_by.get(name)
+            if old != new:
+                raise InputError(
+                    f"{path}: holds a result with {name} = {old!r}, not {new!r}; delete it or choose other --runs"
+                )
+        return known["result"]
+    result = make()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(compact({"made_by": made_by, "result": result}))
+    partial.rename(path)
+    return result
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """(mean, half the width of its 95 % confidence interval by Student's t); the width of one value is NaN.
+
+    Raises:
+      InputError: no values, or more than ten.
+    """
+    if not 1 <= len(values) <= len(_T) + 1:
+        raise InputError(f"interval of {len(values)} values: must be of 1 to {len(_T) + 1}")
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return mean, float("nan")
+    return mean, _T[len(values) - 2] * statistics.stdev(values) / len(values) ** 0.5
+
+
+def compact(tree: Any) -> str:
+    """JSON with every list of numbers on one line, and a newline at its end."""
+    text = json.dumps(tree, indent=1)
+    return re.sub(r"\[[^\[\]{}]*\]", lambda found: re.sub(r"\s+", " ", found[0]), text) + "\n"
+
+
+def rounded(values: Any) -> list[float]:
+    """To four digits."""
+    return [round(float(x), 4) for x in values]
+
+
+def command() -> str:
+    """This command line."""
+    script = Path(sys.argv[0])
+    return " ".join(["python", f"{script.parent.name}/{script.name}", *sys.argv[1:]])
+
+
+def commit() -> str:
+    """The commit of the code that runs."""
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def processor_seconds() -> float:
+    """Processor time of this process so far, all its threads."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
