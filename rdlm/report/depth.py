@@ -1,4 +1,4 @@
-"""Pictures of a run. Needs matplotlib, the extra `plots`, which is imported only when a picture is asked for."""
+"""The picture of a run: loss against depth, with the depths of training behind it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from rdlm import flops
 from rdlm.checkpoint import read_config
 from rdlm.config import InputError, RunConfig
 from rdlm.recurrence import sample_steps
+from rdlm.report.figures import BLUE, GREY, new_figure, save_figure
 
 CURVE = "loss_by_depth.json"
 _DRAWS = 40_000
-# Okabe and Ito's palette: told apart with every kind of colour vision, and in grey.
-_LINE, _BARS, _BAR_TEXT, _GREY = "#0072B2", "#F8E3BC", "#8A5D00", "#555555"
+_LINE, _BARS, _BAR_TEXT = BLUE, "#F8E3BC", "#8A5D00"
 
 
 def read_curve(run_folder: str | Path, name: str = CURVE) -> dict[int, float]:
@@ -74,9 +74,8 @@ def plot_loss_by_depth(run_folder: str | Path, name: str = CURVE) -> Path:
       InputError: matplotlib is missing, not a run folder, no curve there, or the folder cannot be written.
     """
     folder = Path(run_folder)
-    figure_class = _figure_class()
+    figure = new_figure(8, 5)
     run, curve = read_config(folder), read_curve(folder, name)
-    figure = figure_class(figsize=(8, 5), layout="constrained")
     losses = figure.add_subplot()
     share = losses.twinx()
     losses.set_zorder(share.get_zorder() + 1)  # the line in front of the bars, though the bars' axis was made later
@@ -88,24 +87,7 @@ def plot_loss_by_depth(run_folder: str | Path, name: str = CURVE) -> Path:
     handles, labels = (a + b for a, b in zip(*(x.get_legend_handles_labels() for x in (losses, share)), strict=True))
     losses.legend(handles, labels, loc="upper right", frameon=False)
     figure.suptitle(_title(folder, run, name), fontsize=12)
-    path = (folder / name).with_suffix(".png")
-    partial = path.with_suffix(".partial.png")
-    try:
-        figure.savefig(partial, dpi=150)
-        partial.replace(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
-    return path
-
-
-def _figure_class() -> Any:
-    try:
-        from matplotlib.figure import Figure  # without pyplot: no display, no global state
-    except ImportError as error:
-        raise InputError(
-            "matplotlib: not installed; pictures need the extra `plots` (pip install 'rdlm[plots]')"
-        ) from error
-    return Figure
+    return save_figure(figure, (folder / name).with_suffix(".png"), dpi=150)
 
 
 def _draw_curve(axes: Any, curve: dict[int, float]) -> None:
@@ -147,7 +129,7 @@ def _draw_depth_axis(axes: Any, curve: dict[int, float], distribution: np.ndarra
     axes.set_xticks(ticks, [str(t) for t in ticks])
     axes.minorticks_off()
     axes.set_xlabel("recurrences r of the core (log scale)")
-    axes.tick_params(axis="x", colors=_GREY)
+    axes.tick_params(axis="x", colors=GREY)
 
 
 def _title(folder: Path, run: RunConfig, name: str) -> str:

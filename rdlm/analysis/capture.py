@@ -1,0 +1,134 @@
+"""The states behind a text: after every recurrence and, on request, after every core layer within each."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from rdlm.config import InputError, ModelConfig
+from rdlm.model import (
+    Params,
+    check_shape,
+    check_tokens,
+    compute_dtype,
+    context,
+    core_step,
+    embed,
+    inject,
+    noisy,
+    positions_of,
+    readout,
+    typed_key,
+)
+from rdlm.modules import SandwichBlock, linear
+from rdlm.recurrence import initial_state, trajectory
+
+
+class Recurrence(NamedTuple):
+    """A model as functions of its latent state alone, with the text closed over.
+
+    s0: [B, L, D]. step(s, i) -> next state: one recurrence, i int32 from 0. layers(s, i) -> [C, B, L, D], what each of
+    the C core layers makes within it, the last of which is the next state. read(s) -> logits f32 [B, L, V].
+    """
+
+    s0: Array
+    step: Callable[[Array, Any], Array]
+    layers: Callable[[Array, Any], Array]
+    read: Callable[[Array], Array]
+
+
+class Captured(NamedTuple):
+    """states [r+1, B, L, D]: s_0 .. s_r. layers [r, C, B, L, D]: after each core layer of each recurrence, or None."""
+
+    states: Array
+    layers: Array | None
+
+
+def recurrence_of(
+    params: Params,
+    config: ModelConfig,
+    tokens: Array,
+    *,
+    state: Array | None = None,
+    key: Array | None = None,
+    segment_ids: Array | None = None,
+    positions: Array | None = None,
+) -> Recurrence:
+    """The model over `tokens` int [B, L] as a `Recurrence`. Arguments as in `rdlm.forward`.
+
+    Raises:
+      InputError: wrong shapes, ids out of range, more tokens than config.max_length.
+    """
+    tokens = check_tokens(tokens, config)
+    B, L = tokens.shape
+    check_shape("segment_ids", segment_ids, (B, L))
+    check_shape("positions", positions, (L,), (B, L))
+    check_shape("state", state, (B, L, config.embed_dim))
+    check_shape("key", key, (), (B,))
+    dtype, key = compute_dtype(params, config), typed_key(key)
+    segments = None if segment_ids is None else jnp.asarray(segment_ids)
+    where = positions_of(tokens, segments) if positions is None else jnp.asarray(positions)
+    if state is None:
+        state = initial_state(key, where, config.embed_dim, dtype)
+    s0 = jnp.broadcast_to(jnp.asarray(state, dtype), (B, L, config.embed_dim))
+    ctx = context(config, where, segments)
+    e, _ = embed(params, config, tokens, ctx)
+    injected = inject(params, config, e)
+    noise_key = key if config.test_time_noise else jax.random.key(0)
+
+    def entering(s: Array, i: Any) -> Array:
+        return noisy(params, config, s, i, noise_key, where)
+
+    def step(s: Array, i: Any) -> Array:
+        return core_step(params, config, entering(s, i), injected, ctx)[0]
+
+    def layers(s: Array, i: Any) -> Array:
+        x = linear(entering(s, i), params["adapter"][0].astype(s.dtype)) + injected
+        made = []
+        for j in range(config.core_layers):
+            out: Any = SandwichBlock(config).apply({"params": params[f"core_{j}"]}, x, ctx)
+            made.append(x := out[0])
+        return jnp.stack(made)
+
+    return Recurrence(s0, step, layers, lambda s: readout(params, config, s, ctx)[0])
+
+
+@functools.partial(jax.jit, static_argnames=("config", "r", "layers"))
+def _capture(params: Params, config: ModelConfig, tokens: Array, r: int, layers: bool, given: dict[str, Any]):
+    of = recurrence_of(params, config, tokens, **given)
+    if not layers:
+        return Captured(trajectory(of.step, of.s0, r), None)
+
+    def step(carry: tuple[Array, Array], i: Array) -> tuple[Array, Array]:
+        within = of.layers(carry[0], i)
+        return within[-1], within
+
+    unused = jnp.zeros((config.core_layers, *of.s0.shape), of.s0.dtype)
+    states, within = trajectory(step, (of.s0, unused), r)
+    return Captured(states, within[1:])
+
+
+def capture(
+    params: Params, config: ModelConfig, tokens: Array, r: int, *, layers: bool = False, **given: Any
+) -> Captured:
+    """Every state of `tokens` int [B, L] up to r recurrences, in one compiled program of static shapes.
+
+    Args:
+      params, config: the model.
+      tokens: int [B, L].
+      r: recurrences, at least 1.
+      layers: also keep what every core layer makes: r * core_layers times as much.
+      given: state, key, segment_ids, positions, as in `rdlm.forward`.
+
+    Raises:
+      InputError: r below 1, wrong shapes, ids out of range, more tokens than config.max_length.
+    """
+    if r < 1:
+        raise InputError(f"r = {r}: at least one recurrence is needed")
+    tokens = check_tokens(tokens, config)
+    return _capture(params, config, tokens, r, layers, given)

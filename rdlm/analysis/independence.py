@@ -1,0 +1,46 @@
+"""Path independence: do different initial states lead a token to the same limit?"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from rdlm.analysis.capture import capture
+from rdlm.config import InputError, ModelConfig
+from rdlm.model import Params, check_tokens, compute_dtype
+from rdlm.recurrence import initial_state
+
+
+def from_starts(params: Params, config: ModelConfig, tokens: Array, r: int, starts: int = 5) -> np.ndarray:
+    """States f32 [r+1, N, L, D] of one text int [L] from N = `starts` initial states: noise of N - 1 keys, and zero.
+
+    Raises:
+      InputError: fewer than 2 starts, tokens of another rank, or as `capture`.
+    """
+    if starts < 2:
+        raise InputError(f"starts = {starts}: at least two are needed to compare")
+    if np.ndim(tokens) != 1:
+        raise InputError(f"tokens: expected integers [L], got shape {list(np.shape(tokens))}")
+    rows = check_tokens(np.broadcast_to(np.asarray(tokens), (starts, np.shape(tokens)[0])), config)
+    keys, positions = jax.random.split(jax.random.key(0), starts - 1), jnp.arange(rows.shape[1])
+    noise = initial_state(keys, positions, config.embed_dim, compute_dtype(params, config))
+    state = jnp.concatenate([noise, jnp.zeros_like(noise[:1])])
+    return np.asarray(capture(params, config, rows, r, state=state).states.astype(jnp.float32))
+
+
+def spread(states: np.ndarray) -> np.ndarray:
+    """Mean distance between all pairs of N states, over that of the starts: float64 [r+1, L] from [r+1, N, L, D].
+
+    1 at r = 0; what remains at the end of the path is the share of the start that the limit remembers. Distances are
+    relative to the mean length of the states at r = 1 and beyond, and of the starts at r = 0.
+    """
+    states = np.asarray(states, np.float64)
+    N = states.shape[1]
+    if N < 2:
+        raise InputError(f"states: {N} start: at least two are needed to compare")
+    a, b = np.triu_indices(N, 1)
+    apart = np.linalg.norm(states[:, a] - states[:, b], axis=-1).mean(1)
+    apart = apart / np.maximum(np.linalg.norm(states, axis=-1).mean(1), 1e-30)
+    return apart / np.maximum(apart[:1], 1e-30)

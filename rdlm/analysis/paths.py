@@ -1,0 +1,146 @@
+"""A token's path through latent space: does it come to rest, go round, or drift? NumPy on captured states.
+
+Classes, by what the second half of the path (the tail) does, in this order; `Path` holds the numbers behind each:
+
+  fixed point  it rests: the tail's points are within SETTLED of their mean, relative to the state's length; or it is
+               coming to rest: its steps shrink, the mean one of the last quarter of the path being below SHRINKS of
+               that of the quarter before
+  slider       it drifts: a straight line at constant speed explains at least STRAIGHT of the tail's variance
+  orbit        it goes round: with the drift taken out, the tail comes back to where it was p recurrences before, to
+               within RETURNS of its variance, having been away in between; p is the period
+  unsettled    none of these
+
+A period is found when the tail holds two turns, so a path of 128 recurrences shows periods from 2 to 32.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from rdlm.config import InputError
+
+SETTLED = 0.01
+SHRINKS = 0.8
+STRAIGHT = 0.5
+RETURNS = 0.1
+SHORTEST = 16
+"""Fewest recurrences of a path that can be classified."""
+
+Kind = Literal["fixed point", "orbit", "slider", "unsettled"]
+KINDS: tuple[Kind, ...] = ("fixed point", "orbit", "slider", "unsettled")
+
+
+class Path(NamedTuple):
+    """How a path ends.
+
+    spread: root mean square distance of the tail's points to their mean, over the mean length of the state. shrink:
+    mean step of the path's last quarter over that of the quarter before. straight: share of the tail's variance that a
+    drift at constant speed explains. returns, period: least mean squared distance between points of the drift-free
+    tail that are a period apart, over twice its variance (0: the same place; 1: unrelated), and that period in
+    recurrences; None where the tail never comes back. rate: factor per recurrence by which the distance to the end
+    point falls while it falls (fit of its logarithm), None where it does not.
+    """
+
+    kind: Kind
+    spread: float
+    shrink: float
+    straight: float
+    returns: float | None
+    period: float | None
+    rate: float | None
+
+
+def distances(states: np.ndarray) -> np.ndarray:
+    """||s_i - s_R|| / ||s_R|| for states [R+1, ..., D]: float64 [R+1, ...]. The last one is 0 by definition."""
+    states = np.asarray(states, np.float64)
+    return np.linalg.norm(states - states[-1], axis=-1) / np.maximum(np.linalg.norm(states[-1], axis=-1), 1e-30)
+
+
+def settled_after(distance: np.ndarray, within: float = SETTLED) -> np.ndarray:
+    """First recurrence from which `distance` [R+1, ...] stays below `within`: int [...], R + 1 where it never does."""
+    outside = np.asarray(distance) >= within
+    last = outside.shape[0] - 1 - np.argmax(outside[::-1], axis=0)
+    return np.where(outside.any(0), last + 1, 0)
+
+
+def rate(distance: np.ndarray) -> float | None:
+    """Factor per recurrence of a distance [R+1] that falls geometrically, by a fit of its logarithm, or None.
+
+    Fitted from recurrence 1 (the start is noise) down to a thousandth of the distance there, or to 1e-5, where rounding
+    in f32 begins, and never past the middle of the path, whose end is the limit it is measured from.
+    """
+    distance = np.asarray(distance, np.float64)
+    reach = distance[1 : len(distance) // 2 + 1]
+    low = np.flatnonzero(reach < max(1e-5, 1e-3 * reach[0]))
+    part = reach[: low[0]] if len(low) else reach
+    if len(part) < 3 or part[-1] > 0.5 * part[0]:
+        return None
+    slope = np.polyfit(np.arange(len(part)), np.log(part), 1)[0]
+    return float(np.exp(slope))
+
+
+def pca(path: np.ndarray, components: int = 3) -> tuple[np.ndarray, np.ndarray]:
+    """A path [N, D] in its own principal axes: (coordinates [N, C], share of the variance that each explains [C])."""
+    path = np.asarray(path, np.float64)
+    centred = path - path.mean(0)
+    u, s, _ = np.linalg.svd(centred, full_matrices=False)
+    share = s**2 / max(float((s**2).sum()), 1e-300)
+    return (u * s)[:, :components], share[:components]
+
+
+def recurrence_distance(tail: np.ndarray) -> np.ndarray:
+    """D(p) for lags p = 0 .. N // 2 of points [N, D]: mean ||x_{i+p} - x_i||^2 over twice their variance."""
+    variance = max(float(((tail - tail.mean(0)) ** 2).sum(-1).mean()), 1e-300)
+    lags = range(len(tail) // 2 + 1)
+    return np.array([((tail[p:] - tail[: len(tail) - p]) ** 2).sum(-1).mean() / (2 * variance) for p in lags])
+
+
+def classify(path: np.ndarray) -> Path:
+    """The class of a path [R+1, D], s_0 .. s_R, with R at least SHORTEST.
+
+    Raises:
+      InputError: too few recurrences, or states that are not finite.
+    """
+    path = np.asarray(path, np.float64)
+    R = len(path) - 1
+    if R < SHORTEST:
+        raise InputError(f"a path of {R} recurrences: {SHORTEST} or more are needed to tell how it ends")
+    if not np.isfinite(path).all():
+        raise InputError("a path holds values that are not finite: the model diverges at this depth")
+    tail = path[R // 2 :]
+    centred = tail - tail.mean(0)
+    variance = float((centred**2).sum(-1).mean())
+    spread = variance**0.5 / max(float(np.linalg.norm(tail, axis=-1).mean()), 1e-30)
+    steps = np.linalg.norm(np.diff(path, axis=0), axis=-1)
+    quarter = R // 4
+    shrink = float(steps[-quarter:].mean() / max(steps[-2 * quarter : -quarter].mean(), 1e-30))
+    time = np.arange(len(tail)) - (len(tail) - 1) / 2
+    drift = time[:, None] * (time @ centred)[None] / (time @ time)
+    straight = float((drift**2).sum() / max((centred**2).sum(), 1e-300))
+    lag = recurrence_distance(centred - drift)
+    period, returns = _period(lag)
+    kind: Kind = "unsettled"
+    if spread < SETTLED or shrink < SHRINKS:
+        kind = "fixed point"
+    elif straight >= STRAIGHT:
+        kind = "slider"
+    elif returns is not None and returns < RETURNS:
+        kind = "orbit"
+    return Path(kind, spread, shrink, straight, returns, period, rate(distances(path)))
+
+
+def _period(lag: np.ndarray) -> tuple[float | None, float | None]:
+    """(period, D there) of the first return below RETURNS, else of the closest; the minimum's place by a parabola."""
+    minima = [
+        p
+        for p in range(2, len(lag) - 1)
+        if lag[p] < lag[p - 1] and lag[p] <= lag[p + 1] and lag[1:p].max() > 2 * lag[p]
+    ]
+    if not minima:
+        return None, None
+    good = [p for p in minima if lag[p] < RETURNS]
+    p = good[0] if good else min(minima, key=lambda p: float(lag[p]))
+    left, here, right = lag[p - 1 : p + 2]
+    return float(p + 0.5 * (left - right) / max(left - 2 * here + right, 1e-30)), float(here)

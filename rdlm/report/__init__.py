@@ -1,0 +1,33 @@
+"""Pictures and files of results. Pictures need matplotlib, the extra `plots`, imported only when one is asked for."""
+
+from rdlm.report.depth import CURVE, depth_distribution, plot_loss_by_depth, read_curve
+from rdlm.report.figures import shown
+from rdlm.report.results import write_result, write_table
+from rdlm.report.sweep import FIXED, on_front, plot_sweep
+from rdlm.report.trajectories import (
+    plot_contraction,
+    plot_distance,
+    plot_heatmap,
+    plot_independence,
+    plot_lens,
+    plot_paths,
+)
+
+__all__ = [
+    "CURVE",
+    "FIXED",
+    "depth_distribution",
+    "on_front",
+    "plot_contraction",
+    "plot_distance",
+    "plot_heatmap",
+    "plot_independence",
+    "plot_lens",
+    "plot_loss_by_depth",
+    "plot_paths",
+    "plot_sweep",
+    "read_curve",
+    "shown",
+    "write_result",
+    "write_table",
+]

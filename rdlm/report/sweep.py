@@ -1,0 +1,112 @@
+"""The picture of a depth sweep: quality against effort, fixed depth and every exit rule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rdlm.report.figures import (
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    GRID,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILION,
+    YELLOW,
+    depth_axis,
+    new_figure,
+    save_figure,
+)
+
+FIXED = "fixed depth"
+_STYLES = {
+    "kl": (BLUE, "o"), "gated_kl": (SKY, "s"), "min_p_kl": (PURPLE, "D"), "entropy_diff": (ORANGE, "v"),
+    "latent_diff": (GREEN, "^"), "cosine": (YELLOW, "P"), "argmax_stability": (VERMILION, "X"),
+}  # fmt: skip
+
+
+def on_front(quality: Sequence[float], effort: Sequence[float]) -> list[bool]:
+    """Which points no other point beats: none has at least its quality for less effort, or more for no more."""
+
+    def beaten(i: int) -> bool:
+        return any(
+            q >= quality[i] and x <= effort[i] and (q > quality[i] or x < effort[i])
+            for q, x in zip(quality, effort, strict=True)
+        )
+
+    return [not beaten(i) for i in range(len(quality))]
+
+
+def plot_sweep(path: Path, title: str, rows: Sequence[Mapping[str, Any]], quality: str) -> Path:
+    """Draw quality against mean iterations and against FLOPs per token: whole range above, the end of it below.
+
+    Args:
+      path: of the picture.
+      title: above it.
+      rows: with rule, iterations, flops_per_token, `quality`, and pareto (whether no other row beats it at its FLOPs);
+        those of FIXED by increasing depth.
+      quality: "nats" or "accuracy".
+
+    Raises:
+      InputError: matplotlib is missing, or the file cannot be written.
+    """
+    figure = new_figure(11, 8.4)
+    grid = figure.subplots(2, 2, sharex="col", sharey="row")
+    scale, name = (1.0, "loss (nats per token)") if quality == "nats" else (100.0, "accuracy (%)")
+    fixed = [row for row in rows if row["rule"] == FIXED]
+    deepest = scale * fixed[-1][quality]
+    for column, x in enumerate(("iterations", "flops_per_token")):
+        for axes, base in ((grid[0, column], 0.0), (grid[1, column], deepest)):
+            _draw(axes, rows, x, lambda row, base=base: scale * row[quality] - base)
+            axes.grid(color=GRID, linewidth=0.7)
+            axes.set_axisbelow(True)
+            axes.tick_params(colors=GREY)
+    _near_the_end(grid[1, 0], [scale * row[quality] - deepest for row in rows], quality)
+    depths = [round(row["iterations"]) for row in fixed]
+    for axes in grid[:, 0]:
+        depth_axis(axes, depths, "")
+    for axes in grid[:, 1]:
+        axes.set_xscale("log")
+    grid[1, 0].set_xlabel("mean recurrences per token (log scale)")
+    grid[1, 1].set_xlabel("forward FLOPs per token, looks of the rule included (log scale)")
+    grid[0, 0].set_ylabel(name)
+    unit = "nats" if quality == "nats" else "percentage points"
+    grid[1, 0].set_ylabel(f"difference from r = {depths[-1]} ({unit}, log scale beyond the ticks next to 0)")
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    figure.suptitle(f"{title}\nfilled: no other point is as good for fewer FLOPs", fontsize=12)
+    return save_figure(figure, path)
+
+
+def _draw(axes: Any, rows: Sequence[Mapping[str, Any]], x: str, y: Any) -> None:
+    for rule in dict.fromkeys(row["rule"] for row in rows):
+        mine = sorted((row for row in rows if row["rule"] == rule), key=lambda row: row[x])
+        colour, marker = _STYLES.get(rule, (BLACK, "."))
+        wide = rule == FIXED
+        axes.plot(
+            [row[x] for row in mine], [y(row) for row in mine],
+            color=colour, linewidth=2 if wide else 1, alpha=1 if wide else 0.6, zorder=2,
+        )  # fmt: skip
+        for row in mine:
+            axes.plot(
+                row[x], y(row), linestyle="", marker="o" if wide else marker, markersize=7, zorder=3,
+                markeredgecolor=BLACK if rule == "cosine" else colour, markeredgewidth=1,
+                markerfacecolor=colour if row["pareto"] else "white",
+            )  # fmt: skip
+        axes.plot(
+            [], [], color=colour, marker="o" if wide else marker, label=rule,
+            markeredgecolor=BLACK if rule == "cosine" else colour,
+        )  # fmt: skip
+
+
+def _near_the_end(axes: Any, differences: Sequence[float], quality: str) -> None:
+    """A scale that shows thousandths and whole units alike."""
+    linear = 1e-3 if quality == "nats" else 0.1
+    axes.set_yscale("symlog", linthresh=linear, linscale=0.5)
+    low, high = min(*differences, -linear), max(*differences, linear)
+    axes.set_ylim(2 * low, 2 * high)
+    axes.axhline(0, color=GREY, linewidth=1, zorder=1)
