@@ -16,18 +16,14 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from rdlm.config import ModelConfig, RunConfig, require
 from rdlm.runtime import parse_arguments, run_command
-from rdlm.tasks import WordProblem
 
 if TYPE_CHECKING:
     from jax import Array
 
-    from rdlm.tasks.comparison import Contestant
+    from rdlm.model import Params
+    from rdlm.tasks.comparison import Contestant, Protocol
 
-TRAIN = WordProblem("S3", 16)
-TESTS = {"length 16": TRAIN, "length 32": WordProblem("S3", 32)}
-DEPTHS = (1, 2, 4, 8, 12, 16, 32, 64)
 RATES = (1e-3, 3e-3)
-STEPS = 1000
 ACT_STEPS = 8  # of the universal transformer in training
 ACT_COST = 1e-3  # of one ponder step of one token, in nats
 ACT_LIMIT = 0.99  # halting probability at which a token has halted
@@ -86,53 +82,42 @@ class Args:
     """A few steps and instances, to see that everything works; writes under RUNS/quick alone."""
 
 
-def run_config(method: Method, steps: int, rate: float) -> RunConfig:
+def run_config(method: Method, protocol: Protocol, rate: float) -> RunConfig:
     """The training run of a method."""
     from rdlm.tasks.training import small_run
 
     return small_run(
-        "baselines", [TRAIN], steps=round(steps * method.longer), learning_rate=rate,
+        "baselines", [protocol.train], steps=round(protocol.steps * method.longer), learning_rate=rate,
         scheme="poisson-lognormal-filling" if method.recurrent else "fixed", **method.shape,
     )  # fmt: skip
 
 
-def contestant(method: Method, run: RunConfig) -> Contestant:
+def contestant(method: Method, model: ModelConfig, depths: tuple[int, ...]) -> Contestant:
     """Initialisation, loss and answers of a method."""
-    import jax
     import jax.numpy as jnp
 
     from rdlm import losses
-    from rdlm.model import init_params
-    from rdlm.recurrence import sample_steps
-    from rdlm.tasks.comparison import Contestant
-    from rdlm.tasks.depth import logits_by_depth
-    from rdlm.train.step import step_keys
+    from rdlm.model import forward, init_params
+    from rdlm.tasks.comparison import Contestant, recurrent
 
-    model = run.model
     if method.universal:
-        return universal_transformer(model)
+        return universal_transformer(model, depths)
+    if method.recurrent:
+        return recurrent(model, depths)
 
     def zeros(tokens: Array) -> Array:
         return jnp.zeros((*tokens.shape, model.embed_dim))
 
-    def loss(params: Any, batch: dict[str, Array], step: Array, seed: Array) -> Array:
-        depth_key, state_key = step_keys(seed, step)  # type: ignore[arg-type]
-        if not method.recurrent:
-            return losses.loss(params, model, batch, steps=(0, 1), state=zeros(batch["tokens"]))
-        steps = sample_steps(depth_key, model.mean_recurrence, model.backprop_depth)
-        return losses.loss(params, model, batch, steps=steps, key=state_key, max_k=model.backprop_depth)
+    def loss(params: Params, batch: dict[str, Array], depth_key: Array, state_key: Array) -> Array:
+        return losses.loss(params, model, batch, steps=(0, 1), state=zeros(batch["tokens"]))
 
-    def answers(params: Any, tokens: Array) -> Array:
-        if not method.recurrent:
-            from rdlm.model import forward
-
-            return jnp.argmax(forward(params, model, tokens, 1, state=zeros(tokens)).logits, -1)[None]
-        return jnp.argmax(logits_by_depth(params, model, tokens, DEPTHS, jax.random.key(0)), -1)
+    def answers(params: Params, tokens: Array) -> Array:
+        return jnp.argmax(forward(params, model, tokens, 1, state=zeros(tokens)).logits, -1)[None]
 
     return Contestant(lambda key: init_params(model, key), loss, answers)
 
 
-def universal_transformer(model: ModelConfig) -> Contestant:
+def universal_transformer(model: ModelConfig, depths: tuple[int, ...]) -> Contestant:
     """One layer applied again and again to the embedded tokens, told the time, halting per token (ACT).
 
     What distinguishes it from the recurrent model: the state starts as the embedding and nothing injects it again;
@@ -158,7 +143,7 @@ def universal_transformer(model: ModelConfig) -> Contestant:
         angle = (i + 1) * 10_000.0 ** (-jnp.arange(D // 2) / (D // 2))
         return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)])
 
-    def run(params: Any, tokens: Array, most: int) -> tuple[Array, Array, Any]:
+    def run(params: Params, tokens: Array, most: int) -> tuple[Array, Array, Any]:
         """(states [most, B, L, D] to read when stopped after 1 .. most steps, ponder cost [B, L], context)."""
         inner, halt = params["model"], params["halt"]
         ctx = context(model, jnp.arange(tokens.shape[1]), None)
@@ -180,22 +165,22 @@ def universal_transformer(model: ModelConfig) -> Contestant:
         (*_, cost), states = jax.lax.scan(step, (s, jnp.zeros_like(s), nothing, nothing), jnp.arange(most))
         return states, cost, ctx
 
-    def loss(params: Any, batch: dict[str, Array], step: Array, seed: Array) -> Array:
+    def loss(params: Params, batch: dict[str, Array], depth_key: Array, state_key: Array) -> Array:
         states, cost, ctx = run(params, batch["tokens"], ACT_STEPS)
         logits, _ = readout(params["model"], model, states[-1], ctx)
         asked = batch["labels"] != IGNORED
         total = losses.cross_entropy(logits, batch["labels"]) + ACT_COST * jnp.where(asked, cost, 0)
         return total.sum() / asked.sum()
 
-    def answers(params: Any, tokens: Array) -> Array:
-        states, _, ctx = run(params, tokens, max(DEPTHS))
-        read = jax.lax.map(lambda s: readout(params["model"], model, s, ctx)[0], states[jnp.array(DEPTHS) - 1])
+    def answers(params: Params, tokens: Array) -> Array:
+        states, _, ctx = run(params, tokens, max(depths))
+        read = jax.lax.map(lambda s: readout(params["model"], model, s, ctx)[0], states[jnp.array(depths) - 1])
         return jnp.argmax(read, -1)
 
     return Contestant(init, loss, answers)
 
 
-def training_flops(name: str, run: RunConfig) -> tuple[float, int]:
+def training_flops(method: Method, run: RunConfig) -> tuple[float, int]:
     """(FLOPs of a whole training, forward and backward, with the depths seed 0 draws; parameters)."""
     import jax
 
@@ -203,17 +188,19 @@ def training_flops(name: str, run: RunConfig) -> tuple[float, int]:
     from rdlm.recurrence import sample_steps
     from rdlm.train.step import step_keys
 
-    method, model = METHODS[name], run.model
+    model = run.model
     L = run.data.sequence_length
     if method.universal:  # its halting unit: D weights and a bias
         per_token = flops.training_flops(model, 0, ACT_STEPS, L) + 3 * ACT_STEPS * 2 * model.embed_dim
         return per_token * run.steps * run.data.batch_size * L, flops.parameters(model) + model.embed_dim + 1
-    n, k = 0.0, 1.0
+    n, k = 0.0, 1.0  # mean recurrences without and with gradient
     if method.recurrent:
-        draw = jax.vmap(
-            lambda i: sample_steps(step_keys(0, i)[0], model.mean_recurrence, model.backprop_depth)
-        )  # fmt: skip
-        n, k = (float(x.mean()) for x in draw(jax.numpy.arange(run.steps)))
+
+        def draw(i: Array) -> tuple[Array, Array]:
+            return sample_steps(step_keys(0, i)[0], model.mean_recurrence, model.backprop_depth)
+
+        free, with_gradient = jax.vmap(draw)(jax.numpy.arange(run.steps))
+        n, k = float(free.mean()), float(with_gradient.mean())
     return flops.training_flops(model, n, k, L) * run.steps * run.data.batch_size * L, flops.parameters(model)
 
 
@@ -223,7 +210,8 @@ def picture(path: Path, found: dict[str, Any]) -> None:
 
     colours = ["#0072B2", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#000000", "#999999"]
     figure = Figure(figsize=(10, 8), layout="constrained")
-    panels = [(test, by) for test in TESTS for by in ("parameters", "training_flops")]
+    tests = next(iter(found.values()))["tests"]
+    panels = [(test, by) for test in tests for by in ("parameters", "training_flops")]
     for axes, (test, by) in zip(figure.subplots(2, 2).ravel(), panels, strict=True):
         for colour, marker, name in zip(colours, "osD^vP*X", METHODS, strict=True):
             if name in found and found[name]["tests"]:
@@ -244,7 +232,7 @@ def main() -> int:
     from rdlm.memory import reuse_freed_memory  # importing JAX takes seconds
 
     reuse_freed_memory()
-    from rdlm.tasks.comparison import Trials, compete, summary
+    from rdlm.tasks.comparison import S3, Trials, compete, summary
     from rdlm.tasks.record import command, commit, compact
     from rdlm.tasks.training import TEST_STREAM
 
@@ -252,36 +240,27 @@ def main() -> int:
     for seed in args.seeds:
         require(0 <= seed < TEST_STREAM, "--seeds", seed, f"must be in [0, {TEST_STREAM})")
     require(len(set(args.seeds)) == len(args.seeds) > 0, "--seeds", args.seeds, "must be different seeds")
-    runs, results, steps, batches = args.runs, args.results, STEPS, 4
+    runs, results, protocol, rates = args.runs, args.results, S3, RATES
     if args.quick:
         runs = results = args.runs / "quick"
-        steps, batches = 4, 1
+        protocol, rates = S3.quick(), RATES[:1]
     found: dict[str, Any] = {}
     for name in args.methods:
         method = METHODS[name]
-        run = run_config(method, steps, RATES[0])
 
         def trials(rate: float, method: Method = method) -> Trials:
-            run = run_config(method, steps, rate)
-            return Trials(contestant(method, run), run, [TRAIN], TESTS, batches)
+            run = run_config(method, protocol, rate)
+            return Trials(contestant(method, run.model, protocol.depths), run, protocol)
 
-        made_by: dict[str, Any] = {
-            "model": dataclasses.asdict(run.model),
-            "steps": run.steps,
-            "batches": batches,
-            "depths": DEPTHS,
-        }
-        made_by |= {"act": (ACT_STEPS, ACT_COST, ACT_LIMIT)} if method.universal else {}
-        rates = RATES if not args.quick else RATES[:1]
-        spent, parameters = training_flops(name, run)
-        made = compete(name, trials, rates, args.seeds, runs, made_by)
-        depths = DEPTHS if method.recurrent else (1,)
-        # Read twice as deep as the training mean, or where the fixed ones end.
-        read_at = depths.index(16) if method.recurrent else 0
+        options = {"act": (ACT_STEPS, ACT_COST, ACT_LIMIT)} if method.universal else {}
+        made = compete(name, trials, rates, args.seeds, runs, options)
+        depths = protocol.depths if method.recurrent else (1,)
+        spent, parameters = training_flops(method, run_config(method, protocol, made["learning_rate"]))
         found[name] = {
             "label": method.label, "parameters": parameters, "training_flops": spent, "depths": depths,
-            "read_at": read_at, "learning_rate": made["learning_rate"], **summary(made["seeds"]),
-            "tuning": made["tuning"], "rows": made["seeds"],
+            # Read at twice the mean depth of training; the fixed ones where they end.
+            "read_at": depths.index(16) if method.recurrent else 0, "learning_rate": made["learning_rate"],
+            **summary(made["seeds"]), "tuning": made["tuning"], "rows": made["seeds"],
         }  # fmt: skip
         print(line(name, found[name]), flush=True)
     results.mkdir(parents=True, exist_ok=True)

@@ -16,13 +16,17 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from rdlm.config import RunConfig
+from rdlm import losses
+from rdlm.config import ModelConfig, RunConfig, Scheme
 from rdlm.metrics import Progress
+from rdlm.model import Params, init_params
 from rdlm.optim import optimizer
-from rdlm.tasks.depth import counted
+from rdlm.recurrence import max_gradient_steps, sample_steps
+from rdlm.tasks.depth import counted, logits_by_depth
 from rdlm.tasks.instance import Task, batch
 from rdlm.tasks.record import commit, interval, processor_seconds, remembered, rounded
 from rdlm.tasks.training import TEST_STREAM, Diverged, train
+from rdlm.tasks.words import WordProblem
 
 TUNING_STREAM, TUNING_SEED = 2_000_000, 100
 """Test instances and training seed that decide between learning rates and nothing else."""
@@ -33,16 +37,58 @@ LEARNT = 0.95
 
 
 @dataclasses.dataclass(frozen=True)
+class Protocol:
+    """What every contestant is trained on and read on."""
+
+    train: Task
+    tests: Mapping[str, Task]
+    """By name; the first is of training's size."""
+    depths: tuple[int, ...] = (1, 2, 4, 8, 12, 16, 32, 64)
+    """Recurrences to read at."""
+    steps: int = 1000
+    """Of training."""
+    test_batches: int = 4
+    """Of 64 instances."""
+
+    def quick(self) -> Protocol:
+        """The same in a few steps, to see that everything works."""
+        return dataclasses.replace(self, steps=4, test_batches=1)
+
+
+S3 = Protocol(WordProblem("S3", 16), {f"length {T}": WordProblem("S3", T) for T in (16, 32)})
+
+
+@dataclasses.dataclass(frozen=True)
 class Contestant:
     """A kind of model. The functions are pure and traced.
 
-    init: key -> parameters. loss: (parameters, batch as `training_batch` makes it, step int32, seed int32) -> f32.
-    answers: (parameters, tokens int [B, L]) -> int [R, B, L], at each of R depths or in R ways.
+    init: key -> parameters.
+    loss: (parameters, batch as `training_batch` makes it, key of the depth draw, key of the initial states) -> f32;
+      the keys are those of `rdlm.train.step_keys`, so equal models draw equal depths and states.
+    answers: (parameters, tokens int [B, L]) -> int [R, B, L], at each of R depths.
+    facts: None, or (parameters, tokens, labels) -> {name: f32 scalar} to be known of every test.
     """
 
-    init: Callable[[Array], Any]
-    loss: Callable[[Any, dict[str, Array], Array, Array], Array]
-    answers: Callable[[Any, Array], Array]
+    init: Callable[[Array], Params]
+    loss: Callable[[Params, dict[str, Array], Array, Array], Array]
+    answers: Callable[[Params, Array], Array]
+    facts: Callable[[Params, Array, Array], dict[str, Array]] | None = None
+
+
+def recurrent(model: ModelConfig, depths: tuple[int, ...], scheme: Scheme = "poisson-lognormal-filling") -> Contestant:
+    """The recurrent-depth model itself, trained as `rdlm.train` does."""
+    slots = max_gradient_steps(model.backprop_depth, scheme)
+
+    def loss(params: Params, batch: dict[str, Array], depth_key: Array, state_key: Array) -> Array:
+        steps = sample_steps(depth_key, model.mean_recurrence, model.backprop_depth, scheme)
+        return losses.loss(params, model, batch, steps=steps, key=state_key, max_k=slots)
+
+    return Contestant(lambda key: init_params(model, key), loss, answers_by_depth(model, depths))
+
+
+def answers_by_depth(model: ModelConfig, depths: tuple[int, ...]) -> Callable[[Params, Array], Array]:
+    """(parameters, tokens int [B, L]) -> the likeliest answers int [R, B, L] after each of the depths."""
+    return lambda params, tokens: jnp.argmax(logits_by_depth(params, model, tokens, depths, jax.random.key(0)), -1)
 
 
 class _State(NamedTuple):
@@ -54,23 +100,22 @@ class _State(NamedTuple):
 class Trials:
     """Trains and reads one contestant: `run(seed)`. Nothing is compiled twice."""
 
-    def __init__(
-        self, model: Contestant, run: RunConfig, tasks: Sequence[Task], tests: Mapping[str, Task], test_batches: int = 4
-    ):
-        """run: optimizer, batch and number of steps (its seed is not read). tests: {name: task to be read on}."""
-        self.model, self.settings, self.tasks, self.tests = model, run, tasks, tests
-        self.test_batches = test_batches
+    def __init__(self, model: Contestant, run: RunConfig, protocol: Protocol):
+        """run: optimizer, batch and number of steps; its seed is not read."""
+        self.model, self.settings, self.protocol = model, run, protocol
         self.tx = optimizer(run.optimizer, run.steps)
         self.step = jax.jit(self._step, donate_argnums=0)
         self.start = jax.jit(self._start)
         self.answers = jax.jit(model.answers)
+        self.facts = jax.jit(model.facts) if model.facts else None
 
     def _start(self, seed: Array) -> _State:
         params = self.model.init(jax.random.key(seed))
         return _State(jnp.int32(0), params, self.tx.init(params))
 
     def _step(self, state: _State, batch: dict[str, Array], seed: Array) -> tuple[_State, dict[str, Array]]:
-        value, grads = jax.value_and_grad(self.model.loss)(state.params, batch, state.step, seed)
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))  # as rdlm.train.step_keys
+        value, grads = jax.value_and_grad(self.model.loss)(state.params, batch, keys[0], keys[1])
         updates, opt = self.tx.update(grads, state.optimizer, state.params)
         return _State(state.step + 1, optax.apply_updates(state.params, updates), opt), {"loss": value}
 
@@ -86,24 +131,27 @@ class Trials:
 
         state = train(
             dataclasses.replace(self.settings, seed=seed),
-            self.tasks,
+            [self.protocol.train],
             lambda state, batch: self.step(state, batch, number),
             self.start(number),
             watch,
         )
         return state.params, last["loss"]
 
-    def read(self, params: Any, stream: int = TEST_STREAM) -> dict[str, dict[str, list[float]]]:
-        """{test: {"mean": [R], "last_quarter": [R]}}: accuracy over all answers, and over the hardest quarter."""
+    def read(self, params: Any, stream: int = TEST_STREAM) -> dict[str, dict[str, Any]]:
+        """{test: {"mean": [R], "last_quarter": [R], facts}}: accuracy over all answers and over the hardest quarter."""
         out = {}
-        for name, task in self.tests.items():
-            batches = [batch(task, stream, i, TEST_BATCH) for i in range(self.test_batches)]
+        for name, task in self.protocol.tests.items():
+            batches = [batch(task, stream, i, TEST_BATCH) for i in range(self.protocol.test_batches)]
             found = counted((b, self.answers(params, jnp.asarray(b["tokens"])), None) for b in batches)
             hardest = len(found.count) - 1
             out[name] = {
                 "mean": rounded(found.accuracy()),
                 "last_quarter": rounded(found.accuracy(hardest - hardest // 4 + 1)),
             }
+            if self.facts:
+                facts = [self.facts(params, jnp.asarray(b["tokens"]), jnp.asarray(b["labels"])) for b in batches]
+                out[name] |= {fact: round(float(sum(x[fact] for x in facts)) / len(facts), 5) for fact in facts[0]}
         return out
 
     def run(self, seed: int, stream: int = TEST_STREAM, name: str = "") -> dict[str, Any]:
@@ -131,7 +179,7 @@ def compete(
     rates: Sequence[float],
     seeds: Sequence[int],
     folder: Path,
-    made_by: dict[str, Any],
+    options: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Choose a learning rate, then train every seed with it: {"learning_rate", "tuning": rows, "seeds": rows}.
 
@@ -143,20 +191,25 @@ def compete(
       trials: the contestant at a learning rate.
       rates, seeds: to try; to report.
       folder: where finished rows are kept; they are read and not made again.
-      made_by: what determines a row beside learning rate and seed.
+      options: what determines the contestant beside its run and its name.
 
     Raises:
       InputError: a kept row was made by something else.
     """
-    made: dict[float, Trials] = {}
+    at: dict[float, Trials] = {}
 
     def row(rate: float, seed: int, stream: int) -> dict[str, Any]:
-        def make() -> dict[str, Any]:
-            if rate not in made:
-                made[rate] = trials(rate)
-            return made[rate].run(seed, stream, f"{name}, learning rate {rate:g}")
+        if rate not in at:
+            at[rate] = trials(rate)
+        run, protocol = at[rate].settings, at[rate].protocol
+        about = {
+            "model": dataclasses.asdict(run.model), "steps": run.steps, "batches": protocol.test_batches,
+            "depths": protocol.depths, "learning_rate": rate, "seed": seed, "stream": stream, **options,
+        }  # fmt: skip
 
-        about = made_by | {"learning_rate": rate, "seed": seed, "stream": stream}
+        def make() -> dict[str, Any]:
+            return at[rate].run(seed, stream, f"{name}, learning rate {rate:g}")
+
         return remembered(folder / f"{name}_lr{rate:g}_seed{seed}.json", about, make)
 
     tuning = [row(rate, TUNING_SEED, TUNING_STREAM) for rate in sorted(rates)] if len(rates) > 1 else []

@@ -1,0 +1,289 @@
+"""How should the recurrence be trained? Gradient and depth, deep supervision, or as a deep equilibrium model.
+
+    python experiments/operators.py                        # everything
+    python experiments/operators.py --methods k4 equilibrium --seeds 0 1 2
+    python experiments/operators.py --quick                # the machinery alone, a minute or two
+
+TO BE WRITTEN
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from rdlm.config import ModelConfig, Scheme, require
+from rdlm.runtime import parse_arguments, run_command
+
+if TYPE_CHECKING:
+    from jax import Array
+
+    from rdlm.model import Params
+    from rdlm.tasks.comparison import Contestant
+
+RATE = 1e-3
+MOST_FULL = 32  # gradient slots of full backpropagation; deeper draws, one in 400, are cut
+MOST_FORWARD, MOST_BACKWARD = 16, 8  # evaluations of the equilibrium's solvers in training
+MOST_READ = 64  # and of every model's solver when it is read
+TOLERANCE = 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One way to train the core."""
+
+    label: str
+    backprop_depth: int = 4
+    scheme: Scheme = "poisson-lognormal-filling"
+    mean_recurrence: int = 8
+
+
+METHODS = {
+    "k4": Method("k = 4, random r (the model itself)"),
+    "k1": Method("k = 1", 1),
+    "k8": Method("k = 8", 8),
+    "full": Method("k = r: all recurrences"),
+    "fixed": Method("fixed r = 9", scheme="fixed", mean_recurrence=9),
+    "per_sequence": Method("a depth per sequence"),
+    "deep": Method("deep supervision: loss after each of the last 4"),
+    "equilibrium": Method("deep equilibrium: Anderson, implicit gradient"),
+}
+Name = Literal["k4", "k1", "k8", "full", "fixed", "per_sequence", "deep", "equilibrium"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Train the same model in every way on S3 words of 16 letters, from several seeds; test on 16 and 32."""
+
+    methods: tuple[Name, ...] = get_args(Name)
+    """Which."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Of initialisation, data, depths and initial states."""
+    runs: Path = Path("runs/operators")
+    """Where finished runs are remembered, a small file each."""
+    results: Path = Path("experiments/results")
+    """Where operators.json and .png go."""
+    quick: bool = False
+    """A few steps and instances, to see that everything works; writes under RUNS/quick alone."""
+
+
+def contestant(name: str, model: ModelConfig, depths: tuple[int, ...]) -> Contestant:
+    """Initialisation, loss, answers, and how the solver does on what was learnt."""
+    from rdlm.tasks.comparison import recurrent
+
+    standard = recurrent(model, depths, METHODS[name].scheme)
+    special: dict[str, Callable[..., Any]] = {
+        "full": full, "per_sequence": per_sequence, "deep": deep, "equilibrium": at_equilibrium
+    }  # fmt: skip
+    loss = standard.loss
+    if name in special:
+
+        def loss(params: Params, batch: dict[str, Array], depth_key: Array, state_key: Array) -> Array:
+            return special[name](params, model, batch, depth_key, state_key)
+
+    return dataclasses.replace(
+        standard, loss=loss, facts=lambda params, tokens, labels: settling(params, model, tokens, labels)
+    )
+
+
+def full(params: Params, model: ModelConfig, batch: Any, depth_key: Array, state_key: Array) -> Array:
+    """The depths of k = 4, with gradient through all of them."""
+    import jax.numpy as jnp
+
+    from rdlm import losses
+    from rdlm.recurrence import sample_steps
+
+    n, k = sample_steps(depth_key, model.mean_recurrence, model.backprop_depth)
+    steps = 0, jnp.minimum(n + k, MOST_FULL)
+    return losses.loss(params, model, batch, steps=steps, key=state_key, max_k=MOST_FULL)
+
+
+def per_sequence(params: Params, model: ModelConfig, batch: Any, depth_key: Array, state_key: Array) -> Array:
+    """Every row draws a depth of its own. All end together, so that the last k steps are everyone's; they start late.
+
+    A row that has not started is frozen at its initial state. The batch runs as often as its deepest row.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from rdlm.recurrence import sample_steps, unroll
+
+    step, s, ctx = started(params, model, batch, state_key)
+    keys = jax.random.split(depth_key, len(s))
+    n, k = jax.vmap(lambda key: sample_steps(key, model.mean_recurrence, model.backprop_depth))(keys)
+    last = jnp.maximum(jnp.max(n + k), model.backprop_depth)
+    start = (last - n - k)[:, None, None]
+
+    def late(s: Array, i: Array) -> Array:
+        return jnp.where(i >= start, step(s, i), s)
+
+    s = unroll(late, s, last - model.backprop_depth, model.backprop_depth)
+    return cross_entropy(params, model, s, ctx, batch)
+
+
+def deep(params: Params, model: ModelConfig, batch: Any, depth_key: Array, state_key: Array) -> Array:
+    """The mean of the losses after each of the last k recurrences, instead of the last one's."""
+    import jax.numpy as jnp
+
+    from rdlm.recurrence import sample_steps, unroll
+
+    step, s, ctx = started(params, model, batch, state_key)
+    n, _ = sample_steps(depth_key, model.mean_recurrence, model.backprop_depth)
+    s, found = unroll(step, s, n, 0), []
+    for j in range(model.backprop_depth):
+        s = step(s, n + j)
+        found.append(cross_entropy(params, model, s, ctx, batch))
+    return jnp.stack(found).mean()
+
+
+def at_equilibrium(params: Params, model: ModelConfig, batch: Any, depth_key: Array, state_key: Array) -> Array:
+    """The loss at the fixed point of the core, with the implicit gradient. There is no depth to draw."""
+    import jax.numpy as jnp
+
+    from rdlm.equilibrium import equilibrium
+
+    step, s, ctx = started(params, model, batch, state_key)
+    found = equilibrium(
+        lambda s: step(s, jnp.int32(0)), s, most=MOST_FORWARD, most_backward=MOST_BACKWARD, tolerance=TOLERANCE
+    )  # fmt: skip
+    return cross_entropy(params, model, found.state, ctx, batch)
+
+
+def started(params: Params, model: ModelConfig, batch: Any, state_key: Array) -> tuple[Any, Array, Any]:
+    """(step, initial state, context) of a training batch, with the noise that `rdlm.loss` would give every row."""
+    import jax
+
+    from rdlm.tasks.depth import setup
+
+    keys = jax.vmap(lambda row: jax.random.fold_in(state_key, row))(batch["sequence_ids"][:, 0])
+    return setup(params, model, batch["tokens"], keys)
+
+
+def cross_entropy(params: Params, model: ModelConfig, s: Array, ctx: Any, batch: Any) -> Array:
+    """Mean loss of state s over the labels that are scored."""
+    from rdlm import losses
+    from rdlm.model import readout
+
+    found = losses.cross_entropy(readout(params, model, s, ctx)[0], batch["labels"])
+    return found.sum() / (batch["labels"] != losses.IGNORED).sum()
+
+
+def settling(params: Params, model: ModelConfig, tokens: Array, labels: Array) -> dict[str, Array]:
+    """How near the core comes to a fixed point, and at what price.
+
+    residual_r16: relative change of a row by recurrence 16, mean over rows. For plain iteration and for Anderson:
+    evaluations until every row is below the tolerance (at most 64), the residual then, the accuracy there. adjoint:
+    the same of the gradient's linear system, for a random right-hand side.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from rdlm.equilibrium import anderson
+    from rdlm.losses import IGNORED
+    from rdlm.model import readout
+    from rdlm.tasks.depth import setup
+
+    step, s, ctx = setup(params, model, tokens, jax.random.key(0))
+
+    def core(s: Array) -> Array:
+        return step(s, jnp.int32(0))
+
+    out = {"residual_r16": anderson(core, s, most=16, tolerance=0.0, memory=1).residual.mean()}
+    for name, memory in (("plain", 1), ("anderson", 5)):
+        found = anderson(core, s, most=MOST_READ, tolerance=TOLERANCE, memory=memory)
+        answers = jnp.argmax(readout(params, model, found.state, ctx)[0], -1)
+        right = (answers == labels) & (labels != IGNORED)
+        out |= {
+            f"{name}_evaluations": found.evaluations.astype(jnp.float32),
+            f"{name}_residual": found.residual.mean(),
+            f"{name}_accuracy": right.sum() / (labels != IGNORED).sum(),
+        }
+    _, pull = jax.vjp(core, found.state)
+    g = jax.random.normal(jax.random.key(1), s.shape)
+    for name, memory in (("plain", 1), ("anderson", 5)):
+        adjoint = anderson(lambda u: pull(u)[0] + g, g, most=MOST_READ, tolerance=TOLERANCE, memory=memory)
+        out |= {
+            f"adjoint_{name}_evaluations": adjoint.evaluations.astype(jnp.float32),
+            f"adjoint_{name}_residual": adjoint.residual.mean(),
+        }
+    return out
+
+
+def picture(path: Path, found: dict[str, Any], depths: tuple[int, ...]) -> None:
+    """Accuracy by r of every method, mean over seeds, at lengths 16 and 32."""
+    from matplotlib.figure import Figure
+
+    colours = ["#000000", "#56B4E9", "#0072B2", "#CC79A7", "#E69F00", "#009E73", "#999999", "#D55E00"]
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    tests = list(next(iter(found.values()))["tests"])
+    for axes, test in zip(figure.subplots(1, len(tests)), tests, strict=True):
+        for colour, marker, name in zip(colours, "os^vD*XP", METHODS, strict=True):
+            if name in found and found[name]["tests"]:
+                mean = [pair[0] for pair in found[name]["tests"][test]["mean"]]
+                axes.plot(depths, mean, color=colour, marker=marker, markersize=5, label=METHODS[name].label)
+        axes.set(title=f"S3, {test}", xlabel="recurrences r", ylabel="accuracy", xscale="log", ylim=(0, 1.03))
+        axes.set_xticks(depths, map(str, depths))
+        axes.minorticks_off()
+    figure.axes[-1].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> int:
+    args = parse_arguments(Args, prog="operators.py", description=__doc__)
+    from rdlm.memory import reuse_freed_memory  # importing JAX takes seconds
+
+    reuse_freed_memory()
+    from rdlm.tasks.comparison import S3, Trials, compete, summary
+    from rdlm.tasks.record import command, commit, compact
+    from rdlm.tasks.training import TEST_STREAM, small_run
+
+    require(len(set(args.methods)) == len(args.methods) > 0, "--methods", args.methods, "must be different methods")
+    for seed in args.seeds:
+        require(0 <= seed < TEST_STREAM, "--seeds", seed, f"must be in [0, {TEST_STREAM})")
+    require(len(set(args.seeds)) == len(args.seeds) > 0, "--seeds", args.seeds, "must be different seeds")
+    runs, results, protocol = args.runs, args.results, S3
+    if args.quick:
+        runs = results = args.runs / "quick"
+        protocol = S3.quick()
+    found: dict[str, Any] = {}
+    for name in args.methods:
+        method = METHODS[name]
+
+        def trials(rate: float, name: str = name, method: Method = method) -> Trials:
+            run = small_run(
+                "operators", [protocol.train], steps=protocol.steps, learning_rate=rate, scheme=method.scheme,
+                mean_recurrence=method.mean_recurrence, backprop_depth=method.backprop_depth,
+            )  # fmt: skip
+            return Trials(contestant(name, run.model, protocol.depths), run, protocol)
+
+        options: dict[str, Any] = {"read": (MOST_READ, TOLERANCE)}
+        if name == "equilibrium":
+            options["solvers"] = MOST_FORWARD, MOST_BACKWARD
+        made = compete(name, trials, (RATE,), args.seeds, runs, options)
+        found[name] = {"label": method.label, **summary(made["seeds"]), "rows": made["seeds"]}
+        print(line(name, found[name], protocol.depths), flush=True)
+    results.mkdir(parents=True, exist_ok=True)
+    path = results / "operators.json"
+    head = {"command": command(), "commit": commit(), "learning_rate": RATE, "depths": protocol.depths}
+    path.write_text(compact(head | {"methods": found}))
+    print(f"numbers: {path}")
+    if importlib.util.find_spec("matplotlib"):
+        picture(path.with_suffix(".png"), found, protocol.depths)
+        print(f"picture: {path.with_suffix('.png')}")
+    return 0
+
+
+def line(name: str, row: dict[str, Any], depths: tuple[int, ...]) -> str:
+    """What a method reached at some depths, and what its solver needed."""
+    parts = [f"{name:13}"]
+    for test, found in row["tests"].items():
+        at = (f"r={r} {found['mean'][depths.index(r)][0]:.3f}" for r in (4, 8, 16, 64))
+        parts.append(f"{test}: {' '.join(at)}")
+    return "  ".join([*parts, f"failed {row['failed']}"])
+
+
+if __name__ == "__main__":
+    run_command(main)

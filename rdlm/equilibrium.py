@@ -1,0 +1,126 @@
+"""The state the core would settle in, solved for instead of iterated to, and a gradient that needs no path.
+
+`equilibrium(step, s)` finds s* = step(s*) by Anderson acceleration. Its gradient is that of the implicit function
+theorem, u = g + J^T u with J the Jacobian of `step` at s*, solved by the same method: memory does not grow with the
+number of iterations. Bai, Kolter and Koltun, "Deep Equilibrium Models" (2019). Functions and pytrees, no Flax.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from rdlm.config import require
+
+RIDGE = 1e-6
+"""Added to the correlations of residuals, whose diagonal is 1, before they are solved."""
+
+
+class Solution(NamedTuple):
+    """state [B, ...]: step(x) of the x with the smallest residual met.
+
+    residual: f32 [B], |step(x) - x| / |step(x)| of each row. evaluations: int32 scalar, calls of `step` (each of the
+    whole batch).
+    """
+
+    state: Array
+    residual: Array
+    evaluations: Array
+
+
+def anderson(f: Callable[[Array], Array], x: Array, *, most: int, tolerance: float, memory: int = 5) -> Solution:
+    """Solve f(x) = x for every row: iterate the combination of the last values of f whose residuals cancel best.
+
+    Rows (the first axis) have weights of their own and rest once their residual is below the tolerance, so a row's
+    solution depends on the others only as far as f lets it. With memory = 1 it is plain iteration.
+
+    Args:
+      f: [B, ...] -> the same shape and dtype.
+      x: where to start.
+      most: evaluations after which to stop. tolerance: relative residual of every row at which to stop.
+      memory: values that are combined.
+
+    Raises:
+      InputError: most or memory below 1, or a negative tolerance.
+    """
+    require(most >= 1, "most", most, "must be at least 1")
+    require(memory >= 1, "memory", memory, "must be at least 1")
+    require(tolerance >= 0, "tolerance", tolerance, "must not be negative")
+    B, shape = x.shape[0], x.shape
+
+    def unfinished(carry: Any) -> Array:
+        i, (_, residual) = carry[0], carry[2]
+        return (i < most) & jnp.any(residual >= tolerance)
+
+    def evaluate(carry: Any) -> Any:
+        i, x, (state, least), values, residuals = carry
+        value = f(x.reshape(shape).astype(dtype)).astype(jnp.float32).reshape(B, -1)
+        change = value - x
+        size = jnp.linalg.norm(change, axis=-1)
+        residual = size / jnp.maximum(jnp.linalg.norm(value, axis=-1), 1e-30)
+        better = (least >= tolerance) & (residual < least)
+        best = jnp.where(better[:, None], value, state), jnp.where(better, residual, least)
+        values, residuals = values.at[:, i % memory].set(value), residuals.at[:, i % memory].set(change)
+        # Weights a that sum to 1 and minimise |sum_j a_j residual_j|. Residuals shrink from one to the next, so they
+        # are brought to length 1 first: the ridge then means the same for all of them.
+        lengths = jnp.linalg.norm(residuals, axis=-1)  # [B, m]
+        used = lengths > 0
+        scale = jnp.where(used, 1 / jnp.where(used, lengths, 1), 0)
+        unit = residuals * scale[..., None]
+        alike = jnp.einsum("bin,bjn->bij", unit, unit)
+        alike = alike + jax.vmap(jnp.diag)(jnp.where(used, RIDGE, 1.0))
+        weights = scale * jnp.linalg.solve(alike, scale[..., None])[..., 0]
+        total = weights.sum(-1, keepdims=True)
+        mixed = jnp.einsum("bj,bjn->bn", weights / jnp.where(total > 0, total, 1), values)
+        return i + 1, jnp.where(total > 0, mixed, value), best, values, residuals
+
+    dtype = x.dtype
+    flat = x.astype(jnp.float32).reshape(B, -1)
+    nothing = jnp.zeros((B, memory, flat.shape[1]))
+    start = jnp.int32(0), flat, (flat, jnp.full(B, jnp.inf)), nothing, nothing
+    i, _, (state, residual), _, _ = lax.while_loop(unfinished, evaluate, start)
+    return Solution(state.reshape(shape).astype(dtype), residual, i)
+
+
+def equilibrium(
+    step: Callable[[Array], Array], s: Array, *, most: int, tolerance: float, most_backward: int | None = None
+) -> Solution:
+    """The fixed point of `step`, with the implicit gradient to everything `step` closes over; none reaches `s`.
+
+    Args:
+      step: s [B, ...] -> s; contracting near its fixed point, or neither solver need converge.
+      s: where to start.
+      most, tolerance: see `anderson`. most_backward: evaluations of the gradient's solver (default: most).
+
+    Raises:
+      InputError: see `anderson`.
+    """
+    pure, captured = jax.closure_convert(step, s)
+    return _equilibrium(pure, most, most_backward or most, tolerance, s, *captured)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _equilibrium(pure: Any, most: int, most_backward: int, tolerance: float, s: Array, *captured: Any) -> Solution:
+    return anderson(lambda s: pure(s, *captured), s, most=most, tolerance=tolerance)
+
+
+def _forward(pure: Any, most: int, most_backward: int, tolerance: float, s: Array, *captured: Any):
+    found = _equilibrium(pure, most, most_backward, tolerance, s, *captured)
+    return found, (found.state, captured)
+
+
+def _backward(pure: Any, most: int, most_backward: int, tolerance: float, kept: Any, gradient: Solution):
+    state, captured = kept
+    _, pull = jax.vjp(pure, state, *captured)
+    g = gradient.state
+    u = anderson(lambda u: pull(u)[0] + g, g, most=most_backward, tolerance=tolerance).state
+    _, *to_captured = pull(u)
+    return jnp.zeros_like(state), *to_captured
+
+
+_equilibrium.defvjp(_forward, _backward)
