@@ -13,17 +13,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import os
 import time
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rdlm import flops
-from rdlm.config import ModelConfig
+from rdlm.config import ModelConfig, Remat
 from rdlm.losses import loss
-from rdlm.memory import reuse_freed_memory
+from rdlm.memory import Plan, reuse_freed_memory
 from rdlm.model import init_params
 from rdlm.runtime import parse_arguments, run_command
 
@@ -44,7 +48,9 @@ class Options:
     """Recurrences without gradient."""
     k: int = 8
     """Recurrences with gradient."""
-    remat: Literal["none", "iteration"] = "none"
+    remat: Remat = "none"
+    devices: int | None = None
+    """CPU devices the batch is split over; None: one per core, as far as they divide it."""
     repeats: int = 5
     """Timed steps at each depth; the fastest counts."""
     json: bool = False
@@ -75,9 +81,12 @@ def measure(options: Options) -> dict[str, float]:
     rows = jax.random.randint(
         jax.random.key(1), (options.batch_size, options.sequence_length + 1), 0, options.vocab_size
     )  # fmt: skip
-    remat = options.remat == "iteration"
+    mesh = Mesh(np.array(jax.devices()), ("data",), axis_types=(AxisType.Auto,))
+    params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+    rows = jax.device_put(rows, NamedSharding(mesh, PartitionSpec("data")))
+    plan = Plan(options.remat)
     step: Any = jax.jit(  # its cache size is not part of its type
-        jax.value_and_grad(lambda params, n, k: loss(params, config, rows, steps=(n, k), max_k=options.k, remat=remat))
+        jax.value_and_grad(lambda params, n, k: loss(params, config, rows, steps=(n, k), max_k=options.k, plan=plan))
     )
     square = jnp.ones((1024, 1024))
     multiply = jax.jit(lambda a: a @ a)
@@ -109,12 +118,14 @@ def measure(options: Options) -> dict[str, float]:
 def main() -> None:
     reuse_freed_memory()
     options = parse_arguments(Options, prog="bench_train.py", description=__doc__)
+    devices = options.devices or math.gcd(os.cpu_count() or 1, options.batch_size)
+    jax.config.update("jax_num_cpu_devices", devices)
     found = measure(options)
     if options.json:
         print(json.dumps(found))
         return
     print(f"{jax.devices()[0].device_kind}, {options.batch_size} x {options.sequence_length} tokens,", end=" ")
-    print(f"n = {options.n}, k = {options.k}, remat {options.remat}")
+    print(f"n = {options.n}, k = {options.k}, remat {options.remat}, {devices} devices")
     for name, value in found.items():
         print(f"  {name:34} {value:12,.3f}")
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import AxisType, PartitionSpec
 
 from rdlm.memory import keep
 
@@ -55,6 +56,57 @@ def attend(q: Array, k: Array, v: Array, bias: Array) -> Array:
     """
     q, k, v = _heads_first(q, k, v)
     return _heads_last(_causal(q, k, v, bias[:, None]))
+
+
+FLASH_TILE = 128
+"""Lengths that the fused kernel serves are multiples of this."""
+
+
+def fits_flash(length: int) -> bool:
+    """Whether the fused kernel serves sequences of `length` tokens."""
+    return length % FLASH_TILE == 0
+
+
+def attend_flash(q: Array, k: Array, v: Array, segments: Array, interpret: bool = False) -> Array:
+    """`attend` by the fused TPU kernel (splash attention): nothing of size L x L is ever stored.
+
+    Padding (segment 0) sees padding before it, not itself alone; its output is as finite and as unused.
+
+    Args:
+      q, k, v: as in `attend`; L is a multiple of 128. Inside `jax.shard_map`, where a mesh axis is left to the
+        compiler, heads are split over it.
+      segments: int32 [B or 1, L].
+      interpret: run it on a CPU, slowly, for tests.
+    """
+    # Imported here: a second that only TPU training needs to spend.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+
+    B, L, _, Q = q.shape
+    out_dtype = q.dtype
+    q = q * q.dtype.type(Q**-0.5)
+    q, k, v = _heads_first(q, k, v)
+    segments = jnp.broadcast_to(segments, (B, L))
+
+    def kernel(q: Array, k: Array, v: Array, segments: Array) -> Array:
+        size = next(size for size in (512, 256, FLASH_TILE) if L % size == 0)
+        sizes = splash.BlockSizes(
+            block_q=size, block_kv=size, block_kv_compute=size, block_q_dkv=size, block_kv_dkv=size,
+            block_kv_dkv_compute=size, block_q_dq=size, block_kv_dq=size,
+        )  # fmt: skip
+        mask = splash_mask.MultiHeadMask([splash_mask.CausalMask((L, L))] * q.shape[1])
+        run = splash.make_splash_mha(mask, head_shards=1, q_seq_shards=1, block_sizes=sizes, interpret=interpret)
+        return jax.vmap(run)(q, k, v, splash.SegmentIds(segments, segments))
+
+    mesh = jax.sharding.get_abstract_mesh()
+    split = [a for a, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto]
+    split = [a for a in split if mesh.shape[a] > 1] if mesh.manual_axes else []
+    if split:  # a kernel is opaque to the compiler, so its heads are split by hand
+        heads, whole = PartitionSpec(None, tuple(split)), PartitionSpec()
+        kernel = jax.shard_map(
+            kernel, in_specs=(heads, heads, heads, whole), out_specs=heads, axis_names=set(split), check_vma=False
+        )
+    return _heads_last(kernel(q, k, v, segments).astype(out_dtype))
 
 
 def attend_past(q: Array, own: Part, past: Part) -> Array:

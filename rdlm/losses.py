@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array
 
 from rdlm.config import InputError, ModelConfig
+from rdlm.memory import PLAIN, Plan
 from rdlm.model import (
     Params,
     check_ids,
@@ -25,7 +26,8 @@ from rdlm.model import (
     typed_key,
 )
 from rdlm.model import decode as coda
-from rdlm.recurrence import checkpoints, initial_state, unroll
+from rdlm.modules import Context
+from rdlm.recurrence import Weights, checkpoints, initial_state, unroll, unroll_recomputed
 
 IGNORED = -100
 """Label that is not scored."""
@@ -125,17 +127,86 @@ def token_losses(
     state: Array | None = None,
     key: Array | None = None,
     max_k: int | None = None,
-    remat: bool = False,
+    rows: tuple[Array, Array] | None = None,
+    plan: Plan = PLAIN,
+    flash: bool = False,
 ) -> Array:
     """Cross-entropy of every token, f32 [B, L], after `steps` = r or (n, k) recurrences; 0 where ignored.
 
-    max_k: slots compiled for a traced k (default backprop_depth). remat: see `rdlm.recurrence.unroll`.
+    Args:
+      params, config, batch, state, key: as in `loss`.
+      steps: r or (n, k).
+      max_k: slots compiled for a traced k (default backprop_depth).
+      rows: (n, k) of every row, int [B] each, none above those of `steps`. A shallower row waits: its own n steps end
+        where the others' do, and its own k too, so that its loss is the one it would have alone.
+      plan: how activations and weights are held.
+      flash: use the fused attention kernel (TPU; one device, or inside `jax.shard_map`).
     """
     n, k = split_steps(steps, config)
-    step, s, ctx = _setup(params, config, batch, state, key)
-    s = unroll(step, s, n, k, max_k=max_k or config.backprop_depth, remat=remat)
-    (y, _), _ = coda(params, config, s, ctx)
-    return cross_entropy(head(params, config, y), batch.labels)
+    ctx = context(config, batch.positions, batch.segment_ids, flash=flash)
+    s = batch_state(params, config, batch, state, key)
+    e, _ = embed(params, config, batch.tokens, ctx, plan=plan)
+    injected = inject(params, config, e, plan)
+    s = _unrolled(params, config, injected, ctx, s, (n, k), max_k or config.backprop_depth, rows, plan)
+    (y, _), _ = coda(params, config, s, ctx, plan=plan)
+    return head_losses(params, config, y, batch.labels, plan)
+
+
+def _unrolled(
+    params: Params, config: ModelConfig, injected: Array, ctx: Context, s: Array, steps: tuple[Any, Any], max_k: int,
+    rows: tuple[Array, Array] | None, plan: Plan,
+) -> Array:  # fmt: skip
+    """The state after n + k recurrences, held as `plan` says."""
+    n, k = steps
+    names = ["adapter", *(f"core_{j}" for j in range(config.core_layers))]
+    stored = {name: params[name] for name in names}
+    once = plan.gather != "each"
+    inside = plan.fetched() if once else plan
+
+    def fetch(stored: Any) -> Any:
+        return {name: plan.fetch(name, x) for name, x in stored.items()} if once else stored
+
+    def give_back(gradient: Any) -> Any:
+        return {name: plan.give_back(name, g) for name, g in gradient.items()} if once else gradient
+
+    def step(whole: Any, injected: Array, s: Array, i: Array) -> Array:
+        new, _ = core_step(whole, config, s, injected, ctx, plan=inside)
+        if rows is None:
+            return new
+        running = jnp.where(i < n, i >= n - rows[0], i - n >= k - rows[1])
+        return jnp.where(running[:, None, None], new, s)
+
+    slots = k if isinstance(k, int) else max_k
+    if plan.remat == "none" or slots == 0:
+        whole = fetch(stored)
+        return unroll(lambda s, i: step(whole, injected, s, i), s, n, k, max_k=max_k)
+    weights = Weights(fetch, give_back, plan.gather == "weights_once", plan.sum_dtype)
+    return unroll_recomputed(step, stored, injected, s, n, k, slots, weights, offload=plan.remat == "offload")
+
+
+LOGITS_AT_ONCE = 2**26
+"""Most logits a training step holds at a time (256 MiB); more are made, used and made again in parts."""
+
+
+def head_losses(params: Params, config: ModelConfig, y: Array, labels: Array, plan: Plan = PLAIN) -> Array:
+    """Cross-entropies f32 [B, L] of y [B, L, D], never more than about `LOGITS_AT_ONCE` logits held at once."""
+    tokens = labels.size
+    parts = -(-tokens * config.rows // LOGITS_AT_ONCE)
+    name = "wte" if config.tie_embeddings else "head"
+    whole = {"wte": params["wte"], name: plan.fetch(name, params[name])}
+    if parts <= 1:
+        return cross_entropy(head(whole, config, y), labels)
+    size = -(-tokens // parts)
+    fill = size * parts - tokens
+    flat = jnp.pad(y.reshape(tokens, -1), ((0, fill), (0, 0))).reshape(parts, size, -1)
+    wanted = jnp.pad(labels.reshape(-1), (0, fill), constant_values=IGNORED).reshape(parts, size)
+
+    @jax.checkpoint
+    def part(y: Array, labels: Array) -> Array:
+        return cross_entropy(head(whole, config, y), labels)
+
+    losses = jax.lax.map(lambda part_of: part(*part_of), (flat, wanted))
+    return losses.reshape(-1)[:tokens].reshape(labels.shape)
 
 
 def loss(
@@ -147,7 +218,7 @@ def loss(
     state: Array | None = None,
     key: Array | None = None,
     max_k: int | None = None,
-    remat: bool = False,
+    plan: Plan = PLAIN,
 ) -> Array:
     """Mean cross-entropy over the scored labels of the batch, f32 scalar (contract, "Forward and loss").
 
@@ -158,15 +229,13 @@ def loss(
         core are exact zeros.
       state: [B, L, D] initial state; wins over `key`.
       key: one key, or one per row.
-      max_k, remat: see `token_losses`.
+      max_k, plan: see `token_losses`.
     """
     batch = as_batch(batch)
     check_ids("batch: tokens", batch.tokens, config)
     if not isinstance(batch.labels, jax.core.Tracer):
         check_ids(f"batch: labels (ignored ones are {IGNORED})", batch.labels[batch.labels != IGNORED], config)
-    losses = token_losses(
-        params, config, batch, steps=steps, state=state, key=key, max_k=max_k, remat=remat
-    )  # fmt: skip
+    losses = token_losses(params, config, batch, steps=steps, state=state, key=key, max_k=max_k, plan=plan)
     return losses.sum() / jnp.maximum((batch.labels != IGNORED).sum(), 1)
 
 

@@ -12,6 +12,8 @@ import jax
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
+from rdlm.config import Gather, Remat
+
 KEPT = "kept"
 
 
@@ -20,34 +22,44 @@ def keep(x: Array) -> Array:
     return checkpoint_name(x, KEPT)
 
 
-def recomputed(step: Callable[..., Any], everything: bool) -> Callable[..., Any]:
-    """`step` for a `scan` whose backward pass recomputes what it did not store.
+def recomputed(step: Callable[..., Any]) -> Callable[..., Any]:
+    """`step` for a `scan` whose backward pass recomputes what `keep` did not mark: norms, rotations and gates.
 
-    Args:
-      step: any differentiable function.
-      everything: store the arguments alone; otherwise also what `keep` marked, so that only norms, rotations and
-        gates are done twice. Either way the weights a step closes over are not copied for every step of the scan.
+    The weights a step closes over are not copied for every step of the scan either.
     """
-    policies = jax.checkpoint_policies
-    policy = policies.nothing_saveable if everything else policies.save_only_these_names(KEPT)
+    policy = jax.checkpoint_policies.save_only_these_names(KEPT)
     return jax.checkpoint(step, prevent_cse=False, policy=policy)
+
+
+def _as_is(name: str, x: Any) -> Any:
+    return x
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How a training step holds weights and activations.
+    """How a training step holds activations, and weights that are split over devices.
 
-    fetch(name, stored): the stored parameters of the top-level entry `name` as the computation wants them (whole, and
-    in the compute dtype); called where they are used. layers: recompute every block from its input, and fetch its
-    weights again, in the backward pass.
+    remat: what the backward pass recomputes. gather: "once" fetches the core's weights once for all recurrences and
+    sums their gradient once; "weights_once" sums it after every recurrence, which needs no unsharded sum;
+    "each" fetches block by block at every use, forward and backward (plain FSDP).
+    fetch(name, stored): the stored parameters of the top-level entry `name` as the computation wants them: whole, in
+    the compute dtype, differentiable. give_back(name, gradient): its derivative.
+    sum_dtype: of the gradient's sum over recurrences; None: the compute dtype.
     """
 
-    fetch: Callable[[str, Any], Any] = lambda name, stored: stored
-    layers: bool = False
+    remat: Remat = "none"
+    gather: Gather = "once"
+    fetch: Callable[[str, Any], Any] = _as_is
+    give_back: Callable[[str, Any], Any] = _as_is
+    sum_dtype: Any = None
 
     def layer(self, block: Callable[..., Any]) -> Callable[..., Any]:
-        """`block`, recomputed in the backward pass where the plan says so."""
-        return jax.checkpoint(block) if self.layers else block
+        """`block`, which the backward pass recomputes from its input, weights fetched again, where the plan says so."""
+        return jax.checkpoint(block) if self.remat in ("layer", "offload") else block
+
+    def fetched(self) -> Plan:
+        """The same for parameters that `fetch` has been applied to."""
+        return dataclasses.replace(self, fetch=_as_is)
 
 
 PLAIN = Plan()

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from rdlm.attention import attend, attend_past
+from rdlm.attention import attend, attend_flash, attend_past
 from rdlm.cache import KeyValue
 from rdlm.config import ModelConfig
 from rdlm.memory import keep
@@ -24,14 +24,16 @@ class Context(NamedTuple):
     """What every layer of one pass needs beside activations; the same in all layers and recurrences.
 
     cos, sin: f32 [B or 1, L, 1, Q/2], rotary tables of the tokens of this pass.
-    bias: f32 [B or 1, L, L], who sees whom among them.
+    bias: f32 [B or 1, L, L], who sees whom among them; None where `segments` say it.
     past_bias: f32 [B, L or 1, T], which cached tokens they see; None without a cache.
+    segments: int32 [B or 1, L], for the fused kernel.
     """
 
     cos: Array
     sin: Array
-    bias: Array
+    bias: Array | None
     past_bias: Array | None = None
+    segments: Array | None = None
 
 
 def takase_std(config: ModelConfig) -> tuple[float, float]:
@@ -144,18 +146,22 @@ class SelfAttention(nn.Module):
         if cfg.qk_bias:
             bias = weight(self, "qk_bias", (2, H, Q), 0.0, (None, "heads", None), dtype)
             q, k = q + bias[None, None, 0], jnp.repeat(k, G, axis=2) + bias[None, None, 1]
-        q, k = rotate(q, ctx.cos, ctx.sin), rotate(k, ctx.cos, ctx.sin)
+        cos, sin = jax.lax.stop_gradient((ctx.cos, ctx.sin))  # or a loop's backward pass works out theirs
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         own = KeyValue(k.reshape(B, L, -1), v.reshape(B, L, -1))
         if held is not None and active is not None:
             own = jax.tree.map(lambda new, old: jnp.where(active[..., None], new, old), own, held)
-        own_heads = own.k.reshape(B, L, -1, Q), own.v.reshape(B, L, K, Q), ctx.bias
-        if past is None or ctx.past_bias is None:
-            mixed = attend(q, *own_heads)
+        own_k, own_v = own.k.reshape(B, L, -1, Q), own.v.reshape(B, L, K, Q)
+        if ctx.bias is None:
+            assert ctx.segments is not None
+            mixed = attend_flash(q, own_k, own_v, ctx.segments)
+        elif past is None or ctx.past_bias is None:
+            mixed = attend(q, own_k, own_v, ctx.bias)
         else:
             T = past.k.shape[1]  # and the cache may be wider than what it holds
             past_k = past.k[..., : own.k.shape[-1]].reshape(B, T, -1, Q)
             past_v = past.v[..., : own.v.shape[-1]].reshape(B, T, K, Q)
-            mixed = attend_past(q, own_heads, (past_k, past_v, ctx.past_bias))
+            mixed = attend_past(q, (own_k, own_v, ctx.bias), (past_k, past_v, ctx.past_bias))
         return linear(mixed, weight(self, "proj", (H * Q, D), out_std, ("heads", "embed"), dtype)), own
 
 

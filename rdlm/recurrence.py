@@ -11,9 +11,10 @@ evaluate, decode and analysis differ only in which of these functions drives it:
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -129,9 +130,7 @@ def initial_state(key: Array, positions: Array, dim: int, dtype: Any = jnp.float
     return (noise.reshape(*keys.shape, dim) * (scale * math.sqrt(0.4))).astype(dtype)
 
 
-def unroll(
-    step: Step, s: State, n: Array | int, k: Array | int, max_k: int | None = None, remat: bool = False
-) -> State:
+def unroll(step: Step, s: State, n: Array | int, k: Array | int, max_k: int | None = None) -> State:
     """n steps under stop_gradient, then k steps with gradient: truncated backpropagation (spec section 3).
 
     Gradients reach whatever `step` closes over only through the last k steps, and never reach `s`.
@@ -143,8 +142,8 @@ def unroll(
       k: steps with gradient. A traced k needs `max_k` and skips the slots beyond it, so one program serves every
         (n, k); a Python k compiles exactly k slots.
       max_k: number of gradient slots for a traced k.
-      remat: recompute each gradient step in the backward pass from its input alone; otherwise what `step` marked
-        with `rdlm.memory.keep` is stored too.
+
+    What `step` marked with `rdlm.memory.keep` is stored for the backward pass; `unroll_recomputed` stores less.
 
     Returns:
       The state after n + k steps.
@@ -165,8 +164,111 @@ def unroll(
         # The k live slots come first; a skipped slot costs a branch.
         return lax.cond(j < k, lambda s: step(s, n + j), lambda s: s, s), None
 
-    slot = recomputed(slot, everything=remat)
-    return lax.scan(slot, s, jnp.arange(slots, dtype=jnp.int32))[0]
+    return lax.scan(recomputed(slot), s, jnp.arange(slots, dtype=jnp.int32))[0]
+
+
+class Weights(NamedTuple):
+    """How the weights of a step are kept while it runs n + k times, and what becomes of their gradient.
+
+    fetch(stored): the weights as the step wants them, made once and used by every recurrence, forward and backward.
+    give_back(gradient): undoes it, once, for the summed gradient of what `fetch` made: the gradient of `stored`.
+    every_time: give the gradient of every recurrence back by itself, so that only stored ones are summed up.
+    dtype: of the sum over recurrences; None: that of what `fetch` made.
+    """
+
+    fetch: Callable[[Any], Any] = lambda stored: stored
+    give_back: Callable[[Any], Any] = lambda gradient: gradient
+    every_time: bool = False
+    dtype: Any = None
+
+
+AS_STORED = Weights()
+
+
+def unroll_recomputed(
+    step: Callable[[Any, Any, State, Array], State],
+    stored: Any,
+    inputs: Any,
+    s: Array,
+    n: Array | int,
+    k: Array | int,
+    slots: int,
+    weights: Weights = AS_STORED,
+    offload: bool = False,
+) -> Array:
+    """`unroll` that stores the input of every gradient step and nothing else, and runs exactly k of them.
+
+    The backward pass is written out: it walks back over the stored states, runs each step again, and sums the
+    gradients itself. So weights can be fetched from other devices once for all recurrences, and their gradient
+    returned once; and neither memory nor time depends on slots that a small k leaves unused.
+
+    Args:
+      step: step(whole, inputs, s, i) -> s; may close over what needs no gradient (positions, segments).
+      stored: parameters, as `weights.fetch` takes them.
+      inputs: what else needs a gradient, the same at every recurrence (the injected embedding).
+      s: initial state, an array; no gradient reaches it.
+      n, k: steps without and with gradient, traced or not; k is at most `slots`.
+      weights: see `Weights`.
+      offload: keep the stored states in the host's memory (TPU).
+    """
+
+    @jax.custom_vjp
+    def run(stored: Any, inputs: Any, s: Array, n: Array, k: Array) -> Array:
+        whole = weights.fetch(stored)
+        return lax.fori_loop(0, n + k, lambda i, s: step(whole, inputs, s, i), s)
+
+    def forward(stored: Any, inputs: Any, s: Array, n: Array, k: Array) -> tuple[Array, Any]:
+        whole = weights.fetch(stored)
+        with jax.named_scope("recurrence_free"):
+            s = lax.fori_loop(0, n, lambda i, s: step(whole, inputs, s, i), s)
+        kept = jnp.zeros((slots, *s.shape), s.dtype)
+        kept = _on_host(kept) if offload else kept
+
+        def one(j: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+            s, kept = carry
+            kept = lax.dynamic_update_index_in_dim(kept, _on_host(s) if offload else s, j, 0)
+            return step(whole, inputs, s, n + j), kept
+
+        with jax.named_scope("recurrence_forward"):
+            s, kept = lax.fori_loop(0, k, one, (s, kept))
+        return s, (whole, inputs, kept, n, k)
+
+    def backward(saved: Any, d_s: Array) -> tuple[Any, Any, None, None, None]:
+        whole, inputs, kept, n, k = saved
+
+        def zeros(like: Any) -> Any:
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, weights.dtype or x.dtype), like)
+
+        def one(done: Array, carry: tuple[Array, Any, Any]) -> tuple[Array, Any, Any]:
+            d_s, d_whole, d_inputs = carry
+            j = k - 1 - done
+            s = lax.dynamic_index_in_dim(kept, j, 0, keepdims=False)
+            s = _on_device(s) if offload else s
+            _, pull = jax.vjp(lambda whole, inputs, s: step(whole, inputs, s, n + j), whole, inputs, s)
+            more_whole, more_inputs, d_s = pull(d_s)
+            if weights.every_time:
+                more_whole = weights.give_back(more_whole)
+            add = functools.partial(jax.tree.map, lambda total, more: total + more.astype(total.dtype))
+            return d_s, add(d_whole, more_whole), add(d_inputs, more_inputs)
+
+        total = zeros(jax.eval_shape(weights.give_back, whole) if weights.every_time else whole)
+        with jax.named_scope("recurrence_backward"):
+            _, d_whole, d_inputs = lax.fori_loop(0, k, one, (d_s, total, zeros(inputs)))
+        if not weights.every_time:
+            d_whole = weights.give_back(d_whole)
+        cast = functools.partial(jax.tree.map, lambda d, like: d.astype(like.dtype))
+        return cast(d_whole, stored), cast(d_inputs, inputs), None, None, None
+
+    run.defvjp(lambda stored, *rest: forward(stored, *rest), backward)
+    return run(stored, inputs, lax.stop_gradient(s), jnp.asarray(n, jnp.int32), jnp.asarray(k, jnp.int32))
+
+
+def _on_host(x: Array) -> Array:
+    return jax.device_put(x, jax.memory.Space.Host)
+
+
+def _on_device(x: Array) -> Array:
+    return jax.device_put(x, jax.memory.Space.Device)
 
 
 def unroll_until(

@@ -1,42 +1,83 @@
-"""Devices as a mesh, and where every array lives on it."""
+"""Devices as a mesh, where every array lives on it, and how weights travel.
+
+Four axes: `data` (copies of the model), `fsdp` and `rest` (together what the configuration calls fsdp: parameters are
+split along the model's width, and along their other dimension by what the width does not divide), and `tensor` (heads
+and MLP columns; left to the compiler, while the other three are spelled out in `rdlm.train.step`).
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import Array, lax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from rdlm.config import InputError, MeshConfig
+from rdlm.config import InputError, MeshConfig, ModelConfig
 
-RULES = {"vocab": None, "embed": "fsdp", "heads": None, "mlp": None, "norm": None}
-"""Mesh axis of each logical axis: under FSDP every matrix is split along the model's width."""
+AXES = ("data", "fsdp", "rest", "tensor")
+SPLIT = ("data", "fsdp", "rest")
+"""Axes over which the rows of a batch are split."""
+
+RULES: dict[str, tuple[str, ...]] = {
+    "vocab": ("rest", "tensor"),
+    "embed": ("fsdp",),
+    "heads": ("rest", "tensor"),
+    "mlp": ("rest", "tensor"),
+    "norm": (),
+}
+"""Mesh axes of each logical axis."""
 
 
-def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
-    """Mesh with axes (data, fsdp) over all devices.
+def make_mesh(config: MeshConfig, model: ModelConfig, devices: list[Any] | None = None) -> Mesh:
+    """Mesh with axes (data, fsdp, rest, tensor) over all devices.
+
+    config.fsdp devices share one copy of the parameters: as many of them as divide the model's width along it, the
+    rest along the other dimension of every matrix (for huginn_3p5b on 256: 32 x 8).
 
     Raises:
-      InputError: the axis sizes do not multiply to the number of devices.
+      InputError: the axis sizes do not multiply to the number of devices, or fsdp and tensor would split the same
+        dimension.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [config.data, config.fsdp]
+    sizes = [config.data, config.fsdp, config.tensor]
     if -1 in sizes:
         known = math.prod(n for n in sizes if n != -1)
         sizes = [len(devices) // known if n == -1 else n for n in sizes]
     if math.prod(sizes) != len(devices):
         raise InputError(
-            f"mesh = data {config.data} x fsdp {config.fsdp}: does not fit {len(devices)} devices; "
-            f"set mesh.data to -1 and mesh.fsdp to a divisor of {len(devices)}"
+            f"mesh = data {config.data} x fsdp {config.fsdp} x tensor {config.tensor}: does not fit {len(devices)} "
+            f"devices; set mesh.data to -1 and mesh.fsdp to a divisor of {len(devices) // max(config.tensor, 1)}"
         )
-    return Mesh(np.asarray(devices).reshape(sizes), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    data, fsdp, tensor = sizes
+    along = math.gcd(fsdp, model.embed_dim)
+    if along < fsdp and tensor > 1:
+        raise InputError(
+            f"mesh.fsdp = {fsdp} with mesh.tensor = {tensor}: {fsdp} does not divide embed_dim = {model.embed_dim}, "
+            f"and tensor takes the other dimension; use fsdp = {along}, tensor = 1, or the preset huginn_tpu"
+        )
+    shape = (data, fsdp if along == fsdp else along, fsdp // along, tensor)
+    if devices[0].platform == "tpu" and len(devices) > 1:  # neighbours on the mesh are neighbours on the torus
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    else:
+        grid = np.asarray(devices).reshape(shape)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch, split over all devices."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    """Rows of a batch, split over all devices but those that share one row (tensor)."""
+    return NamedSharding(mesh, PartitionSpec(SPLIT))
+
+
+def per_device(mesh: Mesh) -> NamedSharding:
+    """One element for every device."""
+    return NamedSharding(mesh, PartitionSpec(AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -44,30 +85,134 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def parameter_sharding(mesh: Mesh, axes: Any, shapes: Any) -> Any:
-    """Shardings for parameters of `shapes` whose logical axes are `axes` (from `rdlm.model.logical_axes`).
+def parameter_specs(mesh: Mesh, axes: Any, shapes: Any) -> Any:
+    """Mesh axes of every dimension of parameters of `shapes` whose logical axes are `axes` (`model.logical_axes`).
 
     Raises:
-      InputError: a dimension does not divide by its mesh axis; names both.
+      InputError: a dimension does not divide by its mesh axes; names both, and sizes that would do.
     """
 
-    def one(path: Any, spec: PartitionSpec, shape: Any) -> NamedSharding:
-        mesh_axes = [RULES[name] if name else None for name in spec]
-        for name, axis, size in zip(spec, mesh_axes, shape.shape, strict=True):
-            if axis and size % mesh.shape[axis]:
+    def one(path: Any, spec: PartitionSpec, shape: Any) -> PartitionSpec:
+        names = [tuple(a for a in RULES[name] if mesh.shape[a] > 1) if name else () for name in spec]
+        for name, found, size in zip(spec, names, shape.shape, strict=True):
+            parts = math.prod(mesh.shape[a] for a in found)
+            if size % parts:
+                axis = "tensor" if "tensor" in found else "fsdp"
                 raise InputError(
-                    f"mesh.{axis} = {mesh.shape[axis]}: does not divide {name} = {size} of parameter "
-                    f"{jax.tree_util.keystr(path)}; use a divisor of {size}"
+                    f"mesh.{axis} = {mesh.shape['tensor'] if axis == 'tensor' else parts}: does not divide "
+                    f"{name} = {size} of parameter {jax.tree_util.keystr(path)}; use a divisor of {size}"
                 )
-        return NamedSharding(mesh, PartitionSpec(*mesh_axes))
+        return PartitionSpec(*(found or None for found in names))
 
-    return jax.tree_util.tree_map_with_path(one, axes, shapes, is_leaf=lambda x: isinstance(x, PartitionSpec))
+    return jax.tree_util.tree_map_with_path(one, axes, shapes, is_leaf=_is_spec)
 
 
-def check_batch(mesh: Mesh, batch_size: int) -> None:
-    """Refuse a batch that does not split evenly over the devices."""
-    if batch_size % mesh.size:
+def check_heads(mesh: Mesh, model: ModelConfig) -> None:
+    """Refuse a tensor axis that would cut a head in two."""
+    tensor = mesh.shape["tensor"]
+    if model.kv_heads % tensor:
+        name = "num_heads" if model.kv_heads == model.num_heads else "num_kv_heads"
         raise InputError(
-            f"data.batch_size = {batch_size}: must be a multiple of the {mesh.size} devices "
-            f"(try {-(-batch_size // mesh.size) * mesh.size})"
+            f"mesh.tensor = {tensor}: does not divide {name} = {model.kv_heads}; use a divisor of it, or huginn_tpu "
+            "(40 heads) for huginn_3p5b (55)"
         )
+
+
+def named(mesh: Mesh, specs: Any) -> Any:
+    """`specs` as shardings on `mesh`."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=_is_spec)
+
+
+def check_batch(mesh: Mesh, batch_size: int, microbatches: int = 1) -> None:
+    """Refuse a batch whose rows do not split evenly over microbatches and the devices that take rows."""
+    parts = math.prod(mesh.shape[a] for a in SPLIT) * microbatches
+    if batch_size % parts:
+        what = f"the {parts} devices" if microbatches == 1 else f"{parts} = devices x data.microbatches"
+        raise InputError(
+            f"data.batch_size = {batch_size}: must be a multiple of {what} (try {-(-batch_size // parts) * parts})"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How the weights of one model travel between devices inside `jax.shard_map`.
+
+    specs: of all parameters, by top-level entry. dtype: of the weights as the computation wants them. sum_dtype: in
+    which gradients are summed over devices; None: in `dtype`.
+    """
+
+    mesh: Mesh
+    specs: Any
+    dtype: Any
+    sum_dtype: Any = None
+
+    @property
+    def manual(self) -> frozenset[str]:
+        """Axes spelled out here; the tensor axis is the compiler's when there is one."""
+        return frozenset(SPLIT if self.mesh.shape["tensor"] > 1 else AXES)
+
+    def inside(self, spec: PartitionSpec) -> PartitionSpec:
+        """`spec` as `jax.shard_map` wants it: without the compiler's axis."""
+        keep = [tuple(a for a in part if a in self.manual) for part in (p or () for p in spec)]
+        return PartitionSpec(*(part or None for part in keep))
+
+    def gathered(self, name: str, stored: Any) -> Any:
+        """The whole of entry `name`, in the compute dtype, from the part that this device stores."""
+
+        def one(x: Array, spec: PartitionSpec) -> Array:
+            x = x.astype(self.dtype)
+            for dim, axis in _travelling(spec):
+                x = lax.all_gather(x, axis, axis=dim, tiled=True)
+            return x
+
+        return jax.tree.map(one, stored, self.specs[name])
+
+    def given_back(self, name: str, gradient: Any) -> Any:
+        """The gradient of what is stored here, summed over the devices that share it, of a gradient of the whole.
+
+        What every device stores is not summed: see `summed`.
+        """
+
+        def one(g: Array, spec: PartitionSpec) -> Array:
+            g = g.astype(self.sum_dtype or g.dtype)
+            for dim, axis in reversed(_travelling(spec)):
+                g = lax.psum_scatter(g, axis, scatter_dimension=dim, tiled=True)
+            return g
+
+        return jax.tree.map(one, gradient, self.specs[name])
+
+    def fetch(self, name: str, stored: Any) -> Any:
+        """`gathered`, with `given_back` as its derivative."""
+
+        @jax.custom_vjp
+        def run(stored: Any) -> Any:
+            return self.gathered(name, stored)
+
+        def backward(_: None, gradient: Any) -> tuple[Any]:
+            back = self.given_back(name, gradient)
+            return (jax.tree.map(lambda g, like: g.astype(like.dtype), back, stored),)
+
+        run.defvjp(lambda stored: (self.gathered(name, stored), None), backward)
+        return run(stored)
+
+    def summed(self, gradients: Any) -> Any:
+        """Sum gradients of stored parts over the devices that hold copies of them."""
+
+        def one(g: Array, spec: PartitionSpec) -> Array:
+            held = {a for part in spec for a in part or ()}
+            return lax.psum(g, tuple(a for a in SPLIT if a not in held))
+
+        return jax.tree.map(one, gradients, self.specs)
+
+
+def layout(mesh: Mesh, axes: Any, shapes: Any, dtype: Any, sum_dtype: Any = None) -> Layout:
+    """The layout of parameters of `shapes` with logical axes `axes`; raises as `parameter_specs`."""
+    return Layout(mesh, parameter_specs(mesh, axes, shapes), jnp.dtype(dtype), sum_dtype)
+
+
+def _travelling(spec: PartitionSpec) -> list[tuple[int, str]]:
+    """(dimension, axis) of every split that a gather undoes, in order."""
+    return [(dim, a) for dim, part in enumerate(spec) for a in part or () if a in SPLIT]
+
+
+_is_spec = functools.partial(lambda kind, x: isinstance(x, kind), PartitionSpec)

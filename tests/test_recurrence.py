@@ -18,6 +18,7 @@ from rdlm.recurrence import (
     sample_steps,
     trajectory,
     unroll,
+    unroll_recomputed,
     unroll_until,
 )
 
@@ -37,7 +38,21 @@ S0, READ = random(3, 3, D), random(4, 3, D)
 
 
 def core(weights):
-    return lambda s, i: jnp.tanh(s @ weights["w"] + weights["e"] + jnp.asarray(weights["bias"])[i][None])
+    def step(s, i):
+        return jnp.tanh(s @ weights["w"] + weights["e"] + jnp.asarray(weights["bias"])[i][None])
+
+    step.weights = weights
+    return step
+
+
+def recomputed(step, s0, n, k, max_k=K):
+    """`unroll_recomputed` in the manner of `unroll`, one weight passed as an input."""
+    stored = {name: step.weights[name] for name in ("w", "bias")}
+
+    def explicit(whole, e, s, i):
+        return core(whole | {"e": e})(s, i)
+
+    return unroll_recomputed(explicit, stored, step.weights["e"], s0, n, k, max_k)
 
 
 def loop(step, s, n, k):
@@ -75,7 +90,7 @@ def traced():
 
     def gradients(n, k, remat):
         def projected(weights, s0):
-            s = unroll(core(weights), s0, n, k, max_k=K, remat=remat)
+            s = (recomputed if remat else unroll)(core(weights), s0, n, k, max_k=K)
             return jnp.sum(s * READ), s
 
         return jax.grad(projected, argnums=(0, 1), has_aux=True)(WEIGHTS, S0)
@@ -97,7 +112,7 @@ def test_unroll_is_the_python_loop_with_its_gradients(n, k, traced):
     reference = expected(n, k)
     for remat in (False, True):
         assert distance(traced(jnp.int32(n), jnp.int32(k), remat), reference) < TOLERANCE
-        static = value_and_gradients(lambda step, s0, remat=remat: unroll(step, s0, n, k, remat=remat))
+        static = value_and_gradients(lambda step, s0, run=recomputed if remat else unroll: run(step, s0, n, k))
         assert distance(static, reference) < TOLERANCE
 
 
@@ -120,7 +135,8 @@ def test_one_program_serves_every_depth():
 def test_gradient_stays_out_of_the_first_steps_and_the_initial_state(k, traced):
     for n in (0, 5):
         static = value_and_gradients(lambda step, s0, n=n: unroll(step, s0, n, k))
-        for (weights, s0), _ in (static, traced(jnp.int32(n), jnp.int32(k), False)):
+        both = [traced(jnp.int32(n), jnp.int32(k), remat) for remat in (False, True)]
+        for (weights, s0), _ in (static, *both):
             assert not np.any(s0)
             live = np.any(np.asarray(weights["bias"]), axis=1)
             assert live.tolist() == [n <= i < n + k for i in range(16)]
@@ -139,7 +155,7 @@ def test_states_may_be_pytrees():
         return {"a": jnp.sin(s["a"]) + s["b"], "b": s["b"] * 0.9 + i}
 
     s0 = {"a": S0, "b": jnp.ones((1, 1))}
-    assert distance(unroll(step, s0, 2, 3, remat=True), loop(step, s0, 2, 3)) < 1e-6
+    assert distance(unroll(step, s0, 2, 3), loop(step, s0, 2, 3)) < 1e-6
 
 
 # The other drivers

@@ -5,29 +5,35 @@ from rdlm.config.json import differences, from_json, to_json
 from rdlm.config.model import CachePolicy, ModelConfig, Sampling, Speculative
 from rdlm.config.presets import PRESETS, preset
 from rdlm.config.run import (
+    AlarmConfig,
     CheckpointConfig,
     DataConfig,
     EvaluationConfig,
+    Gather,
     MeshConfig,
     OptimizerConfig,
     Packing,
     RecurrenceConfig,
+    Remat,
     RunConfig,
     Scheme,
 )
 
 __all__ = [
     "PRESETS",
+    "AlarmConfig",
     "CachePolicy",
     "CheckpointConfig",
     "DataConfig",
     "EvaluationConfig",
+    "Gather",
     "InputError",
     "MeshConfig",
     "ModelConfig",
     "OptimizerConfig",
     "Packing",
     "RecurrenceConfig",
+    "Remat",
     "RunConfig",
     "Sampling",
     "Scheme",

@@ -52,7 +52,7 @@ def _presets() -> dict[str, RunConfig]:
     )
     pod = RunConfig(
         model=HUGINN_3P5B,
-        recurrence=RecurrenceConfig(remat="iteration"),
+        recurrence=RecurrenceConfig(remat="layer"),
         optimizer=OptimizerConfig(
             name="ellis_adam", learning_rate=4e-5, warmup_steps=4096, cooldown_steps=4096, eps=1e-6, weight_decay=4e-5
         ),
@@ -62,7 +62,7 @@ def _presets() -> dict[str, RunConfig]:
     )
     small = RunConfig(
         model=SMALL,
-        recurrence=RecurrenceConfig(remat="iteration"),
+        recurrence=RecurrenceConfig(remat="layer"),
         optimizer=OptimizerConfig(learning_rate=4e-4, warmup_steps=1000, cooldown_steps=4000),
         data=DataConfig(tokenizer_size=32768, sequence_length=2048, batch_size=256),
         steps=40_000,

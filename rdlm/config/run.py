@@ -21,6 +21,10 @@ Scheme = Literal[
     "full",
 ]
 
+Remat = Literal["none", "iteration", "layer", "offload"]
+
+Gather = Literal["once", "weights_once", "each"]
+
 Packing = Literal["concatenate_and_split", "best_fit", "document_start"]
 
 
@@ -32,21 +36,31 @@ class RecurrenceConfig:
     """Distribution of (n, k): steps without and with gradient."""
     curriculum_steps: int = 0
     """Grow the mean depth linearly from 1 over this many steps; 0 is off."""
-    remat: Literal["none", "iteration"] = "none"
-    """Recompute each recurrence in the backward pass instead of keeping its activations."""
+    draw: Literal["step", "microbatch", "sequence"] = "step"
+    """What shares a draw of (n, k): a whole step, a microbatch, or nothing but one row of the batch (a step then takes
+    as long as its deepest row)."""
+    least: int = 1
+    """Fewest recurrences n + k of a draw."""
+    loss_power: float = 0.0
+    """Weigh a draw's loss by (n + k) to this power, divided by its expectation; 0: all alike."""
+    remat: Remat = "none"
+    """What the backward pass recomputes. none: only what is cheap; iteration: each recurrence from its input;
+    layer: each recurrence, and within it, and in prelude and coda, each layer; offload: as layer, and the inputs of the
+    recurrences wait in the host's memory."""
 
     def __post_init__(self) -> None:
-        require(
-            self.curriculum_steps >= 0, "recurrence.curriculum_steps", self.curriculum_steps, "must not be negative"
-        )
+        for name, least in (("curriculum_steps", 0), ("least", 1)):
+            value = getattr(self, name)
+            require(value >= least, f"recurrence.{name}", value, f"must be at least {least}")
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """Optimizer and learning-rate schedule."""
 
-    name: Literal["adamw", "ellis_adam"] = "adamw"
-    """adamw (optax), or the reference's own variant (spec section 4)."""
+    name: Literal["adamw", "ellis_adam", "muon"] = "adamw"
+    """adamw (optax), the reference's own variant (spec section 4), or Muon for the blocks' matrices and AdamW for the
+    rest."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
     min_learning_rate: float = 0.0
@@ -67,13 +81,15 @@ class OptimizerConfig:
     """Applied to matrices and embeddings, not to norms and biases."""
     clip_norm: float = 1.0
     """Largest global L2 norm of the gradient."""
+    ema_decay: float = 0.0
+    """Also keep a moving average of the weights with this decay (0.999, say), saved with every checkpoint; 0 is off."""
 
     def __post_init__(self) -> None:
         require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "must be positive")
         require(self.clip_norm > 0, "optimizer.clip_norm", self.clip_norm, "must be positive (use 1e9 to never clip)")
         for name in ("warmup_steps", "cooldown_steps", "weight_decay", "min_learning_rate"):
             require(getattr(self, name) >= 0, f"optimizer.{name}", getattr(self, name), "must not be negative")
-        for name in ("b1", "b2"):
+        for name in ("b1", "b2", "ema_decay"):
             require(0 <= getattr(self, name) < 1, f"optimizer.{name}", getattr(self, name), "must be in [0, 1)")
 
 
@@ -98,12 +114,14 @@ class DataConfig:
     """Tokens per row (L)."""
     batch_size: int = 8
     """Rows per step, over all devices (B)."""
+    microbatches: int = 1
+    """Parts of a batch that a device works on one after the other, summing their gradients."""
     validation_fraction: float = 0.05
     """Share of documents held out for validation."""
 
     def __post_init__(self) -> None:
         # A tokenizer trained here needs 262 entries (it says so itself); a converted model may have any number.
-        for name in ("sequence_length", "batch_size", "tokenizer_size"):
+        for name in ("sequence_length", "batch_size", "microbatches", "tokenizer_size"):
             require(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "must be at least 1")
         require(
             0 < self.validation_fraction < 1,
@@ -133,9 +151,17 @@ class MeshConfig:
     """Copies of the model, each on its part of the batch."""
     fsdp: int = 1
     """Devices that share one copy of the parameters."""
+    tensor: int = 1
+    """Devices that share one row of the batch: heads and MLP columns are split over them."""
+    gather: Gather = "once"
+    """When the core's weights are fetched from the devices that share them. once: once for all recurrences of a step,
+    and its gradient returned once; weights_once: the same, but the gradient returned after every recurrence; each:
+    layer by layer at every use (plain FSDP), which needs the least memory."""
+    gradient_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype in which gradients are summed over recurrences and devices (with `recurrence.remat` other than none)."""
 
     def __post_init__(self) -> None:
-        sizes = dataclasses.astuple(self)
+        sizes = self.data, self.fsdp, self.tensor
         require(
             all(n == -1 or n >= 1 for n in sizes) and sizes.count(-1) <= 1,
             "mesh",
@@ -181,6 +207,20 @@ class EvaluationConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class AlarmConfig:
+    """What happens when a validation finds the recurrence unwell (`rdlm.vitals`)."""
+
+    action: Literal["warn", "stop"] = "warn"
+    """warn: say so and go on; stop: also save and exit with code 3."""
+    start: int = 200
+    """No alarm before this step, nor during the warm-up: a new model first learns how frequent tokens are, for which
+    depth is no help."""
+
+    def __post_init__(self) -> None:
+        require(self.start >= 0, "alarms.start", self.start, "must not be negative")
+
+
+@dataclasses.dataclass(frozen=True)
 class RunConfig:
     """A training run: what `experiments/train.py PRESET` resolves to and what `config.json` in the run folder holds."""
 
@@ -191,6 +231,7 @@ class RunConfig:
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    alarms: AlarmConfig = AlarmConfig()
     preset: str = "custom"
     """Name of the preset this came from."""
     steps: int = 1000

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from rdlm.attention import causal_bias
+from rdlm.attention import causal_bias, fits_flash
 from rdlm.cache import KeyValue
 from rdlm.config import ModelConfig
 from rdlm.memory import PLAIN, Plan
@@ -77,11 +77,19 @@ def cast(params: Params, dtype: Any) -> Params:
 
 
 def context(
-    config: ModelConfig, positions: Array, segment_ids: Array | None, past_bias: Array | None = None
-) -> Context:
-    """What all layers of a pass share: rotary tables of positions int [L] or [B, L], and who sees whom."""
+    config: ModelConfig, positions: Array, segment_ids: Array | None, past_bias: Array | None = None,
+    flash: bool = False,
+) -> Context:  # fmt: skip
+    """What all layers of a pass share: rotary tables of positions int [L] or [B, L], and who sees whom.
+
+    flash: for the fused kernel, which takes the segments themselves; lengths it cannot serve get a bias all the same.
+    """
     cos, sin = rotary_tables(positions if positions.ndim == 2 else positions[None], config)
-    return Context(cos, sin, causal_bias(segment_ids, positions.shape[-1]), past_bias)
+    L = positions.shape[-1]
+    if flash and fits_flash(L):
+        segments = jnp.ones((1, L), jnp.int32) if segment_ids is None else segment_ids
+        return Context(cos, sin, None, past_bias, segments)
+    return Context(cos, sin, causal_bias(segment_ids, L), past_bias)
 
 
 def positions_of(tokens: Array, segment_ids: Array | None) -> Array:

@@ -25,7 +25,7 @@ from rdlm.model import Params
 from rdlm.optim import optimizer
 from rdlm.runtime import EXIT_DONE, EXIT_PREEMPTED, exchange, is_first, together
 from rdlm.tokenizer import Tokenizer
-from rdlm.train.step import TrainState, init_state, state_shardings, train_step
+from rdlm.train.step import TrainState, init_state, layout_of, state_shardings, train_step
 from rdlm.train.stopping import Preemption, Stop
 
 
@@ -42,8 +42,9 @@ class Trainer:
         self.first = is_first()
         self.progress = Progress(config.steps, quiet=not self.first)
         self.say = say or self.progress.say
-        self.mesh = sharding.make_mesh(config.mesh)
-        sharding.check_batch(self.mesh, config.data.batch_size)
+        self.mesh = sharding.make_mesh(config.mesh, config.model)
+        sharding.check_batch(self.mesh, config.data.batch_size, config.data.microbatches)
+        self.layout = layout_of(config, self.mesh)
         self.tx = optimizer(config.optimizer, config.steps)
         self.shapes, self.shardings = state_shardings(config, self.tx, self.mesh)
         self._check_folder()
@@ -166,7 +167,9 @@ class Trainer:
         self.say(self._headline())
         # The state leaves a step as it entered it: left to the compiler, a mesh would compile a second program.
         step_fn = jax.jit(
-            functools.partial(train_step, config, self.tx), donate_argnums=0, out_shardings=(self.shardings, None)
+            functools.partial(train_step, config, self.tx, layout=self.layout),
+            donate_argnums=0,
+            out_shardings=(self.shardings, None),
         )
         batches = prefetch(self.train.batch, first)
         meter = Meter(config, matmul_peak() * self.mesh.size)

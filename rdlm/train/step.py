@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from rdlm import sharding
 from rdlm.config import RunConfig
-from rdlm.losses import loss
+from rdlm.losses import IGNORED, Batch, as_batch, token_losses
+from rdlm.memory import Plan
 from rdlm.model import Params, init_params, logical_axes
 from rdlm.optim import schedule
 from rdlm.recurrence import max_gradient_steps, sample_steps
+from rdlm.sharding import SPLIT, Layout
 
 
 class TrainState(NamedTuple):
@@ -32,28 +36,143 @@ def step_keys(seed: int, step: Array) -> tuple[Array, Array]:
     return depth, state
 
 
-def draw_depth(run: RunConfig, step: Array) -> tuple[Array, Array]:
-    """(n, k) of training step `step` (from 0), the same on all devices."""
+def draw_depth(run: RunConfig, step: Array, part: Array | None = None) -> tuple[Array, Array]:
+    """(n, k) of training step `step` (from 0), the same on all devices.
+
+    `part`: microbatch or sequence, where each draws for itself; int [] or [B], the draws are then int [B].
+    """
     rec, model = run.recurrence, run.model
     progress = None if not rec.curriculum_steps else (step + 1) / rec.curriculum_steps
-    return sample_steps(
-        step_keys(run.seed, step)[0], model.mean_recurrence, model.backprop_depth, rec.scheme, progress
-    )  # fmt: skip
+    key = step_keys(run.seed, step)[0]
+
+    def draw(key: Array) -> tuple[Array, Array]:
+        n, k = sample_steps(key, model.mean_recurrence, model.backprop_depth, rec.scheme, progress)
+        return jnp.maximum(n, rec.least - k), k
+
+    if part is None:
+        return draw(key)
+    if part.ndim == 0:
+        return draw(jax.random.fold_in(key, part))
+    return jax.vmap(lambda part: draw(jax.random.fold_in(key, part)))(part)
 
 
-def train_step(run: RunConfig, tx: optax.GradientTransformation, state: TrainState, batch: dict[str, Array]):
-    """One optimizer step: (new state, metrics of it as scalars)."""
-    n, k = draw_depth(run, state.step)
-    _, state_key = step_keys(run.seed, state.step)
-    value, grads = jax.value_and_grad(loss)(
-        state.params,
-        run.model,
-        batch,
-        steps=(n, k),
-        key=state_key,
-        max_k=max_gradient_steps(run.model.backprop_depth, run.recurrence.scheme),
-        remat=run.recurrence.remat == "iteration",
+@functools.cache
+def _mean_weight(run: RunConfig) -> float:
+    """Mean of (n + k) ** loss_power over 10,000 steps, the curriculum left out."""
+    steady = dataclasses.replace(run, recurrence=dataclasses.replace(run.recurrence, curriculum_steps=0))
+    with jax.ensure_compile_time_eval():
+        n, k = jax.vmap(functools.partial(draw_depth, steady))(jnp.arange(10_000))
+        return float(jnp.mean((n + k) ** run.recurrence.loss_power))
+
+
+def depth_weight(run: RunConfig, n: Array, k: Array) -> Array | float:
+    """What the loss of a draw counts: (n + k) ** recurrence.loss_power over its expectation."""
+    power = run.recurrence.loss_power
+    return (n + k).astype(jnp.float32) ** power / _mean_weight(run) if power else 1.0
+
+
+def gradients(
+    run: RunConfig, params: Params, batch: dict[str, Array], step: Array, layout: Layout | None = None
+) -> tuple[Array, Params, tuple[Array, Array]]:
+    """(loss, its gradient, (n, k) that ran) of the whole batch.
+
+    The loss is the sum of cross-entropies over scored labels, divided by their number over all devices and
+    microbatches. Where draws differ within a step, n and k are those of the microbatches' mean or of the deepest row.
+
+    Args:
+      layout: how weights travel, for parameters and rows split over a mesh; None: all is here (or the compiler's).
+    """
+    if layout is None:
+        return _gradients(run, params, batch, step, _draws(run, batch, step), layout=None)
+    every, rows = PartitionSpec(), PartitionSpec(SPLIT)
+    inside = jax.tree.map(layout.inside, layout.specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
+    draws = _draws(run, batch, step)
+    placed: Any = _Draws(every, every, rows if run.recurrence.draw == "sequence" else every)
+    spread = jax.shard_map(
+        functools.partial(_gradients, run, layout=layout),
+        mesh=layout.mesh,
+        in_specs=(inside, jax.tree.map(lambda _: rows, batch), every, placed),
+        out_specs=(every, inside, every),
+        axis_names=set(layout.manual),
+        check_vma=False,
     )
+    return spread(params, batch, step, draws)
+
+
+class _Draws(NamedTuple):
+    """Depths of a step. n, k: int32 [] or, per microbatch, [M]; the deepest where every row has its own in `rows`."""
+
+    n: Any
+    k: Any
+    rows: Any = None
+
+
+def _draws(run: RunConfig, batch: dict[str, Array], step: Array) -> _Draws:
+    kind = run.recurrence.draw
+    if kind == "step":
+        return _Draws(*draw_depth(run, step))
+    if kind == "microbatch":
+        return _Draws(*draw_depth(run, step, jnp.arange(run.data.microbatches)))
+    ids = batch.get("sequence_ids")  # a row keeps its draw wherever it is worked on
+    rows = draw_depth(run, step, jnp.arange(batch["tokens"].shape[0]) if ids is None else ids[:, 0])
+    return _Draws(rows[0].max(), rows[1].max(), rows)
+
+
+def _gradients(run: RunConfig, params: Params, batch: Any, step: Array, draws: _Draws, *, layout: Layout | None):
+    """`gradients` of this device's rows, summed over devices."""
+    config, count = run.model, run.data.microbatches
+    batch = as_batch(batch)
+    everywhere = (lambda x: jax.lax.psum(x, SPLIT)) if layout else (lambda x: x)
+    scored = jnp.maximum(everywhere((batch.labels != IGNORED).sum()), 1)
+    _, state_key = step_keys(run.seed, step)
+    wide = run.mesh.gradient_dtype
+    if layout is None:
+        plan = Plan(run.recurrence.remat, run.mesh.gather, sum_dtype=wide)
+    else:
+        plan = Plan(run.recurrence.remat, run.mesh.gather, layout.fetch, layout.given_back, wide)
+    flash = layout is not None and layout.mesh.devices.flat[0].platform == "tpu"
+
+    def part(params: Params, batch: Batch, n: Array, k: Array, rows: Any) -> Array:
+        losses = token_losses(
+            params, config, batch, steps=(n, k), key=state_key, rows=rows, plan=plan, flash=flash,
+            max_k=max_gradient_steps(config.backprop_depth, run.recurrence.scheme),
+        )  # fmt: skip
+        weight = depth_weight(run, *(rows or (n, k)))
+        return (losses.sum(-1) * weight).sum() / scored
+
+    if count == 1:
+        n, k = (x.reshape(()) for x in draws[:2])
+        value, grads = jax.value_and_grad(part)(params, batch, n, k, draws.rows)
+        return everywhere(value), layout.summed(grads) if layout else grads, (n, k)
+
+    def split(x: Array) -> Array:
+        # Every count-th row, so that a microbatch holds the same rows on one device as on many.
+        return x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
+
+    shared = {"positions": batch.positions} if batch.positions.ndim == 1 else {}
+    cut = jax.tree.map(split, (batch._replace(**dict.fromkeys(shared)), draws.rows))
+    depths = [jnp.broadcast_to(x, (count,)) for x in draws[:2]]
+
+    def accumulate(total: Any, inputs: Any) -> tuple[Any, None]:
+        (rows_of_batch, rows), n, k = inputs
+        more = jax.value_and_grad(part)(params, rows_of_batch._replace(**shared), n, k, rows)
+        return jax.tree.map(jnp.add, total, more), None
+
+    zero = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+    (value, grads), _ = jax.lax.scan(accumulate, zero, (cut, *depths))
+    ran = tuple(x.mean() if run.recurrence.draw == "microbatch" else x for x in draws[:2])
+    return everywhere(value), layout.summed(grads) if layout else grads, ran
+
+
+def train_step(
+    run: RunConfig,
+    tx: optax.GradientTransformation,
+    state: TrainState,
+    batch: dict[str, Array],
+    layout: Layout | None = None,
+):
+    """One optimizer step: (new state, metrics of it as scalars). `layout`: see `gradients`."""
+    value, grads, (n, k) = gradients(run, state.params, batch, state.step, layout)
     updates, opt = tx.update(grads, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics = {
@@ -66,6 +185,20 @@ def train_step(run: RunConfig, tx: optax.GradientTransformation, state: TrainSta
     return TrainState(state.step + 1, params, opt), metrics
 
 
+def layout_of(run: RunConfig, mesh: Mesh) -> Layout | None:
+    """How the weights of a run travel on `mesh`; None where there is one device.
+
+    Raises:
+      InputError: a dimension that the mesh does not divide.
+    """
+    if mesh.size == 1:
+        return None
+    sharding.check_heads(mesh, run.model)
+    shapes = jax.eval_shape(lambda: init_params(run.model, jax.random.key(0)))
+    dtype = run.model.compute_dtype or run.model.param_dtype
+    return sharding.layout(mesh, logical_axes(run.model), shapes, dtype, run.mesh.gradient_dtype)
+
+
 def init_state(run: RunConfig, tx: optax.GradientTransformation) -> TrainState:
     """Fresh parameters and optimizer state, a function of the seed."""
     params = init_params(run.model, jax.random.key(run.seed))
@@ -75,9 +208,15 @@ def init_state(run: RunConfig, tx: optax.GradientTransformation) -> TrainState:
 def state_shardings(run: RunConfig, tx: optax.GradientTransformation, mesh: Mesh) -> tuple[TrainState, TrainState]:
     """(shapes, shardings) of the train state: optimizer moments live where their parameters do."""
     shapes = jax.eval_shape(lambda: init_state(run, tx))
-    params = sharding.parameter_sharding(mesh, logical_axes(run.model), shapes.params)
+    specs = sharding.parameter_specs(mesh, logical_axes(run.model), shapes.params)
+    params = sharding.named(mesh, specs)
     everywhere: Any = sharding.replicated(mesh)
+
+    def gap(x: Any) -> bool:
+        return isinstance(x, optax.MaskedNode)  # in a part of the state that only some of the parameters have
+
     opt = optax.tree.map_params(
-        tx, lambda _, s: s, shapes.optimizer, params, transform_non_params=lambda _: everywhere
+        tx, lambda x, s: x if gap(x) else s, shapes.optimizer, params,
+        transform_non_params=lambda _: everywhere, is_leaf=gap,
     )  # fmt: skip
     return shapes, TrainState(everywhere, params, opt)

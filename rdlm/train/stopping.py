@@ -49,5 +49,5 @@ class Stop:
             return self.requested()
         before = self.asked
         mine = np.full(len(self.mesh.local_devices), self.requested())
-        self.asked = self.any(jax.make_array_from_process_local_data(sharding.batch_sharding(self.mesh), mine))
+        self.asked = self.any(jax.make_array_from_process_local_data(sharding.per_device(self.mesh), mine))
         return before is not None and bool(before)
