@@ -13,10 +13,11 @@ from rdlm.analysis.contraction import Contraction, contraction
 from rdlm.analysis.held_out import HeldOut, held_out, validation
 from rdlm.analysis.independence import from_starts, spread
 from rdlm.analysis.lens import Lens, lens
-from rdlm.analysis.paths import KINDS, Path, classify, distances, pca, settled_after
+from rdlm.analysis.paths import KINDS, SETTLED, Path, classify, distances, pca, rate, settled_after
 
 __all__ = [
     "KINDS",
+    "SETTLED",
     "Captured",
     "Contraction",
     "HeldOut",
@@ -31,6 +32,7 @@ __all__ = [
     "held_out",
     "lens",
     "pca",
+    "rate",
     "recurrence_of",
     "settled_after",
     "spread",

@@ -101,7 +101,13 @@ def _iterate(params: Params, config: ModelConfig, tokens: Array, s: Array, key: 
 
 
 def contraction(
-    params: Params, config: ModelConfig, tokens: Array, s: Array, *, rounds: int = 50, basis: int = 24
+    params: Params,
+    config: ModelConfig,
+    tokens: Array | np.ndarray,
+    s: Array | np.ndarray,
+    *,
+    rounds: int = 50,
+    basis: int = 24,
 ) -> Contraction:
     """What a recurrence does to small differences around states s [B, L, D] of tokens int [B, L], in f32.
 

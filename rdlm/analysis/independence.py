@@ -13,7 +13,7 @@ from rdlm.model import Params, check_tokens, compute_dtype
 from rdlm.recurrence import initial_state
 
 
-def from_starts(params: Params, config: ModelConfig, tokens: Array, r: int, starts: int = 5) -> np.ndarray:
+def from_starts(params: Params, config: ModelConfig, tokens: Array | np.ndarray, r: int, starts: int = 5) -> np.ndarray:
     """States f32 [r+1, N, L, D] of one text int [L] from N = `starts` initial states: noise of N - 1 keys, and zero.
 
     Raises:

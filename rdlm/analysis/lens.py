@@ -49,7 +49,12 @@ def _lens(params: Params, config: ModelConfig, tokens: Array, labels: Array, dep
 
 
 def lens(
-    params: Params, config: ModelConfig, tokens: Array, labels: Array, depths: tuple[int, ...], count: int = 3
+    params: Params,
+    config: ModelConfig,
+    tokens: Array | np.ndarray,
+    labels: Array | np.ndarray,
+    depths: tuple[int, ...],
+    count: int = 3,
 ) -> Lens:
     """The `count` likeliest next tokens of tokens int [B, L] at each of the increasing `depths`, from one unroll.
 

@@ -68,13 +68,16 @@ def settled_after(distance: np.ndarray, within: float = SETTLED) -> np.ndarray:
 def rate(distance: np.ndarray) -> float | None:
     """Factor per recurrence of a distance [R+1] that falls geometrically, by a fit of its logarithm, or None.
 
-    Fitted from recurrence 1 (the start is noise) down to a thousandth of the distance there, or to 1e-5, where rounding
-    in f32 begins, and never past the middle of the path, whose end is the limit it is measured from.
+    Fitted between a tenth of the distance at r = 1 (before, a path may wait for others) and 1e-5, where rounding in f32
+    begins, and never past the middle of the path, whose end is the limit it is measured from. A distance that does not
+    fall to a tenth by then is fitted as a whole.
     """
     distance = np.asarray(distance, np.float64)
     reach = distance[1 : len(distance) // 2 + 1]
-    low = np.flatnonzero(reach < max(1e-5, 1e-3 * reach[0]))
-    part = reach[: low[0]] if len(low) else reach
+    near = np.flatnonzero(reach <= 0.1 * reach[0])
+    part = reach[near[0] if len(near) else 0 :]
+    low = np.flatnonzero(part < 1e-5)
+    part = part[: low[0]] if len(low) else part
     if len(part) < 3 or part[-1] > 0.5 * part[0]:
         return None
     slope = np.polyfit(np.arange(len(part)), np.log(part), 1)[0]

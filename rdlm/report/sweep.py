@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,10 @@ _STYLES = {
     "kl": (BLUE, "o"), "gated_kl": (SKY, "s"), "min_p_kl": (PURPLE, "D"), "entropy_diff": (ORANGE, "v"),
     "latent_diff": (GREEN, "^"), "cosine": (YELLOW, "P"), "argmax_stability": (VERMILION, "X"),
 }  # fmt: skip
+
+
+_LINEAR = {"nats": 1e-3, "accuracy": 0.1}
+"""Differences, in nats or percentage points, below which the lower panels are linear."""
 
 
 def on_front(quality: Sequence[float], effort: Sequence[float]) -> list[bool]:
@@ -70,12 +75,12 @@ def plot_sweep(path: Path, title: str, rows: Sequence[Mapping[str, Any]], qualit
     for axes in grid[:, 0]:
         depth_axis(axes, depths, "")
     for axes in grid[:, 1]:
-        axes.set_xscale("log")
+        _flops_axis(axes, [row["flops_per_token"] for row in rows])
     grid[1, 0].set_xlabel("mean recurrences per token (log scale)")
-    grid[1, 1].set_xlabel("forward FLOPs per token, looks of the rule included (log scale)")
+    grid[1, 1].set_xlabel("forward MFLOP per token, looks of the rule included (log scale)")
     grid[0, 0].set_ylabel(name)
-    unit = "nats" if quality == "nats" else "percentage points"
-    grid[1, 0].set_ylabel(f"difference from r = {depths[-1]} ({unit}, log scale beyond the ticks next to 0)")
+    unit, linear = ("nats", _LINEAR["nats"]) if quality == "nats" else ("percentage points", _LINEAR["accuracy"])
+    grid[1, 0].set_ylabel(f"difference from r = {depths[-1]}\n({unit}, log scale beyond ±{linear:g})")
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     figure.suptitle(f"{title}\nfilled: no other point is as good for fewer FLOPs", fontsize=12)
@@ -103,10 +108,24 @@ def _draw(axes: Any, rows: Sequence[Mapping[str, Any]], x: str, y: Any) -> None:
         )  # fmt: skip
 
 
+def _flops_axis(axes: Any, flops: Sequence[float]) -> None:
+    """A log axis with ticks at 1, 2, 5, 10, ... MFLOP."""
+    axes.set_xscale("log")
+    low, high = math.floor(math.log10(min(flops))), math.ceil(math.log10(max(flops)))
+    ticks = [digit * 10.0**i for i in range(low, high + 1) for digit in (1, 2, 5)]
+    ticks = [x for x in ticks if min(flops) / 1.1 <= x <= max(flops) * 1.1]
+    axes.set_xticks(ticks, [f"{x / 1e6:g}" for x in ticks])
+    axes.minorticks_off()
+
+
 def _near_the_end(axes: Any, differences: Sequence[float], quality: str) -> None:
     """A scale that shows thousandths and whole units alike."""
-    linear = 1e-3 if quality == "nats" else 0.1
+    linear = _LINEAR[quality]
     axes.set_yscale("symlog", linthresh=linear, linscale=0.5)
     low, high = min(*differences, -linear), max(*differences, linear)
     axes.set_ylim(2 * low, 2 * high)
+    ticks = [sign * linear * 10**i for i in range(6) for sign in (-1, 1)]
+    ticks = sorted(x for x in (0, *ticks) if 2 * low <= x <= 2 * high)
+    axes.set_yticks(ticks, [f"{x:+g}" if x else "0" for x in ticks])
+    axes.minorticks_off()
     axes.axhline(0, color=GREY, linewidth=1, zorder=1)

@@ -25,7 +25,7 @@ from rdlm.report.figures import (
     shown,
 )
 
-_ROW = 32  # tokens beside each other in a heat map
+_ROW = 36  # most tokens beside each other in a heat map
 _FLOOR = 1e-7  # distances below are f32 rounding
 
 
@@ -50,7 +50,7 @@ def plot_paths(path: Path, title: str, panels: Sequence[Mapping[str, Any]]) -> P
             x, y, c=np.arange(1, len(x) + 1), norm=LogNorm(1, most), cmap=COLOURS, s=16, zorder=2, linewidths=0
         )
         axes.plot(x[0], y[0], marker="s", color=BLACK, markersize=6, linestyle="", fillstyle="none", label="r = 1")
-        axes.plot(x[-1], y[-1], marker="*", color=VERMILION, markersize=11, linestyle="", label=f"r = {len(x)}")
+        axes.plot(x[-1], y[-1], marker="x", color=VERMILION, markersize=7, linestyle="", label=f"r = {len(x)}")
         axes.set_title(
             f"{shown(panel['token'])}  at {panel['position']}\n{panel['kind']}{panel['note']}", fontsize=9,
             parse_math=False,
@@ -65,7 +65,7 @@ def plot_paths(path: Path, title: str, panels: Sequence[Mapping[str, Any]]) -> P
     ticks = [2**i for i in range(most.bit_length())]
     bar.set_ticks(ticks, labels=[str(t) for t in ticks])
     bar.ax.minorticks_off()
-    figure.suptitle(f"{title}\npaths in units of the state, shares are of the variance", fontsize=11)
+    figure.suptitle(f"{title}\naxes in units of the state, with their share of the path's variance", fontsize=11)
     return save_figure(figure, path)
 
 
@@ -85,7 +85,7 @@ def plot_distance(path: Path, title: str, distance: np.ndarray, tokens: Sequence
     axes.axhline(settled, color=GREY, linewidth=1, linestyle=":", label=f"settled below {settled:g}")
     axes.set_yscale("log")
     depth_axis(axes, [2**i for i in range(len(r).bit_length())])
-    axes.set_ylabel("distance to the limit, ‖s_r − s_R‖ / ‖s_R‖ (log scale)")
+    axes.set_ylabel(r"distance to the limit, $\|s_r - s_R\| / \|s_R\|$ (log scale)")
     axes.grid(color=GRID, linewidth=0.7)
     axes.legend(frameon=False, loc="best")
     figure.suptitle(title, fontsize=12)
@@ -94,8 +94,8 @@ def plot_distance(path: Path, title: str, distance: np.ndarray, tokens: Sequence
 
 def plot_heatmap(path: Path, title: str, distance: np.ndarray, tokens: Sequence[str]) -> Path:
     """log10 of the distance to the limit [rows of r, L]: recurrences down, the text from left to right, in lines."""
-    lines = [range(i, min(i + _ROW, len(tokens))) for i in range(0, len(tokens), _ROW)]
-    width = max(len(line) for line in lines)
+    width = math.ceil(len(tokens) / math.ceil(len(tokens) / _ROW))  # lines of about equal length
+    lines = [range(i, min(i + width, len(tokens))) for i in range(0, len(tokens), width)]
     figure = new_figure(0.36 * width + 2.4, (0.16 * len(distance) + 1.25) * len(lines) + 0.8)
     grid = figure.subplots(len(lines), 1, squeeze=False)[:, 0]
     values = np.log10(np.maximum(distance, _FLOOR))
@@ -149,7 +149,7 @@ def plot_contraction(
     left.plot(depths, radius, color=BLUE, marker="o", linewidth=2, label="spectral radius")
     left.axhline(1, color=GREY, linewidth=1, linestyle=":", label="1: nothing grows or shrinks")
     depth_axis(left, depths, "after r recurrences (log scale)")
-    left.set_ylim(0, 1.25 * max(*norm, *radius, 1))
+    left.set_ylim(0, 1.4 * max(*norm, *radius, 1))
     left.set_ylabel("factor per recurrence on a small difference\n(all tokens of the text together)")
     known = [(i, x) for i, x in enumerate(rates) if x is not None]
     if known:
@@ -185,7 +185,9 @@ def plot_lens(path: Path, title: str, rows: Sequence[Mapping[str, Any]], depths:
                 color="white" if p[i, j] < 0.55 else "black",
             )  # fmt: skip
             if row["hit"][j]:
-                axes.add_patch(Rectangle((j - 0.47, i - 0.43), 0.94, 0.86, fill=False, edgecolor=ORANGE, linewidth=1.6))
+                axes.add_patch(
+                    Rectangle((j - 0.47, i - 0.43), 0.94, 0.86, fill=False, edgecolor=VERMILION, linewidth=1.6)
+                )
     axes.set_xticks(range(len(depths)), [str(r) for r in depths])
     axes.set_yticks(
         range(len(rows)), [f"{row['position']}: {shown(row['token'])}" for row in rows], fontsize=8.5, parse_math=False
@@ -194,5 +196,5 @@ def plot_lens(path: Path, title: str, rows: Sequence[Mapping[str, Any]], depths:
     axes.set_xlabel("recurrences r")
     axes.set_ylabel("input token")
     figure.colorbar(image, ax=axes, label="probability of the likeliest token")
-    figure.suptitle(f"{title}\norange frame: {right}", fontsize=11)
+    figure.suptitle(f"{title}\nred frame: {right}", fontsize=11)
     return save_figure(figure, path)

@@ -1,0 +1,187 @@
+"""What does depth buy, and what do exit rules save? Quality against effort of a trained run, fixed depth and exits.
+
+    python experiments/depth_sweep.py runs/quickstart
+    python experiments/depth_sweep.py runs/s3 --size 32                  # words of 32 letters, twice training's
+    python experiments/depth_sweep.py RUN --depths 1 4 16 --batches 2 --rules kl gated_kl
+
+All fixed depths come from one unroll and cost little more than the deepest. Then every exit rule is run at several
+thresholds, on the same labels and initial states, with at most the deepest of --depths. Reads the run's validation
+text, or new instances of its task. Prints a table; writes RUN/analysis/depth_sweep.json, .csv and, where matplotlib is
+installed, .png. Every row has mean recurrences and FLOPs per token (attention counted in full; every look of a rule at
+logits costs coda and head) and the parameters of the unrolled model. Exit codes: 0 done, 2 wrong input.
+Hardware: any; two CPU cores take two to four minutes for runs/quickstart.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from rdlm.config import InputError, ModelConfig, require
+from rdlm.runtime import parse_arguments, run_command
+
+if TYPE_CHECKING:
+    from rdlm.analysis import HeldOut
+    from rdlm.model import Params
+
+Rule = Literal["kl", "gated_kl", "min_p_kl", "entropy_diff", "latent_diff", "cosine", "argmax_stability"]
+THRESHOLDS: dict[Rule, tuple[float, ...]] = {
+    "kl": (0.1, 1e-2, 1e-3, 5e-4, 1e-4, 1e-5),
+    "gated_kl": (0.1, 1e-2, 1e-3, 5e-4, 1e-4, 1e-5),
+    "min_p_kl": (0.1, 1e-2, 1e-3, 1e-4, 1e-5),
+    "entropy_diff": (0.1, 0.03, 1e-2, 1e-3, 1e-4),
+    "latent_diff": (0.3, 0.1, 0.03, 0.01, 0.003),
+    "cosine": (3e-2, 1e-2, 1e-3, 1e-4, 1e-5),
+    "argmax_stability": (1, 2, 3, 5, 8),
+}
+UNITS = {
+    "threshold": "of the rule", "nats": "nats per scored token", "bits_per_byte": "bits per byte of text",
+    "accuracy": "share of scored tokens", "iterations": "mean recurrences per token",
+    "most_iterations": "recurrences of the token that took most", "looks": "mean looks at logits per token",
+    "flops_per_token": "forward FLOPs, attention in full",
+    "equivalent_parameters": "parameters of the unrolled model at the mean recurrences",
+    "pareto": "no other row is as good for fewer FLOPs",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Sweep depth and exit rules of the run in RUN_DIR."""
+
+    run_dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
+    """Run folder, made by train.py, depth_scaling.py or convert_huggingface.py."""
+    depths: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+    """Fixed recurrences r. Exit rules stop after at most the largest."""
+    rules: tuple[Rule, ...] = tuple(THRESHOLDS)
+    """Exit rules to try, each at several thresholds."""
+    batches: int | None = 4
+    """Batches of held-out data. None: all of them."""
+    size: int | None = None
+    """Of a task's instances: letters, operators, hops, distance. None: as large as training's."""
+    step: int | None = None
+    """Checkpoint. None: the newest."""
+
+
+def main() -> int:
+    args = parse_arguments(Args, prog="depth_sweep.py", description=__doc__)
+    require(bool(args.depths) and min(args.depths) >= 1, "--depths", args.depths, "must be recurrences of at least 1")
+    require(args.batches is None or args.batches >= 1, "--batches", args.batches, "must be at least 1")
+    require(args.size is None or args.size >= 1, "--size", args.size, "must be at least 1")
+    from rdlm.analysis import held_out  # JAX takes seconds to import
+    from rdlm.checkpoint import load_checkpoint, saved_steps
+    from rdlm.evaluate import sweep_flops
+    from rdlm.flops import forward_flops
+    from rdlm.report import write_result, write_table
+
+    data = held_out(args.run_dir, args.step, args.size)
+    if data.length > read_max_length(args.run_dir):
+        raise InputError(f"--size {args.size}: {data.length} tokens, more than the model's max_length; choose less")
+    params, config = load_checkpoint(args.run_dir, args.step)
+    depths = tuple(sorted(set(args.depths)))
+    rows, tokens = sweep(params, config, data, depths, args)
+    step = saved_steps(args.run_dir)[-1] if args.step is None else args.step
+    show(f"{args.run_dir}, step {step}: {data.what}", rows, tokens)
+    path = args.run_dir / "analysis" / "depth_sweep.json"
+    found = {
+        "run": str(args.run_dir), "step": step, "data": data.what, "tokens": tokens, "length": data.length,
+        "one_unroll_over_deepest_flops":
+            sweep_flops(config, depths, data.length) / forward_flops(config, depths[-1], data.length),
+        "rows": rows,
+    }  # fmt: skip
+    print(f"numbers: {write_result(path, found, UNITS)}")
+    print(f"table:   {write_table(path.with_suffix('.csv'), rows)}")
+    if importlib.util.find_spec("matplotlib") is None:
+        print("picture: none, matplotlib is not installed (pip install 'rdlm[plots]')")
+        return 0
+    from rdlm.report import plot_sweep
+
+    title = f"{args.run_dir.resolve().name}, step {step}: {data.what}, {tokens:,} scored tokens"
+    print(f"picture: {plot_sweep(path.with_suffix('.png'), title, rows, quality(data))}")
+    return 0
+
+
+def read_max_length(run_dir: Path) -> int:
+    """Most tokens the model of a run takes."""
+    from rdlm.checkpoint import read_config
+
+    return read_config(run_dir).model.max_length
+
+
+def quality(data: HeldOut) -> str:
+    """What counts: answers of a task are right or wrong, a text has a loss."""
+    return "accuracy" if data.is_task else "nats"
+
+
+def sweep(
+    params: Params, config: ModelConfig, data: HeldOut, depths: tuple[int, ...], args: Args
+) -> tuple[list[dict[str, Any]], int]:
+    """(a row per depth and per threshold of every rule, how many tokens were scored)."""
+    from rdlm import exits
+    from rdlm.evaluate import cost, depth_curve, exit_score
+    from rdlm.metrics import Progress
+    from rdlm.report import FIXED, on_front
+
+    count = data.total if args.batches is None else min(args.batches, data.total)
+    batches = list(data.batches(count))
+    tries = [(name, threshold) for name in dict.fromkeys(args.rules) for threshold in THRESHOLDS[name]]
+    progress = Progress(1 + len(tries))
+    progress.update(0, f"depths {', '.join(map(str, depths))} in one unroll")
+    curve = depth_curve(params, config, batches, depths, data.token_bytes)
+    assert curve is not None  # nothing asks it to stop
+    rows = [
+        row(FIXED, None, nats, bits, accuracy, r, 0.0, cost(config, r, data.length))
+        for r, nats, bits, accuracy in zip(curve.depths, curve.nats, curve.bits_per_byte, curve.accuracy, strict=True)
+    ]
+    for i, (name, threshold) in enumerate(tries):
+        progress.update(1 + i, f"{name} below {threshold:g}, at most {depths[-1]} recurrences")
+        limit = int(threshold) if name == "argmax_stability" else threshold
+        found = exit_score(params, config, batches, getattr(exits, name)(limit), depths[-1], data.token_bytes)
+        price = cost(config, found.iterations, data.length, found.looks)
+        rows.append(
+            row(name, threshold, found.nats, found.bits_per_byte, found.accuracy, found.most, found.looks, price)
+        )
+    progress.update(1 + len(tries), "done", last=True)
+    good = [(1 if data.is_task else -1) * x[quality(data)] for x in rows]
+    for x, best in zip(rows, on_front(good, [x["flops_per_token"] for x in rows]), strict=True):
+        x["pareto"] = best
+    return rows, curve.tokens
+
+
+def row(
+    rule: str, threshold: float | None, nats: float, bits: float, accuracy: float, most: int, looks: float, price: Any
+) -> dict[str, Any]:
+    """One row of the table."""
+    return {
+        "rule": rule, "threshold": threshold, "nats": nats, "bits_per_byte": bits, "accuracy": accuracy,
+        "iterations": float(price.iterations), "most_iterations": most, "looks": looks,
+        "flops_per_token": price.flops_per_token, "equivalent_parameters": price.equivalent_parameters,
+    }  # fmt: skip
+
+
+def show(what: str, rows: list[dict[str, Any]], tokens: int) -> None:
+    """Print the table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    text = rows[0]["bits_per_byte"] == rows[0]["bits_per_byte"]  # a task has none: NaN
+    table = Table(title=what, caption=f"{tokens:,} scored tokens; *: no other row is as good for fewer FLOPs")
+    table.add_column("rule and threshold", no_wrap=True)
+    heads = ("nats", *(("bits/byte",) if text else ()), "accuracy", "recurrences", "MFLOP/token", "parameters*r")
+    for head in heads:
+        table.add_column(head, justify="right", no_wrap=True)
+    for x in rows:
+        name = x["rule"] if x["threshold"] is None else f"{x['rule']} {x['threshold']:g}"
+        table.add_row(
+            f"{name} *" if x["pareto"] else name, f"{x['nats']:.4f}", *((f"{x['bits_per_byte']:.4f}",) if text else ()),
+            f"{x['accuracy']:.2%}", f"{x['iterations']:.2f}", f"{x['flops_per_token'] / 1e6:.2f}",
+            f"{x['equivalent_parameters'] / 1e6:.2f}M",
+        )  # fmt: skip
+    Console(highlight=False).print(table)
+
+
+if __name__ == "__main__":
+    run_command(main)
