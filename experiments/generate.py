@@ -3,6 +3,7 @@
     python experiments/generate.py runs/quickstart --prompt "Geography"
     python experiments/generate.py runs/quickstart --prompt "Geography" --exit none --steps 8
     python experiments/generate.py runs/quickstart --prompt "Geography" --exit latent_diff --temperature 0.7 --seed 1
+    python experiments/generate.py runs/quickstart --prompt "Geography" --exit kl --calibrated
 
 Text appears as it is made. Then every token is shown with the recurrences it took: coloured on a terminal, as a list
 of TOKEN/RECURRENCES elsewhere. Exit codes: 0 done, 2 wrong input.
@@ -58,6 +59,8 @@ class Args:
     """Threshold of the exit rule: larger stops earlier, except that argmax_stability counts recurrences.
 
     None: kl and gated_kl 5e-4, min_p_kl 1e-5, entropy_diff 1e-3, latent_diff 0.03, cosine 1e-3, argmax_stability 5."""
+    calibrated: bool = False
+    """Take threshold and --steps from calibrate_exits.py, which promise agreement with full depth."""
     min_steps: int = 0
     """The exit rule is first asked after this many recurrences plus one."""
     temperature: float = 0.0
@@ -83,12 +86,19 @@ def main() -> int:
     require(0 <= args.seed < 2**31, "--seed", args.seed, "must be in [0, 2**31)")
     if args.exit == "none" and args.threshold is not None:
         raise InputError(f"--threshold {args.threshold:g}: --exit none has no threshold; leave one of them out")
+    if args.calibrated:
+        check_calibrated(args)
     import jax  # takes seconds, so only now
 
-    from rdlm.checkpoint import load_checkpoint, load_tokenizer, read_config
+    from rdlm.calibration import load
+    from rdlm.checkpoint import load_checkpoint, load_tokenizer, read_config, saved_steps
     from rdlm.decode import generate
 
     model, tokenizer = read_config(args.run_dir).model, load_tokenizer(args.run_dir)
+    if args.calibrated:
+        found = load(args.run_dir, args.exit, saved_steps(args.run_dir)[-1])
+        args = dataclasses.replace(args, threshold=found.threshold, steps=found.num_steps)
+        print(f"calibrated: {found.guarantee}", file=sys.stderr)
     rule = exit_rule(args)
     most = args.steps or model.mean_recurrence * (1 if rule is None else 2)
     prompt = tokenizer.encode(args.prompt)
@@ -103,6 +113,16 @@ def main() -> int:
         show_steps(tokenizer, out, most)
     summary(out, args, most, stream.rate)
     return 0
+
+
+def check_calibrated(args: Args) -> None:
+    """Refuse what a calibrated threshold promises nothing about."""
+    if args.exit == "none":
+        raise InputError("--calibrated: --exit none has no threshold; name a rule, such as --exit kl")
+    given = {"--threshold": args.threshold, "--steps": args.steps, "--min-steps": args.min_steps or None}
+    for flag, value in given.items():
+        if value is not None:
+            raise InputError(f"{flag} {value:g}: --calibrated promises nothing about it; leave one of them out")
 
 
 def exit_rule(args: Args) -> ExitRule | None:

@@ -1,0 +1,189 @@
+"""Choose exit thresholds that provably keep what the model says at full depth.
+
+    python experiments/calibrate_exits.py runs/quickstart
+    python experiments/calibrate_exits.py runs/quickstart --rules kl --epsilon 0.02 --rows 300
+    python experiments/generate.py runs/quickstart --prompt "Geography" --exit kl --calibrated
+
+For each rule: the loosest threshold at which at least 1 - epsilon of the tokens have the same likeliest next token as
+after --steps recurrences, with confidence 1 - delta, on held-out text (new instances for a run of depth_scaling.py).
+The method and what exactly is promised: rdlm/calibration.py. Rows that did not choose are used to look at the choice
+afterwards. Writes calibrated_exits.json into the run folder, one entry per rule. A rule of which no threshold passes is
+a result too: it is said, written down, and the command ends with 0. Exit codes: 0 done, 2 wrong input.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from rdlm.config import InputError, require
+from rdlm.runtime import parse_arguments, run_command
+
+if TYPE_CHECKING:
+    from rdlm.analysis import HeldOut
+    from rdlm.calibration import Calibrated, Rows, Scores
+
+
+BATCH = 16  # rows per call
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Calibrate the exit rules of the run in RUN_DIR."""
+
+    run_dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
+    """Run folder, made by train.py, depth_scaling.py or convert_huggingface.py."""
+    rules: tuple[str, ...] = ("kl", "latent_diff", "fixed")
+    """Rules to calibrate: kl, gated_kl, min_p_kl, entropy_diff, latent_diff, cosine, argmax_stability.
+
+    fixed: the least fixed depth that keeps the same promise, for comparison."""
+    epsilon: float = 0.01
+    """Share of tokens that may say something else than at full depth."""
+    delta: float = 0.05
+    """Probability, over which rows are drawn, that a threshold breaks this promise. For each rule on its own."""
+    steps: int | None = None
+    """Full depth, and the most recurrences of a token. None: twice the model's mean_recurrence, as generate.py."""
+    rows: int = 1000
+    """Most rows to choose with, drawn at random; more allow looser thresholds. At most 3/4 of a text's rows are used.
+
+    The others, at most as many, show afterwards how the choice does."""
+    seed: int = 0
+    """Of the drawn rows and the initial states."""
+
+
+def main() -> int:
+    args = parse_arguments(Args, prog="calibrate_exits.py", description=__doc__)
+    require(args.rows >= 1, "--rows", args.rows, "must be at least 1")
+    require(0 <= args.seed < 2**31, "--seed", args.seed, "must be in [0, 2**31)")
+    require(args.steps is None or args.steps >= 2, "--steps", args.steps, "must be at least 2, or nothing is saved")
+    require(len(args.rules) > 0, "--rules", args.rules, "name at least one rule")
+    from rdlm import calibration  # JAX takes seconds to import
+    from rdlm.analysis import held_out
+    from rdlm.analysis.held_out import PRESET
+    from rdlm.checkpoint import load_checkpoint, read_config, saved_steps
+    from rdlm.metrics import Progress
+
+    calibration.check_risk(args.epsilon, args.delta)
+    for rule in args.rules:
+        calibration.thresholds(rule, 2)  # refuse a wrong name before minutes of work
+    data = held_out(args.run_dir)
+    calibration.read(args.run_dir)
+    params, config = load_checkpoint(args.run_dir)
+    step, num_steps = saved_steps(args.run_dir)[-1], args.steps or 2 * config.mean_recurrence
+    run = read_config(args.run_dir)
+    what = f"validation text of {', '.join(run.data.prepared) or run.data.source}"
+    if data.is_task:
+        what = f"new instances of {run.preset.removeprefix(PRESET)}"
+    chosen, others = draw(data, args.rows, args.seed)
+    count = len(chosen["tokens"])
+    print(f"{args.run_dir}, step {step}: {count:,} rows of {what} choose, up to {num_steps} recurrences", flush=True)
+    progress = Progress(-(-count // BATCH))
+
+    def scorer(rows: Rows) -> calibration.Scorer:
+        return calibration.Scorer(
+            params, config, rows, num_steps, batch_size=BATCH, seed=args.seed,
+            tick=lambda done: progress.update(done, "batches of a pass"),
+        )  # fmt: skip
+
+    choose = scorer(chosen)
+    check = scorer(others) if len(others["tokens"]) else None
+    found = []
+    for rule in args.rules:
+
+        def tried(threshold: float, scores: Scores, p: float, rule: str = rule) -> None:
+            passed = "passes" if p <= args.delta else "fails"
+            progress.say(
+                f"{rule} at {threshold:g}: {scores.agreement:.3%} agree after {scores.mean_steps:.2f} recurrences; "
+                f"p = {p:.2g}, {passed}"
+            )
+
+        found.append(
+            calibration.calibrate(
+                choose, rule, epsilon=args.epsilon, delta=args.delta, step=step, data=what, check=check, tried=tried
+            )
+        )
+        calibration.save(args.run_dir, found[-1])
+    show(found)
+    for one in found:
+        print(one.guarantee)
+    print(f"numbers: {args.run_dir / calibration.FILE}")
+    return 0
+
+
+def draw(data: HeldOut, most: int, seed: int) -> tuple[Rows, Rows]:
+    """(rows to choose with, rows to look at afterwards), drawn at random without replacement.
+
+    Raises:
+      InputError: there is no row with a token to score.
+    """
+    import numpy as np
+
+    first = next(iter(data.batches(1)), None)
+    if first is None:
+        raise InputError(f"{data.what}: there is none; prepare the data with a validation fraction above 0")
+    size = len(first["tokens"])
+    batches = -(-2 * most // size) if data.is_task else data.total  # a task's instances are endless
+    wanted = set(np.random.default_rng(seed).permutation(batches * size)[: 2 * most].tolist())
+    found = [
+        {name: values[i] for name, values in batch.items()}
+        for b, batch in enumerate(data.batches(batches))
+        for i in range(len(batch["tokens"]))
+        if b * size + i in wanted and batch["segment_ids"][i].any()
+    ]
+    if not found:
+        raise InputError(f"{data.what}: holds no token; prepare the data with a validation fraction above 0")
+    order = np.random.default_rng([seed, 1]).permutation(len(found))
+    cut = min(most, max(1, len(found) * 3 // 4))
+    return stacked([found[i] for i in order[:cut]], data), stacked([found[i] for i in order[cut:]], data)
+
+
+def stacked(rows: Iterable[dict], data: HeldOut) -> Rows:
+    """Rows as arrays [N, L]. A text is scored at every token, a task where it asks for an answer."""
+    import numpy as np
+
+    from rdlm.losses import IGNORED
+
+    rows = list(rows)
+
+    def column(name: str) -> np.ndarray:
+        return np.stack([row[name] for row in rows]) if rows else np.zeros((0, data.length), np.int32)
+
+    segments = column("segment_ids")
+    return {
+        "tokens": column("tokens"),
+        "segment_ids": segments,
+        "scored": (segments != 0) & (column("labels") != IGNORED) if data.is_task else segments != 0,
+    }
+
+
+def show(found: list[Calibrated]) -> None:
+    """Print the table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    one = found[0]
+    table = Table(
+        title=f"Agree with {one.num_steps} recurrences: at least {1 - one.epsilon:.4g}, confidence {1 - one.delta:g}",
+        caption=f"agree: on the {one.rows:,} rows that chose; others: on {one.checked_rows:,} more rows\n"
+        f"full depth: {one.full_flops_per_token:,.3g} FLOPs/token",
+    )
+    for head in ("rule", "threshold", "agree", "others", "mean r", "FLOPs/token", "saved"):
+        table.add_column(head, justify="left" if head == "rule" else "right")
+    for x in found:
+        if x.threshold is None or x.agreement is None or x.flops_per_token is None or x.flops_saved is None:
+            table.add_row(x.rule, "none", *[""] * 5)
+            continue
+        checked = "" if x.checked_agreement is None else f"{x.checked_agreement:.2%}"
+        table.add_row(
+            x.rule, f"{x.threshold:g}", f"{x.agreement:.2%}", checked, f"{x.mean_steps:.2f}",
+            f"{x.flops_per_token:.3g}", f"{x.flops_saved:.0%}",
+        )  # fmt: skip
+    Console(highlight=False).print(table)
+
+
+if __name__ == "__main__":
+    run_command(main)
