@@ -21,6 +21,7 @@ from jax.sharding import SingleDeviceSharding
 
 from rdlm.config import InputError, ModelConfig, RunConfig, from_json, to_json
 from rdlm.model import Params, init_params
+from rdlm.optim import AverageState, average_of, optimizer
 from rdlm.tokenizer import Tokenizer
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells every detail of every save at level INFO and WARNING
@@ -131,23 +132,55 @@ def saved_steps(folder: Path) -> list[int]:
     return sorted(int(p.name) for p in path.iterdir() if p.name.isdigit() and (p / "_CHECKPOINT_METADATA").exists())
 
 
-def load_checkpoint(run_folder: str | Path, step: int | None = None) -> tuple[Params, ModelConfig]:
+def load_checkpoint(
+    run_folder: str | Path, step: int | None = None, ema: bool = False
+) -> tuple[Params, ModelConfig]:  # fmt: skip
     """(params, config) from a run folder alone, on whatever devices there are.
 
     Args:
       run_folder: made by `experiments/train.py` or `experiments/convert_huggingface.py`.
       step: which checkpoint; None is the newest.
+      ema: the moving average of the parameters, which the run kept (optimizer.ema_decay), in their place.
 
     Raises:
-      InputError: not a run folder, no complete checkpoint, no such step, or files that are damaged.
+      InputError: not a run folder, no complete checkpoint, no such step, no average, or files that are damaged.
     """
-    config = read_config(Path(run_folder)).model
+    run = read_config(Path(run_folder))
+    if ema:
+        return _load_average(run, run_folder, step), run.model
+    config = run.model
     path = _checkpoint(run_folder, step) / "params"
     sharding = SingleDeviceSharding(jax.local_devices()[0])
     shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
     with _damaged(path), ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(path, target), config
+
+
+def _load_average(run: RunConfig, run_folder: str | Path, step: int | None) -> Params:
+    """The averaged parameters of a checkpoint; the rest of its optimizer state is left on disk."""
+    if not run.optimizer.ema_decay:
+        raise InputError(
+            f"run folder {run_folder}: kept no moving average of its weights (optimizer.ema_decay = 0.0); leave out "
+            "ema, or train a run with --optimizer.ema-decay 0.999"
+        )
+    path = _checkpoint(run_folder, step) / "optimizer"
+    sharding, dtype = SingleDeviceSharding(jax.local_devices()[0]), jnp.dtype(run.model.param_dtype)
+
+    def wanted(x: Any) -> Any:
+        if not isinstance(x, AverageState):
+            return ocp.PLACEHOLDER
+        shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype, sharding=sharding), x.average)
+        return AverageState(ocp.PLACEHOLDER, shapes)
+
+    def fresh(key: jax.Array) -> Any:
+        return optimizer(run.optimizer, run.steps).init(init_params(run.model, key))
+
+    state = jax.eval_shape(fresh, jax.random.key(0))
+    target = jax.tree.map(wanted, state, is_leaf=lambda x: isinstance(x, AverageState))
+    arguments = ocp.args.PyTreeRestore(target, restore_args=ocp.checkpoint_utils.construct_restore_args(target))
+    with _damaged(path), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        return average_of(checkpointer.restore(path, args=arguments))
 
 
 def read_meta(run_folder: str | Path, step: int | None = None) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Optimizers and learning-rate schedules (spec section 4), as optax transformations.
 
-`optimizer` is what a training run uses: clip by global norm, then adamw or ELLISAdam, with weight decay on matrices
-and embeddings only. `ellis_adam` is the public reference's own Adam variant, usable alone.
+`optimizer` is what a training run uses: clip by global norm, then adamw, ELLISAdam or Muon, with weight decay on
+matrices and embeddings only, and perhaps a moving average of the weights. `ellis_adam` is the public reference's own
+Adam variant, usable alone.
 """
 
 from __future__ import annotations
@@ -209,21 +210,133 @@ def _correction(b: float, t: Array) -> Array:
     return -jnp.expm1(t.astype(jnp.float32) * math.log(b)) if b > 0 else jnp.ones((), jnp.float32)
 
 
+MATRICES = ("qkv", "proj", "fc", "adapter")
+"""Last path component of the parameters that Muon orthogonalises; their last two axes are input and output."""
+
+
+def muon(
+    learning_rate: float | Callable[[Any], Any],
+    *,
+    b1: float = 0.9,
+    b2: float = 0.95,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    mask: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Muon for the matrices of blocks and adapter, AdamW for embeddings, head, norms and biases.
+
+    A matrix moves by its momentum (decay 0.95, Nesterov) made orthogonal by five Newton-Schulz iterations
+    (`optax.contrib.scale_by_muon`), times 0.2 sqrt(max(rows, columns)): about as far, root mean square, as AdamW would
+    move it, so that one learning rate serves both (arXiv 2502.16982). The stacked matrices of `fc` and `adapter` are
+    made orthogonal one by one; `qkv` is one matrix, as the reference stores it.
+
+    Args:
+      learning_rate: a float, or a schedule of the step counted from 0.
+      b1, b2, eps: of AdamW.
+      weight_decay: multiplied by the rate, for both.
+      mask: where it applies: a tree of bools or a function of the parameters that makes it; None: everywhere.
+    """
+
+    def labels(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: "muon" if path[-1].key in MATRICES else "adamw", params
+        )  # fmt: skip
+
+    def axes(updates: Any) -> Any:
+        return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(-2, -1), updates)
+
+    def like_adamw(updates: Any, params: Any = None) -> Any:
+        del params
+        return jax.tree.map(lambda u: 0.2 * max(u.shape[-2:]) ** 0.5 * u, updates)
+
+    matrices = optax.chain(
+        optax.contrib.scale_by_muon(weight_dimension_numbers=axes),
+        optax.stateless(like_adamw),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+    others = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask)
+    return optax.partition({"muon": matrices, "adamw": others}, labels)
+
+
+class AverageState(NamedTuple):
+    """count: int32, updates so far. average: f32, shaped like the parameters; zeros before the first update."""
+
+    count: Array  # type: ignore[assignment]
+    average: Any
+
+
+def averaged(decay: float) -> optax.GradientTransformation:
+    """Keeps the exponential moving average of the parameters; last in a chain, it changes no update.
+
+    After update t the average is sum_i decay^(t-i) p_i / sum_i decay^(t-i) over the parameters p_1 .. p_t that the
+    updates led to: it starts at the first of them and owes nothing to the initialisation.
+    """
+
+    def init(params: Any) -> AverageState:
+        return AverageState(jnp.zeros((), jnp.int32), jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params))
+
+    def update(updates: Any, state: AverageState, params: Any = None) -> tuple[Any, AverageState]:
+        if params is None:
+            raise InputError("averaged: update needs params, to average them")
+        count = state.count + 1
+        share = (1 - decay) / _correction(decay, count)  # 1 at the first update, 1 - decay in the long run
+
+        def one(average: Array, p: Array, u: Array) -> Array:
+            return average + share * ((p + u).astype(p.dtype).astype(jnp.float32) - average)
+
+        return updates, AverageState(count, jax.tree.map(one, state.average, params, updates))
+
+    return optax.GradientTransformation(init, update)
+
+
+def average_of(state: Any) -> Any:
+    """The averaged parameters in an optimizer state (arrays, or whatever stands for them), or None where none is kept.
+
+    They are the `AverageState.average` that `optimizer` puts there when ema_decay is set.
+    """
+    found = [x for x in jax.tree.leaves(state, is_leaf=_is_average) if _is_average(x)]
+    return found[0].average if found else None
+
+
+def _is_average(x: Any) -> bool:
+    return isinstance(x, AverageState)
+
+
 def optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """The optimizer of a run of `steps` steps: clip by global norm, then `config.name` under `schedule`.
 
-    Weight decay follows `decay_mask`. adamw multiplies it by the rate (optax); ELLISAdam takes it as the share lost
-    per step at the peak rate (decouple_wd), as launched by the reference.
+    Weight decay follows `decay_mask`. adamw (optax) and muon multiply it by the rate; ELLISAdam takes it as the share
+    lost per step at the peak rate (decouple_wd), as launched by the reference. With `config.ema_decay` the state also
+    holds the moving average of the parameters (`average_of`).
 
     Raises:
       InputError: see `schedule`.
     """
     rate = schedule(config, steps)
-    common: dict[str, Any] = {"b1": config.b1, "b2": config.b2, "eps": config.eps, "mask": decay_mask}
+    common: dict[str, Any] = {
+        "b1": config.b1, "b2": config.b2, "eps": config.eps, "weight_decay": config.weight_decay, "mask": decay_mask
+    }  # fmt: skip
     if config.name == "adamw":
-        main = optax.adamw(rate, weight_decay=config.weight_decay, **common)
+        main = optax.adamw(rate, **common)
+    elif config.name == "muon":
+        main = muon(rate, **common)
     elif config.name == "ellis_adam":
-        main = ellis_adam(rate, peak_learning_rate=config.learning_rate, weight_decay=config.weight_decay, **common)
+        main = ellis_adam(rate, peak_learning_rate=config.learning_rate, **common)
     else:
-        raise InputError(f"optimizer.name = {config.name!r}: must be adamw or ellis_adam")
-    return optax.chain(clip_by_global_norm(config.clip_norm), main)
+        raise InputError(f"optimizer.name = {config.name!r}: must be adamw, ellis_adam or muon")
+    keep = [averaged(config.ema_decay)] if config.ema_decay else []
+    return optax.chain(clip_by_global_norm(config.clip_norm), main, *keep)
+
+
+def module_norms(tree: Any) -> dict[str, Array]:
+    """L2 norm, f32 scalar, of each part of a tree shaped like the parameters (parameters, gradients, updates).
+
+    Parts: embedding (with an untied head), prelude, adapter, core, coda, each without norms; norms: all of theirs.
+    """
+    parts: dict[str, list[Array]] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        top = path[0].key.rstrip("0123456789").rstrip("_")
+        part = "norms" if path[-1].key == "scale" else "embedding" if top in ("wte", "head") else top
+        parts.setdefault(part, []).append(leaf)
+    return {part: global_norm(leaves) for part, leaves in parts.items()}
