@@ -4,10 +4,11 @@
     python experiments/evaluate.py runs/quickstart --depths 1 2 4 8 16 32 64 --batches 20
     python experiments/evaluate.py runs/quickstart --saved
 
-Prints a table: loss in nats per token, bits per byte of text, and the change from the row above. Writes
-loss_by_depth.json and, where matplotlib is installed, loss_by_depth.png into the run folder. Those are always about the
-newest checkpoint and all of the validation data: --step and --batches write files of their own beside them, named after
-step and batches. Exit codes: 0 done, 2 wrong input.
+Prints a table: loss in nats per token, bits per byte of text, the change from the row above, forward FLOPs per token
+and the parameters of the unrolled model (the core r times, as the paper counts them). Writes loss_by_depth.json and,
+where matplotlib is installed, loss_by_depth.png into the run folder. Those are always about the newest checkpoint and
+all of the validation data: --step and --batches write files of their own beside them, named after step and batches.
+Exit codes: 0 done, 2 wrong input.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from rdlm.config import DataConfig, InputError, require
+from rdlm.config import InputError, RunConfig, require
 from rdlm.runtime import parse_arguments, run_command
 
 if TYPE_CHECKING:
@@ -55,7 +56,8 @@ def main() -> int:
     require(args.batches is None or args.batches >= 1, "--batches", args.batches, "must be at least 1")
     if args.saved and args.depths:
         raise InputError("--saved: shows the depths that were evaluated; leave out --depths, or --saved")
-    from rdlm.checkpoint import load_tokenizer, read_config, saved_steps  # JAX takes seconds to import
+    from rdlm.analysis import validation  # JAX takes seconds to import
+    from rdlm.checkpoint import load_tokenizer, read_config, saved_steps
     from rdlm.report import CURVE, read_curve
 
     run, tokenizer = read_config(args.run_dir), load_tokenizer(args.run_dir, args.step)
@@ -72,20 +74,9 @@ def main() -> int:
         check_writable(args.run_dir / name)
         curve = evaluate(args, step, args.depths or run.evaluation.depths, data, tokenizer)
         write(args.run_dir, name, curve)
-    show(f"{args.run_dir}, step {step}", curve, args.batches)
+    show(f"{args.run_dir}, step {step}", curve, args.batches, run)
     picture(args.run_dir, name)
     return 0
-
-
-def validation(run_dir: Path, step: int, config: DataConfig, tokenizer: Tokenizer) -> Chain:
-    """The run's validation data, refused unless it was made with the run's tokenizer."""
-    from rdlm.checkpoint import read_meta
-    from rdlm.data import open_validation, prepared_folder
-
-    # A converted model brings its own tokenizer; data for it are made on first use. A run trained here must find
-    # what it was trained on, which `prepare` makes again, equal in every byte, if it is gone.
-    foreign = "source" in read_meta(run_dir, step) and not config.prepared and not prepared_folder(config).exists()
-    return open_validation(config, tokenizer, make_with_it=foreign)
 
 
 def evaluate(args: Args, step: int, depths: tuple[int, ...], data: Chain, tokenizer: Tokenizer) -> DepthCurve:
@@ -142,18 +133,28 @@ def write(run_dir: Path, name: str, curve: DepthCurve) -> None:
         raise InputError(f"{run_dir / name}: cannot be written ({error.strerror or error})") from error
 
 
-def show(what: str, curve: DepthCurve, batches: int | None) -> None:
+def show(what: str, curve: DepthCurve, batches: int | None, run: RunConfig) -> None:
     """Print the table."""
     from rich.console import Console
     from rich.table import Table
 
+    from rdlm.evaluate import cost
+
     part = "" if batches is None else f" (first {batches} batches)"
-    table = Table(title=f"Validation loss by depth: {what}", caption=f"{curve.tokens:,} tokens{part}")
-    for head in ("recurrences r", "nats per token", "bits per byte", "change in nats"):
+    caption = (
+        f"{curve.tokens:,} tokens{part}. FLOPs: forward, over {run.data.sequence_length} tokens, attention in full; "
+        "parameters: the core counted r times"
+    )
+    table = Table(title=f"Validation loss by depth: {what}", caption=caption)
+    for head in ("r", "nats per token", "bits per byte", "change", "MFLOP/token", "parameters"):
         table.add_column(head, justify="right")
     before: float | None = None
     for r, nats, bits in zip(curve.depths, curve.nats, curve.bits_per_byte, strict=True):
-        table.add_row(str(r), f"{nats:.4f}", f"{bits:.4f}", "" if before is None else f"{nats - before:+.4f}")
+        price = cost(run.model, r, run.data.sequence_length)
+        table.add_row(
+            str(r), f"{nats:.4f}", f"{bits:.4f}", "" if before is None else f"{nats - before:+.4f}",
+            f"{price.flops_per_token / 1e6:,.2f}", f"{price.equivalent_parameters:,.0f}",
+        )  # fmt: skip
         before = nats
     Console(highlight=False).print(table)
 
