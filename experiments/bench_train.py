@@ -28,6 +28,7 @@ from rdlm import flops
 from rdlm.config import ModelConfig, Remat
 from rdlm.losses import loss
 from rdlm.memory import Plan, reuse_freed_memory
+from rdlm.metrics import measured_matmul_peak
 from rdlm.model import init_params
 from rdlm.runtime import parse_arguments, run_command
 
@@ -88,19 +89,14 @@ def measure(options: Options) -> dict[str, float]:
     step: Any = jax.jit(  # its cache size is not part of its type
         jax.value_and_grad(lambda params, n, k: loss(params, config, rows, steps=(n, k), max_k=options.k, plan=plan))
     )
-    square = jnp.ones((1024, 1024))
-    multiply = jax.jit(lambda a: a @ a)
-
-    def peak() -> float:
-        return 2 * 1024**3 / fastest(lambda: multiply(square), 20)
 
     def seconds(n: int, k: int) -> float:
         return fastest(lambda: step(params, jnp.int32(n), jnp.int32(k)), options.repeats)
 
-    before = peak()
+    before = measured_matmul_peak()
     full = seconds(options.n, options.k)
     more_n, less_k = seconds(options.n + 8, options.k), seconds(options.n, max(options.k - 4, 0))
-    best = max(before, peak())
+    best = max(before, measured_matmul_peak())
     tokens = options.batch_size * options.sequence_length
     work = tokens * flops.training_flops(config, options.n, options.k, options.sequence_length)
     return {

@@ -4,7 +4,8 @@
     python experiments/train.py nano --steps 50 --seed 1 --optimizer.learning-rate 1e-3 --run-dir runs/try
 
 Everything goes to the run folder (runs/PRESET): config.json, metrics.jsonl, checkpoints/, tokenizer/ and, at the end,
-loss_by_depth.json. Exit codes: 0 done, 75 preempted (SIGTERM) and saved, 2 wrong input, 1 another process is missing.
+loss_by_depth.json. Exit codes: 0 done, 75 preempted (SIGTERM) and saved, 3 stopped by an alarm and saved
+(--alarms.action stop), 2 wrong input, 1 another process is missing.
 
 On a Cloud TPU slice run it on every worker: tpu_setup/run.sh does. Elsewhere several processes find each other by
 RDLM_COORDINATOR=HOST:PORT RDLM_PROCESSES=2 RDLM_PROCESS_ID=0 (and 1), in a run folder that they share.

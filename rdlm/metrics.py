@@ -6,11 +6,13 @@ import json
 import os
 import sys
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any, TextIO
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rdlm import flops
 from rdlm.config import InputError, RunConfig
@@ -102,19 +104,34 @@ class Progress:
 
 
 def matmul_peak() -> float:
-    """FLOP/s of one device at its best: the datasheet's for known TPUs, a measured 1024^3 f32 product otherwise."""
-    known = flops.PEAK_FLOPS.get(jax.devices()[0].device_kind)
-    if known:
-        return known
+    """FLOP/s of one device at its best: the datasheet's for known TPUs, the measured ones otherwise."""
+    return flops.PEAK_FLOPS.get(jax.devices()[0].device_kind) or measured_matmul_peak()
+
+
+def measured_matmul_peak(repeats: int = 20) -> float:
+    """FLOP/s of a 1024^3 f32 matrix product on the default device: the fastest of `repeats`, compilation left out."""
     a = jnp.ones((1024, 1024))
     multiply = jax.jit(lambda a: a @ a)
     multiply(a).block_until_ready()
     best = float("inf")
-    for _ in range(5):
+    for _ in range(repeats):
         start = time.perf_counter()
         multiply(a).block_until_ready()
         best = min(best, time.perf_counter() - start)
     return 2 * 1024**3 / best
+
+
+def device_memory() -> dict[str, int]:
+    """Bytes in use and at the peak so far on the fullest device of this process; empty where devices do not tell."""
+    stats = [found for device in jax.local_devices() if (found := device.memory_stats())]
+    names = {"hbm_bytes": "bytes_in_use", "hbm_peak_bytes": "peak_bytes_in_use"}
+    return {
+        name: max(s[key] for s in stats) for name, key in names.items() if stats and all(key in s for s in stats)
+    }  # fmt: skip
+
+
+RECENT = 100
+"""Steps whose times the percentiles are about."""
 
 
 class Meter:
@@ -128,13 +145,14 @@ class Meter:
         self.last: float | None = None
         self.step_seconds: float | None = None
         self.utilisation = 0.0
+        self.recent: deque[float] = deque(maxlen=RECENT)
 
     def restart(self) -> None:
         """Do not count the time since the last step."""
         self.last = None
 
     def measure(self, n: int, k: int) -> dict[str, float]:
-        """Speed of the step that just ended and ran (n, k)."""
+        """Speed of the step that just ended and ran (n, k), time per step lately (median, 95 %), and memory."""
         now = time.monotonic()
         seconds, self.last = (None if self.last is None else now - self.last), now
         if seconds is None:
@@ -144,7 +162,16 @@ class Meter:
         keep = 0.0 if self.step_seconds is None else 0.95
         self.step_seconds = keep * (self.step_seconds or 0.0) + (1 - keep) * seconds
         self.utilisation = keep * self.utilisation + (1 - keep) * mfu
-        return {"tokens_per_second": self.tokens / seconds, "mfu": mfu, "seconds": round(now - self.start, 3)}
+        self.recent.append(seconds)
+        p50, p95 = np.percentile(self.recent, (50, 95)).tolist()
+        return {
+            "tokens_per_second": self.tokens / seconds,
+            "mfu": mfu,
+            "step_seconds_p50": p50,
+            "step_seconds_p95": p95,
+            "seconds": round(now - self.start, 3),
+            **device_memory(),
+        }
 
     def line(self, step: int, values: dict[str, Any]) -> str:
         """What the progress line says."""

@@ -1,6 +1,7 @@
 """Process start and end: command lines, exit codes, the other processes of a run, versions."""
 
 from rdlm.runtime.commands import (
+    EXIT_ALARM,
     EXIT_DONE,
     EXIT_FAILED,
     EXIT_PREEMPTED,
@@ -12,6 +13,7 @@ from rdlm.runtime.processes import StartError, exchange, is_first, start, togeth
 from rdlm.runtime.versions import versions
 
 __all__ = [
+    "EXIT_ALARM",
     "EXIT_DONE",
     "EXIT_FAILED",
     "EXIT_PREEMPTED",

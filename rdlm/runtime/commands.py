@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from rdlm.config import InputError
 from rdlm.runtime.processes import StartError, client, is_first
 
-EXIT_DONE, EXIT_FAILED, EXIT_WRONG_INPUT, EXIT_PREEMPTED = 0, 1, 2, 75
+EXIT_DONE, EXIT_FAILED, EXIT_WRONG_INPUT, EXIT_ALARM, EXIT_PREEMPTED = 0, 1, 2, 3, 75
 
 C = TypeVar("C")
 
@@ -108,6 +108,8 @@ def _flags(cls: Any, prefix: str = "--") -> Iterator[str]:
 
 def run_command(main: Callable[[], int | None]) -> None:
     """Run a script's `main` and exit: 0 done, 75 preempted and saved, 2 wrong input with one line on stderr.
+
+    3: training stopped by an alarm, and saved (`alarms.action`).
 
     1 with one line: other processes are missing. Anything else is a bug and keeps its traceback.
     """

@@ -23,10 +23,13 @@ from rdlm.evaluate import DepthCurve, depth_curve
 from rdlm.metrics import Meter, MetricsWriter, Progress, matmul_peak
 from rdlm.model import Params
 from rdlm.optim import optimizer
-from rdlm.runtime import EXIT_DONE, EXIT_PREEMPTED, exchange, is_first, together
+from rdlm.runtime import EXIT_ALARM, EXIT_DONE, EXIT_PREEMPTED, exchange, is_first, together
 from rdlm.tokenizer import Tokenizer
 from rdlm.train.step import TrainState, init_state, layout_of, state_shardings, train_step
 from rdlm.train.stopping import Preemption, Stop
+from rdlm.vitals import alarms, vitals
+
+GO_ON = "the same command goes on, with --alarms.action warn past the next one too"
 
 
 class Trainer:
@@ -55,7 +58,9 @@ class Trainer:
             changed = differences(read_config(self.folder), self.config)
             for name in ("steps", "tensorboard", "run_dir"):  # a run may go on for longer, or under another name
                 changed.pop(name, None)
-            changed = {k: v for k, v in changed.items() if not k.startswith(("mesh.", "checkpoint.", "evaluation."))}
+            changed = {
+                k: v for k, v in changed.items() if not k.startswith(("mesh.", "checkpoint.", "evaluation.", "alarms."))
+            }
             if changed:
                 name, (old, new) = next(iter(changed.items()))
                 raise InputError(
@@ -93,6 +98,20 @@ class Trainer:
             params, self.config.model, self.validation.batches(batches), self.config.evaluation.depths,
             self.tokenizer.token_bytes, self.place, stop,
         )  # fmt: skip
+
+    def examine(self, params: Params, done: int) -> tuple[dict[str, Any], list[str]]:
+        """(vitals on the first validation batch, with the alarms among them; the alarms), after `done` steps."""
+        (batch,) = self.validation.batches(1)
+        found = vitals(params, self.config.model, self.place(batch))
+        quiet = done < max(self.config.alarms.start, self.config.optimizer.warmup_steps)
+        lines = [] if quiet else alarms(found)
+        return found | ({"alarms": lines} if lines else {}), lines
+
+    def alarmed(self, done: int, lines: list[str]) -> bool:
+        """Say the alarms; whether the run has to stop for them."""
+        for line in lines:
+            self.say(f"step {done}  ALARM  {line}")
+        return bool(lines) and self.config.alarms.action == "stop"
 
     def start(self, checkpoints: Checkpoints) -> TrainState:
         """The newest saved state, or a fresh one."""
@@ -206,10 +225,15 @@ class Trainer:
                     pending = None
                     curve = self.evaluate(state.params, config.evaluation.batches, stop)
                     if curve is not None:
+                        losses = zip(curve.depths, curve.nats, strict=True)
+                        found, lines = self.examine(state.params, done)
                         if writer:
-                            losses = zip(curve.depths, curve.nats, strict=True)
-                            writer.write(step, {f"validation_loss_r{r}": x for r, x in losses})
+                            writer.write(step, {f"validation_loss_r{r}": x for r, x in losses} | found)
                         self.progress.say(f"step {done}  validation loss  {as_text(curve)}")
+                        if self.alarmed(done, lines):
+                            save(done)
+                            self.say(f"stopped by an alarm: saved step {done} in {self.folder}; " + GO_ON)
+                            return EXIT_ALARM
                     meter.restart()
                 stopping = stop()  # asked once: a signal from here on is for the next step to see
                 if last or done % config.checkpoint.every == 0 or stopping:
@@ -223,6 +247,10 @@ class Trainer:
             if curve is None:
                 self.say(f"preempted in the last evaluation: {self.folder} holds step {config.steps}")
                 return EXIT_PREEMPTED
+            found, lines = self.examine(state.params, config.steps)
+            if writer and found:
+                writer.write(config.steps - 1, found)
+            self.alarmed(config.steps, lines)
             checkpoints.wait()  # the curve comes after the state it is about: see `_finished`
             if self.first:
                 write_curve(self.folder / "loss_by_depth.json", curve)

@@ -17,7 +17,7 @@ from rdlm.config import RunConfig
 from rdlm.losses import IGNORED, Batch, as_batch, token_losses
 from rdlm.memory import Plan
 from rdlm.model import Params, init_params, logical_axes
-from rdlm.optim import schedule
+from rdlm.optim import module_norms, schedule
 from rdlm.recurrence import max_gradient_steps, sample_steps
 from rdlm.sharding import SPLIT, Layout
 
@@ -182,6 +182,8 @@ def train_step(
         "grad_norm": optax.tree.norm(grads),
         "learning_rate": schedule(run.optimizer, run.steps)(state.step),
     }
+    for name, tree in (("grad_norm", grads), ("update_norm", updates)):
+        metrics |= {f"{name}_{part}": norm for part, norm in module_norms(tree).items()}
     return TrainState(state.step + 1, params, opt), metrics
 
 
