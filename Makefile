@@ -61,7 +61,7 @@ REQUIREMENTS := pyproject.toml constraints.txt requirements-corpus.txt
 	$(call install,plots)
 
 .venv/.installed-dev: $(REQUIREMENTS)
-	$(call install,aot$(comma)dev$(comma)hf$(comma)log$(comma)plots)
+	$(call install,aot$(comma)dev$(comma)eval$(comma)hf$(comma)log$(comma)plots)
 	@touch .venv/.installed
 
 comma := ,

@@ -152,7 +152,14 @@ class Tokenizer:
         self, messages: Sequence[Mapping[str, str]], reply: bool = True
     ) -> tuple[np.ndarray, np.ndarray]:
         """`encode_chat` and, bool [n], which of its tokens the assistant says: those in `{% generation %}` blocks."""
-        text = chat.render(
+        return self.encode_written(self.write_chat(messages, reply))
+
+    def write_chat(self, messages: Sequence[Mapping[str, str]], reply: bool = True) -> str:
+        """`encode_chat` as text, for whoever passes text on: only `encode_written` reads special tokens out of it.
+
+        Special tokens that a message spells out carry a mark that keeps them text.
+        """
+        return chat.render(
             self._config.get("chat_template"),
             messages,
             add_generation_prompt=reply,
@@ -160,6 +167,9 @@ class Tokenizer:
             eos_token=str(self._backend.id_to_token(self.eos_id)),
             special=list(self.special_ids),
         )
+
+    def encode_written(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of a text that begins as `write_chat` wrote it, and which of them the assistant says."""
         ids: list[int] = []
         scored: list[bool] = []
         for special, run, spans in chat.runs(text, list(self.special_ids)):

@@ -1,0 +1,266 @@
+"""lm-eval's tasks on a run, at every depth at once and with exit rules, beside what the paper reports.
+
+    python experiments/lm_eval.py runs/quickstart --tasks arc_easy sciq --depths 4 8 16 32      # needs a network
+    python experiments/lm_eval.py runs/huginn --preset paper --depths 4 8 16 32 --exit kl --threshold 5e-4
+    python experiments/lm_eval.py runs/quickstart --tasks my_task --include-path FOLDER         # local task files
+
+Needs the extra `eval` (pip install 'rdlm[eval]'). Likelihood tasks cost one unroll to the deepest of --depths; tasks
+that generate run once per depth. A preset pins few-shot examples, chat template, system prompt, begin token and dtype
+as the paper has them, and says what nobody knows about them; all of it is stored with the results. Offline, task files
+of a FOLDER read local data (`dataset_path: json`; see `rdlm/harness/tasks.py`).
+
+Prints a table; writes RUN/analysis/lm_eval.json and .csv. Exit codes: 0 done, 2 wrong input. Hardware: any.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from rdlm.config import InputError, require
+from rdlm.runtime import parse_arguments, run_command
+
+if TYPE_CHECKING:
+    from rdlm.exits import ExitRule
+    from rdlm.harness import Protocol, Row
+
+Rule = Literal["none", "kl", "gated_kl", "min_p_kl", "entropy_diff", "latent_diff", "cosine", "argmax_stability"]
+UNITS = {
+    "results": "as lm-eval reports them: shares from 0 to 1, perplexities, bits", "published": "per cent",
+    "iterations": "mean recurrences per token read or made", "looks": "mean looks at logits per token",
+    "flops_per_token": "forward FLOPs, attention in full over the mean context",
+    "equivalent_parameters": "parameters of the unrolled model at the mean recurrences",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Run lm-eval's tasks on the run in RUN_DIR."""
+
+    run_dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
+    """Run folder, made by train.py or convert_huggingface.py."""
+    tasks: tuple[str, ...] = ()
+    """lm-eval's names of tasks or groups. None given: those of the preset."""
+    preset: Literal["none", "paper", "gsm8k"] = "none"
+    """Protocol of the paper. none: as the flags below say."""
+    depths: tuple[int, ...] = (4, 8, 16, 32)
+    """Recurrences r."""
+    exit: Rule = "none"
+    """One more row: every token stops on its own, after at most the deepest of --depths."""
+    threshold: float | None = None
+    """Of the exit rule. None: its default, 5e-4 for kl."""
+    include_path: Path | None = None
+    """Folder of task files to use instead of lm-eval's own."""
+    fewshot: int | None = None
+    """Examples in the context. None: as the task says."""
+    chat: bool = False
+    """Through the tokenizer's chat template, examples as turns of their own."""
+    system: str | None = None
+    """System prompt."""
+    limit: int | None = None
+    """Only the first N documents of each task, for trying out. None: all."""
+    lanes: int = 16
+    """Texts made side by side."""
+    tokens_per_batch: int = 4096
+    """Of likelihoods. More is faster on a TPU and takes more memory."""
+    step: int | None = None
+    """Checkpoint. None: the newest."""
+
+
+def main() -> int:
+    args = parse_arguments(Args, prog="lm_eval.py", description=__doc__)
+    require(bool(args.depths) and min(args.depths) >= 1, "--depths", args.depths, "must be recurrences of at least 1")
+    for name in ("limit", "lanes", "tokens_per_batch"):
+        value = getattr(args, name)
+        require(value is None or value >= 1, "--" + name.replace("_", "-"), value, "must be at least 1")
+    require(args.fewshot is None or args.fewshot >= 0, "--fewshot", args.fewshot, "must not be negative")
+    if args.threshold is not None and args.exit == "none":
+        raise InputError(f"--threshold {args.threshold:g}: --exit none has no threshold; leave one of them out")
+    if args.preset != "none" and (args.fewshot is not None or args.chat or args.system is not None):
+        raise InputError(f"--preset {args.preset}: pins --fewshot, --chat and --system; leave out either")
+    if args.preset == "none" and not args.tasks:
+        raise InputError("--tasks: name at least one, or choose a --preset")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's and datasets' bars; ours says more
+    with script_folder_hidden():
+        from rdlm.harness import PROTOCOLS, load_tasks
+    protocol = args_protocol(args) if args.preset == "none" else PROTOCOLS[args.preset]
+    tasks = load_tasks(args.tasks or protocol.tasks, args.include_path)
+    return run(args, protocol, tasks)
+
+
+class script_folder_hidden:
+    """Python looks for modules beside the script first, where `lm_eval` is this file and not the package."""
+
+    def __enter__(self) -> None:
+        here = Path(__file__).resolve().parent
+        self.kept = list(sys.path)
+        sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != here]
+
+    def __exit__(self, *exception: object) -> None:
+        sys.path[:] = self.kept
+
+
+def args_protocol(args: Args) -> Protocol:
+    """What the flags say."""
+    from rdlm.harness import Protocol
+
+    return Protocol(args.tasks, args.fewshot, args.chat, multiturn=args.chat, system=args.system)
+
+
+def run(args: Args, protocol: Protocol, tasks: list[Any]) -> int:
+    """Everything after the tasks have been loaded."""
+    import rdlm
+    from rdlm.checkpoint import load_checkpoint, load_tokenizer, saved_steps
+    from rdlm.harness import DepthLM, evaluate
+    from rdlm.report import write_result, write_table
+
+    tokenizer = load_tokenizer(args.run_dir, args.step)
+    step = saved_steps(args.run_dir)[-1] if args.step is None else args.step
+    params, config = load_checkpoint(args.run_dir, args.step)
+    if protocol.dtype is not None:
+        params = rdlm.cast(params, protocol.dtype)
+    lm = DepthLM(
+        params, config, tokenizer, tuple(sorted(set(args.depths))), exit_rule=exit_rule(args), bos=protocol.bos,
+        lanes=args.lanes, tokens_per_batch=args.tokens_per_batch, progress=Bar(),
+    )  # fmt: skip
+    rows = evaluate(lm, tasks, protocol, args.limit)
+    names = [getattr(task, "task_name", None) or task.name for task in tasks]
+    found = [record(config, x, name_of(args, x)) for x in rows]
+    show(f"{args.run_dir}, step {step}", rows, [name_of(args, x) for x in rows], found, names, args.limit)
+    path = args.run_dir / "analysis" / "lm_eval.json"
+    result = {
+        "run": str(args.run_dir), "step": step, "preset": args.preset,
+        "protocol": protocol.record() | {"tasks": names, "limit": args.limit, "seeds": "lm-eval's defaults"},
+        "lm_eval": importlib.metadata.version("lm-eval"), "task_versions": rows[0].versions,
+        "examples_in_context": rows[0].fewshot, "rows": found, "published": published(names),
+    }  # fmt: skip
+    print(f"numbers: {write_result(path, result, UNITS)}")
+    print(f"table:   {write_table(path.with_suffix('.csv'), flat(found))}")
+    return 0
+
+
+def exit_rule(args: Args) -> ExitRule | None:
+    """The rule of the command line."""
+    from rdlm import exits
+
+    if args.exit == "none":
+        return None
+    make = getattr(exits, args.exit)
+    if args.threshold is None:
+        return make()
+    return make(int(args.threshold) if args.exit == "argmax_stability" else args.threshold)
+
+
+class Bar:
+    """Shows progress, one line per kind of request."""
+
+    def __init__(self) -> None:
+        from rdlm.metrics import Progress
+
+        self.what, self.progress = "", Progress(0)
+
+    def __call__(self, what: str, done: int, of: int) -> None:
+        """So many requests are done."""
+        from rdlm.metrics import Progress
+
+        if what != self.what or self.progress.total != of:
+            self.what, self.progress = what, Progress(of)
+        self.progress.update(done, what, last=done == of)
+
+
+def name_of(args: Args, row: Row) -> str:
+    """What a row is called."""
+    if row.rule is None:
+        return f"r = {row.depth}"
+    rule = exit_rule(args)
+    assert rule is not None  # the row has one
+    return f"{args.exit}({float(rule.threshold):g}), r <= {row.depth}"
+
+
+def record(config: Any, row: Row, name: str) -> dict[str, Any]:
+    """A row for JSON."""
+    from rdlm.evaluate import cost
+
+    tasks = {}
+    for task, effort in row.effort.items():
+        n = max(effort.tokens, 1)
+        price = cost(config, effort.iterations / n, round(effort.lengths / n), effort.looks / n)
+        tasks[task] = {
+            "iterations": effort.iterations / n, "looks": effort.looks / n, "tokens": effort.tokens,
+            "flops_per_token": price.flops_per_token, "equivalent_parameters": price.equivalent_parameters,
+        }  # fmt: skip
+    return {"name": name, "depth": row.depth, "rule": row.rule, "results": row.results, "cost": tasks}
+
+
+def flat(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One line per row, task and metric."""
+    return [
+        {"row": x["name"], "task": task, "metric": metric, "value": value}
+        | {k: x["cost"].get(task, {}).get(k) for k in ("iterations", "flops_per_token")}
+        for x in found
+        for task, metrics in x["results"].items()
+        for metric, value in metrics.items()
+    ]
+
+
+def published(names: list[str]) -> dict[str, dict[str, float]]:
+    """The published rows of these tasks."""
+    from rdlm.harness import PUBLISHED
+
+    rows = {
+        model: {task: x for task, x in values.items() if task.split(",")[0] in names}
+        for model, values in PUBLISHED.items()
+    }  # fmt: skip
+    return {model: values for model, values in rows.items() if values}
+
+
+def show(
+    what: str, rows: list[Row], called: list[str], found: list[dict[str, Any]], names: list[str], limit: Any
+) -> None:
+    """Print our rows and the published ones."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from rdlm.harness import headline
+
+    ours = [
+        {
+            f"{name}, {which}" if which else name: value
+            for name in names
+            for which, value in headline(row.results.get(name, {}))
+        }
+        for row in rows
+    ]
+    columns = list(ours[0])
+    part = "" if limit is None else f"; only the first {limit} documents of each task"
+    table = Table(title=what, caption=f"published rows: arXiv 2502.05171, per cent{part}")
+    table.add_column("model", no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right")
+    table.add_column("recurrences", justify="right")
+    for name, values, x in zip(called, ours, found, strict=True):
+        costs = x["cost"].values()
+        mean = sum(c["iterations"] * c["tokens"] for c in costs) / max(sum(c["tokens"] for c in costs), 1)
+        table.add_row(name, *(shown(values.get(c)) for c in columns), f"{mean:.1f}")
+    for i, (model, scores) in enumerate(published(names).items()):
+        if i == 0:
+            table.add_section()
+        table.add_row(model, *(f"{scores[c]:.2f}" if c in scores else "" for c in columns), "")
+    Console(highlight=False).print(table)
+
+
+def shown(value: float | None) -> str:
+    """Shares as per cent, like the published; what is larger than one as it is."""
+    if value is None:
+        return ""
+    return f"{100 * value:.2f}" if 0 <= value <= 1 else f"{value:.3f} (not %)"
+
+
+if __name__ == "__main__":
+    run_command(main)

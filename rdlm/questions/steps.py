@@ -1,0 +1,63 @@
+"""How long does a model think about questions of each kind? Recurrences of the tokens it answers with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import numpy as np
+
+from rdlm.config import InputError, ModelConfig
+from rdlm.decode import generate
+from rdlm.exits import ExitRule
+from rdlm.model import Params
+
+_ROWS = 16
+
+
+def answer_steps(
+    params: Params,
+    config: ModelConfig,
+    prompts: Sequence[np.ndarray],
+    exit_rule: ExitRule,
+    most: int,
+    *,
+    new_tokens: int = 32,
+    warm_start: Literal[False, "normalized", "raw"] = False,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[np.ndarray]:
+    """Recurrences of `new_tokens` tokens that are made greedily after every prompt, int32 [new_tokens] each.
+
+    The first new token is the prompt's doing (its last position makes it), so one more is made and the first left out:
+    with `warm_start` every token counted here began where its predecessor stopped. Prompts that leave no room are cut
+    on the left.
+
+    Args:
+      params, config: the model.
+      prompts: token ids.
+      exit_rule: when a token stops.
+      most: recurrences at most.
+      new_tokens: counted per prompt.
+      warm_start: as in `rdlm.generate`.
+      progress: called with the number of prompts done.
+
+    Raises:
+      InputError: more new tokens than the model's max_length holds.
+    """
+    room = config.max_length - new_tokens - 1
+    if new_tokens < 1 or room < 1:
+        raise InputError(f"new_tokens = {new_tokens}: must be in [1, config.max_length - 2 = {config.max_length - 2}]")
+    cut = [np.asarray(p, np.int32)[-room:] for p in prompts]
+    found: list[np.ndarray] = [np.zeros(0, np.int32)] * len(cut)
+    order = sorted(range(len(cut)), key=lambda i: -cut[i].size)  # similar lengths share a compiled program
+    for start in range(0, len(order), _ROWS):
+        group = order[start : start + _ROWS]
+        rows = [cut[i] for i in group] + [cut[group[-1]]] * (_ROWS - len(group))  # always as many rows: one program
+        out = generate(
+            params, config, rows, max_new_tokens=new_tokens + 1, num_steps=most, exit_rule=exit_rule,
+            warm_start=warm_start,
+        )  # fmt: skip
+        for i, steps in zip(group, out.steps, strict=False):
+            found[i] = steps[1:]
+        progress(start + len(group))
+    return found
