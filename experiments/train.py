@@ -5,7 +5,8 @@
 
 Everything goes to the run folder (runs/PRESET): config.json, metrics.jsonl, checkpoints/, tokenizer/ and, at the end,
 loss_by_depth.json. Exit codes: 0 done, 75 preempted (SIGTERM) and saved, 3 stopped by an alarm and saved
-(--alarms.action stop), 2 wrong input, 1 another process is missing.
+(--alarms.action stop), 2 wrong input or diverged, 1 another process is missing or was lost, or the disk is full: the
+same command goes on once that is mended.
 
 On a Cloud TPU slice run it on every worker: tpu_setup/run.sh does. Elsewhere several processes find each other by
 RDLM_COORDINATOR=HOST:PORT RDLM_PROCESSES=2 RDLM_PROCESS_ID=0 (and 1), in a run folder that they share.
@@ -18,7 +19,7 @@ import sys
 import tyro
 
 from rdlm.config import PRESETS, InputError, RunConfig, preset, to_json
-from rdlm.runtime import parse_arguments, run_command, start
+from rdlm.runtime import leaving_on_sigterm, on_tpu, parse_arguments, run_command, start
 
 
 def main() -> int:
@@ -39,10 +40,16 @@ def main() -> int:
     from rdlm.memory import reuse_freed_memory  # after the arguments are known to be right: importing JAX takes seconds
     from rdlm.train import train
 
-    reuse_freed_memory()
+    if not on_tpu():
+        reuse_freed_memory()
     start(agree_on=to_json(config))
     return train(config)
 
 
+def preemptible() -> int:
+    with leaving_on_sigterm():  # until training takes the signal over, and saves
+        return main()
+
+
 if __name__ == "__main__":
-    run_command(main)
+    run_command(preemptible)

@@ -1,11 +1,14 @@
 """What every test runs under: 8 virtual CPU devices, no silent rank promotion, property tests that repeat exactly."""
 
 import gc
+import os
 import pathlib
 
 import hypothesis
 import jax
 import pytest
+
+os.environ.setdefault("RDLM_COMPILE_CACHE", "off")  # no test depends on what an earlier one left on disk
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")

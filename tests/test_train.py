@@ -177,7 +177,8 @@ def test_exit_75_means_saved_whenever_the_signal_comes(reads, small, monkeypatch
     # Between any two looks at the flag. The step itself is a stand-in: this is about the loop.
     def step(config, tx, state, batch):
         metrics = {name: jnp.float32(1) for name in ("loss", "grad_norm", "learning_rate")}
-        return state._replace(step=state.step + 1), metrics | {"n": jnp.int32(1), "k": jnp.int32(1)}
+        metrics |= {"n": jnp.int32(1), "k": jnp.int32(1), "skipped": jnp.int32(0), "first_bad": jnp.int32(-1)}
+        return state._replace(step=state.step + 1), metrics
 
     monkeypatch.setattr(rdlm.train.loop, "train_step", step)
     monkeypatch.setattr(rdlm.train.loop, "Preemption", lambda: Flips(reads))

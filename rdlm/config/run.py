@@ -185,6 +185,18 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class FaultsConfig:
+    """What is done about a loss or gradients that are not finite; each such update is skipped."""
+
+    patience: int = 5
+    """Skipped updates in a row after which the run goes back to its newest good checkpoint, and on with the data behind
+    the bad ones; the second time from the same checkpoint it stops."""
+
+    def __post_init__(self) -> None:
+        require(self.patience >= 1, "faults.patience", self.patience, "must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
     """Validation during training."""
 
@@ -230,6 +242,7 @@ class RunConfig:
     data: DataConfig = DataConfig()
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    faults: FaultsConfig = FaultsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     alarms: AlarmConfig = AlarmConfig()
     preset: str = "custom"

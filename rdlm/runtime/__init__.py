@@ -6,10 +6,12 @@ from rdlm.runtime.commands import (
     EXIT_FAILED,
     EXIT_PREEMPTED,
     EXIT_WRONG_INPUT,
+    leaving_on_sigterm,
     parse_arguments,
     run_command,
 )
-from rdlm.runtime.processes import StartError, exchange, is_first, start, together
+from rdlm.runtime.compiled import compiled_programs, keep_compiled_programs
+from rdlm.runtime.processes import RunError, StartError, exchange, is_first, on_tpu, start, together
 from rdlm.runtime.versions import versions
 
 __all__ = [
@@ -18,9 +20,14 @@ __all__ = [
     "EXIT_FAILED",
     "EXIT_PREEMPTED",
     "EXIT_WRONG_INPUT",
+    "RunError",
     "StartError",
+    "compiled_programs",
     "exchange",
     "is_first",
+    "keep_compiled_programs",
+    "leaving_on_sigterm",
+    "on_tpu",
     "parse_arguments",
     "run_command",
     "start",

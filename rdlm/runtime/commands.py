@@ -8,6 +8,7 @@ import difflib
 import io
 import os
 import re
+import signal
 import sys
 import time
 import traceback
@@ -16,7 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from rdlm.config import InputError
-from rdlm.runtime.processes import StartError, client, is_first
+from rdlm.runtime import lifelines
+from rdlm.runtime.processes import RunError, client, is_first
 
 EXIT_DONE, EXIT_FAILED, EXIT_WRONG_INPUT, EXIT_ALARM, EXIT_PREEMPTED = 0, 1, 2, 3, 75
 
@@ -111,13 +113,15 @@ def run_command(main: Callable[[], int | None]) -> None:
 
     3: training stopped by an alarm, and saved (`alarms.action`).
 
-    1 with one line: other processes are missing. Anything else is a bug and keeps its traceback.
+    1 with one line: other processes are missing, the disk is full: worth another try. Anything else is a bug and keeps
+    its traceback.
     """
     try:
         code = main()
-    except (InputError, StartError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        _exit(EXIT_WRONG_INPUT if isinstance(error, InputError) else EXIT_FAILED)
+    except (InputError, RunError) as error:
+        message = " ".join(str(error).split())
+        print(f"error: {message}", file=sys.stderr)
+        _exit(EXIT_WRONG_INPUT if isinstance(error, InputError) else EXIT_FAILED, message)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -127,14 +131,33 @@ def run_command(main: Callable[[], int | None]) -> None:
     except Exception:
         if client() is None:
             raise
+        lifelines.await_news()  # what failed may be talking to a process that is gone
         traceback.print_exc()
-        _exit(EXIT_FAILED)
+        _exit(EXIT_FAILED, traceback.format_exc().strip().splitlines()[-1])
     sys.exit(code or EXIT_DONE)
 
 
-def _exit(code: int) -> typing.NoReturn:
+@contextlib.contextmanager
+def leaving_on_sigterm() -> Iterator[None]:
+    """While nothing unsaved is under way yet: SIGTERM ends the process at once, with the code of a preempted run."""
+
+    def end(*_: Any) -> None:
+        why = "preempted before training began; run the same command to go on"
+        print(why, file=sys.stderr, flush=True)
+        lifelines.leave(EXIT_PREEMPTED, why)
+        os._exit(EXIT_PREEMPTED)
+
+    previous = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _exit(code: int, why: str) -> typing.NoReturn:
     """Leave after an error. Among several processes at once: an orderly end would wait minutes for the others."""
     if client() is not None:
+        lifelines.leave(code, why)
         sys.stdout.flush()
         sys.stderr.flush()
         if is_first():  # the others lose their connection with it, and should have said their own word before

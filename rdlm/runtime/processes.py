@@ -18,12 +18,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rdlm.config import InputError
+from rdlm.runtime.compiled import keep_compiled_programs
+from rdlm.runtime.lifelines import Peer, leave, relay, watch
 
 T = TypeVar("T")
 
 
-class StartError(Exception):
-    """The processes of a run did not come together. One line; trying again may help, so the exit code is 1, not 2."""
+class RunError(Exception):
+    """What keeps a run from going on, in one line. Trying again may help, so the exit code is 1, not 2."""
+
+
+class StartError(RunError):
+    """The processes of a run did not come together."""
 
 
 def client() -> Any:
@@ -48,6 +54,7 @@ def start(agree_on: str = "") -> None:
     On Cloud TPU VMs JAX knows the others. Elsewhere the environment says who takes part, on every host the same but
     for the last: RDLM_COORDINATOR=HOST:PORT (of process 0), RDLM_PROCESSES=2, RDLM_PROCESS_ID=0. Without any of that
     this process is alone, and nothing happens. RDLM_START_TIMEOUT: seconds to wait for everyone (300).
+    RDLM_COMPILE_CACHE: folder of compiled programs (see `keep_compiled_programs`).
     RDLM_PROFILER_PORT: where the first process lets itself be profiled (tpu_setup/profile.sh); 0 or empty: nowhere.
 
     Args:
@@ -57,6 +64,7 @@ def start(agree_on: str = "") -> None:
       StartError: a process is missing, or the devices do not come up; names which.
       InputError: wrong environment variables, or processes that run other code or another configuration.
     """
+    keep_compiled_programs()
     timeout = _number("RDLM_START_TIMEOUT", 300)
     place = _from_environment() or _from_tpu(timeout)
     if place is not None:
@@ -73,7 +81,10 @@ def _join(address: str, count: int, index: int, agree_on: str, timeout: int) -> 
 
     mine = {"process": index, "host": socket.gethostname(), "code": _code_hash(), "agreed": _hash(agree_on)}
     if count > 1:
-        (_lead if index == 0 else _follow)(address, count, mine, timeout)
+        lines = (_lead if index == 0 else _follow)(address, count, mine, timeout)
+        watch(index, lines)
+        if index:
+            address = relay(address)
     # SIGTERM is ours: the run says itself when it stops (rdlm.train). JAX's own listener would only take it away.
     jax.config.update("jax_enable_preemption_service", False)
     if os.environ.get("RDLM_COORDINATOR"):
@@ -110,10 +121,15 @@ def _from_environment() -> tuple[str, int, int] | None:
     return address, count, index
 
 
+def on_tpu() -> bool:
+    """Whether this process will run on TPUs, as far as can be told before JAX starts."""
+    chips = [*Path("/dev").glob("accel*"), *Path("/dev").glob("vfio/[0-9]*")]
+    return bool(chips) and os.environ.get("JAX_PLATFORMS", "tpu").split(",")[0] in ("", "tpu")
+
+
 def _from_tpu(timeout: int) -> tuple[str, int, int] | None:
     """The same on a Cloud TPU VM or a GKE node with TPUs; None elsewhere."""
-    chips = [*Path("/dev").glob("accel*"), *Path("/dev").glob("vfio/[0-9]*")]
-    if not chips or os.environ.get("JAX_PLATFORMS", "tpu").split(",")[0] not in ("", "tpu"):
+    if not on_tpu():
         return None
     from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize() itself asks
 
@@ -121,8 +137,8 @@ def _from_tpu(timeout: int) -> tuple[str, int, int] | None:
     return None if address is None or count is None or index is None else (address, count, index)
 
 
-def _lead(address: str, count: int, mine: dict[str, Any], timeout: int) -> None:
-    """Process 0 before JAX starts: wait for the others, compare, tell everyone the verdict.
+def _lead(address: str, count: int, mine: dict[str, Any], timeout: int) -> dict[socket.socket, Peer]:
+    """Process 0 before JAX starts: wait for the others, compare, tell everyone the verdict. Returns the connections.
 
     JAX would wait as well, but abort with a stack trace that does not say who is missing.
     """
@@ -138,33 +154,50 @@ def _lead(address: str, count: int, mine: dict[str, Any], timeout: int) -> None:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # whoever else knocks at this port
                 line = stack.enter_context(server.accept()[0])
                 line.settimeout(5)
-                other = json.loads(line.makefile().readline())
+                other = json.loads(_read_line(line))
                 if 0 < other["process"] < count:
                     arrived[other["process"]], lines[other["process"]] = other, line
         verdict = _verdict(arrived, count, address, timeout)
         for line in lines.values():
             with contextlib.suppress(OSError):
-                line.sendall((json.dumps(verdict) + "\n").encode())
-    _obey(verdict)
+                line.sendall((json.dumps({"verdict": verdict, "host": mine["host"]}) + "\n").encode())
+        _obey(verdict)
+        stack.pop_all()
+    return {line: Peer(i, arrived[i]["host"]) for i, line in lines.items()}
 
 
-def _follow(address: str, count: int, mine: dict[str, Any], timeout: int) -> None:
-    """Every other process: report to process 0, wait for its verdict."""
+def _follow(address: str, count: int, mine: dict[str, Any], timeout: int) -> dict[socket.socket, Peer]:
+    """Every other process: report to process 0, wait for its verdict. Returns the connection to it."""
     host, _, port = address.rpartition(":")
     deadline = time.monotonic() + timeout + 10  # process 0 gives up first, and says why
     while time.monotonic() < deadline:
-        verdict = None
-        with contextlib.suppress(OSError, ValueError), socket.create_connection((host, int(port)), timeout=5) as line:
-            line.sendall((json.dumps(mine) + "\n").encode())
-            line.settimeout(max(0.05, deadline - time.monotonic()))
-            verdict = json.loads(line.makefile().readline())
-        if verdict is not None:
-            return _obey(verdict)
+        with contextlib.ExitStack() as stack:
+            answer = None
+            with contextlib.suppress(OSError, ValueError):
+                line = stack.enter_context(socket.create_connection((host, int(port)), timeout=5))
+                line.sendall((json.dumps(mine) + "\n").encode())
+                line.settimeout(max(0.05, deadline - time.monotonic()))
+                answer = json.loads(_read_line(line))
+            if answer is not None:
+                _obey(answer["verdict"])
+                stack.pop_all()
+                return {line: Peer(0, answer["host"])}
         time.sleep(0.2)
     raise StartError(
         f"process {mine['process']} of {count}: no answer from process 0 at {address} within {timeout} s; "
         "is the same command running there, and the port open?"
     )
+
+
+def _read_line(line: socket.socket) -> bytes:
+    """One line, and nothing of what comes after it."""
+    text = b""
+    while not text.endswith(b"\n"):
+        byte = line.recv(1)
+        if not byte:
+            raise ValueError("it ended early")
+        text += byte
+    return text
 
 
 def _verdict(arrived: dict[int, dict[str, Any]], count: int, address: str, timeout: int) -> list[str]:
@@ -256,5 +289,6 @@ def together(make: Callable[[], T]) -> T:
     problems = exchange(problem)
     for i, said in enumerate([problem, *problems]):
         if said:
+            leave()  # the others know
             raise InputError(said if i == 0 else f"process {i - 1}: {said}")
     return result

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 
+from rdlm.runtime.compiled import compiled_programs
+
 
 def versions() -> dict[str, str]:
-    """Installed versions of what rdlm stands on, and the devices JAX sees."""
+    """Installed versions of what rdlm stands on, the devices JAX sees, and where compiled programs are kept."""
     import jax
 
     packages = (
@@ -22,4 +24,5 @@ def versions() -> dict[str, str]:
     kinds = [device.device_kind for device in jax.devices()]
     found["devices"] = ", ".join(f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds))
     found["processes"] = str(jax.process_count())
+    found["compiled programs"] = compiled_programs()
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import json
 import math
@@ -16,15 +17,16 @@ import jax
 import jax.numpy as jnp
 
 from rdlm import flops, sharding
-from rdlm.checkpoint import Checkpoints, as_abstract, read_config, write_config
+from rdlm.checkpoint import Checkpoints, SaveError, as_abstract, read_config, saved_steps, write_config
 from rdlm.config import PRESETS, InputError, RunConfig, differences
 from rdlm.data import open_data, prefetch
 from rdlm.evaluate import DepthCurve, depth_curve
 from rdlm.metrics import Meter, MetricsWriter, Progress, matmul_peak
 from rdlm.model import Params
-from rdlm.optim import optimizer
-from rdlm.runtime import EXIT_ALARM, EXIT_DONE, EXIT_PREEMPTED, exchange, is_first, together
+from rdlm.optim import optimizer, schedule
+from rdlm.runtime import EXIT_ALARM, EXIT_DONE, EXIT_PREEMPTED, compiled_programs, exchange, is_first, together
 from rdlm.tokenizer import Tokenizer
+from rdlm.train.faults import Faults, describe, modules, saved_faults
 from rdlm.train.step import TrainState, init_state, layout_of, state_shardings, train_step
 from rdlm.train.stopping import Preemption, Stop
 from rdlm.vitals import alarms, vitals
@@ -58,9 +60,8 @@ class Trainer:
             changed = differences(read_config(self.folder), self.config)
             for name in ("steps", "tensorboard", "run_dir"):  # a run may go on for longer, or under another name
                 changed.pop(name, None)
-            changed = {
-                k: v for k, v in changed.items() if not k.startswith(("mesh.", "checkpoint.", "evaluation.", "alarms."))
-            }
+            free = ("mesh.", "checkpoint.", "faults.", "evaluation.", "alarms.")
+            changed = {k: v for k, v in changed.items() if not k.startswith(free)}
             if changed:
                 name, (old, new) = next(iter(changed.items()))
                 raise InputError(
@@ -113,25 +114,51 @@ class Trainer:
             self.say(f"step {done}  ALARM  {line}")
         return bool(lines) and self.config.alarms.action == "stop"
 
-    def start(self, checkpoints: Checkpoints) -> TrainState:
-        """The newest saved state, or a fresh one."""
-        latest = checkpoints.latest
-        if latest is None:
-            fresh = jax.jit(functools.partial(init_state, self.config, self.tx), out_shardings=self.shardings)
-            return fresh()
-        if latest > self.config.steps:
-            raise InputError(f"steps = {self.config.steps}: {self.folder} is already at step {latest}; ask for more")
+    def start(self, checkpoints: Checkpoints, back: bool = False) -> tuple[TrainState, Faults]:
+        """The newest saved state that is whole, or a fresh one, and what is known of skipped updates.
+
+        Args:
+          checkpoints: of this run.
+          back: go back, to one that was saved while no updates were being skipped; the data stay where they are.
+
+        Raises:
+          InputError: see `Checkpoints.restore`; a later step than the last, another tokenizer, other data.
+        """
         target = as_abstract(self.shapes, self.shardings)
-        params, opt, meta = checkpoints.restore(latest, target.params, target.optimizer)
+        found = checkpoints.restore(
+            target.params, target.optimizer, self.say, lambda meta: not (back and saved_faults(meta).streak)
+        )
+        if found is None:
+            fresh = jax.jit(functools.partial(init_state, self.config, self.tx), out_shardings=self.shardings)
+            return fresh(), Faults()
+        step, params, opt, meta = found
+        if step > self.config.steps:
+            raise InputError(f"steps = {self.config.steps}: {self.folder} is already at step {step}; ask for more")
         if meta["tokenizer"] != self.tokenizer.hash:
-            raise InputError(f"{self.folder}: checkpoint {latest} belongs to another tokenizer than the prepared data")
-        if "data" in meta:  # checkpoints of before it was kept are of the embedded corpus
-            self.train.restore(latest, meta["data"])
-        self.say(f"resuming {self.folder} at step {latest}")
-        return TrainState(jax.device_put(jnp.int32(latest), self.shardings.step), params, opt)
+            raise InputError(f"{self.folder}: checkpoint {step} belongs to another tokenizer than the prepared data")
+        faults = saved_faults(meta)
+        if not back:
+            if "data" in meta:  # checkpoints of before it was kept are of the embedded corpus
+                self.train.restore(step + faults.shift, meta["data"])
+            self.say(f"resuming {self.folder} at step {step}")
+            self._say_if_the_rate_rises(step, meta["config"]["steps"])
+        return TrainState(jax.device_put(jnp.int32(step), self.shardings.step), params, opt), faults
+
+    def _say_if_the_rate_rises(self, step: int, steps: int) -> None:
+        before, now = (float(schedule(self.config.optimizer, n)(step - 1)) for n in (steps, self.config.steps))
+        if now > 1.01 * before:
+            self.say(
+                f"the learning rate rises again, from {before:.3g} to {now:.3g}: with steps = {steps} the run had "
+                f"begun to cool down, with steps = {self.config.steps} it does so later"
+            )
 
     def run(self) -> int:
-        """Train to the last step; returns 0, or 75 when SIGTERM came and the state is saved."""
+        """Train to the last step; returns 0, or 75 when SIGTERM came and the state is saved.
+
+        Raises:
+          SaveError: the disk is full; nothing that was saved is lost.
+          InputError: losses or gradients are not finite, and going back once did not help.
+        """
         preemption = Preemption()
         try:
             self._check_shared()
@@ -143,6 +170,13 @@ class Trainer:
                     self.say(f"{self.folder} is finished: step {self.config.steps} is saved and evaluated")
                     return EXIT_DONE
                 return self._run(checkpoints, preemption)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            raise SaveError(
+                f"run folder {self.folder}: {error.strerror}; nothing saved is lost, the newest checkpoint is "
+                f"{max(saved_steps(self.folder), default='none')}; make room, then run the same command again"
+            ) from error
         finally:
             preemption.restore()
 
@@ -178,72 +212,92 @@ class Trainer:
 
     def _run(self, checkpoints: Checkpoints, preemption: Preemption) -> int:
         config = self.config
-        state = self.start(checkpoints)
-        first = int(state.step)
-        writer = self._open_folder(first) if self.first else None
+        state, faults = self.start(checkpoints)
+        step = int(state.step)
+        writer = self._open_folder(step) if self.first else None
         stop = Stop(lambda: preemption.requested, self.mesh)
         meta = {"config": dataclasses.asdict(config), "tokenizer": self.tokenizer.hash}
-        self.say(self._headline())
+        self.say(f"{self._headline()}\ncompiled programs: {compiled_programs()}")
         # The state leaves a step as it entered it: left to the compiler, a mesh would compile a second program.
         step_fn = jax.jit(
             functools.partial(train_step, config, self.tx, layout=self.layout),
             donate_argnums=0,
             out_shardings=(self.shardings, None),
         )
-        batches = prefetch(self.train.batch, first)
+        position = step + faults.shift
+        batches = prefetch(self.train.batch, position)
         meter = Meter(config, matmul_peak() * self.mesh.size)
+        names, patience = modules(self.shapes.params), config.faults.patience
         pending: tuple[int, dict[str, Any]] | None = None
 
-        def report(done: tuple[int, dict[str, Any]] | None) -> None:
-            if done is None:
+        def report() -> None:
+            nonlocal faults, pending
+            if pending is None:
                 return
-            step, metrics = done
+            step, metrics = pending
+            pending = None
             values = {k: v.item() for k, v in metrics.items()}
             values |= meter.measure(values["n"], values["k"])
-            if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
-                raise InputError(
-                    f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}: training has diverged; "
-                    f"nothing of it was saved, the newest checkpoint is {checkpoints.latest}; lower the learning rate"
-                )
+            before, faults = faults, faults.after(step, values, patience, names)
+            if faults.streak > before.streak:
+                self.say(f"update skipped, {faults.streak} in a row: {describe(step, values, names)}")
+            values = {k: v for k, v in values.items() if k != "first_bad"} | {"skipped": faults.skipped}
             if writer:
-                writer.write(step, values)
+                writer.write(step, {k: v if math.isfinite(v) else None for k, v in values.items()})
             self.progress.update(step + 1, meter.line(step + 1, values), last=step + 1 == config.steps)
 
         def save(step: int) -> None:
-            checkpoints.save(step, state.params, state.optimizer, meta | {"step": step, "data": self.train.state(step)})
+            data = self.train.state(step + faults.shift)
+            saved = meta | {"step": step, "data": data, "faults": faults._asdict()}
+            checkpoints.save(step, state.params, state.optimizer, saved)
             if writer:
                 writer.sync()
 
         try:
-            for step in range(first, config.steps):
-                state, metrics = step_fn(state, self.place(next(batches)))
-                report(pending)  # of the step before, while this one runs
-                pending = step, metrics
-                done, last = step + 1, step + 1 == config.steps
-                if done % config.evaluation.every == 0 and not last and not stop():
-                    report(pending)
+            while True:
+                if faults.streak >= patience:
                     pending = None
+                    del state  # its memory is needed for what is restored
+                    state, faults, writer = self._go_back(checkpoints, faults, writer)
+                    step = int(state.step)
+                    for _ in range(step + faults.shift - position):
+                        next(batches)
+                    position = step + faults.shift
+                if step == config.steps:
+                    break
+                state, metrics = step_fn(state, self.place(next(batches)))
+                report()  # of the step before, while this one runs
+                pending = step, metrics
+                step, position = step + 1, position + 1
+                last = step == config.steps
+                if step % config.evaluation.every == 0 and not last and not stop():
+                    report()
                     curve = self.evaluate(state.params, config.evaluation.batches, stop)
                     if curve is not None:
                         losses = zip(curve.depths, curve.nats, strict=True)
-                        found, lines = self.examine(state.params, done)
+                        found, lines = self.examine(state.params, step)
                         if writer:
-                            writer.write(step, {f"validation_loss_r{r}": x for r, x in losses} | found)
-                        self.progress.say(f"step {done}  validation loss  {as_text(curve)}")
-                        if self.alarmed(done, lines):
-                            save(done)
-                            self.say(f"stopped by an alarm: saved step {done} in {self.folder}; " + GO_ON)
+                            writer.write(step - 1, {f"validation_loss_r{r}": x for r, x in losses} | found)
+                        self.progress.say(f"step {step}  validation loss  {as_text(curve)}")
+                        if self.alarmed(step, lines):
+                            save(step)
+                            self.say(f"stopped by an alarm: saved step {step} in {self.folder}; " + GO_ON)
                             return EXIT_ALARM
                     meter.restart()
+                due = step % config.checkpoint.every == 0
                 stopping = stop()  # asked once: a signal from here on is for the next step to see
-                if last or done % config.checkpoint.every == 0 or stopping:
-                    report(pending)  # before the save: a resumed run writes no row of a step that is saved
-                    pending = None
-                    save(done)
+                if last or due or stopping:
+                    report()  # before the save: a resumed run writes no row of a step that is saved
+                    # What is saved while updates are being skipped is no good to go back to.
+                    if stopping or (due and not faults.streak) or (last and faults.streak < patience):
+                        save(step)
                 if stopping:
-                    self.say(f"preempted: saved step {done} in {self.folder}; run the same command to go on")
+                    checkpoints.wait()
+                    self.say(f"preempted: saved step {step} in {self.folder}; run the same command to go on")
                     return EXIT_PREEMPTED
+                checkpoints.check()
             curve = self.evaluate(state.params, None, stop)
+            checkpoints.wait()  # the curve comes after the state it is about: see `_finished`
             if curve is None:
                 self.say(f"preempted in the last evaluation: {self.folder} holds step {config.steps}")
                 return EXIT_PREEMPTED
@@ -251,7 +305,6 @@ class Trainer:
             if writer and found:
                 writer.write(config.steps - 1, found)
             self.alarmed(config.steps, lines)
-            checkpoints.wait()  # the curve comes after the state it is about: see `_finished`
             if self.first:
                 write_curve(self.folder / "loss_by_depth.json", curve)
             return EXIT_DONE
@@ -259,6 +312,31 @@ class Trainer:
             batches.close()
             if writer:
                 writer.close()
+
+    def _go_back(
+        self, checkpoints: Checkpoints, faults: Faults, writer: MetricsWriter | None
+    ) -> tuple[TrainState, Faults, MetricsWriter | None]:
+        """After too many skipped updates: the newest good checkpoint, or a fresh start, with the data behind the bad.
+
+        Raises:
+          InputError: it has been gone back to before.
+        """
+        checkpoints.wait()
+        state, _ = self.start(checkpoints, back=True)
+        step = int(state.step)
+        if step == faults.origin:
+            raise InputError(
+                f"training has diverged: {faults.streak} updates in a row were not finite, again after going back to "
+                f"step {step} and on with other data; the first was {faults.first}; lower the learning rate"
+            )
+        self.say(
+            f"going back to step {step}: {faults.streak} updates in a row were not finite; going on with batch "
+            f"{faults.next_batch} of the data, behind those"
+        )
+        if writer:
+            writer.close()
+            writer = MetricsWriter(self.folder, step, self.config.tensorboard)
+        return state, faults.back_at(step), writer
 
     def _open_folder(self, step: int) -> MetricsWriter:
         """Make the run folder complete, to go on from `step`."""

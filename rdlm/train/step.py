@@ -20,10 +20,11 @@ from rdlm.model import Params, init_params, logical_axes
 from rdlm.optim import module_norms, schedule
 from rdlm.recurrence import max_gradient_steps, sample_steps
 from rdlm.sharding import SPLIT, Layout
+from rdlm.train.faults import first_bad, unless
 
 
 class TrainState(NamedTuple):
-    """What a step changes. step: int32 scalar, optimizer steps done; also the position in the data."""
+    """What a step changes. step: int32 scalar, steps done, skipped updates included."""
 
     step: Array
     params: Params
@@ -171,20 +172,34 @@ def train_step(
     batch: dict[str, Array],
     layout: Layout | None = None,
 ):
-    """One optimizer step: (new state, metrics of it as scalars). `layout`: see `gradients`."""
+    """One optimizer step: (new state, metrics of it as scalars). `layout`: see `gradients`.
+
+    Where loss or gradient norm is not finite, parameters and optimizer state stay as they were: `skipped` is 1, and
+    `first_bad` the index of the module in `faults.modules`.
+    """
     value, grads, (n, k) = gradients(run, state.params, batch, state.step, layout)
     updates, opt = tx.update(grads, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
+    norm = optax.tree.norm(grads)
+    skip = ~(jnp.isfinite(value) & jnp.isfinite(norm))
+    params, opt = unless(skip, (params, opt), (state.params, state.optimizer))
     metrics = {
         "loss": value,
         "n": n,
         "k": k,
-        "grad_norm": optax.tree.norm(grads),
-        "learning_rate": schedule(run.optimizer, run.steps)(state.step),
+        "grad_norm": norm,
+        "learning_rate": schedule(run.optimizer, run.steps)(updates_done(state.optimizer)),
+        "skipped": skip.astype(jnp.int32),
+        "first_bad": jax.lax.cond(skip, first_bad, lambda _: jnp.int32(-1), grads),
     }
     for name, tree in (("grad_norm", grads), ("update_norm", updates)):
         metrics |= {f"{name}_{part}": norm for part, norm in module_norms(tree).items()}
     return TrainState(state.step + 1, params, opt), metrics
+
+
+def updates_done(optimizer: Any) -> Array:
+    """The optimizer's own count of its updates, int32: the step, less those that were skipped."""
+    return optax.tree.get_all_with_path(optimizer, "count")[0][1]
 
 
 def layout_of(run: RunConfig, mesh: Mesh) -> Layout | None:
