@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from rdlm.config import ModelConfig, RunConfig, require
 from rdlm.runtime import parse_arguments, run_command
+from rdlm.tasks.training import check_seeds, small_run
 
 if TYPE_CHECKING:
     from jax import Array
@@ -84,8 +85,6 @@ class Args:
 
 def run_config(method: Method, protocol: Protocol, rate: float) -> RunConfig:
     """The training run of a method."""
-    from rdlm.tasks.training import small_run
-
     return small_run(
         "baselines", [protocol.train], steps=round(protocol.steps * method.longer), learning_rate=rate,
         scheme="poisson-lognormal-filling" if method.recurrent else "fixed", **method.shape,
@@ -209,10 +208,10 @@ def picture(path: Path, found: dict[str, Any]) -> None:
     from matplotlib.figure import Figure
 
     colours = ["#0072B2", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#000000", "#999999"]
-    figure = Figure(figsize=(10, 8), layout="constrained")
+    figure = Figure(figsize=(10, 4 * len(next(iter(found.values()))["tests"])), layout="constrained")
     tests = next(iter(found.values()))["tests"]
     panels = [(test, by) for test in tests for by in ("parameters", "training_flops")]
-    for axes, (test, by) in zip(figure.subplots(2, 2).ravel(), panels, strict=True):
+    for axes, (test, by) in zip(figure.subplots(len(tests), 2).ravel(), panels, strict=True):
         for colour, marker, name in zip(colours, "osD^vP*X", METHODS, strict=True):
             if name in found and found[name]["tests"]:
                 mean, half = found[name]["tests"][test]["mean"][found[name]["read_at"]]
@@ -232,15 +231,13 @@ def main() -> int:
     from rdlm.memory import reuse_freed_memory  # importing JAX takes seconds
 
     reuse_freed_memory()
+    from rdlm.report.results import write_result
     from rdlm.tasks.comparison import S3, Trials, compete, summary
-    from rdlm.tasks.record import command, commit, compact
-    from rdlm.tasks.training import TEST_STREAM
 
     require(len(set(args.methods)) == len(args.methods) > 0, "--methods", args.methods, "must be different methods")
-    for seed in args.seeds:
-        require(0 <= seed < TEST_STREAM, "--seeds", seed, f"must be in [0, {TEST_STREAM})")
-    require(len(set(args.seeds)) == len(args.seeds) > 0, "--seeds", args.seeds, "must be different seeds")
-    runs, results, protocol, rates = args.runs, args.results, S3, RATES
+    check_seeds(args.seeds)
+    runs, results, protocol = args.runs, args.results, S3
+    rates: tuple[float, ...] = RATES
     if args.quick:
         runs = results = args.runs / "quick"
         protocol, rates = S3.quick(), RATES[:1]
@@ -263,9 +260,11 @@ def main() -> int:
             **summary(made["seeds"]), "tuning": made["tuning"], "rows": made["seeds"],
         }  # fmt: skip
         print(line(name, found[name]), flush=True)
-    results.mkdir(parents=True, exist_ok=True)
-    path = results / "baselines.json"
-    path.write_text(compact({"command": command(), "commit": commit(), "methods": found}))
+    units = {
+        "training_flops": "forward and backward, whole training", "mean": "accuracy, half width of its 95 % interval",
+        "last_quarter": "the same of the longest quarter of prefixes", "depths": "recurrences",
+    }  # fmt: skip
+    path = write_result(results / "baselines.json", {"methods": found}, units)
     print(f"numbers: {path}")
     if importlib.util.find_spec("matplotlib"):
         picture(path.with_suffix(".png"), found)

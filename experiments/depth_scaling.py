@@ -21,26 +21,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
-import json
-import math
-import re
-import resource
-import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rdlm.config import DataConfig, InputError, ModelConfig, OptimizerConfig, RunConfig, differences, require
+from rdlm.config import InputError, ModelConfig, RunConfig, differences
 from rdlm.runtime import parse_arguments, run_command
 from rdlm.tasks import Expression, PointerChasing, Reachability, Task, WordProblem, batch
+from rdlm.tasks.record import command, commit, compact, processor_seconds, rounded
+from rdlm.tasks.training import TEST_STREAM, check_seeds, small_run, train
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from rdlm.model import Params
     from rdlm.tasks.depth import ByDifficulty
 
-TEST_STREAM = 1_000_000  # seeds of training are below
 TEST_BATCH = 64
 
 
@@ -111,9 +104,7 @@ class Args:
 
 def main() -> int:
     args = parse_arguments(Args, prog="depth_scaling.py", description=__doc__)
-    for seed in args.seeds:
-        require(0 <= seed < TEST_STREAM, "--seeds", seed, f"must be in [0, {TEST_STREAM})")
-    require(len(set(args.seeds)) == len(args.seeds) > 0, "--seeds", args.seeds, "must be different seeds")
+    check_seeds(args.seeds)
     recipe, runs, results = RECIPES[args.task], args.runs, args.results
     if args.quick:
         hardest = dict(list(recipe.tests.items())[-1:])
@@ -141,17 +132,12 @@ def main() -> int:
         for name, (value, bar, met) in checked.items():
             print(f"{'met   ' if met else 'MISSED'} {name}: {value} ({bar})")
     print(f"{len(failed)} of {len(rows)} seeds below {LEARNT} on {first}: {failed}")
-    path.write_text(compact(json.dumps(found | {"seeds": rows}, indent=1)) + "\n")
+    path.write_text(compact(found | {"seeds": rows}))
     print(f"numbers: {path}")
     if importlib.util.find_spec("matplotlib"):
         picture(path.with_suffix(".png"), args.task, recipe, rows)
         print(f"picture: {path.with_suffix('.png')}")
     return 0
-
-
-def compact(text: str) -> str:
-    """JSON with every list of numbers on one line."""
-    return re.sub(r"\[[^\[\]{}]*\]", lambda found: re.sub(r"\s+", " ", found[0]), text)
 
 
 def bars(rows: list[dict[str, Any]], depths: tuple[int, ...]) -> dict[str, tuple[float, str, bool]]:
@@ -231,31 +217,11 @@ def picture(path: Path, name: str, recipe: Recipe, rows: list[dict[str, Any]]) -
 
 def run_config(name: str, recipe: Recipe, seed: int, runs: Path) -> RunConfig:
     """The run of one seed; its folder is RUNS/NAME, or RUNS/NAME_seedN for N > 0."""
-    vocab = recipe.train[0].vocab_size
-    longest = max(len(task.instance(0, 0).tokens) for task in recipe.train)
-    model = ModelConfig(
-        vocab_size=vocab, embed_dim=64, num_heads=4, mlp_dim=128, prelude_layers=1, core_layers=1, coda_layers=1,
-        max_length=4096, rope_base=recipe.rope_base, mean_recurrence=8, backprop_depth=4,
-    )  # fmt: skip
-    return RunConfig(
-        model=model,
-        optimizer=OptimizerConfig(
-            learning_rate=recipe.learning_rate, min_learning_rate=0.05 * recipe.learning_rate, weight_decay=0.01,
-            warmup_steps=min(100, recipe.steps // 4), cooldown_steps=recipe.steps // 5,
-        ),
-        data=DataConfig(tokenizer_size=vocab, sequence_length=longest, batch_size=recipe.batch_size),
-        preset=f"depth_scaling_{name}", steps=recipe.steps, seed=seed,
+    return small_run(
+        f"depth_scaling_{name}", recipe.train, steps=recipe.steps, learning_rate=recipe.learning_rate,
+        batch_size=recipe.batch_size, rope_base=recipe.rope_base, seed=seed,
         run_dir=str(runs / (name if seed == 0 else f"{name}_seed{seed}")),
     )  # fmt: skip
-
-
-def training_batch(recipe: Recipe, seed: int, step: int) -> dict[str, np.ndarray]:
-    """Batch of a step: new instances, each row with noise of its own."""
-    import numpy as np
-
-    made = batch(recipe.train, seed, step, recipe.batch_size)
-    rows = np.broadcast_to(np.arange(recipe.batch_size, dtype=np.int32)[:, None], made["tokens"].shape)
-    return {"tokens": made["tokens"], "labels": made["labels"], "sequence_ids": rows}
 
 
 def trained(run: RunConfig, recipe: Recipe) -> tuple[Params, dict[str, Any]]:
@@ -287,16 +253,13 @@ def trained(run: RunConfig, recipe: Recipe) -> tuple[Params, dict[str, Any]]:
     progress, started = Progress(run.steps), processor_seconds()
     with Checkpoints(folder, keep=1) as checkpoints:
         writer = MetricsWriter(folder, 0)
-        for i in range(run.steps):
-            state, metrics = step(state, training_batch(recipe, run.seed, i))
-            last = i + 1 == run.steps
-            if last or i % 10 == 0:
-                values = {name: x.item() for name, x in metrics.items()}
-                values |= {"processor_seconds": round(processor_seconds() - started, 1), "programs": step._cache_size()}
-                if not math.isfinite(values["loss"]):
-                    raise InputError(f"step {i}: loss {values['loss']}: training has diverged")
-                writer.write(i, values)
-                progress.update(i + 1, f"{folder}  loss {values['loss']:.4f}", last=last)
+
+        def watch(i: int, values: dict[str, float]) -> None:
+            spent = {"processor_seconds": round(processor_seconds() - started, 1), "programs": step._cache_size()}
+            writer.write(i, values | spent)
+            progress.update(i + 1, f"{folder}  loss {values['loss']:.4f}", last=i + 1 == run.steps)
+
+        state = train(run, recipe.train, step, state, watch)
         writer.close()
         checkpoints.save(
             run.steps, state.params, state.optimizer, {"config": dataclasses.asdict(run), "step": run.steps}
@@ -342,11 +305,6 @@ def known(found: ByDifficulty) -> list[int]:
     return [d for d, n in enumerate(found.count.tolist()) if n]
 
 
-def rounded(values: Any) -> list[float]:
-    """To four digits."""
-    return [round(float(x), 4) for x in values]
-
-
 def summary(row: dict[str, Any]) -> str:
     """What a seed found, a line per test."""
     lines = [f"seed {row['seed']}: loss {row['loss']:.4f}, {row['processor_seconds']:.0f} s of processor time"]
@@ -355,23 +313,6 @@ def summary(row: dict[str, Any]) -> str:
         for rule, found in test["exits"].items():
             lines.append(f"    exit {rule}: {found['accuracy']:.4f} with {found['steps']:.2f} steps")
     return "\n".join(lines)
-
-
-def processor_seconds() -> float:
-    """Processor time of this process so far, all its threads."""
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
-
-
-def command() -> str:
-    """This command line."""
-    return " ".join(["python", "experiments/depth_scaling.py", *sys.argv[1:]])
-
-
-def commit() -> str:
-    """The commit of the code that runs."""
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from rdlm.config import ModelConfig, Scheme, require
 from rdlm.runtime import parse_arguments, run_command
+from rdlm.tasks.training import check_seeds, small_run
 
 if TYPE_CHECKING:
     from jax import Array
@@ -102,26 +103,18 @@ def full(params: Params, model: ModelConfig, batch: Any, depth_key: Array, state
 
 
 def per_sequence(params: Params, model: ModelConfig, batch: Any, depth_key: Array, state_key: Array) -> Array:
-    """Every row draws a depth of its own. All end together, so that the last k steps are everyone's; they start late.
-
-    A row that has not started is frozen at its initial state. The batch runs as often as its deepest row.
-    """
+    """Every row draws a depth of its own and waits for the deepest before it starts: a step costs the deepest."""
     import jax
-    import jax.numpy as jnp
 
-    from rdlm.recurrence import sample_steps, unroll
+    from rdlm import losses
+    from rdlm.recurrence import sample_steps
 
-    step, s, ctx = started(params, model, batch, state_key)
-    keys = jax.random.split(depth_key, len(s))
+    keys = jax.random.split(depth_key, len(batch["tokens"]))
     n, k = jax.vmap(lambda key: sample_steps(key, model.mean_recurrence, model.backprop_depth))(keys)
-    last = jnp.maximum(jnp.max(n + k), model.backprop_depth)
-    start = (last - n - k)[:, None, None]
-
-    def late(s: Array, i: Array) -> Array:
-        return jnp.where(i >= start, step(s, i), s)
-
-    s = unroll(late, s, last - model.backprop_depth, model.backprop_depth)
-    return cross_entropy(params, model, s, ctx, batch)
+    found = losses.token_losses(
+        params, model, losses.as_batch(batch), steps=(n.max(), k.max()), rows=(n, k), key=state_key
+    )  # fmt: skip
+    return found.sum() / (batch["labels"] != losses.IGNORED).sum()
 
 
 def deep(params: Params, model: ModelConfig, batch: Any, depth_key: Array, state_key: Array) -> Array:
@@ -219,7 +212,7 @@ def picture(path: Path, found: dict[str, Any], depths: tuple[int, ...]) -> None:
     colours = ["#000000", "#56B4E9", "#0072B2", "#CC79A7", "#E69F00", "#009E73", "#999999", "#D55E00"]
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     tests = list(next(iter(found.values()))["tests"])
-    for axes, test in zip(figure.subplots(1, len(tests)), tests, strict=True):
+    for axes, test in zip(figure.subplots(1, len(tests), squeeze=False)[0], tests, strict=True):
         for colour, marker, name in zip(colours, "os^vD*XP", METHODS, strict=True):
             if name in found and found[name]["tests"]:
                 mean = [pair[0] for pair in found[name]["tests"][test]["mean"]]
@@ -236,14 +229,11 @@ def main() -> int:
     from rdlm.memory import reuse_freed_memory  # importing JAX takes seconds
 
     reuse_freed_memory()
+    from rdlm.report.results import write_result
     from rdlm.tasks.comparison import S3, Trials, compete, summary
-    from rdlm.tasks.record import command, commit, compact
-    from rdlm.tasks.training import TEST_STREAM, small_run
 
     require(len(set(args.methods)) == len(args.methods) > 0, "--methods", args.methods, "must be different methods")
-    for seed in args.seeds:
-        require(0 <= seed < TEST_STREAM, "--seeds", seed, f"must be in [0, {TEST_STREAM})")
-    require(len(set(args.seeds)) == len(args.seeds) > 0, "--seeds", args.seeds, "must be different seeds")
+    check_seeds(args.seeds)
     runs, results, protocol = args.runs, args.results, S3
     if args.quick:
         runs = results = args.runs / "quick"
@@ -265,10 +255,12 @@ def main() -> int:
         made = compete(name, trials, (RATE,), args.seeds, runs, options)
         found[name] = {"label": method.label, **summary(made["seeds"]), "rows": made["seeds"]}
         print(line(name, found[name], protocol.depths), flush=True)
-    results.mkdir(parents=True, exist_ok=True)
-    path = results / "operators.json"
-    head = {"command": command(), "commit": commit(), "learning_rate": RATE, "depths": protocol.depths}
-    path.write_text(compact(head | {"methods": found}))
+    units = {
+        "mean": "accuracy, half width of its 95 % interval", "depths": "recurrences", "residual": "relative, per row",
+        "evaluations": "calls of the core until every row of a batch is below the tolerance, at most MOST_READ",
+    }  # fmt: skip
+    head = {"learning_rate": RATE, "depths": protocol.depths}
+    path = write_result(results / "operators.json", head | {"methods": found}, units)
     print(f"numbers: {path}")
     if importlib.util.find_spec("matplotlib"):
         picture(path.with_suffix(".png"), found, protocol.depths)
@@ -280,7 +272,7 @@ def line(name: str, row: dict[str, Any], depths: tuple[int, ...]) -> str:
     """What a method reached at some depths, and what its solver needed."""
     parts = [f"{name:13}"]
     for test, found in row["tests"].items():
-        at = (f"r={r} {found['mean'][depths.index(r)][0]:.3f}" for r in (4, 8, 16, 64))
+        at = (f"r={r} {found['mean'][depths.index(r)][0]:.3f}" for r in (4, 8, 16, 64) if r in depths)
         parts.append(f"{test}: {' '.join(at)}")
     return "  ".join([*parts, f"failed {row['failed']}"])
 

@@ -4,16 +4,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jax import Array
 
-from rdlm.config import DataConfig, InputError, ModelConfig, OptimizerConfig, RecurrenceConfig, RunConfig, Scheme
+from rdlm.config import (
+    DataConfig,
+    InputError,
+    ModelConfig,
+    OptimizerConfig,
+    RecurrenceConfig,
+    RunConfig,
+    Scheme,
+    require,
+)
 from rdlm.tasks.instance import Task, batch
+
+if TYPE_CHECKING:
+    from jax import Array
 
 TEST_STREAM = 1_000_000
 """Stream of test instances; seeds of training are below."""
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Refuse seeds of training that are none, negative, repeated or meet the test stream. Raises InputError."""
+    for seed in seeds:
+        require(0 <= seed < TEST_STREAM, "--seeds", seed, f"must be in [0, {TEST_STREAM})")
+    require(len(set(seeds)) == len(seeds) > 0, "--seeds", tuple(seeds), "must be different seeds")
 
 
 class Diverged(InputError):
