@@ -1,0 +1,31 @@
+"""One self-contained HTML page about a run, without scripts and without requests.
+
+parts     text, tables, pictures, and the page around them
+charts    lines and bars
+training  the section about metrics.jsonl
+results   the sections about what the commands of experiments/ leave behind
+"""
+
+from rdlm.page.charts import Series, chart
+from rdlm.page.parts import Html, details, document, facts, missing, picture, table, tag
+from rdlm.page.results import benchmarks, calibrated, loss_by_depth, sweep, trajectories
+from rdlm.page.training import training
+
+__all__ = [
+    "Html",
+    "Series",
+    "benchmarks",
+    "calibrated",
+    "chart",
+    "details",
+    "document",
+    "facts",
+    "loss_by_depth",
+    "missing",
+    "picture",
+    "sweep",
+    "table",
+    "tag",
+    "training",
+    "trajectories",
+]
