@@ -7,7 +7,7 @@
 Prints a table: loss in nats per token, bits per byte of text, the change from the row above, forward FLOPs per token
 and the parameters of the unrolled model (the core r times, as the paper counts them). Writes loss_by_depth.json and,
 where matplotlib is installed, loss_by_depth.png into the run folder. Those are always about the newest checkpoint and
-all of the validation data: --step and --batches write files of their own beside them, named after step and batches.
+all of the validation data: --step, --ema and --batches write files of their own beside them, named after these.
 Exit codes: 0 done, 2 wrong input.
 """
 
@@ -43,6 +43,8 @@ class Args:
     """Only the first N validation batches: quicker, noisier. None: all."""
     step: int | None = None
     """Checkpoint to evaluate. None: the newest."""
+    ema: bool = False
+    """Evaluate the moving average of the weights, if the run kept one (optimizer.ema_decay)."""
     data_folder: str | None = None
     """Folder of prepared data. None: the one in the run's config (data.folder)."""
     saved: bool = False
@@ -63,7 +65,8 @@ def main() -> int:
     run, tokenizer = read_config(args.run_dir), load_tokenizer(args.run_dir, args.step)
     newest = saved_steps(args.run_dir)[-1]
     step = newest if args.step is None else args.step
-    part = ("" if step == newest else f"_step_{step}") + (f"_batches_{args.batches}" if args.batches else "")
+    part = ("" if step == newest else f"_step_{step}") + ("_ema" if args.ema else "")
+    part += f"_batches_{args.batches}" if args.batches else ""
     name = CURVE.replace(".", part + ".")
     saved = read_curve(args.run_dir, name) if args.saved else None
     folder = run.data.folder if args.data_folder is None else args.data_folder
@@ -74,7 +77,7 @@ def main() -> int:
         check_writable(args.run_dir / name)
         curve = evaluate(args, step, args.depths or run.evaluation.depths, data, tokenizer)
         write(args.run_dir, name, curve)
-    show(f"{args.run_dir}, step {step}", curve, args.batches, run)
+    show(f"{args.run_dir}, step {step}{', averaged weights' if args.ema else ''}", curve, args.batches, run)
     picture(args.run_dir, name)
     return 0
 
@@ -85,7 +88,7 @@ def evaluate(args: Args, step: int, depths: tuple[int, ...], data: Chain, tokeni
     from rdlm.evaluate import depth_curve
     from rdlm.metrics import Progress
 
-    params, config = load_checkpoint(args.run_dir, step)
+    params, config = load_checkpoint(args.run_dir, step, args.ema)
     total = data.steps_per_epoch if args.batches is None else min(args.batches, data.steps_per_epoch)
     progress = Progress(total)
 

@@ -73,6 +73,8 @@ class Args:
     """Leave out tokens less likely than this share of the likeliest; 0 is off."""
     repetition_penalty: float = 1.0
     """Divides the logits of tokens that already occurred; 1 is off."""
+    ema: bool = False
+    """Use the moving average of the weights, if the run kept one (optimizer.ema_decay)."""
     seed: int = 0
     """Of the initial states and of sampling."""
     show_steps: bool = True
@@ -102,7 +104,7 @@ def main() -> int:
     rule = exit_rule(args)
     most = args.steps or model.mean_recurrence * (1 if rule is None else 2)
     prompt = tokenizer.encode(args.prompt)
-    params, model = load_checkpoint(args.run_dir)
+    params, model = load_checkpoint(args.run_dir, ema=args.ema)
     with Stream(tokenizer, args.prompt) as stream:
         out = generate(
             params, model, [prompt], max_new_tokens=args.max_new_tokens, num_steps=most, exit_rule=rule,
