@@ -2,6 +2,7 @@
 # make test         install for development, then every check that CI runs
 # make lint         the checks alone, without the tests
 # make format       apply what ruff can fix
+# make reproduce    rerun the experiments behind experiments/results/ (hours); what runs/ holds already is read again
 # make constraints  write down the versions that are installed, after `make test` has passed with them
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN := .venv/bin
 RUN := runs/quickstart
 PROMPT := Geography
 
-.PHONY: help quickstart test lint format constraints install install-dev
+.PHONY: help quickstart test reproduce lint format constraints install install-dev
 
 help:
 	@sed -n '/^$$/q; s/^# //p' Makefile
@@ -35,6 +36,15 @@ quickstart: install
 
 test: lint
 	$(BIN)/pytest
+
+# Stopped and started again it goes on where it was: finished runs are read from runs/, not trained again.
+reproduce: install
+	$(BIN)/python experiments/depth_scaling.py --task s3 --seeds 0 1 2 3 4
+	for task in parity expressions pointers reachability; do \
+	  $(BIN)/python experiments/depth_scaling.py --task $$task || exit 1; \
+	done
+	$(BIN)/python experiments/baselines.py
+	$(BIN)/python experiments/operators.py
 
 lint: install-dev
 	$(BIN)/ruff check .
