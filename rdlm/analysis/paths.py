@@ -10,7 +10,8 @@ Classes, by what the second half of the path (the tail) does, in this order; `Pa
                within RETURNS of its variance, having been away in between; p is the period
   unsettled    none of these
 
-A period is found when the tail holds two turns, so a path of 128 recurrences shows periods from 2 to 32.
+A period is found when the tail holds two turns, so a path of 128 recurrences shows periods from 2 to 32. It need not be
+a whole number, but a turn of less than five recurrences comes back closely only after several: 3.5 is found as 7.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from rdlm.config import InputError
 SETTLED = 0.01
 SHRINKS = 0.8
 STRAIGHT = 0.5
-RETURNS = 0.1
+RETURNS = 0.2
 SHORTEST = 16
 """Fewest recurrences of a path that can be classified."""
 
@@ -37,9 +38,9 @@ class Path(NamedTuple):
 
     spread: root mean square distance of the tail's points to their mean, over the mean length of the state. shrink:
     mean step of the path's last quarter over that of the quarter before. straight: share of the tail's variance that a
-    drift at constant speed explains. returns, period: least mean squared distance between points of the drift-free
-    tail that are a period apart, over twice its variance (0: the same place; 1: unrelated), and that period in
-    recurrences; None where the tail never comes back. rate: factor per recurrence by which the distance to the end
+    drift at constant speed explains. returns, period: mean squared distance between points of the drift-free tail that
+    are a period apart, over twice its variance (0: the same place; 1: unrelated), and that period in recurrences; None
+    where the tail never comes back. rate: factor per recurrence by which the distance to the end
     point falls while it falls (fit of its logarithm), None where it does not.
     """
 
@@ -129,21 +130,15 @@ def classify(path: np.ndarray) -> Path:
         kind = "fixed point"
     elif straight >= STRAIGHT:
         kind = "slider"
-    elif returns is not None and returns < RETURNS:
+    elif period is not None:
         kind = "orbit"
     return Path(kind, spread, shrink, straight, returns, period, rate(distances(path)))
 
 
 def _period(lag: np.ndarray) -> tuple[float | None, float | None]:
-    """(period, D there) of the first return below RETURNS, else of the closest; the minimum's place by a parabola."""
-    minima = [
-        p
-        for p in range(2, len(lag) - 1)
-        if lag[p] < lag[p - 1] and lag[p] <= lag[p + 1] and lag[1:p].max() > 2 * lag[p]
-    ]
-    if not minima:
-        return None, None
-    good = [p for p in minima if lag[p] < RETURNS]
-    p = good[0] if good else min(minima, key=lambda p: float(lag[p]))
-    left, here, right = lag[p - 1 : p + 2]
-    return float(p + 0.5 * (left - right) / max(left - 2 * here + right, 1e-30)), float(here)
+    """(period, D there): the first return below RETURNS after having been away; the minimum's place by a parabola."""
+    for p in range(2, len(lag) - 1):
+        left, here, right = lag[p - 1 : p + 2]
+        if here < min(RETURNS, left) and here <= right and lag[1:p].max() > 2 * here:
+            return float(p + 0.5 * (left - right) / max(left - 2 * here + right, 1e-30)), float(here)
+    return None, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,10 @@ def save_figure(figure: Any, path: Path, dpi: int = 120) -> Path:
     partial = path.with_suffix(".partial.png")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(partial, dpi=dpi)
+        with warnings.catch_warnings():
+            # A script that the font lacks shows as boxes; nothing the reader can do about it here.
+            warnings.filterwarnings("ignore", message="Glyph .* missing from")
+            figure.savefig(partial, dpi=dpi)
         partial.replace(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
@@ -61,4 +65,5 @@ def depth_axis(axes: Any, depths: Sequence[int], label: str = "recurrences r (lo
 def shown(piece: str, most: int = 12) -> str:
     """A token's text as a label: white space made visible, long ones cut."""
     text = piece.replace(" ", "·").replace("\n", "↵").replace("\t", "→").replace("\r", "↵") or "∅"
+    text = "".join(c if c.isprintable() else "□" for c in text)
     return text if len(text) <= most else text[: most - 1] + "…"
