@@ -94,9 +94,19 @@ def fill(folder):
     logs = [[math.log10(x) for x in row] for row in table[1:]]
     path = {"position": 1, "token": NASTY, "kind": "orbit", "settled_after": 9, "rate": 0.5, "period": None}
     lens = {"token": NASTY, "top": ["b", NASTY], "probability": [0.5, 0.75], "hit": [False, True]}
+    share, cost = {"accuracy": 0.3125, "low": 0.2, "high": 0.4}, {"iterations": 4.0, "flops_per_token": 1e6}
     results = {
         "depth_sweep": sweep,
-        "questions": {"rows": [{"set": NASTY, "r": 4, "accuracy": 0.25}], "questions": 40, "units": {}},
+        "questions_mine": {
+            "count": 40, "baselines": {"chance": 0.25},
+            "categories": {NASTY: {"count": 9, "sum": {"4": [0.5, 0.3, 0.7]}}},
+            "rows": [{"depth": "r = 4", "sum": share, "nats": 1.0, "iterations": 4.0, "flops_per_token": 1e6}],
+            "new_token_steps": {"default": {NASTY: share | {"questions": 9, "mean": 3.25}}},
+        },
+        "lm_eval": {
+            "published": {"Huginn r=32": {"mine": 69.91}}, "protocol": {"limit": 10},
+            "rows": [{"name": "r = 4", "results": {"mine": {"acc,none": 0.4375}}, "cost": {"mine": cost}}],
+        },
         "trajectories/paths": tokens | {"counts": {"fixed point": 1, "orbit": 1}, "rows": [path], "units": {}},
         "trajectories/distance": tokens | {"distance": table, "units": {"distance": "share"}},
         "trajectories/heatmap": tokens | {"log10_distance": logs, "units": {}},
@@ -109,7 +119,8 @@ def fill(folder):
     (folder / "analysis" / "trajectories").mkdir(parents=True)
     for name, result in results.items():
         (folder / "analysis" / f"{name}.json").write_text(json.dumps(common | result))
-        (folder / "analysis" / f"{name}.png").write_bytes(PNG)
+        if name != "lm_eval":
+            (folder / "analysis" / f"{name}.png").write_bytes(PNG)
     (folder / "analysis" / "of_my_own.png").write_bytes(PNG)
 
 
@@ -211,7 +222,8 @@ def test_a_full_run_is_told_in_full(full, report, tmp_path):
         "99.60 %", "99.50 %", "20 %",  # calibrated: agreement, on other rows, saved
         "cosine: no threshold that was tried agrees",
         "2 of 2 tokens reach the same limit",
-        "orbit", "of my own", "python experiments/lm_eval.py",
+        "orbit", "of my own",
+        "31.2 % (20 to 40)", "chance 25.0 %", "3.25 (0.2 to 0.4)", "0.4375", "69.91", "first 10 examples",
     ):  # fmt: skip
         assert fact.replace("10,240", f"{rdlm.flops.parameters(TINY):,}").casefold() in words.casefold(), fact
     assert NASTY not in source
@@ -286,7 +298,8 @@ def a_rotten_picture(run):
         (write("calibrated_exits.json", "[]"), ["calibrated_exits.json", "calibrate again"]),
         (write("analysis/depth_sweep.json", '{"rows": [{'), ["depth_sweep.json", "damaged", "delete it"]),
         (write("analysis/depth_sweep.json", '{"rows": 3}'), ["depth_sweep.json", "damaged", "depth_sweep.py"]),
-        (write("analysis/questions.json", "[1, 2]"), ["questions.json", "an object was expected", "questions.py"]),
+        (write("analysis/questions_a.json", "[1, 2]"), ["questions_a.json", "an object was expected", "questions.py"]),
+        (write("analysis/lm_eval.json", '{"rows": []}'), ["lm_eval.json", "lm_eval.py"]),
         (write("analysis/trajectories/lens.json", "{}"), ["lens.json", "KeyError", "trajectories.py"]),
         (write("analysis/trajectories/paths.json", "\0"), ["paths.json", "damaged"]),
     ],

@@ -1,14 +1,16 @@
 """One self-contained HTML page about a run, without scripts and without requests.
 
-parts     text, tables, pictures, and the page around them
-charts    lines and bars
-training  the section about metrics.jsonl
-results   the sections about what the commands of experiments/ leave behind
+parts       text, tables, pictures, and the page around them
+charts      lines and bars
+training    the section about metrics.jsonl
+results     the sections about depth, exits and latent states
+benchmarks  the section about questions and lm-eval
 """
 
+from rdlm.page.benchmarks import benchmarks
 from rdlm.page.charts import Series, chart
 from rdlm.page.parts import Html, details, document, facts, missing, picture, table, tag
-from rdlm.page.results import benchmarks, calibrated, loss_by_depth, sweep, trajectories
+from rdlm.page.results import calibrated, loss_by_depth, sweep, trajectories
 from rdlm.page.training import training
 
 __all__ = [

@@ -12,7 +12,7 @@ from typing import Any
 from rdlm import calibration
 from rdlm.config import InputError
 from rdlm.page.charts import Series, chart
-from rdlm.page.parts import Html, details, facts, missing, picture, table, tag
+from rdlm.page.parts import Html, details, missing, picture, table, tag
 from rdlm.report import shown
 
 LENS_TOKENS, SLOWEST = 24, 8  # rows of tables
@@ -57,30 +57,6 @@ def beside(path: Path, alt: str) -> Html:
     if path.is_file():
         return picture(path, alt)
     return missing("No picture: matplotlib was not installed.", "pip install 'rdlm[plots]'")
-
-
-def generic(tree: dict[str, Any]) -> Html:
-    """Any result: its plain values in boxes, and every list of rows as a table."""
-    known = {k: v for k, v in tree.items() if k not in ("command", "commit", "step", "run", "units")}
-    single = {k: v for k, v in known.items() if isinstance(v, (int, float)) or (isinstance(v, str) and len(v) < 60)}
-    parts: list[str] = [facts(single)] if single else []
-    units: dict[str, str] = tree.get("units", {})
-    for name, value in known.items():
-        rows = value
-        if isinstance(value, dict) and value and all(isinstance(x, dict) for x in value.values()):
-            rows = [{name: key} | x for key, x in value.items()]
-        if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows):
-            heads = [h for h in dict.fromkeys(k for row in rows for k in row) if plain(row.get(h) for row in rows)]
-            parts.append(tag("h4", name) if len(known) > len(single) + 1 else "")
-            parts.append(
-                table(heads, [[row.get(h) for h in heads] for row in rows], units_of(units, {h: h for h in heads}))
-            )
-    return Html("".join(parts))
-
-
-def plain(values: Any) -> bool:
-    """Whether a column fits into cells."""
-    return all(value is None or isinstance(value, (int, float, str)) for value in values)
 
 
 def units_of(units: dict[str, str], names: dict[str, str]) -> str:
@@ -266,19 +242,3 @@ def lens(tree: dict[str, Any]) -> Html:
     right = tree["units"]["hit"].removeprefix("whether the likeliest is ")
     caption = f"The first {len(lines)} tokens: likeliest next token and its probability in %; bold: {right}"
     return table(["after", *(f"r = {r}" for r in tree["depths"])], lines, caption)
-
-
-def benchmarks(folder: Path, step: int, task: bool) -> Html:
-    """Question sets and lm-eval tasks."""
-    if task:
-        return tag("p", "None: a model that was trained on a task reads no text.")
-    parts, analysis = [], folder / "analysis"
-    for name, what in (("questions", "Questions"), ("lm_eval", "lm-eval tasks")):
-        path, command = analysis / f"{name}.json", f"python experiments/{name}.py {folder}"
-        parts.append(tag("h3", what))
-        if not path.is_file():
-            parts.append(missing(f"{what}: none were run.", command))
-            continue
-        parts.append(read(path, command, lambda tree: Html(generic(tree) + made_by(tree, step))))
-        parts += [picture(p, f"{what}: {p.stem}") for p in sorted(analysis.glob(f"{name}*.png"))]
-    return Html("".join(parts))
