@@ -232,7 +232,7 @@ def main() -> int:
 
     reuse_freed_memory()
     from rdlm.report.results import write_result
-    from rdlm.tasks.comparison import S3, Trials, compete, summary
+    from rdlm.tasks.comparison import S3, Trials, beside_earlier, compete, summary
 
     require(len(set(args.methods)) == len(args.methods) > 0, "--methods", args.methods, "must be different methods")
     check_seeds(args.seeds)
@@ -260,6 +260,7 @@ def main() -> int:
             **summary(made["seeds"]), "tuning": made["tuning"], "rows": made["seeds"],
         }  # fmt: skip
         print(line(name, found[name]), flush=True)
+    found = beside_earlier(results / "baselines.json", found, get_args(Name))
     units = {
         "training_flops": "forward and backward, whole training", "mean": "accuracy, half width of its 95 % interval",
         "last_quarter": "the same of the longest quarter of prefixes", "depths": "recurrences",

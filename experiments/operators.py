@@ -230,7 +230,7 @@ def main() -> int:
 
     reuse_freed_memory()
     from rdlm.report.results import write_result
-    from rdlm.tasks.comparison import S3, Trials, compete, summary
+    from rdlm.tasks.comparison import S3, Trials, beside_earlier, compete, summary
 
     require(len(set(args.methods)) == len(args.methods) > 0, "--methods", args.methods, "must be different methods")
     check_seeds(args.seeds)
@@ -255,6 +255,7 @@ def main() -> int:
         made = compete(name, trials, (RATE,), args.seeds, runs, options)
         found[name] = {"label": method.label, **summary(made["seeds"]), "rows": made["seeds"]}
         print(line(name, found[name], protocol.depths), flush=True)
+    found = beside_earlier(results / "operators.json", found, get_args(Name))
     units = {
         "mean": "accuracy, half width of its 95 % interval", "depths": "recurrences", "residual": "relative, per row",
         "evaluations": "calls of the core until every row of a batch is below the tolerance, at most MOST_READ",

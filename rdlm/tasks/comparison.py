@@ -7,6 +7,7 @@ it on instances nobody trained on; `compete` chooses a learning rate and runs al
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from rdlm.optim import optimizer
 from rdlm.recurrence import max_gradient_steps, sample_steps
 from rdlm.tasks.depth import counted, logits_by_depth
 from rdlm.tasks.instance import Task, batch
-from rdlm.tasks.record import commit, interval, processor_seconds, remembered, rounded
+from rdlm.tasks.record import command, commit, interval, processor_seconds, remembered, rounded
 from rdlm.tasks.training import TEST_STREAM, Diverged, train
 from rdlm.tasks.words import WordProblem
 
@@ -242,3 +243,12 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         for name in (good[0]["tests"] if good else ())
     }
     return {"failed": failed, "diverged": [row["seed"] for row in rows if not row["tests"]], "tests": tests}
+
+
+def beside_earlier(path: Path, found: Mapping[str, Any], order: Sequence[str]) -> dict[str, Any]:
+    """{method: result} in `order`: those just `found`, with the command and commit that found them, and the others of
+    an earlier result file at `path`, so that methods can be run one by one."""
+    made = {"command": command(), "commit": commit()}
+    earlier = json.loads(path.read_text())["methods"] if path.exists() else {}
+    both = earlier | {name: {**made, **result} for name, result in found.items()}
+    return {name: both[name] for name in order if name in both}
