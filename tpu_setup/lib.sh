@@ -229,7 +229,7 @@ on_all() {
   return "$worst"
 }
 
-# run_state ASSUMED [ID]: what the workers do, one word: none | running | done | preempted | wrong | failed |
+# run_state ASSUMED [ID]: what the workers do, one word: none | running | done | preempted | wrong | alarm | failed |
 # unreachable. ID: of a certain run; otherwise of the newest.
 run_state() {
   local said
@@ -243,6 +243,7 @@ run_state() {
   case $said in
     *running*) echo running ;;
     *wrong*) echo wrong ;;
+    *" alarm "*) echo alarm ;;
     *failed* | *lost*) echo failed ;;
     *preempted*) echo preempted ;;
     *none*) echo none ;;

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # supervise.sh SCRIPT ARGS...: keep an experiment running until it is done: make the TPU, set it up, run; after a
 # preemption delete, make it anew, resume. Exit codes of the run: 0 done, 75 preempted and saved (resume at once),
-# 2 wrong input (give up), others: again after a pause, MAX_TRIES times in a row. At the end: WHEN_DONE.
+# 2 wrong input and 3 stopped by an alarm (give up), others: again after a pause, MAX_TRIES times in a row. At the end:
+# WHEN_DONE.
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 settings
 check_script "$@"
@@ -75,6 +76,7 @@ while :; do
       ;;
     done) end 0 "done" ;;
     wrong) end 2 "the run refused its input; see the log" ;;
+    alarm) end 3 "an alarm stopped the run, and it is saved; see the log" ;;
     none) step setup.sh && step run.sh "$@" || true ;;
     preempted) step run.sh "$@" || true ;;
     failed) trouble "the run failed" && step run.sh "$@" || true ;;

@@ -24,6 +24,7 @@ status() {
     case $code in
       0) echo "$id done" ;;
       75) echo "$id preempted (saved, exit code 75)" ;;
+      3) echo "$id alarm (saved, exit code 3)" ;;
       2) echo "$id wrong input (exit code 2): $(tail -n 1 "$STATE/$id/log")" ;;
       *) echo "$id failed (exit code $code): $(tail -n 1 "$STATE/$id/log")" ;;
     esac

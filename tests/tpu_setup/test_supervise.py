@@ -61,6 +61,8 @@ TABLE = [
              {}, {"run": "done"}], [*UP, *["start"] * 3, "delete"]),
     Scenario("lost with its worker's restart", [{"run": "lost"}, {}, {"run": "done"}], [*UP, "start", "delete"]),
     Scenario("exit 2 gives up at once", [{"run": "wrong input"}], [*UP, "delete"], code=2, says=("refused its input",)),
+    Scenario("exit 3 gives up at once", [{"run": "alarm (saved, exit code 3)"}], [*UP, "delete"], code=3,
+             says=("an alarm stopped the run",)),
     Scenario("hours are over", [{"clock": 1_007_200}], [*UP, "stop", "delete"], code=1,
              says=("MAX_HOURS = 2 are over", "same command goes on"), settings={"MAX_HOURS": "2"}),
     Scenario("hours are over while it waits", [{"queue": "ACCEPTED"}, {"clock": 1_007_200}, {}], ["create", "delete"],
