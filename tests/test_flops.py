@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from rdlm import flops
+from rdlm import flops, metrics
 from rdlm.cache import allocate
 from rdlm.config import PRESETS, CachePolicy, ModelConfig
 from rdlm.config.presets import HUGINN_3P5B, HUGINN_TPU
@@ -42,6 +42,9 @@ def test_parameters_of_the_published_model():
     assert flops.parameters(HUGINN_3P5B) == 3_564_976_800
     assert flops.block_parameters(HUGINN_3P5B) == 395_398_080
     assert flops.core_parameters(HUGINN_3P5B) == 1_581_592_320
+    shapes = jax.eval_shape(lambda key: init_params(HUGINN_3P5B, key), jax.random.key(0))
+    parts = {name: math.prod(shapes[name].shape) for name in ("adapter", "wte")}
+    assert parts == {"adapter": 55_756_800, "wte": 346_030_080}
     assert flops.parameters(HUGINN_TPU) == pytest.approx(3_564_976_800, rel=0.01)
     for r in (1, 8, 32):
         assert flops.materialised_parameters(HUGINN_3P5B, r) == pytest.approx(3.565e9 + 1.5816e9 * (r - 1), rel=1e-4)
@@ -57,6 +60,23 @@ def test_training_flops_of_the_published_model(keys, recomputed, expected):
     # GFLOP per token at n = 25, k = 8 (with the unsplit adapter).
     work = flops.training_flops(HUGINN_3P5B, 25, 8, keys) + recomputed * flops.core_flops(HUGINN_3P5B, keys)
     assert round(work / 1e9) == expected
+
+
+def test_mfu_is_counted_with_full_attention_and_without_recomputation(monkeypatch):
+    # The published convention, 190 GFLOP per token at n = 25, k = 8, whatever the run recomputes: steps of 7 seconds.
+    clock = iter((0.0, 1.0, 8.0, 15.0))
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock))
+    run, peak = PRESETS["huginn_3p5b"], 256 * 197e12
+    assert run.recurrence.remat != "none"
+    meter = metrics.Meter(run, peak)
+    assert "mfu" not in meter.measure(25, 8)  # it compiles
+    tokens = 4096 * 4096
+    found, deeper = meter.measure(25, 8), meter.measure(26, 8)
+    assert found["tokens_per_second"] == tokens / 7
+    assert round(found["mfu"] * peak * 7 / tokens / 1e9) == 190
+    # One more recurrence without gradient is one forward pass of the core: 3.7 GFLOP.
+    more = (deeper["mfu"] - found["mfu"]) * peak * 7 / tokens
+    assert more == pytest.approx(2 * 4 * (395_398_080 - 4 * 5280 - 2 * 5280) + 4 * 5280**2 + 4 * 4 * 4096 * 5280)
 
 
 def test_forward_flops_are_twice_the_matrix_elements_touched():
