@@ -11,7 +11,7 @@ from rdlm.page.parts import Html, tag
 
 COLOURS = 6
 """Of lines and their keys: --c0 to --c5 of the style, after Okabe and Ito, darker on white and lighter on black."""
-LEFT, RIGHT, TOP, BOTTOM, HEIGHT = 42, 350, 22, 184, 220
+LEFT, RIGHT, TOP, BOTTOM, HEIGHT = 46, 350, 22, 184, 220
 _DASHES = ("", "6 3", "2 3", "8 3 2 3", "1 3", "10 4")
 
 
@@ -116,11 +116,10 @@ class _Axis:
     def ticks(self) -> list[tuple[float, str]]:
         """(place, label) of about five round values."""
         if self.log:
-            values = _log_ticks(self.low, self.high)
-        else:
-            step = _round_step((self.high - self.low) / 5)
-            values = [i * step for i in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
-        return [(self(v), _label(v)) for v in values]
+            return [(self(v), _label(v, v)) for v in _log_ticks(self.low, self.high)]
+        step = _round_step((self.high - self.low) / 5)
+        values = [i * step for i in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
+        return [(self(v), _label(v, step, max(map(abs, values)))) for v in values]
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
@@ -136,8 +135,13 @@ def _round_step(step: float) -> float:
     return next(m * power for m in (1, 2, 5, 10) if m * power >= step * (1 - 1e-9))
 
 
-def _label(value: float) -> str:
-    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{unit}"
-    return "0" if abs(value) < 1e-15 else f"{value:.3g}"
+def _label(value: float, step: float, largest: float | None = None) -> str:
+    """A tick's label, of as many digits as tell it from one that is `step` away."""
+    most = abs(value) if largest is None else largest
+    units = {1e12: "T", 1e9: "G", 1e6: "M", 1e3: "k", 1.0: ""}
+    size = next((u for u in units if most >= u), 1.0)
+    if 0 < most < 0.01:
+        size = 10.0 ** math.floor(math.log10(most) + 1e-9)
+    digits = max(0, math.ceil(-math.log10(step / size) - 1e-9))
+    unit = units.get(size, f"e{round(math.log10(size))}")
+    return "0" if abs(value) < 1e-9 * step else f"{value / size:.{digits}f}{unit}"

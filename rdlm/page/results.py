@@ -11,7 +11,7 @@ from typing import Any
 
 from rdlm import calibration
 from rdlm.config import InputError
-from rdlm.page.charts import Series, chart
+from rdlm.page.charts import COLOURS, Series, chart
 from rdlm.page.parts import Html, details, missing, picture, table, tag
 from rdlm.report import shown
 
@@ -132,19 +132,16 @@ def calibrated(folder: Path, step: int) -> Html:
     if not found:
         return missing("No exit rule is calibrated.", command)
     rows = [
-        [x.rule, "none" if x.threshold is None else x.threshold, f"{1 - x.epsilon:g}", f"{1 - x.delta:g}",
-         percent(x.agreement), percent(x.checked_agreement), x.mean_steps, x.flops_per_token, percent(x.flops_saved, 0)]
+        [
+            x.rule, "none" if x.threshold is None else x.threshold, percent(x.agreement), percent(x.checked_agreement),
+            x.mean_steps, x.flops_per_token, percent(x.flops_saved, 0),
+        ]
         for x in found.values()
     ]  # fmt: skip
-    heads = [
-        "rule", "threshold", "promised", "confidence", "agreement", "on other rows", "mean r", "FLOPs/token", "saved"
-    ]  # fmt: skip
-    note = (
-        "Agreement: share of tokens whose likeliest next token is that of full depth. Saved: FLOPs against full depth."
-    )
-    lines = [
-        Series(x.rule, [t[2] for t in x.tried], [100 * t[1] for t in x.tried]) for x in list(found.values())[:6]
-    ]  # fmt: skip
+    heads = ["rule", "threshold", "agreement", "on other rows", "mean r", "FLOPs/token", "saved"]
+    note = "Agreement: tokens whose likeliest next token is that of full depth. Saved: FLOPs against full depth."
+    some = list(found.values())[:COLOURS]
+    lines = [Series(x.rule, [t[2] for t in x.tried], [100 * t[1] for t in x.tried]) for x in some]
     alt = "Agreement with full depth by mean recurrences, for every threshold that was tested: " + ", ".join(found)
     drawn = chart(lines, x="mean recurrences per token", y="agreement with full depth (%)", alt=alt)
     words = "".join(tag("p", words) for words in dict.fromkeys(promise(x) for x in found.values()))

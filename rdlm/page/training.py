@@ -48,16 +48,16 @@ def training(folder: Path) -> Html:
     depths = [name for name in names if name.startswith(VALIDATION)]
     vital = [name for name in names if name.startswith(VITAL)]
     rest = [name for name in names if name not in (*known, *depths, *vital)]
-    parts: list[Any] = [progress(rows, known)]
+    parts: list[Any] = []
     for name in known:
         parts.append(metric(rows, name, chosen[name]))
-        if name == "loss" and depths:
-            parts.append(validated(rows, depths))
+        if name == "loss":
+            parts += [progress(rows, known), validated(rows, depths)]
         if name == DRAWN:
             parts.append(draws(rows))
     parts.append(vitals(rows, vital) if vital else "")
     if rest:
-        parts.append(details(f"{len(rest)} more numbers", *(metric(rows, name, name) for name in rest)))
+        parts.append(details(f"Further numbers: {len(rest)}", *(metric(rows, name, name) for name in rest)))
     return Html("".join(parts))
 
 
