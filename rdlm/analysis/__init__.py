@@ -13,16 +13,16 @@ from rdlm.analysis.contraction import Contraction, contraction
 from rdlm.analysis.held_out import HeldOut, held_out, validation
 from rdlm.analysis.independence import from_starts, spread
 from rdlm.analysis.lens import Lens, lens
-from rdlm.analysis.paths import KINDS, SETTLED, Path, classify, distances, pca, rate, settled_after
+from rdlm.analysis.paths import KINDS, SETTLED, Classified, classify, distances, pca, rate, settled_after
 
 __all__ = [
     "KINDS",
     "SETTLED",
     "Captured",
+    "Classified",
     "Contraction",
     "HeldOut",
     "Lens",
-    "Path",
     "Recurrence",
     "capture",
     "classify",

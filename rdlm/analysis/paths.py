@@ -1,6 +1,6 @@
 """A token's path through latent space: does it come to rest, go round, or drift? NumPy on captured states.
 
-Classes, by what the second half of the path (the tail) does, in this order; `Path` holds the numbers behind each:
+Classes, by what the second half of the path (the tail) does, in this order; `Classified` holds the numbers behind each:
 
   fixed point  it rests: the tail's points are within SETTLED of their mean, relative to the state's length; or it is
                coming to rest: its steps shrink, the mean one of the last quarter of the path being below SHRINKS of
@@ -33,7 +33,7 @@ Kind = Literal["fixed point", "orbit", "slider", "unsettled"]
 KINDS: tuple[Kind, ...] = ("fixed point", "orbit", "slider", "unsettled")
 
 
-class Path(NamedTuple):
+class Classified(NamedTuple):
     """How a path ends.
 
     spread: root mean square distance of the tail's points to their mean, over the mean length of the state. shrink:
@@ -101,7 +101,7 @@ def recurrence_distance(tail: np.ndarray) -> np.ndarray:
     return np.array([((tail[p:] - tail[: len(tail) - p]) ** 2).sum(-1).mean() / (2 * variance) for p in lags])
 
 
-def classify(path: np.ndarray) -> Path:
+def classify(path: np.ndarray) -> Classified:
     """The class of a path [R+1, D], s_0 .. s_R, with R at least SHORTEST.
 
     Raises:
@@ -132,7 +132,7 @@ def classify(path: np.ndarray) -> Path:
         kind = "slider"
     elif period is not None:
         kind = "orbit"
-    return Path(kind, spread, shrink, straight, returns, period, rate(distances(path)))
+    return Classified(kind, spread, shrink, straight, returns, period, rate(distances(path)))
 
 
 def _period(lag: np.ndarray) -> tuple[float | None, float | None]:
