@@ -5,10 +5,6 @@ import functools
 import importlib
 import json
 import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import jax
@@ -202,35 +198,6 @@ def test_a_half_written_checkpoint_is_never_picked_up(tmp_path):
         load_checkpoint(tmp_path / "nowhere")
 
 
-# The same command after a kill
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    return tmp_path_factory.mktemp("train")
-
-
-def start(work, name):
-    command = [
-        sys.executable, str(ROOT / "experiments" / "train.py"), "nano", "--run-dir", str(work / name),
-        "--data.folder", str(work / "data"), "--evaluation.batches", "1", "--evaluation.depths", "1", "4",
-        "--steps", "40", "--checkpoint.every", "7",
-    ]  # fmt: skip
-    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-
-
-def interrupt(process, folder, after, how):
-    """Send `how` once metrics.jsonl has `after` rows; returns the exit code."""
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline and process.poll() is None:
-        if len(steps_of(folder)) >= after:
-            process.send_signal(how)
-            break
-        time.sleep(0.005)
-    process.communicate(timeout=240)
-    return process.returncode
-
-
 def steps_of(folder):
     return {row["step"] for row in read_metrics(folder) if "loss" in row}
 
@@ -238,51 +205,6 @@ def steps_of(folder):
 def curve(folder):
     """What must be equal, of every step."""
     return [(r["step"], r["loss"], r["n"], r["k"], r["grad_norm"]) for r in read_metrics(folder) if "loss" in r]
-
-
-@pytest.mark.slow
-def test_a_killed_run_goes_on_to_the_same_numbers_bit_for_bit(work):
-    whole = start(work, "whole")  # beside the others: they find the data, or make it too
-    folder, at = work / "killed", random.SystemRandom().randint(8, 20)
-    assert interrupt(start(work, "killed"), folder, at, signal.SIGKILL) == -signal.SIGKILL
-    assert interrupt(start(work, "killed"), folder, at + 10, signal.SIGTERM) == 75
-    saved = saved_steps(folder)[-1]
-    assert at <= saved < 40
-    last = start(work, "killed")
-    assert last.wait(300) == 0
-    assert f"resuming {folder} at step {saved}" in last.stderr.read()
-    assert whole.wait(300) == 0, whole.stderr.read()
-    expected = curve(work / "whole")
-    assert [step for step, *_ in expected] == list(range(40))
-    assert curve(folder) == expected, f"killed after {at} steps, saved at {saved}"
-    assert (folder / "loss_by_depth.json").read_text() == (work / "whole" / "loss_by_depth.json").read_text()
-    ours, theirs = (load_checkpoint(work / name)[0] for name in ("killed", "whole"))
-    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
-
-    # What the finished folder says of damage.
-    for path in (folder / "checkpoints" / "40" / "params").rglob("*"):
-        if path.is_file() and path.parent.name == "d":
-            path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(InputError, match="damaged") as refused:
-        load_checkpoint(folder)
-    assert "\n" not in str(refused.value)
-    with pytest.raises(InputError, match="step = 3: not saved"):
-        load_checkpoint(folder, step=3)
-
-
-@pytest.mark.slow
-def test_a_run_killed_before_its_first_checkpoint_starts_again(work):
-    folder = work / "early"
-    process = start(work, "early")
-    deadline = time.monotonic() + 120
-    while not (folder / "checkpoints").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.kill()
-    process.communicate()
-    assert not saved_steps(folder)
-    again = start(work, "early")
-    assert interrupt(again, folder, 3, signal.SIGTERM) == 75
-    assert steps_of(folder) >= {0, 1, 2}
 
 
 def test_metrics_drop_what_a_lost_stretch_wrote(tmp_path):

@@ -143,7 +143,7 @@ def leaving_on_sigterm() -> Iterator[None]:
 
     def end(*_: Any) -> None:
         why = "preempted before training began; run the same command to go on"
-        print(why, file=sys.stderr, flush=True)
+        os.write(2, f"{why}\n".encode())  # sys.stderr may be someone else's at the moment, or in use
         lifelines.leave(EXIT_PREEMPTED, why)
         os._exit(EXIT_PREEMPTED)
 
