@@ -10,7 +10,9 @@ import collections
 import dataclasses
 import math
 import os
+import pathlib
 import re
+import tempfile
 from typing import Any
 
 import jax
@@ -50,6 +52,33 @@ def specs(tree: Any, sharding: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
+LOOPS = ("recurrence_free", "recurrence_forward", "recurrence_backward")
+"""Names that `rdlm.recurrence.unroll_recomputed` gives its loops; a compiled program still carries them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """Devices talking to each other at one place of a program.
+
+    kind: all-gather, all-reduce, reduce-scatter, all-to-all, ... size: bytes of the whole array on one chip (what a
+    gather makes, what a reduction starts from). group: devices that take part. loops: the loops that reach it: those of
+    `LOOPS`, or "other".
+    """
+
+    kind: str
+    size: int
+    group: int
+    loops: tuple[str, ...]
+
+    @property
+    def wire(self) -> float:
+        """Bytes that one chip receives, in the best way there is (a ring)."""
+        share = (self.group - 1) / self.group
+        if self.kind == "collective-permute":
+            return self.size
+        return self.size * share * (2 if self.kind == "all-reduce" else 1)
+
+
 @dataclasses.dataclass(frozen=True)
 class Program:
     """A compiled program. Bytes per chip; `peak` is arguments and temporaries, results share the arguments' memory."""
@@ -69,12 +98,76 @@ class Program:
         """Copies and transpositions of at least `least` bytes: {(inside a loop, shape): how many}."""
         found: collections.Counter[tuple[bool, str]] = collections.Counter()
         computations = _computations(self.text)
-        looped = _reached_from_loops(computations)
+        looped = _loops_around(computations)
         for name, lines in computations.items():
             for shape, operation in (m.groups() for m in map(_INSTRUCTION.match, lines) if m):
                 if operation in ("copy", "copy-start", "transpose") and _bytes(shape) >= least:
                     found[name in looped, shape] += 1
         return found
+
+    def collectives(self) -> list[Collective]:
+        """Everything the devices tell each other.
+
+        A gather that the compiler spreads over several fused operations (one channel) counts once. It may begin before
+        a loop, make way during its turns, and end after it: then it is not one of the loop.
+
+        Raises:
+          ValueError: the text holds a collective that was not understood; nothing is silently left out.
+        """
+        computations = _computations(self.text)
+        loops = _loops_around(computations)
+        found: dict[Any, tuple[str, int, int, list[set[str]]]] = {}
+        parsed = 0
+        for name, lines in computations.items():
+            for line in lines:
+                match = _COLLECTIVE.search(line)
+                if match is None:
+                    continue
+                parsed += 1
+                shapes, kind, started = match["shapes"], match["kind"], match["start"]
+                sizes = [_bytes(shape) for shape in _SHAPE.findall(shapes)]
+                if started and kind != "all-reduce":  # its result holds the arguments too, before the results
+                    sizes = sizes[len(sizes) // 2 :]
+                group = _group(line)
+                size = sum(sizes) * (group if kind == "reduce-scatter" else 1)
+                channel = re.search(r"channel_id=(\d+)", line)
+                same = (kind, channel[1], shapes) if channel else (kind, name, line)
+                found.setdefault(same, (kind, size, group, []))[3].append(loops.get(name, set()))
+        raw = len(_RAW_COLLECTIVE.findall(self.text))
+        if raw != parsed:
+            raise ValueError(f"{raw} collectives in the program, {parsed} understood")
+        return [
+            Collective(kind, size, group, tuple(sorted(set.union(*parts))) if all(parts) else ())
+            for kind, size, group, parts in found.values()
+        ]
+
+    def traffic(self) -> dict[str, int]:
+        """Estimated bytes read and written in HBM by one turn of each loop of `LOOPS`, and by all the rest ("once").
+
+        Arguments and results of every operation that is not fused into another, arrays kept in the chip's fast memory
+        left out. Loops other than the recurrences count as often as the compiler knows they run.
+        """
+        computations = _computations(self.text)
+        loops, turns = _loops_around(computations), _known_turns(self.text)
+        fused = set(re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", self.text))
+        total: dict[str, int] = dict.fromkeys((*LOOPS, "once"), 0)
+        for name, lines in computations.items():
+            if name in fused:
+                continue
+            shapes: dict[str, int] = {}
+            moved = 0
+            for line in lines:
+                match = _RESULT.match(line)
+                if match is None:
+                    continue
+                shapes[match["name"]] = sum(_bytes(x) for x in _SHAPE.findall(_FAST.sub("", match["shape"])))
+                if match["operation"] in _FREE:
+                    continue
+                arguments = re.findall(r"%([\w.\-]+)", line[match.end() :].split("), ")[0])
+                moved += shapes[match["name"]] + sum(shapes.get(a, 0) for a in arguments)
+            inside = [loop for loop in loops.get(name, ()) if loop in LOOPS]
+            total[inside[0] if inside else "once"] += moved * turns.get(name, 1)
+        return total
 
 
 def limit(device: Any) -> float:
@@ -88,22 +181,35 @@ def limit(device: Any) -> float:
     return HBM_GIB[device.device_kind]
 
 
+class DoesNotFit(InputError):
+    """A program that needs more memory than a chip has. needed, available: GiB per chip."""
+
+    def __init__(self, needed: float, available: float):
+        super().__init__(f"the program needs {needed} GiB of {available} GiB per chip: use a smaller batch")
+        self.needed, self.available = needed, available
+
+
 def compile_program(lowered: Any) -> Program:
     """Compile what `jax.jit(f).lower(...)` returned.
 
     Raises:
-      InputError: it does not fit; says how much it needs and has.
+      DoesNotFit: says how much it needs and has.
     """
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        found = re.search(r"temporaries \(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)", str(error))
-        if found is None:
-            raise
-        raise InputError(f"the program needs {found[1]} GiB of {found[2]} GiB per chip: use a smaller batch") from error
+    with tempfile.TemporaryDirectory() as folder:
+        # Large programs cannot be asked for their text, so the compiler writes it down as it goes.
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        try:
+            compiled = lowered.compile(compiler_options=options)
+        except jax.errors.JaxRuntimeError as error:
+            found = re.search(r"temporaries \(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)", str(error))
+            found = found or re.search(r"Used ([\d.]+)G of ([\d.]+)G hbm", str(error))
+            if found is None:
+                raise
+            raise DoesNotFit(float(found[1]), float(found[2])) from error
+        text = "\n".join(path.read_text() for path in sorted(pathlib.Path(folder).glob("*.after_optimizations.txt")))
     memory = compiled.memory_analysis()
     return Program(
-        compiled.as_text(), memory.argument_size_in_bytes, memory.temp_size_in_bytes, memory.output_size_in_bytes,
+        text, memory.argument_size_in_bytes, memory.temp_size_in_bytes, memory.output_size_in_bytes,
         memory.alias_size_in_bytes,
     )  # fmt: skip
 
@@ -124,24 +230,72 @@ def _computations(text: str) -> dict[str, list[str]]:
     return found
 
 
-def _reached_from_loops(computations: dict[str, list[str]]) -> set[str]:
-    """Names of those that run inside some while loop."""
+def _calls(computations: dict[str, list[str]]) -> dict[str, set[str]]:
+    """The computations that each one calls."""
     calls: dict[str, set[str]] = {}
-    todo: list[str] = []
     for name, lines in computations.items():
         text = "\n".join(lines)
         called = re.findall(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)", text)
-        for group in re.findall(r"branch_computations=\{([^}]*)\}", text):
+        for group in re.findall(r"(?:branch_computations|called_computations)=\{([^}]*)\}", text):
             called += [branch.strip().lstrip("%") for branch in group.split(",")]
         calls[name] = set(called)
-        todo += re.findall(r"body=%?([\w.\-]+)", text)
-    reached: set[str] = set()
-    while todo:
-        name = todo.pop()
-        if name not in reached:
-            reached.add(name)
-            todo += calls.get(name, ())
-    return reached
+    return calls
+
+
+def _loops_around(computations: dict[str, list[str]]) -> dict[str, set[str]]:
+    """Of every computation the loops that reach it: names of `LOOPS`, or "other"."""
+    calls = _calls(computations)
+    around: dict[str, set[str]] = collections.defaultdict(set)
+    for lines in computations.values():
+        for line in lines:
+            body = re.search(r" while\(.*body=%?([\w.\-]+)", line)
+            if body is None:
+                continue
+            label = next((loop for loop in LOOPS if loop in line), "other")
+            todo = [body[1]]
+            while todo:
+                name = todo.pop()
+                if label not in around[name]:
+                    around[name].add(label)
+                    todo += calls.get(name, ())
+    return around
+
+
+def _known_turns(text: str) -> dict[str, int]:
+    """How often the bodies of loops run whose number of turns the compiler knows."""
+    found = re.findall(r"body=%?([\w.\-]+).*?known_trip_count\D+(\d+)", text)
+    return {body: int(count) for body, count in found}
+
+
+def _group(line: str) -> int:
+    """How many devices take part in the collective of a line.
+
+    Raises:
+      ValueError: its groups are written in a way that is not known here.
+    """
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+        return listed[1].count(",") + 1
+    if counted := re.search(r"replica_groups=\[\d+,(\d+)\]<=", line):
+        return int(counted[1])
+    if meshed := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", line):
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", meshed[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", meshed[2]))
+    if "source_target_pairs" in line:
+        return 2
+    raise ValueError(f"collective with unknown groups: {line.strip()[:300]}")
+
+
+_SHAPE = re.compile(r"\w+\[[\d,]*\]")
+_FAST = re.compile(r"\w+\[[\d,]*\]\{[^}]*S\(1\)[^}]*\}")
+_KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute|collective-broadcast"
+_COLLECTIVE = re.compile(rf" = (?P<shapes>.*?) (?P<kind>{_KINDS})(?P<start>-start)?\(")
+_RAW_COLLECTIVE = re.compile(rf"[ =](?:{_KINDS})(?:-start)?\(%")
+_RESULT = re.compile(r"^\s*(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<shape>.*?) (?P<operation>[a-z][\w\-]*)\(")
+_FREE = {
+    "parameter", "tuple", "get-tuple-element", "bitcast", "constant", "while", "conditional", "call", "iota",
+    "optimization-barrier", "after-all", "partition-id", "replica-id",
+}  # fmt: skip
+"""Operations that move nothing themselves."""
 
 
 def _bytes(shape: str) -> int:

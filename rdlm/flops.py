@@ -2,20 +2,49 @@
 
 from __future__ import annotations
 
-from rdlm.config import CachePolicy, ModelConfig
+from typing import NamedTuple
+
+from rdlm.config import CachePolicy, InputError, ModelConfig
 from rdlm.memory import stored_width
 
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU7x": 2307e12,
+
+class Chip(NamedTuple):
+    """What a chip can do at best, from its datasheet.
+
+    flops: bf16 FLOP/s. memory: HBM bytes/s. interconnect: bytes/s it receives over all its links to other chips.
+    """
+
+    flops: float
+    memory: float
+    interconnect: float
+
+
+CHIPS = {
+    "TPU v4": Chip(275e12, 1228e9, 300e9),
+    "TPU v5 lite": Chip(197e12, 819e9, 200e9),
+    "TPU v5": Chip(459e12, 2765e9, 600e9),
+    "TPU v6 lite": Chip(918e12, 1638e9, 448e9),
+    "TPU7x": Chip(2307e12, 7380e9, 1200e9),
 }
-"""bf16 FLOP/s of one chip by `device_kind`, from the datasheets."""
+"""Chips by `device_kind`."""
+
+ALIASES = {"TPU v5e": "TPU v5 lite", "TPU v5p": "TPU v5", "TPU v6e": "TPU v6 lite"}
+
+
+def datasheet(device_kind: str) -> Chip:
+    """The chip called `device_kind`.
+
+    Raises:
+      InputError: a chip that is not known here.
+    """
+    name = ALIASES.get(device_kind, device_kind)
+    if name not in CHIPS:
+        raise InputError(f"{device_kind}: its datasheet is not known; known are {', '.join(CHIPS)}")
+    return CHIPS[name]
+
+
+PEAK_FLOPS = {name: CHIPS[ALIASES.get(name, name)].flops for name in (*CHIPS, *ALIASES)}
+"""bf16 FLOP/s of one chip by `device_kind`."""
 
 
 def block_matrices(config: ModelConfig) -> int:

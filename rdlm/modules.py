@@ -144,7 +144,7 @@ class SelfAttention(nn.Module):
         qkv = qkv.reshape(B, L, K, G + 2, Q)
         q, k, v = qkv[:, :, :, :G].reshape(B, L, H, Q), qkv[:, :, :, G], qkv[:, :, :, G + 1]
         if cfg.qk_bias:
-            bias = weight(self, "qk_bias", (2, H, Q), 0.0, (None, "heads", None), dtype)
+            bias = weight(self, "qk_bias", (2, H, Q), 0.0, (None, "head", None), dtype)
             q, k = q + bias[None, None, 0], jnp.repeat(k, G, axis=2) + bias[None, None, 1]
         cos, sin = jax.lax.stop_gradient((ctx.cos, ctx.sin))  # or a loop's backward pass works out theirs
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)

@@ -220,7 +220,7 @@ def test_every_preset_is_split_over_any_pod(name, chips):
     shapes = jax.eval_shape(lambda: init_params(run.model, jax.random.key(0)))
     specs = sharding.parameter_specs(mesh, logical_axes(run.model), shapes)
     matrix = specs["core_0"]["mlp"]["proj"]
-    assert np.prod([mesh.shape[a] for part in matrix for a in part or ()]) == fsdp
+    assert np.prod([mesh.shape[a] for part in matrix for a in sharding._axes(part)]) == fsdp
 
 
 class FakeMesh:
