@@ -137,8 +137,8 @@ def _load(manager: TaskManager, name: str) -> list[Task | Group]:
             f"task {name!r}: its data cannot be found ({_first_line(error)}); files are looked for from the folder "
             f"where the command runs, and other data sets need a network"
         ) from error
-    except (IndexError, datasets.exceptions.DatasetGenerationError) as error:
-        cause = error.__cause__ or error
+    except (IndexError, StopIteration, datasets.exceptions.DatasetGenerationError) as error:
+        cause = error.__cause__ or error  # a file without a line is a StopIteration
         raise InputError(f"task {name!r}: its data are empty or damaged ({_first_line(cause)})") from error
     except (KeyError, ValueError, TypeError, AttributeError, OSError, yaml.YAMLError) as error:
         raise InputError(f"task {name!r}: cannot be loaded ({type(error).__name__}: {_first_line(error)})") from error
