@@ -217,6 +217,10 @@ def picture(path: Path, found: dict[str, Any], depths: tuple[int, ...]) -> None:
             if name in found and found[name]["tests"]:
                 mean = [pair[0] for pair in found[name]["tests"][test]["mean"]]
                 axes.plot(depths, mean, color=colour, marker=marker, markersize=5, label=METHODS[name].label)
+                if name == "equilibrium":  # trained to be solved, not iterated
+                    solved = found[name]["tests"][test]["anderson_accuracy"][0]
+                    label = f"... solved by Anderson, up to {MOST_READ} evaluations"
+                    axes.plot(MOST_READ, solved, color=colour, marker="*", markersize=11, linestyle="", label=label)
         axes.set(title=f"S3, {test}", xlabel="recurrences r", ylabel="accuracy", xscale="log", ylim=(0, 1.03))
         axes.set_xticks(depths, map(str, depths))
         axes.minorticks_off()

@@ -63,7 +63,7 @@ def test_finished_parts_are_remembered_with_what_made_them(tmp_path):
 
 
 def row(seed, *means, rate=1e-3):
-    tests = {"length 16": {"mean": list(means), "last_quarter": list(means)}} if means else {}
+    tests = {"length 16": {"mean": list(means), "last_quarter": list(means), "steps": 8 * means[0]}} if means else {}
     return {"seed": seed, "learning_rate": rate, "tests": tests}
 
 
@@ -74,6 +74,7 @@ def test_failures_are_counted_and_stay_in_the_means():
     (first, _), (second, half) = found["tests"]["length 16"]["mean"]
     assert (first, second) == (0.3, 0.75)
     assert half == pytest.approx(12.706 * 0.25, abs=1e-3)
+    assert found["tests"]["length 16"]["steps"][0] == 2.4
 
 
 def test_the_better_rate_is_chosen_by_the_tuning_seed_alone(tmp_path):

@@ -224,23 +224,25 @@ def _score(row: dict[str, Any]) -> float:
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of the rows of a method: {"failed", "diverged": seeds, "tests": {name: {"mean", "last_quarter": [R pairs]}}}.
+    """Of a method's rows: {"failed", "diverged": seeds, "tests": {name: {"mean", "last_quarter": [R pairs], facts}}}.
 
-    Pairs are (mean, half the width of its interval) over the seeds that did not diverge, one per depth. Failed are
+    Pairs, and facts, are (mean, half the width of its interval) over the seeds that did not diverge. Failed are
     those that diverged or stayed below LEARNT on the first test at every depth; the latter are part of the means.
     """
     good = [row for row in rows if row["tests"]]
     failed = [
         row["seed"] for row in rows if not row["tests"] or max(next(iter(row["tests"].values()))["mean"]) < LEARNT
     ]
+
+    def over_seeds(name: str, part: str) -> Any:
+        values = [row["tests"][name][part] for row in good]
+        if isinstance(values[0], list):
+            return [tuple(rounded(interval(at_r))) for at_r in zip(*values, strict=True)]
+        return tuple(rounded(interval(values)))
+
     tests = {
-        name: {
-            part: [
-                tuple(rounded(interval(at_r))) for at_r in zip(*(row["tests"][name][part] for row in good), strict=True)
-            ]
-            for part in ("mean", "last_quarter")
-        }
-        for name in (good[0]["tests"] if good else ())
+        name: {part: over_seeds(name, part) for part in found}
+        for name, found in (good[0]["tests"].items() if good else ())
     }
     return {"failed": failed, "diverged": [row["seed"] for row in rows if not row["tests"]], "tests": tests}
 
