@@ -1,7 +1,7 @@
 """What does depth buy, and what do exit rules save? Quality against effort of a trained run, fixed depth and exits.
 
     python experiments/depth_sweep.py runs/quickstart
-    python experiments/depth_sweep.py runs/s3 --size 32                  # words of 32 letters, twice training's
+    python experiments/depth_sweep.py runs/s3 --size 32 --batches 4      # words of 32 letters, twice training's
     python experiments/depth_sweep.py RUN --depths 1 4 16 --batches 2 --rules kl gated_kl
 
 All fixed depths come from one unroll and cost little more than the deepest. Then every exit rule is run at several
@@ -9,7 +9,8 @@ thresholds, on the same labels and initial states, with at most the deepest of -
 text, or new instances of its task. Prints a table; writes RUN/analysis/depth_sweep.json, .csv and, where matplotlib is
 installed, .png. Every row has mean recurrences and FLOPs per token (attention counted in full; every look of a rule at
 logits costs coda and head) and the parameters of the unrolled model. Exit codes: 0 done, 2 wrong input.
-Hardware: any; two CPU cores take two to four minutes for runs/quickstart.
+Hardware: any. On two CPU cores with a load of 15, runs/s3 took 4 minutes (73 s of processor time for four batches) and
+runs/quickstart 11.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Args:
     """Fixed recurrences r. Exit rules stop after at most the largest."""
     rules: tuple[Rule, ...] = tuple(THRESHOLDS)
     """Exit rules to try, each at several thresholds."""
-    batches: int | None = 4
+    batches: int | None = 2
     """Batches of held-out data. None: all of them."""
     size: int | None = None
     """Of a task's instances: letters, operators, hops, distance. None: as large as training's."""
@@ -164,13 +165,15 @@ def row(
 
 def show(what: str, rows: list[dict[str, Any]], tokens: int) -> None:
     """Print the table."""
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     text = rows[0]["bits_per_byte"] == rows[0]["bits_per_byte"]  # a task has none: NaN
-    table = Table(title=what, caption=f"{tokens:,} scored tokens; *: no other row is as good for fewer FLOPs")
-    table.add_column("rule and threshold", no_wrap=True)
-    heads = ("nats", *(("bits/byte",) if text else ()), "accuracy", "recurrences", "MFLOP/token", "parameters*r")
+    caption = f"{tokens:,} scored tokens; *: no other row is as good for fewer FLOPs"
+    table = Table(title=what, caption=caption, box=SIMPLE_HEAD)
+    table.add_column("rule, threshold", no_wrap=True)
+    heads = ("nats", *(("bits/byte",) if text else ()), "accuracy", "mean r", "MFLOP", "params")
     for head in heads:
         table.add_column(head, justify="right", no_wrap=True)
     for x in rows:

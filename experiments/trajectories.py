@@ -123,7 +123,7 @@ def chosen(args: Args, data: HeldOut) -> Text:
     assert batch is not None
     inside = batch["segment_ids"][i] == batch["segment_ids"][i][0]  # the first document of the row
     ids, labels = (batch[name][i][inside][: args.tokens] for name in ("tokens", "labels"))
-    what = f"{data.what.split(' new instances of ')[-1] if data.is_task else data.what}, row {args.row}"
+    what = f"{data.what.removeprefix('new instances of ')}, row {args.row}"
     return Text(ids, labels, data.pieces(ids), what, "the right answer" if data.is_task else "the text's next token")
 
 

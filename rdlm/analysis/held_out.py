@@ -106,7 +106,7 @@ def _instances(run: RunConfig, name: str, size: int | None) -> HeldOut:
 
     total, length = 4, len(task.instance(STREAM, 0).tokens)
     return HeldOut(
-        f"{INSTANCES * total} new instances of {task}", batches, total, length, np.zeros(run.model.rows, np.int32),
+        f"new instances of {task}", batches, total, length, np.zeros(run.model.rows, np.int32),
         lambda ids: [names[i] if i < len(names) else str(i) for i in np.asarray(ids).tolist()], None,
     )  # fmt: skip
 
