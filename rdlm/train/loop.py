@@ -281,6 +281,7 @@ class Trainer:
                         self.progress.say(f"step {step}  validation loss  {as_text(curve)}")
                         if self.alarmed(step, lines):
                             save(step)
+                            checkpoints.wait()
                             self.say(f"stopped by an alarm: saved step {step} in {self.folder}; " + GO_ON)
                             return EXIT_ALARM
                     meter.restart()
