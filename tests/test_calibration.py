@@ -318,6 +318,7 @@ def text_run(tmp_path_factory):
 CALIBRATE = ("--rules", "kl", "fixed", "--epsilon", "0.2", "--rows", "40")
 
 
+@pytest.mark.slow
 def test_calibrated_thresholds_reach_generate(text_run, command):
     code, out, err = command("calibrate_exits", text_run, *CALIBRATE)
     assert code == 0, err

@@ -89,7 +89,8 @@ def loss_by_depth(folder: Path, task: bool) -> Html:
             [Series("validation loss", r, nats)], x="recurrences r", y="validation loss (nats per token)", alt=alt,
             log_x=True,
         )  # fmt: skip
-        rows = [[a, f"{b:.4f}", "" if c is None else f"{c:+.4f}"] for a, b, c in zip(r, nats, change, strict=True)]
+        differences = ["" if c is None else f"{c:+.4f}" if abs(c) >= 5e-5 else f"{c:+.0e}" for c in change]
+        rows = [[a, f"{b:.4f}", c] for a, b, c in zip(r, nats, differences, strict=True)]
         return Html(drawn + table(["recurrences r", "nats per token", "change"], rows))
 
     return read(path, command, render)
