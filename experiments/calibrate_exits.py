@@ -9,6 +9,8 @@ after --steps recurrences, with confidence 1 - delta, on held-out text (new inst
 The method and what exactly is promised: rdlm/calibration.py. Rows that did not choose are used to look at the choice
 afterwards. Writes calibrated_exits.json into the run folder, one entry per rule. A rule of which no threshold passes is
 a result too: it is said, written down, and the command ends with 0. Exit codes: 0 done, 2 wrong input.
+Hardware: any. Processor time: some 40 s per threshold of kl on the quickstart (8 are tried), 5 s of latent_diff; 42 s
+in all for runs/s3 with four rules.
 """
 
 from __future__ import annotations
