@@ -1,30 +1,41 @@
-"""Does decoding fit on a TPU, and what would it copy? Compiled for the real chip on a machine that has none.
+"""Will it fit, and what will it wait for? Training and decoding compiled for TPUs on a machine that has none.
 
-    python experiments/aot_check.py huginn_3p5b --topology v5e:2x2 --batch-size 16 --capacity 1024 --recurrences 4
+    python experiments/aot_check.py huginn_3p5b --topology v5e:16x16
+    python experiments/aot_check.py huginn_3p5b --topology v5p:4x4x4 --gather each --search
+    python experiments/aot_check.py huginn_3p5b --topology v5e:2x2 --only decode --batch 16 --capacity 1024
 
-Compiles the token loop of `generate` (adaptive, every row at its own depth) for one chip of the topology; prints bytes
-per chip against the limit, bytes of the cache, copies of large arrays inside and outside of loops, and the seconds it
-took. Exits with 2 when it does not fit, saying what to change. Needs the extra `aot`. Two CPU cores take about two
-minutes for the 3.5B model. (Training steps and collectives: to come.)
+Training: compiles one optimizer step of the preset for the whole topology (all chips share the parameters unless
+--data says otherwise) and prints bytes per chip against the limit; what the chips tell each other, inside each of the
+three loops of the recurrence and outside, with a check that nothing in the program was overlooked; FLOPs; and an
+ESTIMATE of the time of a step from these counts and the chip's datasheet. --search: the largest microbatch that fits.
+
+Decoding: compiles the token loop of `generate` (adaptive, every row at its own depth) for one chip of the topology.
+
+Exits with 2 when something does not fit, saying what to change. Needs the extra `aot`. Two CPU cores take two to four
+minutes for each program of the 3.5B model. It proves memory, collectives and copies; never numbers or speed.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 import time
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from rdlm import aot, exits, flops
-from rdlm.config import CachePolicy, InputError, preset
+from rdlm.config import CachePolicy, Gather, InputError, MeshConfig, Remat, RunConfig, preset
 from rdlm.decode.loop import decode_tokens, progress_shapes
 from rdlm.decode.requests import as_requests
 from rdlm.model import cast, init_params
 from rdlm.runtime import parse_arguments, run_command
+from rdlm.train.ahead import lower_train_step, roofline, wire_bytes
+
+GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +43,27 @@ class Options:
     """What to compile."""
 
     topology: str = "v5e:2x2"
-    batch_size: int = 16
+    only: Literal["train", "decode"] | None = None
+    """One of the two; None: both."""
+    batch: int | None = None
+    """Sequences: training, per chip and microbatch (None: 1); decoding, per chip (None: 16)."""
+    # Training
+    data: int = 1
+    """Copies of the parameters."""
+    tensor: int = 1
+    """Chips that share a sequence."""
+    gather: Gather = "once"
+    gradient_dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Remat | None = None
+    """None: the preset's."""
+    microbatches: int = 1
+    sequence_length: int | None = None
+    """None: the preset's."""
+    search: bool = False
+    """Find the largest batch per chip and microbatch that fits (several programs)."""
+    json: bool = False
+    """Print one JSON object per program instead of text."""
+    # Decoding
     capacity: int = 1024
     """Positions of the cache per row."""
     recurrences: int | None = 4
@@ -42,40 +73,163 @@ class Options:
     exit: Literal["none", "kl", "gated_kl", "latent_diff"] = "kl"
 
 
+def as_run(base: RunConfig, o: Options, chips: int, batch: int) -> RunConfig:
+    """The preset on `chips` chips with `batch` sequences per chip and microbatch."""
+    copies = chips // o.tensor
+    length = o.sequence_length or base.data.sequence_length
+    data = dataclasses.replace(
+        base.data, batch_size=batch * copies * o.microbatches, microbatches=o.microbatches, sequence_length=length
+    )
+    if chips % (o.data * o.tensor):
+        raise InputError(f"data = {o.data}, tensor = {o.tensor}: their product must divide the {chips} chips")
+    mesh = MeshConfig(o.data, chips // (o.data * o.tensor), o.tensor, o.gather, o.gradient_dtype)
+    recurrence = dataclasses.replace(base.recurrence, remat=o.remat or base.recurrence.remat)
+    model = dataclasses.replace(base.model, compute_dtype="bfloat16")
+    return dataclasses.replace(base, model=model, data=data, mesh=mesh, recurrence=recurrence)
+
+
+def check_training(name: str, base: RunConfig, o: Options, devices: list[Any], batch: int) -> dict[str, Any]:
+    """Compile one step and count: everything that is printed."""
+    run, kind = as_run(base, o, len(devices), batch), devices[0].device_kind
+    start = time.perf_counter()
+    program = aot.compile_program(lower_train_step(run, devices))
+    model = run.model
+    k = model.backprop_depth
+    n = model.mean_recurrence + 1 - k
+    estimate = roofline(run, program, kind, len(devices), n, k)
+    wire = wire_bytes(program, n, k, run.data.microbatches)
+    counts: dict[str, int] = dict.fromkeys((*aot.LOOPS, "once"), 0)
+    kinds: dict[str, int] = {}
+    for collective in program.collectives():
+        inside = [loop for loop in collective.loops if loop in aot.LOOPS]
+        counts[inside[0] if inside else "once"] += 1
+        kinds[collective.kind] = kinds.get(collective.kind, 0) + 1
+    return {
+        "preset": name, "topology": o.topology, "chips": len(devices), "gather": o.gather,
+        "gradient_dtype": o.gradient_dtype, "remat": run.recurrence.remat, "batch_per_chip": batch,
+        "sequence_length": run.data.sequence_length, "n": n, "k": k,
+        "compile_seconds": time.perf_counter() - start,
+        "peak_gib": program.peak / GIB, "limit_gib": aot.limit(devices[0]),
+        "collectives": counts, "collective_kinds": kinds,
+        "wire_gib": {loop: size / GIB for loop, size in wire.items()},
+        "model_tflops": estimate.model_flops / 1e12, "recompute": estimate.recompute,
+        "seconds": {name: getattr(estimate, name) for name in ("compute", "memory", "interconnect")},
+        "bound": estimate.bound, "mfu": estimate.mfu, "mfu_exposed": estimate.mfu_exposed,
+    }  # fmt: skip
+
+
+def show_training(found: dict[str, Any]) -> None:
+    """Print what `check_training` found."""
+    print(
+        f"{found['preset']}, training {found['batch_per_chip']} x {found['sequence_length']} tokens per chip and "
+        f"microbatch on {found['chips']} chips of {found['topology']}, gather {found['gather']}, remat "
+        f"{found['remat']}, gradients summed in {found['gradient_dtype']}"
+    )
+    print(f"  compiled in                {found['compile_seconds']:8.1f} s")
+    print(f"  peak per chip              {found['peak_gib']:8.2f} of {found['limit_gib']} GiB")
+    print(f"  one step, n = {found['n']}, k = {found['k']}       collectives   GiB received per chip")
+    labels = dict(zip(aot.LOOPS, ("free recurrences", "gradient, forward", "gradient, backward"), strict=True))
+    for loop, count in found["collectives"].items():
+        print(f"    {labels.get(loop, 'everything else'):24} {count:8d}      {found['wire_gib'][loop]:10.2f}")
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(found["collective_kinds"].items()))
+    print(f"    all accounted for: {kinds or 'none'}")
+    print(f"  model FLOPs per chip       {found['model_tflops']:8.1f} T; done: {found['recompute']:.2f} times that")
+    times = found["seconds"]
+    print("  estimate, from counts and datasheet (not a measurement):")
+    print(f"    arithmetic {times['compute']:.2f} s, HBM {times['memory']:.2f} s, chip to chip", end=" ")
+    print(f"{times['interconnect']:.2f} s: bound by {found['bound']}")
+    print(f"    MFU at most {found['mfu']:.0%} (chip to chip hidden), {found['mfu_exposed']:.0%} (not hidden)")
+
+
+def train_report(name: str, base: RunConfig, o: Options, devices: list[Any], batch: int) -> None:
+    """Check one batch size, or search for the largest."""
+
+    def show(found: dict[str, Any]) -> None:
+        if o.json:
+            print(json.dumps(found), flush=True)
+        else:
+            show_training(found)
+
+    if not o.search:
+        show(check_training(name, base, o, devices, batch))
+        return
+    fits: dict[int, float] = {}
+    too_much: int | None = None
+    best: dict[str, Any] | None = None
+    while True:
+        print(f"  trying {batch} per chip ...", file=sys.stderr, flush=True)
+        try:
+            found = check_training(name, base, o, devices, batch)
+            fits[batch] = found["peak_gib"]
+            best = found if best is None or batch > best["batch_per_chip"] else best
+        except aot.DoesNotFit:
+            too_much = batch if too_much is None else min(too_much, batch)
+        largest = max(fits, default=0)
+        if too_much is not None and too_much <= largest + 1:
+            break
+        if len(fits) >= 2:  # memory grows by about the same for every sequence
+            (a, at_a), (b, at_b) = sorted(fits.items())[-2:]
+            guess = int(b + (aot.limit(devices[0]) - at_b) / max((at_b - at_a) / (b - a), 1e-3))
+            batch = max(largest + 1, guess if too_much is None else min(guess, too_much - 1))
+        else:
+            batch = largest + 1 if too_much is None else (largest + too_much) // 2
+    if best is None:
+        raise InputError(
+            "not even one sequence per chip fits: use --gather each, --gradient-dtype bfloat16, or more chips"
+        )
+    show(best)
+    if not o.json:
+        print(f"  largest batch per chip and microbatch: {best['batch_per_chip']}")
+
+
+def decode_report(name: str, base: RunConfig, o: Options, device: Any, batch: int) -> None:
+    """Compile the token loop for one chip and print what it needs and copies."""
+    config = dataclasses.replace(base.model, compute_dtype="bfloat16")
+    place, policy = SingleDeviceSharding(device), CachePolicy(o.recurrences)
+    if not 2 <= o.capacity <= config.max_length:
+        raise InputError(f"capacity = {o.capacity}: must be 2 .. {config.max_length}")
+    rule = None if o.exit == "none" else getattr(exits, o.exit)()
+    request = as_requests(config, [[1]] * batch, 1, num_steps=o.num_steps, exit_rule=rule)[0]
+    params = jax.eval_shape(lambda: cast(init_params(config, jax.random.key(0)), jnp.bfloat16))
+    print(
+        f"{name}, decoding {batch} x {o.capacity}, {o.num_steps} recurrences, exit {o.exit}, one chip of {o.topology}"
+    )
+    start = time.perf_counter()
+    progress = progress_shapes(params, config, request, policy, policy.sets(o.num_steps), o.capacity)
+    params, *rest = aot.specs((params, progress, request, jnp.int32(0), jnp.int32(0)), place)
+    program = aot.compile_program(decode_tokens.lower(params, config, *rest, False))
+    print(f"  compiled in                {time.perf_counter() - start:8.1f} s")
+    print(f"  parameters                 {2 * flops.parameters(config) / GIB:8.2f} GiB")
+    cached = flops.cache_bytes(config, policy, o.num_steps, batch, o.capacity, 2)
+    print(f"  cache                      {cached / GIB:8.2f} GiB, {program.shared / GIB:.2f} updated in place")
+    print(f"  temporaries                {program.temporaries / GIB:8.2f} GiB")
+    limit = aot.limit(device)
+    print(f"  peak                       {program.peak / GIB:8.2f} of {limit} GiB")
+    large = program.copies(least=2**23)
+    print(f"  copies of 8 MiB or more    {sum(large.values()):8d}")
+    for (looped, shape), count in sorted(large.items()):
+        print(f"    {count} x {shape} {'in a loop' if looped else 'once'}")
+    if program.peak > limit * GIB:
+        raise aot.DoesNotFit(round(program.peak / GIB, 2), limit)
+
+
 def main() -> int:
     args = sys.argv[1:]
     if not args or args[0].startswith("-"):
         if args[:1] in (["-h"], ["--help"]):
             parse_arguments(Options, prog="aot_check.py PRESET", description=__doc__, args=args)
         raise InputError("which preset? For example: python experiments/aot_check.py huginn_3p5b --topology v5e:2x2")
-    config = dataclasses.replace(preset(args[0]).model, compute_dtype="bfloat16")
+    base = preset(args[0])
     o = parse_arguments(Options, prog=f"aot_check.py {args[0]}", description=__doc__, args=args[1:])
-    device = aot.tpu_devices(o.topology)[0]
-    place, policy, B = SingleDeviceSharding(device), CachePolicy(o.recurrences), o.batch_size
-    if B < 1 or not 2 <= o.capacity <= config.max_length:
-        raise InputError(f"batch_size = {B}, capacity = {o.capacity}: needs at least 1 and 2 .. {config.max_length}")
-    rule = None if o.exit == "none" else getattr(exits, o.exit)()
-    request = as_requests(config, [[1]] * B, 1, num_steps=o.num_steps, exit_rule=rule)[0]
-    params = jax.eval_shape(lambda: cast(init_params(config, jax.random.key(0)), jnp.bfloat16))
-    print(f"{args[0]}, decoding {B} x {o.capacity}, {o.num_steps} recurrences, exit {o.exit}, for {o.topology}")
-    start = time.perf_counter()
-    progress = progress_shapes(params, config, request, policy, policy.sets(o.num_steps), o.capacity)
-    params, *rest = aot.specs((params, progress, request, jnp.int32(0), jnp.int32(0)), place)
-    program = aot.compile_program(decode_tokens.lower(params, config, *rest, False))
-    gib = 2**30
-    print(f"  compiled in                {time.perf_counter() - start:8.1f} s")
-    print(f"  parameters                 {2 * flops.parameters(config) / gib:8.2f} GiB")
-    cached = flops.cache_bytes(config, policy, o.num_steps, B, o.capacity, 2)
-    print(f"  cache                      {cached / gib:8.2f} GiB, {program.shared / gib:.2f} updated in place")
-    print(f"  temporaries                {program.temporaries / gib:8.2f} GiB")
-    limit = aot.limit(device)
-    print(f"  peak                       {program.peak / gib:8.2f} of {limit} GiB")
-    large = program.copies(least=2**23)
-    print(f"  copies of 8 MiB or more    {sum(large.values()):8d}")
-    for (looped, shape), count in sorted(large.items()):
-        print(f"    {count} x {shape} {'in a loop' if looped else 'once'}")
-    if program.peak > limit * gib:
-        raise InputError(f"it needs {program.peak / gib:.2f} of {limit} GiB: use a smaller batch_size or capacity")
+    for field in ("batch", "data", "tensor", "microbatches", "sequence_length"):
+        value = getattr(o, field)
+        if value is not None and value < 1:
+            raise InputError(f"{field} = {value}: must be at least 1")
+    devices = aot.tpu_devices(o.topology)
+    if o.only != "decode":
+        train_report(args[0], base, o, devices, o.batch or 1)
+    if o.only != "train":
+        decode_report(args[0], base, o, devices[0], o.batch or 16)
     return 0
 
 

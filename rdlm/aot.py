@@ -108,38 +108,34 @@ class Program:
     def collectives(self) -> list[Collective]:
         """Everything the devices tell each other.
 
-        A gather that the compiler spreads over several fused operations (one channel) counts once. It may begin before
-        a loop, make way during its turns, and end after it: then it is not one of the loop.
+        A collective that the compiler spreads over several fused operations, to hide it behind them, counts once, where
+        it starts: one that starts before a loop, makes way during its turns and ends after it is not one of the loop.
 
         Raises:
           ValueError: the text holds a collective that was not understood; nothing is silently left out.
         """
         computations = _computations(self.text)
-        loops = _loops_around(computations)
-        found: dict[Any, tuple[str, int, int, list[set[str]]]] = {}
-        parsed = 0
+        loops, callers = _loops_around(computations), _fused_by(computations)
+        found, parsed = [], 0
         for name, lines in computations.items():
-            for line in lines:
-                match = _COLLECTIVE.search(line)
-                if match is None:
-                    continue
+            for match in filter(None, map(_COLLECTIVE.search, lines)):
                 parsed += 1
-                shapes, kind, started = match["shapes"], match["kind"], match["start"]
-                sizes = [_bytes(shape) for shape in _SHAPE.findall(shapes)]
-                if started and kind != "all-reduce":  # its result holds the arguments too, before the results
-                    sizes = sizes[len(sizes) // 2 :]
+                kind, line = match["kind"], match.string
+                caller = callers.get(name, "")
+                if caller.startswith("async-collective-done") or name.startswith("async_collective_fusion"):
+                    continue  # the rest of one that was counted where it starts
+                sizes = [_bytes(shape) for shape in _SHAPE.findall(match["shapes"])]
+                if match["start"] and kind != "all-reduce":  # its result holds the arguments too, before the results
+                    sizes = sizes[len(sizes) // 2 :] if kind == "all-gather" else sizes[:1]
                 group = _group(line)
                 size = sum(sizes) * (group if kind == "reduce-scatter" else 1)
-                channel = re.search(r"channel_id=(\d+)", line)
-                same = (kind, channel[1], shapes) if channel else (kind, name, line)
-                found.setdefault(same, (kind, size, group, []))[3].append(loops.get(name, set()))
+                if name.startswith("all-reduce-scatter"):
+                    kind = "reduce-scatter"
+                found.append(Collective(kind, size, group, tuple(sorted(loops.get(name, ())))))
         raw = len(_RAW_COLLECTIVE.findall(self.text))
         if raw != parsed:
             raise ValueError(f"{raw} collectives in the program, {parsed} understood")
-        return [
-            Collective(kind, size, group, tuple(sorted(set.union(*parts))) if all(parts) else ())
-            for kind, size, group, parts in found.values()
-        ]
+        return found
 
     def traffic(self) -> dict[str, int]:
         """Estimated bytes read and written in HBM by one turn of each loop of `LOOPS`, and by all the rest ("once").
@@ -259,6 +255,16 @@ def _loops_around(computations: dict[str, list[str]]) -> dict[str, set[str]]:
                     around[name].add(label)
                     todo += calls.get(name, ())
     return around
+
+
+def _fused_by(computations: dict[str, list[str]]) -> dict[str, str]:
+    """Of every computation that an instruction fuses, the name of that instruction."""
+    found = {}
+    for lines in computations.values():
+        for match in filter(None, map(_RESULT.match, lines)):
+            for called in re.findall(r"calls=%?([\w.\-]+)", match.string):
+                found[called] = match["name"]
+    return found
 
 
 def _known_turns(text: str) -> dict[str, int]:

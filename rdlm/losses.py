@@ -167,7 +167,12 @@ def _unrolled(
         return {name: plan.fetch(name, x) for name, x in stored.items()} if once else stored
 
     def give_back(gradient: Any) -> Any:
-        return {name: plan.give_back(name, g) for name, g in gradient.items()} if once else gradient
+        if not once:
+            return gradient
+        back: Any = {}
+        for name, g in gradient.items():  # one after the other, which needs less memory
+            back[name] = plan.give_back(name, jax.lax.optimization_barrier((g, back))[0])
+        return back
 
     def step(whole: Any, injected: Array, s: Array, i: Array) -> Array:
         new, _ = core_step(whole, config, s, injected, ctx, plan=inside)

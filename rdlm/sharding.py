@@ -198,7 +198,13 @@ class Layout:
             parts = g.reshape(split).transpose(first + rest).reshape(math.prod(sizes), *(split[i] for i in rest))
             return lax.psum_scatter(parts, tuple(axis for _, axis in cuts))
 
-        return jax.tree.map(one, gradient, self.specs[name])
+        # One after the other: all at once, every one would need its own room to be turned and summed in.
+        structure: Any  # its type knows too little
+        leaves, structure = jax.tree.flatten(gradient)
+        back: list[Array] = []
+        for g, spec in zip(leaves, structure.flatten_up_to(self.specs[name]), strict=True):
+            back.append(one(lax.optimization_barrier((g, back[-1]))[0] if back else g, spec))
+        return structure.unflatten(back)
 
     def fetch(self, name: str, stored: Any) -> Any:
         """`gathered`, with `given_back` as its derivative."""

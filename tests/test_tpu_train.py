@@ -1,0 +1,128 @@
+"""Training steps compiled for a real TPU: what the chips tell each other, and when. Needs libtpu; no numerics."""
+
+import dataclasses
+
+import pytest
+
+from rdlm import aot
+from rdlm.aot import LOOPS, Collective, Program
+from rdlm.config import MeshConfig, preset
+from rdlm.train.ahead import hardware_flops, lower_train_step, roofline, wire_bytes
+
+BASE = preset("huginn_3p5b")
+# The published model's ragged width in small; long enough for the fused kernel.
+MODEL = dataclasses.replace(
+    BASE.model, embed_dim=1056, num_heads=11, mlp_dim=512, vocab_size=512, padded_vocab_size=None,
+    prelude_layers=1, core_layers=1, coda_layers=1,
+)  # fmt: skip
+
+CORE = 1056 * (3 * 1056 + 1056 + 3 * 512 + 2 * 1056) * 2  # bytes of the core block and the adapter in bf16
+
+
+def run_with(gather):
+    data = dataclasses.replace(BASE.data, tokenizer_size=512, batch_size=4, sequence_length=256)
+    return dataclasses.replace(BASE, model=MODEL, data=data, mesh=MeshConfig(1, 4, gather=gather))
+
+
+@pytest.fixture(scope="module")
+def programs():
+    pytest.importorskip("libtpu")
+    devices = aot.tpu_devices("v5e:2x2")
+    return {gather: aot.compile_program(lower_train_step(run_with(gather), devices)) for gather in ("once", "each")}
+
+
+def inside(program):
+    return {loop: sum(loop in c.loops for c in program.collectives()) for loop in LOOPS}
+
+
+@pytest.mark.slow
+def test_gathered_once_nothing_travels_inside_the_recurrence(programs):
+    assert inside(programs["once"]) == dict.fromkeys(LOOPS, 0)
+    gathered = sum(c.size for c in programs["once"].collectives() if c.kind == "all-gather")
+    assert gathered >= CORE
+    few, many = (sum(wire_bytes(programs["once"], n, 8).values()) for n in (0, 40))
+    assert few == many, "bytes between chips do not depend on the depth"
+
+
+@pytest.mark.slow
+def test_control_plain_fsdp_travels_in_every_loop(programs):
+    assert all(count >= 3 for count in inside(programs["each"]).values())
+    few, many = (sum(wire_bytes(programs["each"], n, 8).values()) for n in (0, 40))
+    used = CORE - 1056 * 1056 * 2  # the adapter's other half is used once
+    assert many - few == pytest.approx(40 * used * 3 / 4, rel=0.01), "three quarters of the core, every recurrence"
+
+
+@pytest.mark.slow
+def test_the_fused_kernel_is_in_every_loop_and_no_scores_are(programs):
+    text = programs["once"].text
+    assert "splash" in text
+    assert "[1,11,256,256]" not in text, "scores of all heads are held"
+
+
+@pytest.mark.slow
+def test_the_estimate_adds_up(programs):
+    estimate = roofline(run_with("once"), programs["once"], "TPU v5 lite", 4, 25, 8)
+    assert estimate.interconnect * 200e9 == pytest.approx(sum(wire_bytes(programs["once"], 25, 8).values()))
+    assert 0 < estimate.mfu_exposed <= estimate.mfu < 1
+    assert estimate.recompute == pytest.approx(
+        hardware_flops(run_with("once"), 25, 8) * 256 / estimate.model_flops, rel=1e-6
+    )
+
+
+# What is read from a program's text
+
+TEXT = """
+%starting (p: bf16[8,16]) -> bf16[32,16] {
+  %g.1 = bf16[32,16]{1,0} all-gather(%p), channel_id=7, replica_groups={{0,1,2,3}}, dimensions={0}
+}
+%async_collective_fusion.3 (p: bf16[8,16]) -> bf16[32,16] {
+  %g.2 = bf16[32,16]{1,0} all-gather(%p), channel_id=7, replica_groups={{0,1,2,3}}, dimensions={0}
+}
+%ending (p: bf16[8,16]) -> bf16[32,16] {
+  %g.3 = bf16[32,16]{1,0} all-gather(%p), channel_id=7, replica_groups={{0,1,2,3}}, dimensions={0}
+}
+%all-reduce-scatter.4 (p: f32[8]) -> f32[4] {
+  %a.1 = f32[8]{0} all-reduce(%p), channel_id=9, replica_groups=[2,2]<=[4], to_apply=%add
+}
+%body (s: bf16[8,16]) -> bf16[8,16] {
+  START_INSIDE
+  %f = bf16[32,16]{1,0} fusion(%s), kind=kCustom, calls=%async_collective_fusion.3
+  %r = f32[4]{0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.4
+}
+ENTRY %main (a: bf16[8,16]) -> bf16[8,16] {
+  START_OUTSIDE
+  %w = bf16[8,16] while(%a), condition=%cond, body=%body, metadata={op_name="jit(f)/recurrence_free/while"}
+  %async-collective-done.1 = bf16[32,16]{1,0} fusion(%w), kind=kCustom, calls=%ending
+  %b = (bf16[8,16], bf16[32,16]) all-gather-start(%a), channel_id=8, replica_groups={{0,1,2,3}}, dimensions={0}
+  %c = f32[2,3]{1,0} reduce-scatter(%d), channel_id=11, replica_groups=mesh['x'=4,'y'=2] {'x'}, dimensions={0}
+}
+"""
+START = "%async-collective-start.1 = bf16[32,16]{1,0} fusion(%a), kind=kCustom, calls=%starting"
+
+
+def read(text):
+    return Program(text, 0, 0, 0, 0).collectives()
+
+
+@pytest.mark.parametrize("where", ["INSIDE", "OUTSIDE"])
+def test_collectives_are_read_with_the_loops_they_start_in(where):
+    found = read(TEXT.replace(f"START_{where}", START))
+    assert found == [
+        Collective("all-gather", 1024, 4, ("recurrence_free",) if where == "INSIDE" else ()),
+        Collective("reduce-scatter", 32, 2, ("recurrence_free",)),
+        Collective("all-gather", 1024, 4, ()),
+        Collective("reduce-scatter", 96, 4, ()),
+    ]
+    assert [c.wire for c in found] == [768, 16, 768, 72]
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        "  %z = bf16[4]\n  all-gather(%a), channel_id=12",  # broken over lines
+        "  %z = bf16[4]{0} all-gather(%a), channel_id=12, replica_groups=something_new",
+    ],
+)
+def test_control_nothing_is_left_out_in_silence(odd):
+    with pytest.raises(ValueError, match=r"collectives in the program|unknown groups"):
+        read(TEXT + "%more (a: bf16[4]) -> bf16[4] {\n" + odd + "\n}\n")
