@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rdlm.attention import HIDDEN, attend, attend_past, causal_bias
+from rdlm.attention import HIDDEN, attend, attend_flash, attend_past, causal_bias
 
 B, H, Q = 2, 4, 8
 
@@ -138,3 +138,21 @@ def test_control_a_wrong_mask_shows(later):
     right, wrong = (jax.jit(softmax_attention)(*inputs(20), v) for v in (visible, too_many))
     assert np.abs(out - right).max() < 1e-5
     assert np.abs(out - wrong).max() > 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [96, 128])
+def test_the_fused_kernel_is_softmax_attention_with_its_gradients(width):
+    """The TPU kernel interpreted on the CPU, at both head widths of the large presets, over packed documents."""
+    L, heads = 256, 2
+    q, k, v = (random(i, 1, L, heads, width) for i in (1, 2, 3))
+    ids = jnp.asarray(segments(L)[:1], jnp.int32)
+    read = random(4, 1, L, heads * width) * (np.asarray(ids) > 0)[..., None]  # nobody reads padding
+    bias = causal_bias(ids, L)
+    flash = jax.value_and_grad(lambda *x: (attend_flash(*x, ids, interpret=True) * read).sum(), argnums=(0, 1, 2))
+    plain = jax.value_and_grad(lambda *x: (attend(*x, bias) * read).sum(), argnums=(0, 1, 2))
+    found, expected = flash(q, k, v), plain(q, k, v)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+    wrong = flash(q, k, np.roll(v, 1, axis=1))
+    assert abs(wrong[0] - expected[0]) > 1e-2
