@@ -138,6 +138,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
+            logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # where all the other arrays' failures would go
             directory = Path(self.manager.directory)
             for partial in directory.glob("*" + _PARTIAL):  # it is of no use, and the disk may be full of it
                 shutil.rmtree(partial, ignore_errors=True)

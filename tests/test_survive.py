@@ -351,7 +351,7 @@ class Runs:
     """Runs of `experiments/train.py nano` in a folder, with compiled programs in common."""
 
     def __init__(self, folder, data):
-        self.folder, self.data, self.started = folder, data, 0
+        self.folder, self.data, self.started = folder, data, []
 
     def start(self, run, *arguments, devices=1, **environment):
         """A process of its own; what it says is in .said."""
@@ -367,11 +367,11 @@ class Runs:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "RDLM_COMPILE_CACHE": str(self.folder / "compiled"),
         }
-        self.started += 1
-        said = self.folder / f"said{self.started}"
+        said = self.folder / f"said{len(self.started)}"
         with said.open("w") as file:
             process = subprocess.Popen([*map(str, command)], stderr=file, env=os.environ | environment, cwd=ROOT)
         process.said = said
+        self.started.append(process)
         return process
 
     def two(self, run, *arguments):
@@ -384,7 +384,10 @@ class Runs:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, data):
-    return Runs(tmp_path_factory.mktemp("runs"), data)
+    made = Runs(tmp_path_factory.mktemp("runs"), data)
+    yield made
+    for process in made.started:  # what a failed test left
+        process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -398,7 +401,7 @@ def whole(runs):
 
 def when(condition, *processes):
     """Return once the processes train and `condition` holds."""
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 500  # one of two processes may have to compile alone, on a busy machine
     while not (all("compiled programs" in p.said.read_text() for p in processes[:1]) and condition()):
         assert time.monotonic() < deadline, "it does not happen"
         for process in processes:
@@ -413,7 +416,7 @@ def send(process, number):
 
 
 def ended(process):
-    code = process.wait(300)
+    code = process.wait(500)
     return code, process.said.read_text().splitlines()
 
 
