@@ -444,8 +444,9 @@ class Browser:
         return json.loads(found["result"]["value"])
 
     def close(self):
-        self.process.kill()
-        self.process.wait()
+        self.session = None
+        self("Browser.close")  # in good order: killed, it would leave its helpers behind
+        self.process.wait(timeout=60)
         os.close(self.out), os.close(self.inp)
         shutil.rmtree(self.profile, ignore_errors=True)
 
