@@ -1,10 +1,21 @@
 """How should the recurrence be trained? Gradient and depth, deep supervision, or as a deep equilibrium model.
 
-    python experiments/operators.py                        # everything
-    python experiments/operators.py --methods k4 equilibrium --seeds 0 1 2
-    python experiments/operators.py --quick                # the machinery alone, a minute or two
+    python experiments/operators.py                                  # eight ways, three seeds each: an hour or two
+    python experiments/operators.py --methods k4 equilibrium --seeds 0
+    python experiments/operators.py --quick                          # the machinery alone, some minutes
 
-TO BE WRITTEN
+The same 132,736 parameters, trained in different ways on the same S3 words of 16 letters at learning rate 1e-3: with
+gradient through the last k = 1, 4, 8 or all recurrences; at a fixed r; with a depth of its own for every sequence; with
+the loss taken after each of the last four recurrences; and as a deep equilibrium model (`rdlm.equilibrium`: Anderson
+acceleration, at most 16 evaluations forward and 8 for the implicit gradient). Each is read at every r on words of 16
+and 32 letters, and solved: evaluations of the core until the relative change of every row is below 1e-3 (at most 64),
+by plain iteration and by Anderson, for the state and for the linear system of its gradient.
+Finished runs are remembered in runs/operators, a file each; methods that are not asked for keep their results.
+
+Hardware: any. A run takes 1 to 2.6 processor minutes.
+Found: trained by unrolling, the core has a fixed point that both solvers find (Anderson in 24 evaluations, plain
+iteration in 34). Trained at equilibrium it learnt a fixed point that plain iteration runs away from, and .76 of the
+answers where the unrolled model has .999 (one seed). Numbers, and what has not been run: experiments/README.md.
 """
 
 from __future__ import annotations
