@@ -4,8 +4,9 @@
     python experiments/bench_train.py --remat iteration --batch-size 4
 
 Prints tokens/s, model GFLOP/s (analytic: full attention, unsplit adapter, no recomputation) and their ratio to a
-1024^3 f32 matrix product measured before and after in the same process; and the cost of one more free recurrence (n)
-and of one more with gradient (k), from which step times at other depths follow. One program serves every depth.
+1024^3 f32 matrix product measured before and after in the same process; the cost of one more free recurrence (n) and
+of one more with gradient (k), from which step times at other depths follow, beside a recurrence measured by itself; and
+what a warm persistent cache leaves of the time to compile. One program serves every depth.
 Hardware: any; 2 CPU cores take about two minutes. Expected there: a ratio of 0.5 or more, see the README.
 """
 
@@ -15,6 +16,7 @@ import dataclasses
 import json
 import math
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rdlm import flops
@@ -29,7 +32,7 @@ from rdlm.config import ModelConfig, Remat
 from rdlm.losses import loss
 from rdlm.memory import Plan, reuse_freed_memory
 from rdlm.metrics import measured_matmul_peak
-from rdlm.model import init_params
+from rdlm.model import context, core_step, embed, init_params, inject
 from rdlm.runtime import parse_arguments, run_command
 
 
@@ -69,6 +72,44 @@ def fastest(run: Callable[[], object], repeats: int) -> float:
     return best
 
 
+def core_seconds(config: ModelConfig, params: Any, tokens: jax.Array, repeats: int) -> dict[str, float]:
+    """One recurrence by itself, forward, and forward and backward: what the two slopes of a step should be."""
+    ctx = context(config, jnp.arange(tokens.shape[1]), None)
+    injected = inject(params, config, embed(params, config, tokens, ctx)[0])
+
+    def core(params: Any, injected: jax.Array, s: jax.Array) -> jax.Array:
+        return core_step(params, config, s, injected, ctx)[0]
+
+    def pulled(params: Any, injected: jax.Array, s: jax.Array) -> Any:
+        out, pull = jax.vjp(core, params, injected, s)
+        return pull(out)
+
+    only = {name: x for name, x in params.items() if name.startswith(("core", "adapter"))}
+    forward, both = (jax.jit(f) for f in (core, pulled))
+    return {
+        "seconds_core_forward": fastest(lambda: forward(only, injected, injected), repeats),
+        "seconds_core_forward_backward": fastest(lambda: both(only, injected, injected), repeats),
+    }
+
+
+def compile_seconds(lower: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds to compile what `lower` returns with an empty persistent cache, and with one that holds it."""
+    with tempfile.TemporaryDirectory() as folder:
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        found = []
+        for _ in range(2):
+            jax.clear_caches()
+            compilation_cache.reset_cache()
+            lowered = lower()
+            start = time.perf_counter()
+            lowered.compile()
+            found.append(time.perf_counter() - start)
+        jax.config.update("jax_compilation_cache_dir", None)
+        compilation_cache.reset_cache()
+    return found[0], found[1]
+
+
 def measure(options: Options) -> dict[str, float]:
     """All figures of one run."""
     prelude, core, coda = options.layers
@@ -93,6 +134,7 @@ def measure(options: Options) -> dict[str, float]:
     def seconds(n: int, k: int) -> float:
         return fastest(lambda: step(params, jnp.int32(n), jnp.int32(k)), options.repeats)
 
+    cold, warm = compile_seconds(lambda: step.lower(params, jnp.int32(options.n), jnp.int32(options.k)))
     before = measured_matmul_peak()
     full = seconds(options.n, options.k)
     more_n, less_k = seconds(options.n + 8, options.k), seconds(options.n, max(options.k - 4, 0))
@@ -107,7 +149,10 @@ def measure(options: Options) -> dict[str, float]:
         "ratio": work / full / best,
         "seconds_per_free_recurrence": (more_n - full) / 8,
         "seconds_per_gradient_recurrence": (full - less_k) / min(4, options.k) if options.k else 0.0,
+        **core_seconds(config, params, rows[:, :-1], options.repeats),
         "compiled_programs": step._cache_size(),
+        "compile_seconds_cold": cold,
+        "compile_seconds_warm_share": warm / cold,
     }
 
 

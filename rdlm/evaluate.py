@@ -11,12 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import PartitionSpec
 
 from rdlm import flops
 from rdlm.config import InputError, ModelConfig
 from rdlm.exits import ExitRule
 from rdlm.losses import IGNORED, as_batch, batch_state, cross_entropy, is_likeliest, scores_by_depth
 from rdlm.model import Params, forward
+from rdlm.sharding import SPLIT, Layout
 
 
 class DepthCurve(NamedTuple):
@@ -79,11 +81,34 @@ def sweep_flops(config: ModelConfig, depths: tuple[int, ...], length: int) -> fl
     return flops.forward_flops(config, depths[-1], length) + (len(depths) - 1) * flops.check_flops(config, length)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "depths"))
-def _sums(params: Params, config: ModelConfig, batch: dict[str, Array], depths: tuple[int, ...], token_bytes: Array):
-    labelled = as_batch(batch)
-    losses, right = scores_by_depth(params, config, labelled, depths, jax.random.key(0))
-    return losses.sum((1, 2)), right.sum((1, 2)), *_scored(labelled.labels, token_bytes)
+@functools.partial(jax.jit, static_argnames=("config", "depths", "layout"))
+def _sums(
+    params: Params, config: ModelConfig, batch: dict[str, Array], depths: tuple[int, ...], token_bytes: Array,
+    layout: Layout | None = None,
+):  # fmt: skip
+    """Sums over a batch: of losses and of right tokens per depth, of scored labels, of their bytes."""
+    if layout is None:
+        labelled = as_batch(batch)
+        losses, right = scores_by_depth(params, config, labelled, depths, jax.random.key(0))
+        return losses.sum((1, 2)), right.sum((1, 2)), *_scored(labelled.labels, token_bytes)
+
+    def mine(params: Params, batch: dict[str, Array], token_bytes: Array) -> Any:
+        # All weights are fetched once for all depths; a row at a time, so that logits of one row are all that is held.
+        whole = {name: layout.fetch(name, stored) for name, stored in params.items()}
+
+        def one(row: dict[str, Array]) -> Any:
+            labelled = as_batch({name: x[None] for name, x in row.items()})
+            losses, right = scores_by_depth(whole, config, labelled, depths, jax.random.key(0), layout.flash)
+            return losses.sum((1, 2)), right.sum((1, 2)), *_scored(labelled.labels, token_bytes)
+
+        return jax.lax.psum(jax.tree.map(lambda x: x.sum(0), jax.lax.map(one, batch)), SPLIT)
+
+    every, rows = PartitionSpec(), PartitionSpec(SPLIT)
+    spread = jax.shard_map(
+        mine, mesh=layout.mesh, in_specs=(layout.parameter_parts, jax.tree.map(lambda _: rows, batch), every),
+        out_specs=every, axis_names=set(layout.manual), check_vma=False,
+    )  # fmt: skip
+    return spread(params, batch, token_bytes)
 
 
 def _scored(labels: Array, token_bytes: Array) -> tuple[Array, Array]:
@@ -101,6 +126,7 @@ def depth_curve(
     token_bytes: np.ndarray,
     place: Callable[[Any], Any] = lambda batch: batch,
     stop: Callable[[], bool] = lambda: False,
+    layout: Layout | None = None,
 ) -> DepthCurve | None:
     """Loss and accuracy at each depth over `batches`, from one unroll to the deepest. Sums are kept in float64.
 
@@ -111,6 +137,7 @@ def depth_curve(
       token_bytes: int [V], bytes of text behind each token (zeros where there is no text: bits per byte become NaN).
       place: puts a batch onto devices.
       stop: polled between batches; when true the result is None.
+      layout: how weights travel, where parameters and rows are split over a mesh.
 
     Raises:
       InputError: depths that are not increasing, or nothing to score.
@@ -122,7 +149,7 @@ def depth_curve(
     for batch in batches:
         if stop():
             return None
-        s, h, c, b = _sums(params, config, place(batch), tuple(depths), table)
+        s, h, c, b = _sums(params, config, place(batch), tuple(depths), table, layout)
         sums, hits = sums + np.asarray(s, np.float64), hits + np.asarray(h)
         count, size = count + int(c), size + int(b)
     if not count:

@@ -245,13 +245,14 @@ def loss(
 
 
 def scores_by_depth(
-    params: Params, config: ModelConfig, batch: Batch, depths: tuple[int, ...], key: Array | None = None
-) -> tuple[Array, Array]:
+    params: Params, config: ModelConfig, batch: Batch, depths: tuple[int, ...], key: Array | None = None,
+    flash: bool = False,
+) -> tuple[Array, Array]:  # fmt: skip
     """Cross-entropies f32 and whether the label is the likeliest token, bool, both [len(depths), B, L], at each depth.
 
-    One unroll, no gradient.
+    One unroll, no gradient. flash: as in `token_losses`.
     """
-    step, s, ctx = _setup(params, config, batch, None, key)
+    step, s, ctx = _setup(params, config, batch, None, key, flash)
 
     def read(s: Array) -> tuple[Array, Array]:
         logits, _ = readout(params, config, s, ctx)
@@ -261,8 +262,10 @@ def scores_by_depth(
     return jnp.stack(losses), jnp.stack(right)
 
 
-def _setup(params: Params, config: ModelConfig, batch: Batch, state: Array | None, key: Array | None):
-    ctx = context(config, batch.positions, batch.segment_ids)
+def _setup(
+    params: Params, config: ModelConfig, batch: Batch, state: Array | None, key: Array | None, flash: bool = False
+):  # fmt: skip
+    ctx = context(config, batch.positions, batch.segment_ids, flash=flash)
     s = batch_state(params, config, batch, state, key)
     e, _ = embed(params, config, batch.tokens, ctx)
     injected = inject(params, config, e)

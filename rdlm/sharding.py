@@ -134,7 +134,7 @@ def check_batch(mesh: Mesh, batch_size: int, microbatches: int = 1) -> None:
         )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # compared by identity, so that programs may depend on one
 class Layout:
     """How the weights of one model travel between devices inside `jax.shard_map`.
 
@@ -151,6 +151,16 @@ class Layout:
     def manual(self) -> frozenset[str]:
         """Axes spelled out here; the tensor axis is the compiler's when there is one."""
         return frozenset(SPLIT if self.mesh.shape["tensor"] > 1 else AXES)
+
+    @property
+    def flash(self) -> bool:
+        """Whether attention inside `jax.shard_map` can use the fused kernel: on TPUs."""
+        return self.mesh.devices.flat[0].platform == "tpu"
+
+    @property
+    def parameter_parts(self) -> Any:
+        """Of all parameters, `inside` their specs: how `jax.shard_map` takes them."""
+        return jax.tree.map(self.inside, self.specs, is_leaf=_is_spec)
 
     def inside(self, spec: PartitionSpec) -> PartitionSpec:
         """`spec` as `jax.shard_map` wants it: without the compiler's axis."""

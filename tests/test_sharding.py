@@ -10,6 +10,7 @@ import pytest
 
 from rdlm import sharding
 from rdlm.config import InputError, MeshConfig, preset
+from rdlm.evaluate import depth_curve
 from rdlm.losses import loss
 from rdlm.model import init_params, logical_axes
 from rdlm.recurrence import max_gradient_steps
@@ -244,3 +245,23 @@ def test_what_does_not_divide_is_refused():
         sharding.check_batch(sharding.make_mesh(MeshConfig(2, 4), MODEL), 12)
     with pytest.raises(InputError, match=r"multiple of 16 = devices x data.microbatches \(try 32\)"):
         sharding.check_batch(sharding.make_mesh(MeshConfig(2, 4), MODEL), 24, 2)
+
+
+@pytest.mark.slow
+def test_the_depth_curve_does_not_depend_on_the_mesh():
+    bytes_of = np.arange(MODEL.vocab_size) % 7
+    params, depths = init_params(MODEL, jax.random.key(0)), (1, 2, 5)
+    one = depth_curve(params, MODEL, [batch()], depths, bytes_of)
+    run = run_of({"data": 2, "fsdp": 4})
+    mesh = sharding.make_mesh(run.mesh, MODEL)
+    layout = layout_of(run, mesh)
+    placed = jax.device_put(params, sharding.named(mesh, layout.specs))
+
+    def place(rows):
+        return jax.device_put(rows, sharding.batch_sharding(mesh))
+
+    many = depth_curve(placed, MODEL, [batch()], depths, bytes_of, place, layout=layout)
+    np.testing.assert_allclose(many.nats, one.nats, rtol=1e-5)
+    assert (many.tokens, many.bytes, many.accuracy) == (one.tokens, one.bytes, one.accuracy)
+    deeper = depth_curve(placed, MODEL, [batch()], (1, 2, 6), bytes_of, place, layout=layout)
+    assert abs(deeper.nats[-1] - one.nats[-1]) > 1e-4

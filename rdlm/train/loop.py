@@ -97,12 +97,17 @@ class Trainer:
         """Loss by depth on `batches` validation batches (None: all); None when stopped."""
         return depth_curve(
             params, self.config.model, self.validation.batches(batches), self.config.evaluation.depths,
-            self.tokenizer.token_bytes, self.place, stop,
+            self.tokenizer.token_bytes, self.place, stop, self.layout,
         )  # fmt: skip
 
     def examine(self, params: Params, done: int) -> tuple[dict[str, Any], list[str]]:
-        """(vitals on the first validation batch, with the alarms among them; the alarms), after `done` steps."""
+        """(vitals on the first validation batch, with the alarms among them; the alarms), after `done` steps.
+
+        Of a large batch some 4,096 tokens per device are enough, and their states fit beside a large model.
+        """
         (batch,) = self.validation.batches(1)
+        rows = max(1, 4096 // self.config.data.sequence_length) * len(self.mesh.local_devices)
+        batch = {name: x[:rows] for name, x in batch.items()}
         found = vitals(params, self.config.model, self.place(batch))
         quiet = done < max(self.config.alarms.start, self.config.optimizer.warmup_steps)
         lines = [] if quiet else alarms(found)

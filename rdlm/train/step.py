@@ -86,7 +86,7 @@ def gradients(
     if layout is None:
         return _gradients(run, params, batch, step, _draws(run, batch, step), layout=None)
     every, rows = PartitionSpec(), PartitionSpec(SPLIT)
-    inside = jax.tree.map(layout.inside, layout.specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
+    inside = layout.parameter_parts
     draws = _draws(run, batch, step)
     placed: Any = _Draws(every, every, rows if run.recurrence.draw == "sequence" else every)
     spread = jax.shard_map(
@@ -131,7 +131,7 @@ def _gradients(run: RunConfig, params: Params, batch: Any, step: Array, draws: _
         plan = Plan(run.recurrence.remat, run.mesh.gather, sum_dtype=wide)
     else:
         plan = Plan(run.recurrence.remat, run.mesh.gather, layout.fetch, layout.given_back, wide)
-    flash = layout is not None and layout.mesh.devices.flat[0].platform == "tpu"
+    flash = layout is not None and layout.flash
 
     def part(params: Params, batch: Batch, n: Array, k: Array, rows: Any) -> Array:
         losses = token_losses(
