@@ -10,6 +10,7 @@ from rdlm.config.run import (
     CheckpointConfig,
     DataConfig,
     EvaluationConfig,
+    MeshConfig,
     OptimizerConfig,
     RecurrenceConfig,
     RunConfig,
@@ -52,6 +53,7 @@ def _presets() -> dict[str, RunConfig]:
     )
     pod = RunConfig(
         model=HUGINN_3P5B,
+        mesh=MeshConfig(data=1, fsdp=-1),  # no chip holds it alone
         recurrence=RecurrenceConfig(remat="layer"),
         optimizer=OptimizerConfig(
             name="ellis_adam", learning_rate=4e-5, warmup_steps=4096, cooldown_steps=4096, eps=1e-6, weight_decay=4e-5
