@@ -142,7 +142,7 @@ def test_every_row_may_have_its_own_depth():
     rows = batch()
     scored = rows["labels"] != -100
     alone = jax.jit(  # a row alone, at the depth it drew
-        lambda row, n, k: jax.value_and_grad(rdlm_loss)(init_params(MODEL, jax.random.key(0)), row, n, k)
+        lambda row, n, k: jax.value_and_grad(loss_alone)(init_params(MODEL, jax.random.key(0)), row, n, k)
     )
     for b in range(B):
         weight = float(follows(rows, b).sum())

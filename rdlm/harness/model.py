@@ -137,10 +137,10 @@ class DepthLM(LM):
             exit_rule=rule, init_scale=self.init_scale, max_queue=len(wanted),
         )  # fmt: skip
         served = []
-        for i, w in enumerate(wanted):
+        for w in wanted:  # one key for all, so that no answer depends on the order of the requests
             w.request = engine.submit(
                 w.tokens, max_new_tokens=w.most, sampling=w.sampling, on_token=w.token,
-                key=jax.random.fold_in(jax.random.key(self.seed), i),
+                key=jax.random.key(self.seed),
             )  # fmt: skip
             served.append(w.request)
         while engine.step():
