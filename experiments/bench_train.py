@@ -127,14 +127,15 @@ def measure(options: Options) -> dict[str, float]:
     params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
     rows = jax.device_put(rows, NamedSharding(mesh, PartitionSpec("data")))
     plan = Plan(options.remat)
+    # Rows are an argument: captured, they would lose their split, and every device would work on all of them.
     step: Any = jax.jit(  # its cache size is not part of its type
-        jax.value_and_grad(lambda params, n, k: loss(params, config, rows, steps=(n, k), max_k=options.k, plan=plan))
+        jax.value_and_grad(lambda p, rows, n, k: loss(p, config, rows, steps=(n, k), max_k=options.k, plan=plan))
     )
 
     def seconds(n: int, k: int) -> float:
-        return fastest(lambda: step(params, jnp.int32(n), jnp.int32(k)), options.repeats)
+        return fastest(lambda: step(params, rows, jnp.int32(n), jnp.int32(k)), options.repeats)
 
-    cold, warm = compile_seconds(lambda: step.lower(params, jnp.int32(options.n), jnp.int32(options.k)))
+    cold, warm = compile_seconds(lambda: step.lower(params, rows, jnp.int32(options.n), jnp.int32(options.k)))
     before = measured_matmul_peak()
     full = seconds(options.n, options.k)
     more_n, less_k = seconds(options.n + 8, options.k), seconds(options.n, max(options.k - 4, 0))
