@@ -109,7 +109,7 @@ def check_training(name: str, base: RunConfig, o: Options, devices: list[Any], b
         "gradient_dtype": o.gradient_dtype, "remat": run.recurrence.remat, "batch_per_chip": batch,
         "sequence_length": run.data.sequence_length, "n": n, "k": k,
         "compile_seconds": time.perf_counter() - start,
-        "peak_gib": program.peak / GIB, "limit_gib": aot.limit(devices[0]),
+        "peak_gib": program.peak / GIB, "limit_gib": flops.datasheet(kind).gib,
         "collectives": counts, "collective_kinds": kinds,
         "wire_gib": {loop: size / GIB for loop, size in wire.items()},
         "model_tflops": estimate.model_flops / 1e12, "recompute": estimate.recompute,
@@ -169,7 +169,7 @@ def train_report(name: str, base: RunConfig, o: Options, devices: list[Any], bat
             break
         if len(fits) >= 2:  # memory grows by about the same for every sequence
             (a, at_a), (b, at_b) = sorted(fits.items())[-2:]
-            guess = int(b + (aot.limit(devices[0]) - at_b) / max((at_b - at_a) / (b - a), 1e-3))
+            guess = int(b + (flops.datasheet(devices[0].device_kind).gib - at_b) / max((at_b - at_a) / (b - a), 1e-3))
             batch = max(largest + 1, guess if too_much is None else min(guess, too_much - 1))
         else:
             batch = largest + 1 if too_much is None else (largest + too_much) // 2
@@ -203,7 +203,7 @@ def decode_report(name: str, base: RunConfig, o: Options, device: Any, batch: in
     cached = flops.cache_bytes(config, policy, o.num_steps, batch, o.capacity, 2)
     print(f"  cache                      {cached / GIB:8.2f} GiB, {program.shared / GIB:.2f} updated in place")
     print(f"  temporaries                {program.temporaries / GIB:8.2f} GiB")
-    limit = aot.limit(device)
+    limit = flops.datasheet(device.device_kind).gib
     print(f"  peak                       {program.peak / GIB:8.2f} of {limit} GiB")
     large = program.copies(least=2**23)
     print(f"  copies of 8 MiB or more    {sum(large.values()):8d}")

@@ -20,9 +20,6 @@ from jax.experimental import topologies
 
 from rdlm.config import InputError
 
-HBM_GIB = {"TPU v4": 32, "TPU v5 lite": 15.75, "TPU v5": 95, "TPU v5p": 95, "TPU v6 lite": 31.25, "TPU7x": 94.75}
-"""GiB a program may use on one chip, by `device_kind`, as the compiler counts them."""
-
 _ITEM = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8}
 
 
@@ -164,17 +161,6 @@ class Program:
             inside = [loop for loop in loops.get(name, ()) if loop in LOOPS]
             total[inside[0] if inside else "once"] += moved * turns.get(name, 1)
         return total
-
-
-def limit(device: Any) -> float:
-    """GiB that a program may use on a chip like `device`.
-
-    Raises:
-      InputError: a chip whose memory is not known here.
-    """
-    if device.device_kind not in HBM_GIB:
-        raise InputError(f"{device.device_kind}: its memory is not known; known are {', '.join(HBM_GIB)}")
-    return HBM_GIB[device.device_kind]
 
 
 class DoesNotFit(InputError):

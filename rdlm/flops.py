@@ -12,23 +12,30 @@ class Chip(NamedTuple):
     """What a chip can do at best, from its datasheet.
 
     flops: bf16 FLOP/s. memory: HBM bytes/s. interconnect: bytes/s it receives over all its links to other chips.
+    gib: GiB of HBM that a program may use, as the compiler counts them.
     """
 
     flops: float
     memory: float
     interconnect: float
+    gib: float
 
 
 CHIPS = {
-    "TPU v4": Chip(275e12, 1228e9, 300e9),
-    "TPU v5 lite": Chip(197e12, 819e9, 200e9),
-    "TPU v5": Chip(459e12, 2765e9, 600e9),
-    "TPU v6 lite": Chip(918e12, 1638e9, 448e9),
-    "TPU7x": Chip(2307e12, 7380e9, 1200e9),
+    "TPU v4": Chip(275e12, 1228e9, 300e9, 32),
+    "TPU v5 lite": Chip(197e12, 819e9, 200e9, 15.75),
+    "TPU v5": Chip(459e12, 2765e9, 600e9, 95),
+    "TPU v6 lite": Chip(918e12, 1638e9, 448e9, 31.25),
+    "TPU7x": Chip(2307e12, 7380e9, 1200e9, 94.75),
 }
 """Chips by `device_kind`."""
 
 ALIASES = {"TPU v5e": "TPU v5 lite", "TPU v5p": "TPU v5", "TPU v6e": "TPU v6 lite"}
+
+
+def chip(device_kind: str) -> Chip | None:
+    """The chip called `device_kind`, if it is known here."""
+    return CHIPS.get(ALIASES.get(device_kind, device_kind))
 
 
 def datasheet(device_kind: str) -> Chip:
@@ -37,14 +44,10 @@ def datasheet(device_kind: str) -> Chip:
     Raises:
       InputError: a chip that is not known here.
     """
-    name = ALIASES.get(device_kind, device_kind)
-    if name not in CHIPS:
+    found = chip(device_kind)
+    if found is None:
         raise InputError(f"{device_kind}: its datasheet is not known; known are {', '.join(CHIPS)}")
-    return CHIPS[name]
-
-
-PEAK_FLOPS = {name: CHIPS[ALIASES.get(name, name)].flops for name in (*CHIPS, *ALIASES)}
-"""bf16 FLOP/s of one chip by `device_kind`."""
+    return found
 
 
 def block_matrices(config: ModelConfig) -> int:

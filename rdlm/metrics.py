@@ -105,7 +105,8 @@ class Progress:
 
 def matmul_peak() -> float:
     """FLOP/s of one device at its best: the datasheet's for known TPUs, the measured ones otherwise."""
-    return flops.PEAK_FLOPS.get(jax.devices()[0].device_kind) or measured_matmul_peak()
+    chip = flops.chip(jax.devices()[0].device_kind)
+    return chip.flops if chip else measured_matmul_peak()
 
 
 def measured_matmul_peak(repeats: int = 20) -> float:

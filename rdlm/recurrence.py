@@ -259,7 +259,7 @@ def unroll_recomputed(
         cast = functools.partial(jax.tree.map, lambda d, like: d.astype(like.dtype))
         return cast(d_whole, stored), cast(d_inputs, inputs), None, None, None
 
-    run.defvjp(lambda stored, *rest: forward(stored, *rest), backward)
+    run.defvjp(forward, backward)
     return run(stored, inputs, lax.stop_gradient(s), jnp.asarray(n, jnp.int32), jnp.asarray(k, jnp.int32))
 
 

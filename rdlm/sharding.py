@@ -8,12 +8,10 @@ and MLP columns; left to the compiler, while the other three are spelled out in 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.experimental import mesh_utils
@@ -63,7 +61,7 @@ def make_mesh(config: MeshConfig, model: ModelConfig, devices: list[Any] | None 
             f"mesh.fsdp = {fsdp} with mesh.tensor = {tensor}: {fsdp} does not divide embed_dim = {model.embed_dim}, "
             f"and tensor takes the other dimension; use fsdp = {along}, tensor = 1, or the preset huginn_tpu"
         )
-    shape = (data, fsdp if along == fsdp else along, fsdp // along, tensor)
+    shape = (data, along, fsdp // along, tensor)
     if devices[0].platform == "tpu" and len(devices) > 1:  # neighbours on the mesh are neighbours on the torus
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     else:
@@ -240,11 +238,6 @@ class Layout:
         return jax.tree.map(one, gradients, self.specs)
 
 
-def layout(mesh: Mesh, axes: Any, shapes: Any, dtype: Any, sum_dtype: Any = None) -> Layout:
-    """The layout of parameters of `shapes` with logical axes `axes`; raises as `parameter_specs`."""
-    return Layout(mesh, parameter_specs(mesh, axes, shapes), jnp.dtype(dtype), sum_dtype)
-
-
 def _cuts(spec: PartitionSpec) -> list[tuple[int, str]]:
     """(dimension, axis) of every split that a gather undoes, in order."""
     return [(dim, a) for dim, part in enumerate(spec) for a in _axes(part) if a in SPLIT]
@@ -260,4 +253,5 @@ def _axes(part: Any) -> tuple[str, ...]:
     return () if part is None else (part,) if isinstance(part, str) else tuple(part)
 
 
-_is_spec = functools.partial(lambda kind, x: isinstance(x, kind), PartitionSpec)
+def _is_spec(x: Any) -> bool:
+    return isinstance(x, PartitionSpec)

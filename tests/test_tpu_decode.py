@@ -53,7 +53,7 @@ def test_no_program_copies_the_cache(place, lanes):
     core = 4 * SET
     assert not program.copies(core), "a whole layer of the cache is copied"
     assert program.shared >= flops.cache_bytes(CONFIG, POLICY, R, B, T, 2), "the cache is not updated in place"
-    assert program.peak <= aot.limit(aot.tpu_devices("v5e:2x2")[0]) * 2**30
+    assert program.peak <= flops.datasheet(aot.tpu_devices("v5e:2x2")[0].device_kind).gib * 2**30
 
 
 def test_control_a_cache_with_ragged_columns_is_copied(place, monkeypatch):

@@ -13,7 +13,7 @@ from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
 from rdlm import sharding
-from rdlm.config import RunConfig
+from rdlm.config import ModelConfig, RunConfig
 from rdlm.losses import IGNORED, Batch, as_batch, token_losses
 from rdlm.memory import Plan
 from rdlm.model import Params, init_params, logical_axes
@@ -123,14 +123,13 @@ def _gradients(run: RunConfig, params: Params, batch: Any, step: Array, draws: _
     """`gradients` of this device's rows, summed over devices."""
     config, count = run.model, run.data.microbatches
     batch = as_batch(batch)
-    everywhere = (lambda x: jax.lax.psum(x, SPLIT)) if layout else (lambda x: x)
-    scored = jnp.maximum(everywhere((batch.labels != IGNORED).sum()), 1)
+    scored = (batch.labels != IGNORED).sum()
+    plan = Plan(run.recurrence.remat, run.mesh.gather, sum_dtype=run.mesh.gradient_dtype)
+    if layout:
+        scored = jax.lax.psum(scored, SPLIT)
+        plan = dataclasses.replace(plan, fetch=layout.fetch, give_back=layout.given_back)
+    scored = jnp.maximum(scored, 1)
     _, state_key = step_keys(run.seed, step)
-    wide = run.mesh.gradient_dtype
-    if layout is None:
-        plan = Plan(run.recurrence.remat, run.mesh.gather, sum_dtype=wide)
-    else:
-        plan = Plan(run.recurrence.remat, run.mesh.gather, layout.fetch, layout.given_back, wide)
     flash = layout is not None and layout.flash
 
     def part(params: Params, batch: Batch, n: Array, k: Array, rows: Any) -> Array:
@@ -141,28 +140,26 @@ def _gradients(run: RunConfig, params: Params, batch: Any, step: Array, draws: _
         weight = depth_weight(run, *(rows or (n, k)))
         return (losses.sum(-1) * weight).sum() / scored
 
-    if count == 1:
-        n, k = (x.reshape(()) for x in draws[:2])
-        value, grads = jax.value_and_grad(part)(params, batch, n, k, draws.rows)
-        return everywhere(value), layout.summed(grads) if layout else grads, (n, k)
-
     def split(x: Array) -> Array:
         # Every count-th row, so that a microbatch holds the same rows on one device as on many.
         return x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
-
-    shared = {"positions": batch.positions} if batch.positions.ndim == 1 else {}
-    cut = jax.tree.map(split, (batch._replace(**dict.fromkeys(shared)), draws.rows))
-    depths = [jnp.broadcast_to(x, (count,)) for x in draws[:2]]
 
     def accumulate(total: Any, inputs: Any) -> tuple[Any, None]:
         (rows_of_batch, rows), n, k = inputs
         more = jax.value_and_grad(part)(params, rows_of_batch._replace(**shared), n, k, rows)
         return jax.tree.map(jnp.add, total, more), None
 
-    zero = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
-    (value, grads), _ = jax.lax.scan(accumulate, zero, (cut, *depths))
-    ran = tuple(x.mean() if run.recurrence.draw == "microbatch" else x for x in draws[:2])
-    return everywhere(value), layout.summed(grads) if layout else grads, ran
+    if count == 1:  # without a sum beside the gradient
+        ran = tuple(x.reshape(()) for x in draws[:2])
+        value, grads = jax.value_and_grad(part)(params, batch, *ran, draws.rows)
+    else:
+        shared = {"positions": batch.positions} if batch.positions.ndim == 1 else {}
+        cut = jax.tree.map(split, (batch._replace(**dict.fromkeys(shared)), draws.rows))
+        depths = [jnp.broadcast_to(x, (count,)) for x in draws[:2]]
+        zero = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+        (value, grads), _ = jax.lax.scan(accumulate, zero, (cut, *depths))
+        ran = tuple(x.mean() if run.recurrence.draw == "microbatch" else x for x in draws[:2])
+    return (jax.lax.psum(value, SPLIT), layout.summed(grads), ran) if layout else (value, grads, ran)
 
 
 def train_step(
@@ -211,9 +208,15 @@ def layout_of(run: RunConfig, mesh: Mesh) -> Layout | None:
     if mesh.size == 1:
         return None
     sharding.check_heads(mesh, run.model)
-    shapes = jax.eval_shape(lambda: init_params(run.model, jax.random.key(0)))
-    dtype = run.model.compute_dtype or run.model.param_dtype
-    return sharding.layout(mesh, logical_axes(run.model), shapes, dtype, run.mesh.gradient_dtype)
+    dtype = jnp.dtype(run.model.compute_dtype or run.model.param_dtype)
+    return Layout(mesh, _specs(run.model, mesh), dtype, run.mesh.gradient_dtype)
+
+
+@functools.cache  # a run asks twice, and each time the model would be traced
+def _specs(model: ModelConfig, mesh: Mesh) -> Any:
+    """Where every parameter is split; raises as `sharding.parameter_specs`."""
+    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    return sharding.parameter_specs(mesh, logical_axes(model), shapes)
 
 
 def init_state(run: RunConfig, tx: optax.GradientTransformation) -> TrainState:
@@ -225,8 +228,7 @@ def init_state(run: RunConfig, tx: optax.GradientTransformation) -> TrainState:
 def state_shardings(run: RunConfig, tx: optax.GradientTransformation, mesh: Mesh) -> tuple[TrainState, TrainState]:
     """(shapes, shardings) of the train state: optimizer moments live where their parameters do."""
     shapes = jax.eval_shape(lambda: init_state(run, tx))
-    specs = sharding.parameter_specs(mesh, logical_axes(run.model), shapes.params)
-    params = sharding.named(mesh, specs)
+    params = sharding.named(mesh, _specs(run.model, mesh))
     everywhere: Any = sharding.replicated(mesh)
 
     def gap(x: Any) -> bool:
