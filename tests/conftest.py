@@ -1,12 +1,20 @@
 """What every test runs under: 8 virtual CPU devices, no silent rank promotion, property tests that repeat exactly."""
 
+import dataclasses
 import gc
+import importlib
 import os
 import pathlib
+import random
+import sys
 
 import hypothesis
 import jax
 import pytest
+from experiment_scripts import EXPERIMENTS, script
+
+from rdlm.config import PRESETS
+from rdlm.runtime import run_command
 
 os.environ.setdefault("RDLM_COMPILE_CACHE", "off")  # no test depends on what an earlier one left on disk
 
@@ -36,3 +44,32 @@ def few_programs_at_a_time():
     if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MOST_MAPPINGS:
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """command("train", "nano", ...) -> (exit code, stdout, stderr) of experiments/train.py, as a process has them."""
+
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [str(EXPERIMENTS / f"{name}.py"), *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            run_command(script(name).main)
+        out, err = capsys.readouterr()
+        return stop.value.code, out, err
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def nano_data(tmp_path_factory):
+    """Where invented text lies prepared, for the preset nano."""
+    from rdlm.data import prepare
+
+    folder, invent, data = tmp_path_factory.mktemp("nano") / "data", random.Random(0), PRESETS["nano"].data
+    words = ["".join(invent.choices("aeioubdglmnrst", k=invent.randint(2, 7))) for _ in range(99)]
+    texts = [f"{i} " + " ".join(invent.choices(words, k=60)) for i in range(200)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(importlib.import_module("rdlm.data.prepare"), "_documents", lambda data: texts)
+        prepare(dataclasses.replace(data, folder=str(folder), validation_fraction=0.1))
+    return folder

@@ -6,8 +6,6 @@ import importlib.util
 import json
 import math
 import shutil
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -29,10 +27,8 @@ from rdlm.report import (
     write_result,
     write_table,
 )
-from rdlm.runtime import run_command
 from rdlm.tokenizer import Tokenizer
 
-EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 SHAPE = {
     "embed_dim": 16, "num_heads": 2, "mlp_dim": 24, "prelude_layers": 1, "core_layers": 1, "coda_layers": 1,
     "max_length": 40, "mean_recurrence": 4, "backprop_depth": 2,
@@ -45,24 +41,6 @@ def quick():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """command("depth_sweep", RUN, ...) -> (exit code, stdout, stderr), as a process would have it."""
-
-    def run(name, *arguments):
-        spec = importlib.util.spec_from_file_location(f"experiments_{name}", EXPERIMENTS / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, spec.name, module)
-        spec.loader.exec_module(module)
-        monkeypatch.setattr(sys, "argv", [str(EXPERIMENTS / f"{name}.py"), *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            run_command(module.main)
-        return stop.value.code, *capsys.readouterr()
-
-    return run
 
 
 def saved(folder, vocab, run, tokenizer=None):

@@ -7,7 +7,8 @@ import pytest
 import rdlm
 from rdlm import exits, flops
 from rdlm.config import PRESETS, InputError, ModelConfig
-from rdlm.evaluate import cost, depth_curve, exit_score, sweep_flops
+from rdlm.evaluate import depth_curve, exit_score
+from rdlm.flops import cost, sweep_flops
 from rdlm.report import on_front
 
 DEPTHS = (1, 2, 4, 8)

@@ -1,15 +1,14 @@
 """Comparisons of kinds of model: fair training, honest summaries, and what each kind computes."""
 
-import importlib.util
 import json
 import math
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from experiment_scripts import script
 
 from rdlm import losses
 from rdlm.config import InputError
@@ -23,15 +22,6 @@ from rdlm.train import init_state, train_step
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 TINY = {"embed_dim": 16, "num_heads": 2, "mlp_dim": 16}
-
-
-def script(name):
-    path = Path(__file__).parents[1] / "experiments" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"experiments_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 BASELINES, OPERATORS = script("baselines"), script("operators")

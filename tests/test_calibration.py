@@ -5,8 +5,6 @@ import importlib
 import importlib.util
 import json
 import math
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -18,10 +16,8 @@ from rdlm.calibration import Scorer, calibrate, least_rows, load, loosest, p_val
 from rdlm.checkpoint import save_parameters
 from rdlm.config import DataConfig, InputError, ModelConfig, RunConfig
 from rdlm.data import prepare
-from rdlm.runtime import run_command
 from rdlm.tokenizer import Tokenizer
 
-EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 TEXTS = [f"{i} The capital of land {i} is city {i % 7}; its river é flows {i * i} km.\n" * 3 for i in range(60)]
 TINY = ModelConfig(
     vocab_size=17, embed_dim=16, num_heads=2, mlp_dim=32, prelude_layers=0, core_layers=1, coda_layers=1,
@@ -270,31 +266,6 @@ def test_a_damaged_file_is_named(damage, tmp_path):
 
 
 # The commands
-
-
-def script(name):
-    spec = importlib.util.spec_from_file_location(f"experiments_{name}", EXPERIMENTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-SCRIPTS = {name: script(name) for name in ("calibrate_exits", "generate")}
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """command("generate", ...) -> (exit code, stdout, stderr), as a process would have it."""
-
-    def run(name, *arguments):
-        monkeypatch.setattr(sys, "argv", [str(EXPERIMENTS / f"{name}.py"), *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            run_command(SCRIPTS[name].main)
-        return stop.value.code, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture(scope="module")

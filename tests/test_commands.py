@@ -7,16 +7,15 @@ import json
 import re
 import shutil
 import sys
-from pathlib import Path
 
 import jax
 import pytest
+from experiment_scripts import script
 
 from rdlm.config import PRESETS
-from rdlm.runtime import run_command
 from rdlm.tokenizer import Tokenizer
 
-EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+SCRIPTS = ("train", "evaluate", "generate")
 TEXTS = [f"{i} The capital of land {i} is city {i % 7}; its river é flows {i * i} km.\n" * 3 for i in range(40)]
 # Four steps of the smallest model on invented text; 8 rows, one for each of the tests' virtual devices.
 TRAIN = (
@@ -24,17 +23,6 @@ TRAIN = (
     "--data.batch-size", "8", "--data.validation-fraction", "0.2", "--checkpoint.every", "2", "--evaluation.every", "2",
 )  # fmt: skip
 DEPTHS = ["1", "2", "4", "8"]
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(f"experiments_{name}", EXPERIMENTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-SCRIPTS = {name: load(name) for name in ("train", "evaluate", "generate")}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,21 +33,6 @@ def small_and_quick():
         patch.setattr(importlib.import_module("rdlm.data.prepare"), "_documents", lambda data: TEXTS)
         yield
     jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """command("train", "nano", ...) -> (exit code, stdout, stderr), as a process would have it."""
-
-    def run(name, *arguments):
-        monkeypatch.setattr(sys, "argv", [str(EXPERIMENTS / f"{name}.py"), *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            run_command(SCRIPTS[name].main)
-        out, err = capsys.readouterr()
-        return stop.value.code, out, err
-
-    return run
 
 
 @pytest.fixture
@@ -85,7 +58,7 @@ def trained(tmp_path_factory):
     base = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train.py", *TRAIN, *folders(base)])
-        assert SCRIPTS["train"].main() == 0
+        assert script("train").main() == 0
     return base / "run", base / "data"
 
 

@@ -1,11 +1,11 @@
 """experiments/convert_huggingface.py, both ways, with its checks and its refusals."""
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import experiment_scripts
 import jax
 import numpy as np
 import pytest
@@ -27,15 +27,7 @@ TINY = ModelConfig(
 fresh = jax.jit(init_params, static_argnums=0)
 
 
-def load_script():
-    spec = importlib.util.spec_from_file_location("convert_huggingface", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load_script()
+script = experiment_scripts.script("convert_huggingface")
 
 
 def convert(monkeypatch, *arguments):

@@ -1,30 +1,25 @@
 """The experiment end to end at its smallest: run folders that load, tables and pictures, reruns and refusals."""
 
-import importlib.util
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from experiment_scripts import EXPERIMENTS, script
 
 import rdlm
 from rdlm.checkpoint import read_config
 from rdlm.metrics import read_metrics
 
-SCRIPT = Path(__file__).parent.parent / "experiments" / "depth_scaling.py"
+SCRIPT = EXPERIMENTS / "depth_scaling.py"
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick_compile")
 def test_quick_run(tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location("depth_scaling", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "depth_scaling", script)
-    spec.loader.exec_module(script)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["depth_scaling.py", "--quick", "--task", "pointers", "--seeds", "3"])
-    main = script.main
+    main = script("depth_scaling").main
     assert main() == 0
     table = tmp_path / "runs/quick/depth_scaling_pointers.json"
     found = json.loads(table.read_text())

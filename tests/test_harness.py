@@ -10,7 +10,6 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import golden_cases
 import jax
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
+from experiment_scripts import EXPERIMENTS
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TQDM_DISABLE="1")
 
@@ -26,10 +26,8 @@ from rdlm.checkpoint import save_parameters
 from rdlm.config import PRESETS, InputError
 from rdlm.harness import DepthLM, Protocol, evaluate, headline, load_tasks, tasks
 from rdlm.harness import model as harness_model
-from rdlm.runtime import run_command
 from rdlm.tokenizer import Tokenizer
 
-EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 DEPTHS = (1, 4)
 SPECIAL = {"<b>": 1, "<e>": 2, "<stop>": 3}
 MULTIPLE_CHOICE = """
@@ -306,26 +304,6 @@ def run_folder(tmp_path_factory):
     save_parameters(folder, params, run, {"tokenizer": own.hash, "step": 0})
     own.save(folder / "tokenizer")
     return folder
-
-
-def script(name):
-    spec = importlib.util.spec_from_file_location(f"experiments_{name}", EXPERIMENTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    def run(name, *arguments):
-        monkeypatch.setattr(sys, "argv", [str(EXPERIMENTS / f"{name}.py"), *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            run_command(script(name).main)
-        return stop.value.code, *capsys.readouterr()
-
-    return run
 
 
 def test_the_commands(run_folder, command, task, tmp_path, quick_compile):

@@ -3,15 +3,14 @@
 import base64
 import dataclasses
 import fcntl
+import functools
 import html.parser
-import importlib.util
 import json
 import math
 import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -25,7 +24,6 @@ from rdlm.checkpoint import save_parameters
 from rdlm.config import DataConfig, InputError, ModelConfig, RunConfig
 from rdlm.page.charts import LEFT, RIGHT, _Axis
 from rdlm.page.parts import number
-from rdlm.runtime import run_command
 
 SECTIONS = ["model", "training", "depth", "sweep", "exits", "trajectories", "benchmarks", "files"]
 TINY = ModelConfig(
@@ -41,18 +39,6 @@ CALIBRATED = calibration.Calibrated(
     full_flops_per_token=1e7, tried=((1e-7, 1.0, 7.0, 0.001), (2e-4, 0.996, 5.0, 0.04)),
 )  # fmt: skip
 NASTY = "<script>alert(1)</script>"
-
-
-def script():
-    path = Path(__file__).parents[1] / "experiments" / "report.py"
-    spec = importlib.util.spec_from_file_location("experiments_report", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-REPORT = script()
 
 
 @pytest.fixture(scope="module")
@@ -139,17 +125,9 @@ def full(bare, tmp_path_factory):
 
 
 @pytest.fixture
-def report(monkeypatch, capsys):
+def report(command):
     """report(folder, ...) -> (exit code, stdout, stderr), as a process would have it."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["report.py", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            run_command(REPORT.main)
-        return stop.value.code, *capsys.readouterr()
-
-    return run
+    return functools.partial(command, "report")
 
 
 class Checked(html.parser.HTMLParser):

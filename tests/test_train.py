@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from training_cases import Flips
 
 import rdlm.train.loop
 from rdlm import sharding
@@ -102,21 +103,6 @@ def small(tmp_path, monkeypatch):
         run_dir=str(tmp_path / "run"),
         steps=8,
     )
-
-
-class Flips:
-    """Stands in for the signal: `requested` is False so many times, then True."""
-
-    def __init__(self, reads):
-        self.left = reads
-
-    @property
-    def requested(self):
-        self.left -= 1
-        return self.left < 0
-
-    def restore(self):
-        pass
 
 
 def programs(monkeypatch):

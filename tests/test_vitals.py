@@ -173,10 +173,9 @@ def architecture(monkeypatch):
             return core_step(params | {"adapter": both}, config, *args, **options)
 
         monkeypatch.setattr(modules.SandwichBlock, "__call__", call)
-        for room in (losses, vitals):
-            monkeypatch.setattr(room, "embed", unscaled)
-            monkeypatch.setattr(room, "core_step", added)
-            monkeypatch.setattr(room, "inject", lambda params, config, e, *args: e)
+        monkeypatch.setattr(losses, "embed", unscaled)
+        monkeypatch.setattr(losses, "core_step", added)
+        monkeypatch.setattr(losses, "inject", lambda params, config, e, *args: e)
         vitals.course.clear_cache()
 
     yield build

@@ -1,9 +1,7 @@
 """From one's own text to a training run: the commands, the loss, and resuming; and how the commands refuse."""
 
 import dataclasses
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import jax
@@ -29,32 +27,11 @@ from rdlm.data import (
     parts,
 )
 from rdlm.data.loader import Example, stack
-from rdlm.runtime import run_command
 from rdlm.tokenizer import Tokenizer
 from rdlm.train import Trainer
 
-EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 TEXTS = [f"{i} The capital of land {i} is city {i % 7}; its river é flows {i * i} km.\n" * 3 for i in range(60)]
 BYTES = Tokenizer.bytes_only()
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """command("prepare_data", ...) -> (exit code, stdout, stderr)."""
-
-    def run(name, *arguments):
-        spec = importlib.util.spec_from_file_location(f"experiments_{name}", EXPERIMENTS / f"{name}.py")
-        script = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = script  # dataclasses look their module up
-        spec.loader.exec_module(script)
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            run_command(script.main)
-        out, err = capsys.readouterr()
-        return stop.value.code, out, err
-
-    return run
 
 
 @pytest.fixture
