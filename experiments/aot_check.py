@@ -21,10 +21,11 @@ import dataclasses
 import json
 import sys
 import time
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
+import tyro
 from jax.sharding import SingleDeviceSharding
 
 from rdlm import aot, exits, flops
@@ -42,6 +43,8 @@ GIB = 2**30
 class Options:
     """What to compile."""
 
+    preset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRESET")]
+    """Such as huginn_3p5b."""
     topology: str = "v5e:2x2"
     only: Literal["train", "decode"] | None = None
     """One of the two; None: both."""
@@ -188,7 +191,7 @@ def decode_report(name: str, base: RunConfig, o: Options, device: Any, batch: in
     place, policy = SingleDeviceSharding(device), CachePolicy(o.recurrences)
     if not 2 <= o.capacity <= config.max_length:
         raise InputError(f"capacity = {o.capacity}: must be 2 .. {config.max_length}")
-    rule = None if o.exit == "none" else getattr(exits, o.exit)()
+    rule = exits.named(o.exit)
     request = as_requests(config, [[1]] * batch, 1, num_steps=o.num_steps, exit_rule=rule)[0]
     params = jax.eval_shape(lambda: cast(init_params(config, jax.random.key(0)), jnp.bfloat16))
     print(
@@ -214,22 +217,17 @@ def decode_report(name: str, base: RunConfig, o: Options, device: Any, batch: in
 
 
 def main() -> int:
-    args = sys.argv[1:]
-    if not args or args[0].startswith("-"):
-        if args[:1] in (["-h"], ["--help"]):
-            parse_arguments(Options, prog="aot_check.py PRESET", description=__doc__, args=args)
-        raise InputError("which preset? For example: python experiments/aot_check.py huginn_3p5b --topology v5e:2x2")
-    base = preset(args[0])
-    o = parse_arguments(Options, prog=f"aot_check.py {args[0]}", description=__doc__, args=args[1:])
+    o = parse_arguments(Options, prog="aot_check.py", description=__doc__)
+    base = preset(o.preset)
     for field in ("batch", "data", "tensor", "microbatches", "sequence_length"):
         value = getattr(o, field)
         if value is not None and value < 1:
             raise InputError(f"{field} = {value}: must be at least 1")
     devices = aot.tpu_devices(o.topology)
     if o.only != "decode":
-        train_report(args[0], base, o, devices, o.batch or 1)
+        train_report(o.preset, base, o, devices, o.batch or 1)
     if o.only != "train":
-        decode_report(args[0], base, o, devices[0], o.batch or 16)
+        decode_report(o.preset, base, o, devices[0], o.batch or 16)
     return 0
 
 

@@ -19,8 +19,8 @@ import jax
 import numpy as np
 
 from rdlm.config import ModelConfig, require
-from rdlm.evaluate import depth_curve, sweep_flops
-from rdlm.flops import forward_flops
+from rdlm.evaluate import depth_curve
+from rdlm.flops import forward_flops, sweep_flops
 from rdlm.memory import reuse_freed_memory
 from rdlm.model import init_params
 from rdlm.runtime import parse_arguments, run_command

@@ -18,19 +18,18 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from rdlm.config import InputError, ModelConfig, require
+from rdlm.config import ExitName, InputError, ModelConfig, require
 from rdlm.runtime import parse_arguments, run_command
 
 if TYPE_CHECKING:
     from rdlm.analysis import HeldOut
     from rdlm.model import Params
 
-Rule = Literal["kl", "gated_kl", "min_p_kl", "entropy_diff", "latent_diff", "cosine", "argmax_stability"]
-THRESHOLDS: dict[Rule, tuple[float, ...]] = {
+THRESHOLDS: dict[ExitName, tuple[float, ...]] = {
     "kl": (0.1, 1e-2, 1e-3, 5e-4, 1e-4, 1e-5),
     "gated_kl": (0.1, 1e-2, 1e-3, 5e-4, 1e-4, 1e-5),
     "min_p_kl": (0.1, 1e-2, 1e-3, 1e-4, 1e-5),
@@ -57,7 +56,7 @@ class Args:
     """Run folder, made by train.py, depth_scaling.py or convert_huggingface.py."""
     depths: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     """Fixed recurrences r. Exit rules stop after at most the largest."""
-    rules: tuple[Rule, ...] = tuple(THRESHOLDS)
+    rules: tuple[ExitName, ...] = tuple(THRESHOLDS)
     """Exit rules to try, each at several thresholds."""
     batches: int | None = 2
     """Batches of held-out data. None: all of them."""
@@ -74,8 +73,7 @@ def main() -> int:
     require(args.size is None or args.size >= 1, "--size", args.size, "must be at least 1")
     from rdlm.analysis import held_out  # JAX takes seconds to import
     from rdlm.checkpoint import load_checkpoint, saved_steps
-    from rdlm.evaluate import sweep_flops
-    from rdlm.flops import forward_flops
+    from rdlm.flops import forward_flops, sweep_flops
     from rdlm.report import write_result, write_table
 
     data = held_out(args.run_dir, args.step, args.size)
@@ -122,7 +120,8 @@ def sweep(
 ) -> tuple[list[dict[str, Any]], int]:
     """(a row per depth and per threshold of every rule, how many tokens were scored)."""
     from rdlm import exits
-    from rdlm.evaluate import cost, depth_curve, exit_score
+    from rdlm.evaluate import depth_curve, exit_score
+    from rdlm.flops import cost
     from rdlm.metrics import Progress
     from rdlm.report import FIXED, on_front
 
@@ -139,8 +138,8 @@ def sweep(
     ]
     for i, (name, threshold) in enumerate(tries):
         progress.update(1 + i, f"{name} below {threshold:g}, at most {depths[-1]} recurrences")
-        limit = int(threshold) if name == "argmax_stability" else threshold
-        found = exit_score(params, config, batches, getattr(exits, name)(limit), depths[-1], data.token_bytes)
+        rule = exits.named(name, threshold)
+        found = exit_score(params, config, batches, rule, depths[-1], data.token_bytes)
         price = cost(config, found.iterations, data.length, found.looks)
         rows.append(
             row(name, threshold, found.nats, found.bits_per_byte, found.accuracy, found.most, found.looks, price)

@@ -141,7 +141,7 @@ def show(what: str, curve: DepthCurve, batches: int | None, run: RunConfig) -> N
     from rich.console import Console
     from rich.table import Table
 
-    from rdlm.evaluate import cost
+    from rdlm.flops import cost
 
     part = "" if batches is None else f" (first {batches} batches)"
     caption = (

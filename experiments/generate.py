@@ -19,12 +19,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from rdlm.config import InputError, Sampling, require
+from rdlm.config import ExitName, InputError, Sampling, check_threshold, require
 from rdlm.runtime import parse_arguments, run_command
 
 if TYPE_CHECKING:
     from rdlm.decode import Generation
-    from rdlm.exits import ExitRule
     from rdlm.tokenizer import Tokenizer
 
 # Backgrounds from few to many recurrences: one hue, darker is deeper, readable in grey and with any colour vision.
@@ -46,9 +45,7 @@ class Args:
     """Recurrences per token, or with an exit rule the most of them.
 
     None: mean_recurrence of the model with --exit none, twice that otherwise, about as deep as training went."""
-    exit: Literal["none", "kl", "gated_kl", "min_p_kl", "entropy_diff", "latent_diff", "cosine", "argmax_stability"] = (
-        "kl"
-    )
+    exit: Literal["none"] | ExitName = "kl"
     """When a token stops thinking, before --steps.
 
     kl, min_p_kl, entropy_diff: its prediction hardly changes from one recurrence to the next. gated_kl: kl, looked at
@@ -86,12 +83,12 @@ def main() -> int:
     require(args.max_new_tokens >= 1, "--max-new-tokens", args.max_new_tokens, "must be at least 1")
     require(args.steps is None or args.steps >= 1, "--steps", args.steps, "must be at least 1")
     require(0 <= args.seed < 2**31, "--seed", args.seed, "must be in [0, 2**31)")
-    if args.exit == "none" and args.threshold is not None:
-        raise InputError(f"--threshold {args.threshold:g}: --exit none has no threshold; leave one of them out")
+    check_threshold(args.exit, args.threshold)
     if args.calibrated:
         check_calibrated(args)
     import jax  # takes seconds, so only now
 
+    from rdlm import exits
     from rdlm.calibration import load
     from rdlm.checkpoint import load_checkpoint, load_tokenizer, read_config, saved_steps
     from rdlm.decode import generate
@@ -101,7 +98,7 @@ def main() -> int:
         found = load(args.run_dir, args.exit, saved_steps(args.run_dir)[-1])
         args = dataclasses.replace(args, threshold=found.threshold, steps=found.num_steps)
         print(f"calibrated: {found.guarantee}", file=sys.stderr)
-    rule = exit_rule(args)
+    rule = exits.named(args.exit, args.threshold)
     most = args.steps or model.mean_recurrence * (1 if rule is None else 2)
     prompt = tokenizer.encode(args.prompt)
     params, model = load_checkpoint(args.run_dir, ema=args.ema)
@@ -125,18 +122,6 @@ def check_calibrated(args: Args) -> None:
     for flag, value in given.items():
         if value is not None:
             raise InputError(f"{flag} {value:g}: --calibrated promises nothing about it; leave one of them out")
-
-
-def exit_rule(args: Args) -> ExitRule | None:
-    """The rule the command line asks for."""
-    if args.exit == "none":
-        return None
-    from rdlm import exits
-
-    make = getattr(exits, args.exit)
-    if args.threshold is None:
-        return make()
-    return make(int(args.threshold) if args.exit == "argmax_stability" else args.threshold)
 
 
 def sampling(args: Args, tokenizer: Tokenizer) -> Sampling:

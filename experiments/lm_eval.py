@@ -23,14 +23,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from rdlm.config import InputError, require
+from rdlm.config import ExitName, InputError, check_threshold, require
 from rdlm.runtime import parse_arguments, run_command
 
 if TYPE_CHECKING:
-    from rdlm.exits import ExitRule
     from rdlm.harness import Protocol, Row
 
-Rule = Literal["none", "kl", "gated_kl", "min_p_kl", "entropy_diff", "latent_diff", "cosine", "argmax_stability"]
 UNITS = {
     "results": "as lm-eval reports them: shares from 0 to 1, perplexities, bits", "published": "per cent",
     "iterations": "mean recurrences per token read or made", "looks": "mean looks at logits per token",
@@ -51,7 +49,7 @@ class Args:
     """Protocol of the paper. none: as the flags below say."""
     depths: tuple[int, ...] = (4, 8, 16, 32)
     """Recurrences r."""
-    exit: Rule = "none"
+    exit: Literal["none"] | ExitName = "none"
     """One more row: every token stops on its own, after at most the deepest of --depths."""
     threshold: float | None = None
     """Of the exit rule. None: its default, 5e-4 for kl."""
@@ -80,8 +78,7 @@ def main() -> int:
         value = getattr(args, name)
         require(value is None or value >= 1, "--" + name.replace("_", "-"), value, "must be at least 1")
     require(args.fewshot is None or args.fewshot >= 0, "--fewshot", args.fewshot, "must not be negative")
-    if args.threshold is not None and args.exit == "none":
-        raise InputError(f"--threshold {args.threshold:g}: --exit none has no threshold; leave one of them out")
+    check_threshold(args.exit, args.threshold)
     if args.preset != "none" and (args.fewshot is not None or args.chat or args.system is not None):
         raise InputError(f"--preset {args.preset}: pins --fewshot, --chat and --system; leave out either")
     if args.preset == "none" and not args.tasks:
@@ -116,6 +113,7 @@ def args_protocol(args: Args) -> Protocol:
 def run(args: Args, protocol: Protocol, tasks: list[Any]) -> int:
     """Everything after the tasks have been loaded."""
     import rdlm
+    from rdlm import exits
     from rdlm.checkpoint import load_checkpoint, load_tokenizer, saved_steps
     from rdlm.harness import DepthLM, evaluate
     from rdlm.report import write_result, write_table
@@ -126,8 +124,9 @@ def run(args: Args, protocol: Protocol, tasks: list[Any]) -> int:
     if protocol.dtype is not None:
         params = rdlm.cast(params, protocol.dtype)
     lm = DepthLM(
-        params, config, tokenizer, tuple(sorted(set(args.depths))), exit_rule=exit_rule(args), bos=protocol.bos,
-        lanes=args.lanes, tokens_per_batch=args.tokens_per_batch, progress=Bar(),
+        params, config, tokenizer, tuple(sorted(set(args.depths))), bos=protocol.bos,
+        exit_rule=exits.named(args.exit, args.threshold), lanes=args.lanes, tokens_per_batch=args.tokens_per_batch,
+        progress=Bar(),
     )  # fmt: skip
     rows = evaluate(lm, tasks, protocol, args.limit)
     names = [getattr(task, "task_name", None) or task.name for task in tasks]
@@ -143,18 +142,6 @@ def run(args: Args, protocol: Protocol, tasks: list[Any]) -> int:
     print(f"numbers: {write_result(path, result, UNITS)}")
     print(f"table:   {write_table(path.with_suffix('.csv'), flat(found))}")
     return 0
-
-
-def exit_rule(args: Args) -> ExitRule | None:
-    """The rule of the command line."""
-    from rdlm import exits
-
-    if args.exit == "none":
-        return None
-    make = getattr(exits, args.exit)
-    if args.threshold is None:
-        return make()
-    return make(int(args.threshold) if args.exit == "argmax_stability" else args.threshold)
 
 
 class Bar:
@@ -178,14 +165,16 @@ def name_of(args: Args, row: Row) -> str:
     """What a row is called."""
     if row.rule is None:
         return f"r = {row.depth}"
-    rule = exit_rule(args)
+    from rdlm import exits
+
+    rule = exits.named(args.exit, args.threshold)
     assert rule is not None  # the row has one
     return f"{args.exit}({float(rule.threshold):g}), r <= {row.depth}"
 
 
 def record(config: Any, row: Row, name: str) -> dict[str, Any]:
     """A row for JSON."""
-    from rdlm.evaluate import cost
+    from rdlm.flops import cost
 
     tasks = {}
     for task, effort in row.effort.items():

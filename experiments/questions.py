@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from rdlm.config import InputError, require
+from rdlm.config import ExitName, check_threshold, require
 from rdlm.runtime import parse_arguments, run_command
 
 if TYPE_CHECKING:
@@ -35,10 +35,8 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from rdlm.exits import ExitRule
     from rdlm.questions import Answers, Choice, Cloze
 
-Rule = Literal["none", "kl", "gated_kl", "min_p_kl", "entropy_diff", "latent_diff", "cosine", "argmax_stability"]
 UNITS = {
     "accuracy": "share of questions, with Wilson's 95 % interval", "nats": "minus log-likelihood of the right answer",
     "iterations": "mean recurrences per token read", "looks": "mean looks at logits per token read",
@@ -60,7 +58,7 @@ class Args:
     """text: compare the choices themselves; letters: list them and compare A, B, C, D."""
     depths: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     """Recurrences r."""
-    exit: Rule = "none"
+    exit: Literal["none"] | ExitName = "none"
     """Also ask with this exit rule, at most the deepest of --depths. The histogram takes it as well, kl if none."""
     threshold: float | None = None
     """Of the exit rule. None: its default, 5e-4 for kl."""
@@ -85,8 +83,7 @@ def main() -> int:
         value = getattr(args, name)
         require(value is None or value >= 1, "--" + name.replace("_", "-"), value, "must be at least 1")
     require(args.steps_tokens >= 0, "--steps-tokens", args.steps_tokens, "must not be negative")
-    if args.threshold is not None and args.exit == "none":
-        raise InputError(f"--threshold {args.threshold:g}: --exit none has no threshold; leave one of them out")
+    check_threshold(args.exit, args.threshold)
     from rdlm.questions import SETS, question_file, read_questions  # JAX takes seconds to import
 
     path = question_file(args.questions, args.data_folder) if args.questions in SETS else Path(args.questions)
@@ -95,6 +92,7 @@ def main() -> int:
 
 def ask(args: Args, path: Path, questions: list[Choice] | list[Cloze]) -> int:
     """Everything after the questions have been read."""
+    from rdlm import exits
     from rdlm.checkpoint import load_checkpoint, load_tokenizer, saved_steps
     from rdlm.questions import Choice, answer, baselines
     from rdlm.report import write_result, write_table
@@ -116,7 +114,7 @@ def ask(args: Args, path: Path, questions: list[Choice] | list[Cloze]) -> int:
         "protocol": {"style": args.style, "fewshot": 0, "begin_token": True, "normalisation": "characters"},
         "baselines": nothing, "length": found.length, "categories": by_category(questions, found, depths),
     }  # fmt: skip
-    rule = exit_rule(args)
+    rule = exits.named(args.exit, args.threshold)
     if rule is not None:
         stopped = answer(
             params, config, tokenizer, questions, depths[-1:], **options, exit_rule=rule,
@@ -139,19 +137,6 @@ def ask(args: Args, path: Path, questions: list[Choice] | list[Cloze]) -> int:
     return 0
 
 
-def exit_rule(args: Args, otherwise: str | None = None) -> ExitRule | None:
-    """The rule of the command line, or the one called `otherwise`."""
-    from rdlm import exits
-
-    name = otherwise if args.exit == "none" else args.exit
-    if name is None:
-        return None
-    make = getattr(exits, name)
-    if args.threshold is None:
-        return make()
-    return make(int(args.threshold) if name == "argmax_stability" else args.threshold)
-
-
 def bar(total: int, what: str) -> Callable[[int], None]:
     """Shows progress."""
     from rdlm.metrics import Progress
@@ -162,7 +147,7 @@ def bar(total: int, what: str) -> Callable[[int], None]:
 
 def row(config: Any, name: str, found: Answers, i: int, questions: list[Any]) -> dict[str, Any]:
     """One line of the table."""
-    from rdlm.evaluate import cost
+    from rdlm.flops import cost
     from rdlm.questions import wilson
 
     price = cost(config, float(found.iterations[i]), round(found.length), found.looks)
@@ -243,10 +228,11 @@ def new_token_steps(
     args: Args, params: Any, config: Any, tokenizer: Any, questions: list[Any], most: int
 ) -> dict[str, dict[str, list[np.ndarray]]]:
     """Recurrences of new tokens by way of starting and category."""
+    from rdlm import exits
     from rdlm.questions import Choice, answer_steps
 
     prompts = [tokenizer.encode(q.texts(args.style)[0] if isinstance(q, Choice) else q.prompt) for q in questions]
-    rule = exit_rule(args, otherwise="kl")
+    rule = exits.named("kl" if args.exit == "none" else args.exit, args.threshold)
     assert rule is not None  # kl, if no other
     starts: dict[str, Literal[False, "raw"]] = {"default": False, "warm start": "raw"}
     return {

@@ -10,11 +10,12 @@ One core takes a few seconds. What it printed, and what follows from it, is in d
 from __future__ import annotations
 
 import dataclasses
-import sys
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 
 from rdlm import flops
 from rdlm.config import InputError, RunConfig, preset
@@ -28,6 +29,8 @@ CHIPS = (1, 8, 16, 64, 256, 1024, 4096)
 class Options:
     """Assumptions."""
 
+    preset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRESET")]
+    """Such as huginn_3p5b."""
     chip: str = "TPU v5 lite"
     """`device_kind` of the datasheet."""
     chips_per_host: int = 4
@@ -134,13 +137,8 @@ def failures(run: RunConfig, o: Options) -> None:
 
 
 def main() -> int:
-    args = sys.argv[1:]
-    if not args or args[0].startswith("-"):
-        if args[:1] in (["-h"], ["--help"]):
-            parse_arguments(Options, prog="scale.py PRESET", description=__doc__, args=args)
-        raise InputError("which preset? For example: python experiments/scale.py huginn_3p5b")
-    run = preset(args[0])
-    o = parse_arguments(Options, prog=f"scale.py {args[0]}", description=__doc__, args=args[1:])
+    o = parse_arguments(Options, prog="scale.py", description=__doc__)
+    run = preset(o.preset)
     for field in ("chips_per_host", "days_between_failures", "restart_seconds", "write_megabytes", "copy_gigabytes"):
         if getattr(o, field) <= 0:
             raise InputError(f"{field} = {getattr(o, field)}: must be positive")

@@ -321,7 +321,7 @@ def calibrate(
             "agreement": scores.agreement,
             "checked_agreement": None if after is None else after.agreement,
             "mean_steps": steps,
-            "flops_per_token": flops.forward_flops(config, steps, keys) + looks * flops.check_flops(config, keys),
+            "flops_per_token": flops.cost(config, steps, keys, looks).flops_per_token,
         }
     return Calibrated(
         rule=rule, threshold=chosen, epsilon=epsilon, delta=delta, num_steps=scorer.num_steps, step=step, data=data,

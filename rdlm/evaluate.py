@@ -13,11 +13,11 @@ import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from rdlm import flops
 from rdlm.config import InputError, ModelConfig
 from rdlm.exits import ExitRule
 from rdlm.losses import IGNORED, as_batch, batch_state, cross_entropy, is_likeliest, scores_by_depth
 from rdlm.model import Params, forward
+from rdlm.recurrence import check_depths
 from rdlm.sharding import SPLIT, Layout
 
 
@@ -52,33 +52,6 @@ class ExitScore(NamedTuple):
     looks: float
     most: int
     tokens: int
-
-
-class Cost(NamedTuple):
-    """What a token costs on average.
-
-    iterations: recurrences. flops_per_token: forward FLOPs, looks of the exit rule included. equivalent_parameters:
-    of the unrolled model, as the paper counts them (the core as often as it runs).
-    """
-
-    iterations: float
-    flops_per_token: float
-    equivalent_parameters: float
-
-
-def cost(config: ModelConfig, iterations: float, length: int, looks: float = 0.0) -> Cost:
-    """The price of a token that runs so many recurrences, in a sequence of `length`.
-
-    Attention is counted in full over the length, as the paper counts it. Each look of a rule at logits costs coda and
-    head (`flops.check_flops`), and so does the readout at the end, although it could reuse the last look's.
-    """
-    spent = flops.forward_flops(config, iterations, length) + looks * flops.check_flops(config, length)
-    return Cost(iterations, spent, flops.materialised_parameters(config, iterations))
-
-
-def sweep_flops(config: ModelConfig, depths: tuple[int, ...], length: int) -> float:
-    """FLOPs per token of a whole depth curve: the deepest point, and coda and head at every other."""
-    return flops.forward_flops(config, depths[-1], length) + (len(depths) - 1) * flops.check_flops(config, length)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "depths", "layout"))
@@ -142,14 +115,13 @@ def depth_curve(
     Raises:
       InputError: depths that are not increasing, or nothing to score.
     """
-    if not depths or list(depths) != sorted(set(depths)) or depths[0] < 1:
-        raise InputError(f"depths = {tuple(depths)}: must be increasing recurrences, each at least 1")
+    depths = check_depths(depths)
     sums, hits, count, size = np.zeros(len(depths)), np.zeros(len(depths)), 0, 0
     table = jnp.asarray(token_bytes)
     for batch in batches:
         if stop():
             return None
-        s, h, c, b = _sums(params, config, place(batch), tuple(depths), table, layout)
+        s, h, c, b = _sums(params, config, place(batch), depths, table, layout)
         sums, hits = sums + np.asarray(s, np.float64), hits + np.asarray(h)
         count, size = count + int(c), size + int(b)
     if not count:

@@ -22,14 +22,14 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from rdlm.config import InputError
+from rdlm.config import ExitName, InputError
 
 
 class Observation(NamedTuple):
@@ -125,7 +125,8 @@ def _logits(observation: Observation) -> Array:
     return observation.logits.astype(jnp.float32)
 
 
-def _divergence(log_p: Array, log_q: Array) -> Array:
+def divergence(log_p: Array, log_q: Array) -> Array:
+    """KL(p || q) of distributions over the last axis, f32 [...], in nats."""
     # sum p (d + exp(-d) - 1) with d = log p - log q equals sum p d, as both sum to one, but every term is positive
     # and second order in d: far less noise in f32 than the difference of large sums.
     d = log_p - log_q
@@ -144,7 +145,7 @@ def kl(threshold: Any = 5e-4) -> ExitRule:
 
 def _kl_update(rule: ExitRule, previous: Array, seen: Observation) -> tuple[Array, Array]:
     new = jax.nn.log_softmax(_logits(seen))
-    return new, _divergence(previous, new)
+    return new, divergence(previous, new)
 
 
 def gated_kl(threshold: Any = 5e-4, gate_threshold: Any = 0.1) -> ExitRule:
@@ -213,7 +214,7 @@ def _min_p_update(min_p: float) -> Callable[..., Any]:
         p = jax.nn.softmax(_logits(seen))
         p = jnp.where(p < min_p * p.max(-1, keepdims=True), 1 / p.shape[-1], p)
         new = jnp.log(p / p.sum(-1, keepdims=True))
-        return new, _divergence(previous, new)
+        return new, divergence(previous, new)
 
     return update
 
@@ -300,3 +301,29 @@ def _fixed_init(rule: ExitRule, s0: Array, vocab: int) -> tuple[()]:
 
 def _fixed_update(rule: ExitRule, previous: tuple[()], seen: Observation):
     return (), jnp.full(seen.state.shape[:-1], seen.step, jnp.float32)
+
+
+_NAMED: dict[str, Callable[..., ExitRule]] = {
+    make.__name__: make for make in (kl, gated_kl, min_p_kl, entropy_diff, latent_diff, cosine, argmax_stability)
+}
+
+
+@overload
+def named(name: ExitName, threshold: float | None = None) -> ExitRule: ...
+
+
+@overload
+def named(name: Literal["none"] | ExitName, threshold: float | None = None) -> ExitRule | None: ...
+
+
+def named(name: str, threshold: float | None = None) -> ExitRule | None:
+    """The rule of this module that a command line calls `name` (`rdlm.config.ExitName`); "none" is None.
+
+    threshold: None is the rule's default; argmax_stability counts, so its threshold is cut to a whole number.
+    """
+    if name == "none":
+        return None
+    make = _NAMED[name]
+    if threshold is None:
+        return make()
+    return make(int(threshold) if name == "argmax_stability" else threshold)

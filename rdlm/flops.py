@@ -110,6 +110,33 @@ def check_flops(config: ModelConfig, keys: float) -> float:
     return config.coda_layers * _layer_flops(config, keys) + 2 * config.rows * config.embed_dim
 
 
+class Cost(NamedTuple):
+    """What a token costs on average.
+
+    iterations: recurrences. flops_per_token: forward FLOPs, looks of the exit rule included. equivalent_parameters:
+    of the unrolled model, as the paper counts them (the core as often as it runs).
+    """
+
+    iterations: float
+    flops_per_token: float
+    equivalent_parameters: float
+
+
+def cost(config: ModelConfig, iterations: float, length: int, looks: float = 0.0) -> Cost:
+    """The price of a token that runs so many recurrences, in a sequence of `length`.
+
+    Attention is counted in full over the length, as the paper counts it. Each look of a rule at logits costs coda and
+    head (`check_flops`), and so does the readout at the end, although it could reuse the last look's.
+    """
+    spent = forward_flops(config, iterations, length) + looks * check_flops(config, length)
+    return Cost(iterations, spent, materialised_parameters(config, iterations))
+
+
+def sweep_flops(config: ModelConfig, depths: tuple[int, ...], length: int) -> float:
+    """FLOPs per token of a whole depth curve: the deepest point, and coda and head at every other."""
+    return forward_flops(config, depths[-1], length) + (len(depths) - 1) * check_flops(config, length)
+
+
 def check_bytes(config: ModelConfig, itemsize: int) -> int:
     """Bytes of weights that such a look streams; against `core_bytes`, its price when decoding waits for memory."""
     return (config.coda_layers * block_matrices(config) + config.rows * config.embed_dim) * itemsize

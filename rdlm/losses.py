@@ -27,7 +27,7 @@ from rdlm.model import (
 )
 from rdlm.model import decode as coda
 from rdlm.modules import Context
-from rdlm.recurrence import Weights, checkpoints, initial_state, unroll, unroll_recomputed
+from rdlm.recurrence import Step, Weights, checkpoints, initial_state, unroll, unroll_recomputed
 
 IGNORED = -100
 """Label that is not scored."""
@@ -252,21 +252,20 @@ def scores_by_depth(
 
     One unroll, no gradient. flash: as in `token_losses`.
     """
-    step, s, ctx = _setup(params, config, batch, None, key, flash)
+    step, s, ctx = setup(params, config, batch, None, key, flash)
 
     def read(s: Array) -> tuple[Array, Array]:
         logits, _ = readout(params, config, s, ctx)
         return cross_entropy(logits, batch.labels), is_likeliest(logits, batch.labels)
 
-    losses, right = zip(*checkpoints(step, s, depths, read), strict=True)
-    return jnp.stack(losses), jnp.stack(right)
+    return checkpoints(step, s, depths, read)
 
 
-def _setup(
+def setup(
     params: Params, config: ModelConfig, batch: Batch, state: Array | None, key: Array | None, flash: bool = False
-):  # fmt: skip
+) -> tuple[Step, Array, Context]:
+    """(step(s, i) -> s, the initial state [B, L, D], the context) of a batch; arguments as in `token_losses`."""
     ctx = context(config, batch.positions, batch.segment_ids, flash=flash)
     s = batch_state(params, config, batch, state, key)
-    e, _ = embed(params, config, batch.tokens, ctx)
-    injected = inject(params, config, e)
+    injected = inject(params, config, embed(params, config, batch.tokens, ctx)[0])
     return (lambda s, i: core_step(params, config, s, injected, ctx)[0]), s, ctx

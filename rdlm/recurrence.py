@@ -286,19 +286,33 @@ def unroll_until(
     return lax.while_loop(go_on, lambda carry: (step(*carry), carry[1] + 1), (s, jnp.asarray(first, jnp.int32)))
 
 
-def checkpoints(step: Step, s: State, depths: Sequence[int], read: Callable[[State], Any]) -> list[Any]:
+def check_depths(depths: Sequence[int], least: int = 1) -> tuple[int, ...]:
+    """`depths` as a tuple.
+
+    Raises:
+      InputError: none, not increasing, or one below `least`.
+    """
+    depths = tuple(int(r) for r in depths)
+    if not depths or list(depths) != sorted(set(depths)) or depths[0] < least:
+        raise InputError(f"depths = {depths}: must be increasing recurrences, each at least {least}")
+    return depths
+
+
+def checkpoints(step: Step, s: State, depths: Sequence[int], read: Callable[[State], Any]) -> Any:
     """`read(state)` after each of the increasing `depths`, all from one unroll: the curve costs its deepest point.
 
-    No gradient. Returns one result per depth, in order.
+    No gradient. Returns what `read` returns with a new leading axis, one entry per depth. `step` and `read` are
+    compiled once, not once per depth.
     """
-    if list(depths) != sorted(set(depths)) or not depths or depths[0] < 0:
-        raise InputError(f"depths = {tuple(depths)}: must be increasing recurrences")
-    frozen, done, results = _without_gradient(step, s), 0, []
-    for depth in depths:
+    frozen = _without_gradient(step, s)
+
+    def until(carry: tuple[State, Array], depth: Array) -> tuple[tuple[State, Array], Any]:
+        s, done = carry
         s = lax.fori_loop(done, depth, lambda i, s: frozen(s, i), s)
-        results.append(read(s))
-        done = depth
-    return results
+        return (s, depth), read(s)
+
+    stops = jnp.asarray(check_depths(depths, least=0), jnp.int32)
+    return lax.scan(until, (jax.tree.map(lax.stop_gradient, s), jnp.int32(0)), stops)[1]
 
 
 def trajectory(step: Step, s: State, r: int) -> State:

@@ -26,8 +26,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from rdlm.config import ModelConfig
-from rdlm.losses import IGNORED, as_batch, batch_state, head_losses
-from rdlm.model import Params, context, core_step, decode, embed, inject
+from rdlm.losses import IGNORED, as_batch, head_losses, setup
+from rdlm.model import Params, decode
 
 COLLAPSED = 0.9
 """Token correlation: 0.02 to 0.64 in healthy runs, above 0.98 in collapsed ones."""
@@ -63,15 +63,12 @@ def course(params: Params, config: ModelConfig, batch: Any, key: Array) -> Cours
       key: of the initial states.
     """
     labelled = as_batch(batch)
-    ctx = context(config, labelled.positions, labelled.segment_ids)
-    s = batch_state(params, config, labelled, None, key)
-    e, _ = embed(params, config, labelled.tokens, ctx)
-    injected = inject(params, config, e)
+    step, s, ctx = setup(params, config, labelled, None, key)
     here = jnp.ones(labelled.tokens.shape, bool) if labelled.segment_ids is None else labelled.segment_ids != 0
 
     def body(carry: tuple[Array, Array], i: Array) -> Any:
         s, first = carry
-        new = core_step(params, config, s, injected, ctx)[0]
+        new = step(s, i)
         seen = token_correlation(new, here), _rms(new, here), _rms(new - s, here) / _rms(s, here)
         return (new, jnp.where(i == 0, new, first)), seen
 

@@ -11,22 +11,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from rdlm.config import InputError, ModelConfig
-from rdlm.model import (
-    Params,
-    check_shape,
-    check_tokens,
-    compute_dtype,
-    context,
-    core_step,
-    embed,
-    inject,
-    noisy,
-    positions_of,
-    readout,
-    typed_key,
-)
+from rdlm.model import Params, check_tokens, noisy, readout, start, stepping
 from rdlm.modules import SandwichBlock, linear
-from rdlm.recurrence import initial_state, trajectory
+from rdlm.recurrence import trajectory
 
 
 class Recurrence(NamedTuple):
@@ -64,38 +51,21 @@ def recurrence_of(
     Raises:
       InputError: wrong shapes, ids out of range, more tokens than config.max_length.
     """
-    tokens = check_tokens(tokens, config)
-    B, L = tokens.shape
-    check_shape("segment_ids", segment_ids, (B, L))
-    check_shape("positions", positions, (L,), (B, L))
-    check_shape("state", state, (B, L, config.embed_dim))
-    check_shape("key", key, (), (B,))
-    dtype, key = compute_dtype(params, config), typed_key(key)
-    segments = None if segment_ids is None else jnp.asarray(segment_ids)
-    where = positions_of(tokens, segments) if positions is None else jnp.asarray(positions)
-    if state is None:
-        state = initial_state(key, where, config.embed_dim, dtype)
-    s0 = jnp.broadcast_to(jnp.asarray(state, dtype), (B, L, config.embed_dim))
-    ctx = context(config, where, segments)
-    e, _ = embed(params, config, tokens, ctx)
-    injected = inject(params, config, e)
-    noise_key = key if config.test_time_noise else jax.random.key(0)
-
-    def entering(s: Array, i: Any) -> Array:
-        return noisy(params, config, s, i, noise_key, where)
-
-    def step(s: Array, i: Any) -> Array:
-        return core_step(params, config, entering(s, i), injected, ctx)[0]
+    begin = start(
+        params, config, tokens, state=state, key=key, segment_ids=segment_ids, positions=positions
+    )  # fmt: skip
+    step, injected = stepping(params, config, begin)
 
     def layers(s: Array, i: Any) -> Array:
-        x = linear(entering(s, i), params["adapter"][0].astype(s.dtype)) + injected
+        s = noisy(params, config, s, i, begin.key, begin.positions)
+        x = linear(s, params["adapter"][0].astype(s.dtype)) + injected
         made = []
         for j in range(config.core_layers):
-            out: Any = SandwichBlock(config).apply({"params": params[f"core_{j}"]}, x, ctx)
+            out: Any = SandwichBlock(config).apply({"params": params[f"core_{j}"]}, x, begin.ctx)
             made.append(x := out[0])
         return jnp.stack(made)
 
-    return Recurrence(s0, step, layers, lambda s: readout(params, config, s, ctx)[0])
+    return Recurrence(begin.s0, step, layers, lambda s: readout(params, config, s, begin.ctx)[0])
 
 
 @functools.partial(jax.jit, static_argnames=("config", "r", "layers"))

@@ -12,6 +12,7 @@ from jax import Array
 
 from rdlm.analysis.capture import recurrence_of
 from rdlm.config import InputError, ModelConfig
+from rdlm.exits import divergence
 from rdlm.losses import cross_entropy
 from rdlm.model import Params, check_tokens
 from rdlm.recurrence import checkpoints
@@ -35,15 +36,14 @@ class Lens(NamedTuple):
 @functools.partial(jax.jit, static_argnames=("config", "depths", "count"))
 def _lens(params: Params, config: ModelConfig, tokens: Array, labels: Array, depths: tuple[int, ...], count: int):
     of = recurrence_of(params, config, tokens)
-    states = jnp.stack(checkpoints(of.step, of.s0, depths, lambda s: s))
+    states = checkpoints(of.step, of.s0, depths, lambda s: s)
     last = jax.nn.log_softmax(of.read(states[-1]))
 
     def at(s: Array):
         logits = of.read(s)
         log_p = jax.nn.log_softmax(logits)
         probability, top = jax.lax.top_k(jnp.exp(log_p), count)
-        d = last - log_p  # written as in `rdlm.exits.kl`
-        return top, probability, cross_entropy(logits, labels), jnp.sum(jnp.exp(last) * (d + jnp.expm1(-d)), -1)
+        return top, probability, cross_entropy(logits, labels), divergence(last, log_p)
 
     return jax.lax.map(at, states)
 

@@ -2,7 +2,7 @@
 
 from rdlm.config.errors import InputError, did_you_mean, require
 from rdlm.config.json import differences, from_json, to_json
-from rdlm.config.model import CachePolicy, ModelConfig, Sampling, Speculative
+from rdlm.config.model import CachePolicy, ExitName, ModelConfig, Sampling, Speculative, check_threshold
 from rdlm.config.presets import PRESETS, preset
 from rdlm.config.run import (
     AlarmConfig,
@@ -27,6 +27,7 @@ __all__ = [
     "CheckpointConfig",
     "DataConfig",
     "EvaluationConfig",
+    "ExitName",
     "FaultsConfig",
     "Gather",
     "InputError",
@@ -40,6 +41,7 @@ __all__ = [
     "Sampling",
     "Scheme",
     "Speculative",
+    "check_threshold",
     "did_you_mean",
     "differences",
     "from_json",

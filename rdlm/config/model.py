@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from rdlm.config.errors import require
+from rdlm.config.errors import InputError, require
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -129,6 +129,20 @@ class ModelConfig:
     def rows(self) -> int:
         """Rows of the embedding, and columns V of the logits."""
         return self.vocab_size if self.padded_vocab_size is None else self.padded_vocab_size
+
+
+ExitName = Literal["kl", "gated_kl", "min_p_kl", "entropy_diff", "latent_diff", "cosine", "argmax_stability"]
+"""Exit rules as command lines name them; `rdlm.exits.named` makes one."""
+
+
+def check_threshold(exit: str, threshold: float | None) -> None:
+    """Refuse a threshold where `--exit none` leaves nothing to take it.
+
+    Raises:
+      InputError: that.
+    """
+    if exit == "none" and threshold is not None:
+        raise InputError(f"--threshold {threshold:g}: --exit none has no threshold; leave one of them out")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,8 @@ from rdlm.config import InputError, ModelConfig, Sampling
 from rdlm.decode import Engine
 from rdlm.exits import ExitRule
 from rdlm.model import Params
-from rdlm.questions import Pair, check_depths, score, split
+from rdlm.questions import Pair, score, split
+from rdlm.recurrence import check_depths
 from rdlm.tokenizer import Tokenizer
 
 _LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # lm-eval's order of precedence

@@ -10,6 +10,8 @@ from rdlm.model.forward import (
     check_tokens,
     forward,
     split_steps,
+    start,
+    stepping,
     typed_key,
 )
 from rdlm.model.network import (
@@ -56,5 +58,7 @@ __all__ = [
     "positions_of",
     "readout",
     "split_steps",
+    "start",
+    "stepping",
     "typed_key",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,8 @@ from rdlm.model.network import (
     readout,
 )
 from rdlm.model.noise import noisy
-from rdlm.recurrence import initial_state, unroll
+from rdlm.modules import Context
+from rdlm.recurrence import Step, initial_state, unroll
 
 
 @jax.tree_util.register_dataclass
@@ -120,6 +121,53 @@ def check_shape(name: str, value: Any, *allowed: tuple[int, ...]) -> None:
         raise InputError(f"{name}: expected shape {known}, got {list(jnp.shape(value))}")
 
 
+class Start(NamedTuple):
+    """Where a pass over a text begins.
+
+    tokens int32 [B, L]; segment_ids int [B, L] or None; positions int [L] or [B, L]; ctx: from `context`; s0 [B, L, D],
+    the initial state; key: of the test-time noise.
+    """
+
+    tokens: Array
+    segment_ids: Array | None
+    positions: Array
+    ctx: Context
+    s0: Array
+    key: Array
+
+
+def start(
+    params: Params, config: ModelConfig, tokens: Any, *, state: Array | None = None, key: Array | None = None,
+    segment_ids: Array | None = None, positions: Array | None = None,
+) -> Start:  # fmt: skip
+    """Check the arguments of `forward` that describe a text, and fill in what was not given; raises as it does."""
+    tokens = check_tokens(tokens, config)
+    B, L = tokens.shape
+    dtype, key = compute_dtype(params, config), typed_key(key)
+    check_shape("segment_ids", segment_ids, (B, L))
+    check_shape("positions", positions, (L,), (B, L))
+    check_shape("state", state, (B, L, config.embed_dim))
+    check_shape("key", key, (), (B,))
+    segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
+    positions = positions_of(tokens, segment_ids) if positions is None else jnp.asarray(positions)
+    if state is None:
+        state = initial_state(key, positions, config.embed_dim, dtype)
+    s0 = jnp.broadcast_to(jnp.asarray(state, dtype), (B, L, config.embed_dim))
+    noise_key = key if config.test_time_noise else jax.random.key(0)
+    return Start(tokens, segment_ids, positions, context(config, positions, segment_ids), s0, noise_key)
+
+
+def stepping(params: Params, config: ModelConfig, begin: Start) -> tuple[Step, Array]:
+    """(step(s, i) -> s, one recurrence over that text, test-time noise included; the injected embedding [B, L, D])."""
+    injected = inject(params, config, embed(params, config, begin.tokens, begin.ctx)[0])
+
+    def step(s: Array, i: Array) -> Array:
+        s = noisy(params, config, s, i, begin.key, begin.positions)
+        return core_step(params, config, s, injected, begin.ctx)[0]
+
+    return step, injected
+
+
 def forward(
     params: Params,
     config: ModelConfig,
@@ -154,49 +202,27 @@ def forward(
     Raises:
       InputError: wrong shapes, ids out of range, a depth below 1.
     """
-    tokens = check_tokens(tokens, config)
-    B, L = tokens.shape
-    dtype, key = compute_dtype(params, config), typed_key(key)
-    check_shape("segment_ids", segment_ids, (B, L))
-    check_shape("positions", positions, (L,), (B, L))
-    check_shape("state", state, (B, L, config.embed_dim))
-    check_shape("key", key, (), (B,))
-    check_rule(exit_rule, B, min_steps, check_every)
+    begin = start(
+        params, config, tokens, state=state, key=key, segment_ids=segment_ids, positions=positions
+    )  # fmt: skip
+    check_rule(exit_rule, len(begin.tokens), min_steps, check_every)
     per_token = jnp.ndim(num_steps) > 0 if not isinstance(num_steps, (tuple, list, type(None))) else False
-    segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
-    positions = positions_of(tokens, segment_ids) if positions is None else jnp.asarray(positions)
-    state_key, noise_key = key, jax.random.key(0)
-    if config.test_time_noise:
-        noise_key = key
-    if state is None:
-        state = initial_state(state_key, positions, config.embed_dim, dtype)
-    state = jnp.broadcast_to(jnp.asarray(state, dtype), (*tokens.shape, config.embed_dim))
-    ctx = context(config, positions, segment_ids)
+    valid = jnp.ones(begin.tokens.shape, bool) if begin.segment_ids is None else begin.segment_ids != 0
     if exit_rule is not None or per_token:
         if isinstance(num_steps, (tuple, list)):
             raise InputError("num_steps: an exit rule takes a number of recurrences, not a pair (n, k)")
         most = config.mean_recurrence if num_steps is None else num_steps
         check_depth(most)
-        valid = jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids != 0
         result = adaptive_pass(
-            params, config, tokens, positions, ctx, state, valid,
-            num_steps=most, rule=exit_rule, min_steps=min_steps, check_every=check_every, policy=cache, key=noise_key,
+            params, config, begin.tokens, begin.positions, begin.ctx, begin.s0, valid, num_steps=most, rule=exit_rule,
+            min_steps=min_steps, check_every=check_every, policy=cache, key=begin.key,
         )  # fmt: skip
         return Output(result.logits, result.latents, result.steps, result.state, result.looks)
     n, k = split_steps(num_steps, config)
-    e, _ = embed(params, config, tokens, ctx)
-    injected = inject(params, config, e)
-
-    def step(s: Array, i: Array) -> Array:
-        s = noisy(params, config, s, i, noise_key, positions)
-        return core_step(params, config, s, injected, ctx)[0]
-
-    s = unroll(step, state, n, k, max_k=config.backprop_depth)
-    logits, z = readout(params, config, s, ctx)
-    steps = jnp.broadcast_to(jnp.asarray(n + k, jnp.int32), tokens.shape)
-    if segment_ids is not None:
-        steps = jnp.where(segment_ids != 0, steps, 0)
-    return Output(logits, z, steps, s)
+    step, _ = stepping(params, config, begin)
+    s = unroll(step, begin.s0, n, k, max_k=config.backprop_depth)
+    logits, z = readout(params, config, s, begin.ctx)
+    return Output(logits, z, jnp.where(valid, jnp.asarray(n + k, jnp.int32), 0), s)
 
 
 def check_depth(num_steps: Any, name: str = "num_steps") -> None:

@@ -4,7 +4,7 @@ from rdlm.questions.answers import Answers, answer, baselines, bootstrap_mean, w
 from rdlm.questions.files import Choice, Cloze, Style, read_questions, write_questions
 from rdlm.questions.package import SETS, question_file
 from rdlm.questions.pictures import plot_accuracy, plot_steps
-from rdlm.questions.scoring import Pair, Scores, check_depths, score, split
+from rdlm.questions.scoring import Pair, Scores, score, split
 from rdlm.questions.steps import answer_steps
 
 __all__ = [
@@ -19,7 +19,6 @@ __all__ = [
     "answer_steps",
     "baselines",
     "bootstrap_mean",
-    "check_depths",
     "plot_accuracy",
     "plot_steps",
     "question_file",

@@ -19,21 +19,9 @@ from jax import Array
 
 from rdlm.config import InputError, ModelConfig
 from rdlm.exits import ExitRule
-from rdlm.model import (
-    Params,
-    check_ids,
-    check_rule,
-    compute_dtype,
-    context,
-    core_step,
-    embed,
-    forward,
-    head,
-    inject,
-    noisy,
-)
+from rdlm.model import Params, check_ids, check_rule, compute_dtype, forward, head, start, stepping
 from rdlm.model import decode as coda
-from rdlm.recurrence import initial_state
+from rdlm.recurrence import check_depths, checkpoints, initial_state
 
 Pair = tuple[Sequence[int] | np.ndarray, Sequence[int] | np.ndarray]
 """Context and continuation, token ids; neither is empty."""
@@ -104,7 +92,7 @@ def score(
     )  # fmt: skip
     for batch in _batches(rows, config, tokens_per_batch):
         if exit_rule is None:
-            found = _by_depth(params, config, batch.arrays, jnp.asarray(depths), init_scale)
+            found = _by_depth(params, config, batch.arrays, depths, init_scale)
             _fill(out, batch.rows, depths, found)
         else:
             found, *ran = _by_exit(params, config, batch.arrays, exit_rule, jnp.int32(depths[0]), init_scale)
@@ -112,18 +100,6 @@ def score(
         done += sum(len(row.pairs) for row in batch.rows)
         progress(done)
     return out
-
-
-def check_depths(depths: Sequence[int]) -> tuple[int, ...]:
-    """`depths` as a tuple.
-
-    Raises:
-      InputError: not increasing, or one below 1.
-    """
-    depths = tuple(int(r) for r in depths)
-    if not depths or list(depths) != sorted(set(depths)) or depths[0] < 1:
-        raise InputError(f"depths = {depths}: must be increasing recurrences, each at least 1")
-    return depths
 
 
 @dataclasses.dataclass
@@ -214,42 +190,30 @@ def _arrays(rows: list[_Row], B: int, L: int, C: int, K: int) -> _Arrays:
     return _Arrays(*(jnp.asarray(x) for x in (tokens, segments, at, labels, scored)))
 
 
-def _state(params: Params, config: ModelConfig, tokens: Array, scale: Any) -> tuple[Array, Array]:
+def _state(params: Params, config: ModelConfig, tokens: Array, scale: Any) -> Array:
     positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)
     s = initial_state(jax.random.key(0), positions, config.embed_dim, compute_dtype(params, config), scale)
-    return positions, jnp.broadcast_to(s, (*tokens.shape, config.embed_dim))
+    return jnp.broadcast_to(s, (*tokens.shape, config.embed_dim))
 
 
-@functools.partial(jax.jit, static_argnames=("config",))
-def _by_depth(params: Params, config: ModelConfig, batch: _Arrays, depths: Array, scale: Any):
+@functools.partial(jax.jit, static_argnames=("config", "depths"))
+def _by_depth(params: Params, config: ModelConfig, batch: _Arrays, depths: tuple[int, ...], scale: Any):
     """(log-likelihoods f32 [R, B, K, C], greedy bool [R, B, K])."""
-    positions, s = _state(params, config, batch.tokens, scale)
-    ctx = context(config, positions, None)  # padding is on the right, where nothing that is scored looks
-    e, _ = embed(params, config, batch.tokens, ctx)
-    injected, key = inject(params, config, e), jax.random.key(0)
-
-    def step(s: Array, i: Array) -> Array:
-        return core_step(params, config, noisy(params, config, s, i, key, positions), injected, ctx)[0]
+    # Segments are left out: padding is on the right, where nothing that is scored looks.
+    begin = start(params, config, batch.tokens, state=_state(params, config, batch.tokens, scale))
 
     def read(s: Array) -> tuple[Array, Array]:
-        (y, _), _ = coda(params, config, s, ctx)
+        (y, _), _ = coda(params, config, s, begin.ctx)
         y = jnp.take_along_axis(y, batch.at[..., None], axis=1)  # the head is for scored positions only
         return _continuations(head(params, config, y), batch)
 
-    def until(carry: tuple[Array, Array], depth: Array) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-        s, done = carry
-        s = jax.lax.fori_loop(done, depth, lambda i, s: step(s, i), s)
-        return (s, depth), read(s)
-
-    # As `recurrence.checkpoints`, but the core and the readout are compiled once and not once per depth: the many
-    # shapes of a benchmark make compilation the larger part on small models.
-    return jax.lax.scan(until, (s, jnp.int32(0)), depths)[1]
+    return checkpoints(stepping(params, config, begin)[0], begin.s0, depths, read)
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
 def _by_exit(params: Params, config: ModelConfig, batch: _Arrays, rule: ExitRule, most: Array, scale: Any):
     """((log-likelihoods f32 [1, B, K, C], greedy bool [1, B, K]), steps int32 [B, L], looks int32 [B, L])."""
-    _, s = _state(params, config, batch.tokens, scale)
+    s = _state(params, config, batch.tokens, scale)
     out = forward(
         params, config, batch.tokens, most, state=s, segment_ids=batch.segment_ids, exit_rule=rule
     )  # fmt: skip

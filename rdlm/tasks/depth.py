@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from rdlm import exits
+from rdlm import exits, losses
 from rdlm.config import InputError, ModelConfig
 from rdlm.exits import ExitRule, Observation
-from rdlm.model import Params, compute_dtype, context, core_step, embed, forward, inject, readout
+from rdlm.losses import as_batch
+from rdlm.model import Params, forward, readout
 from rdlm.modules import Context
-from rdlm.recurrence import Step, initial_state, trajectory
+from rdlm.recurrence import Step, check_depths, checkpoints
 from rdlm.tasks.instance import IGNORED
 
 
@@ -48,13 +49,7 @@ def setup(params: Params, config: ModelConfig, tokens: Array, key: Array) -> tup
 
     tokens: int [B, L]. key: one, for the same noise in every row, or one per row [B].
     """
-    positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)
-    ctx = context(config, positions, None)
-    e, _ = embed(params, config, tokens, ctx)
-    injected = inject(params, config, e)
-    s = initial_state(key, positions, config.embed_dim, compute_dtype(params, config))
-    s = jnp.broadcast_to(s, (*tokens.shape, config.embed_dim))
-    return (lambda s, i: core_step(params, config, s, injected, ctx)[0]), s, ctx
+    return losses.setup(params, config, as_batch({"tokens": tokens, "labels": tokens}), None, key)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "depths"))
@@ -63,9 +58,7 @@ def logits_by_depth(
 ) -> Array:  # fmt: skip
     """Logits f32 [R, B, L, V] of tokens int [B, L] after each of the R increasing `depths`, from one unroll."""
     step, s, ctx = setup(params, config, tokens, key)
-    states = trajectory(step, s, max(depths))
-    # One compiled readout for all depths, where a call for each would compile as many.
-    return jax.lax.map(lambda s: readout(params, config, s, ctx)[0], states[np.array(depths)])
+    return checkpoints(step, s, depths, lambda s: readout(params, config, s, ctx)[0])
 
 
 @functools.partial(jax.jit, static_argnames=("config", "depths"))
@@ -111,10 +104,9 @@ def by_depth(
     Raises:
       InputError: nothing to score, or depths that are not increasing.
     """
-    if not depths or list(depths) != sorted(set(depths)) or depths[0] < 1:
-        raise InputError(f"depths = {tuple(depths)}: must be increasing recurrences, each at least 1")
+    depths = check_depths(depths)
     key = jax.random.key(0) if key is None else key
-    return counted((b, _answers(params, config, jnp.asarray(b["tokens"]), tuple(depths), key), None) for b in batches)
+    return counted((b, _answers(params, config, jnp.asarray(b["tokens"]), depths, key), None) for b in batches)
 
 
 def with_exits(
