@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from rdlm.config import InputError, RunConfig
-from rdlm.runtime import parse_arguments, run_command
+from rdlm.config import RunConfig
+from rdlm.runtime import parse_arguments, run_command, write_whole
 
 if TYPE_CHECKING:
     from rdlm.page import Html
@@ -42,13 +42,7 @@ def main() -> int:
     found = sections(args.run_dir, run, saved_steps(args.run_dir)[-1], meta)
     page = document(f"{args.run_dir.resolve().name}: report", found)
     path = args.run_dir / "report.html" if args.out is None else args.out.expanduser()
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(page, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
-    print(f"page: {path} ({len(page.encode()) / 1e6:.1f} MB)")
+    print(f"page: {write_whole(path, page)} ({len(page.encode()) / 1e6:.1f} MB)")
     return 0
 
 

@@ -38,6 +38,7 @@ from rdlm import exits, flops
 from rdlm.config import InputError, ModelConfig, did_you_mean, require
 from rdlm.exits import ExitRule
 from rdlm.model import Params, forward
+from rdlm.runtime import write_whole
 
 FILE = "calibrated_exits.json"
 
@@ -337,15 +338,9 @@ def save(run_folder: str | Path, found: Calibrated) -> Path:
     Raises:
       InputError: the file is damaged or cannot be written.
     """
-    path = Path(run_folder) / FILE
     known = read(run_folder) | {found.rule: found}
-    partial = path.with_suffix(".partial")
-    try:
-        partial.write_text(json.dumps({rule: dataclasses.asdict(x) for rule, x in known.items()}, indent=1) + "\n")
-        partial.replace(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
-    return path
+    text = json.dumps({rule: dataclasses.asdict(x) for rule, x in known.items()}, indent=1)
+    return write_whole(Path(run_folder) / FILE, text + "\n")
 
 
 def read(run_folder: str | Path) -> dict[str, Calibrated]:

@@ -13,12 +13,11 @@ from rdlm.checkpoint import load_tokenizer, read_config, read_meta
 from rdlm.config import DataConfig, InputError, RunConfig
 from rdlm.data import Chain, open_validation, prepared_folder
 from rdlm.tasks import IGNORED, Expression, PointerChasing, Reachability, Task, WordProblem, batch
+from rdlm.tasks.training import TEST_STREAM
 from rdlm.tokenizer import Tokenizer
 
 PRESET = "depth_scaling_"
 """Runs with a preset of this beginning were trained on the task that follows in its name."""
-STREAM = 1_000_000
-"""Stream of held-out instances; training's are the seeds below."""
 INSTANCES = 64
 """In a batch."""
 _TASKS: dict[str, tuple[Callable[[int], Task], int]] = {
@@ -97,14 +96,14 @@ def _instances(run: RunConfig, name: str, size: int | None) -> HeldOut:
 
     def batches(count: int | None) -> Iterator[dict[str, np.ndarray]]:
         for i in range(total if count is None else count):
-            made = batch(task, STREAM, i, INSTANCES)
+            made = batch(task, TEST_STREAM, i, INSTANCES)
             scored = made["labels"] != IGNORED
             last = scored.shape[1] - 1 - np.argmax(scored[:, ::-1], axis=1)
             # Rows shorter than the longest are filled up behind their last answer: padding, which costs nothing.
             inside = np.arange(scored.shape[1])[None] <= last[:, None]
             yield {"tokens": made["tokens"], "labels": made["labels"], "segment_ids": inside.astype(np.int32)}
 
-    total, length = 4, len(task.instance(STREAM, 0).tokens)
+    total, length = 4, len(task.instance(TEST_STREAM, 0).tokens)
     return HeldOut(
         f"new instances of {task}", batches, total, length, np.zeros(run.model.rows, np.int32),
         lambda ids: [names[i] if i < len(names) else str(i) for i in np.asarray(ids).tolist()], None,

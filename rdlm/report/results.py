@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rdlm.config import InputError
+from rdlm.runtime import write_whole
 from rdlm.tasks.record import command, commit, compact
 
 
@@ -21,7 +21,11 @@ def write_result(path: Path, found: Mapping[str, Any], units: Mapping[str, str])
     Raises:
       InputError: the file cannot be written.
     """
-    return _write(path, compact({"command": command(), "commit": commit(), **_plain(found), "units": dict(units)}))
+    return write_whole(
+        path,
+        compact({"command": command(), "commit": commit(), **_plain(found), "units": dict(units)}),
+        make_folder=True,
+    )
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
@@ -34,7 +38,7 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     table = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
     table.writeheader()
     table.writerows({name: "" if x is None else x for name, x in _plain(row).items()} for row in rows)
-    return _write(path, out.getvalue())
+    return write_whole(path, out.getvalue(), make_folder=True)
 
 
 def _plain(tree: Any) -> Any:
@@ -48,14 +52,3 @@ def _plain(tree: Any) -> Any:
     if isinstance(tree, float):
         return float(f"{tree:.6g}") if math.isfinite(tree) else None
     return tree
-
-
-def _write(path: Path, text: str) -> Path:
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
-    return path

@@ -11,6 +11,7 @@ from rdlm.runtime.commands import (
     run_command,
 )
 from rdlm.runtime.compiled import compiled_programs, keep_compiled_programs
+from rdlm.runtime.files import write_whole
 from rdlm.runtime.processes import RunError, StartError, exchange, is_first, on_tpu, start, together
 from rdlm.runtime.versions import versions
 
@@ -33,4 +34,5 @@ __all__ = [
     "start",
     "together",
     "versions",
+    "write_whole",
 ]
