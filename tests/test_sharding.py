@@ -2,6 +2,11 @@
 
 import dataclasses
 import functools
+import os
+import pathlib
+import socket
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -124,6 +129,56 @@ def test_control_a_wrong_scale_shows(wrong, monkeypatch):
         monkeypatch.setattr(Layout, "summed", lambda self, gradients: gradients)
     run = run_of({"data": 2, "fsdp": 4}, remat="layer")
     assert distance(of_steps(run, 8, steps=(1,)), on_one_device()[1:2]) > 0.1
+
+
+IN_TWO_PROCESSES = """
+import jax, numpy, sys
+from rdlm.runtime import start
+start("the same")
+from rdlm import sharding
+from rdlm.sharding import Layout
+from test_sharding import MODEL, batch, gradients, init_params, layout_of, run_of
+
+run = run_of({"data": 2, "fsdp": 4}, remat="layer")
+mesh = sharding.make_mesh(run.mesh, MODEL, jax.devices())
+layout = layout_of(run, mesh)
+places = sharding.named(mesh, layout.specs)
+params = jax.jit(lambda: init_params(MODEL, jax.random.key(0)), out_shardings=places)()
+split = sharding.batch_sharding(mesh)
+rows = {name: jax.make_array_from_callback(x.shape, split, numpy.asarray(x).__getitem__) for name, x in batch().items()}
+right, found = Layout.given_back, {}
+for name, scale in (("right", 1), ("wrong", 2)):
+    Layout.given_back = lambda self, *a: jax.tree.map(lambda g: g / scale, right(self, *a))
+    step = jax.jit(lambda p, b: gradients(run, p, b, jax.numpy.int32(1), layout), out_shardings=sharding.replicated(mesh))
+    for i, x in enumerate(jax.tree.leaves(step(params, rows))):
+        found[f"{name} {i}"] = numpy.asarray(x.addressable_data(0))
+if jax.process_index() == 0:
+    numpy.savez(sys.argv[1], **found)
+"""
+
+
+@pytest.mark.slow
+def test_loss_and_gradient_of_two_processes(tmp_path):
+    """Two processes of four devices each; half of a gradient, as a control, is seen."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        together = {"RDLM_COORDINATOR": f"localhost:{free.getsockname()[1]}", "RDLM_PROCESSES": "2"}
+    together |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    here = str(pathlib.Path(__file__).parent)
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", IN_TWO_PROCESSES, tmp_path / "found.npz"], stderr=subprocess.PIPE, text=True,
+            env=os.environ | together | {"RDLM_PROCESS_ID": str(i), "PYTHONPATH": here},
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    for process in both:
+        _, said = process.communicate(timeout=400)
+        assert process.returncode == 0, said
+    found, expected = np.load(tmp_path / "found.npz"), jax.tree.leaves(on_one_device()[1])
+    right, wrong = ([found[f"{name} {i}"] for i in range(len(expected))] for name in ("right", "wrong"))
+    assert distance(right, expected) < TOLERANCE
+    assert distance(wrong, expected) > 0.1
 
 
 # Who draws a depth
