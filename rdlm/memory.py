@@ -89,4 +89,4 @@ def reuse_freed_memory() -> None:
     trim_threshold, mmap_max, arena_max = -1, -4, -8  # names of <malloc.h>, without their M_
     mallopt(arena_max, 1)
     mallopt(mmap_max, 0)
-    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(trim_threshold, -1)  # never
