@@ -34,8 +34,9 @@ quickstart: install
 	@echo "  $(BIN)/python experiments/evaluate.py $(RUN) --depths 1 2 3 4 6 8 12 16 24 32 48 64"
 	@echo "  $(BIN)/python experiments/train.py quickstart_twin"
 
+# A file's tests share what they compile, so a file stays in one process.
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 # Stopped and started again it goes on where it was: finished runs are read from runs/, not trained again.
 reproduce: install
