@@ -25,15 +25,18 @@ HIDDEN = -1e30
 """Bias of a key that must not be seen: exp() of it is exactly 0, and differences of two such stay finite."""
 
 
-def causal_bias(segment_ids: Array | None, length: int) -> Array:
+def causal_bias(segment_ids: Array | None, length: int, window: int | None = None) -> Array:
     """Bias [B or 1, L, L] f32: a token sees itself and earlier tokens of its own segment.
 
     Args:
       segment_ids: int [B, L] or None for one segment per row. 0 is padding: never seen, except by itself (so that its
         own, never used, output stays finite).
       length: L.
+      window: tokens it sees, itself included; None: all of them.
     """
     ones = jnp.tril(jnp.ones((length, length), bool))[None]
+    if window is not None:
+        ones = jnp.triu(ones, 1 - window)
     if segment_ids is None:
         visible = ones
     else:
@@ -67,7 +70,9 @@ def fits_flash(length: int) -> bool:
     return length % FLASH_TILE == 0
 
 
-def attend_flash(q: Array, k: Array, v: Array, segments: Array, interpret: bool = False) -> Array:
+def attend_flash(
+    q: Array, k: Array, v: Array, segments: Array, window: int | None = None, interpret: bool = False
+) -> Array:
     """`attend` by the fused TPU kernel (splash attention): nothing of size L x L is ever stored.
 
     Padding (segment 0) sees padding before it, not itself alone; its output is as finite and as unused.
@@ -76,6 +81,7 @@ def attend_flash(q: Array, k: Array, v: Array, segments: Array, interpret: bool 
       q, k, v: as in `attend`; L is a multiple of 128. Inside `jax.shard_map`, where a mesh axis is left to the
         compiler, heads are split over it.
       segments: int32 [B or 1, L].
+      window: as in `causal_bias`.
       interpret: run it on a CPU, slowly, for tests.
     """
     # Imported here: a second that only TPU training needs to spend.
@@ -94,7 +100,8 @@ def attend_flash(q: Array, k: Array, v: Array, segments: Array, interpret: bool 
             block_q=size, block_kv=size, block_kv_compute=size, block_q_dkv=size, block_kv_dkv=size,
             block_kv_dkv_compute=size, block_q_dq=size, block_kv_dq=size,
         )  # fmt: skip
-        mask = splash_mask.MultiHeadMask([splash_mask.CausalMask((L, L))] * q.shape[1])
+        seen = splash_mask.CausalMask((L, L)) if window is None else splash_mask.LocalMask((L, L), (window - 1, 0), 0)
+        mask = splash_mask.MultiHeadMask([seen] * q.shape[1])
         run = splash.make_splash_mha(mask, head_shards=1, q_seq_shards=1, block_sizes=sizes, interpret=interpret)
         return jax.vmap(run)(q, k, v, splash.SegmentIds(segments, segments))
 

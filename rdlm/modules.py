@@ -154,7 +154,7 @@ class SelfAttention(nn.Module):
         own_k, own_v = own.k.reshape(B, L, -1, Q), own.v.reshape(B, L, K, Q)
         if ctx.bias is None:
             assert ctx.segments is not None
-            mixed = attend_flash(q, own_k, own_v, ctx.segments)
+            mixed = attend_flash(q, own_k, own_v, ctx.segments, cfg.attention_window)
         elif past is None or ctx.past_bias is None:
             mixed = attend(q, own_k, own_v, ctx.bias)
         else:

@@ -17,6 +17,7 @@ TINY = ModelConfig(
     vocab_size=40, embed_dim=16, num_heads=4, num_kv_heads=2, mlp_dim=24, prelude_layers=1, core_layers=1,
     coda_layers=1, max_length=32, mean_recurrence=6,
 )  # fmt: skip
+LOCAL = dataclasses.replace(TINY, attention_window=3)
 NOISY = dataclasses.replace(TINY, test_time_noise=0.05, test_time_noise_type="chi")
 R, NEW, MANY = 8, 6, 12  # most recurrences and new tokens, and requests served together
 
@@ -41,8 +42,8 @@ KINDS = {
         TINY, lambda t: exits.gated_kl(t, 20 * t), (0.003, 0.05),
         {"cache": CachePolicy(lookup="skip"), "check_every": 2}, every=1, ticks=9,
     ),
-    "3 sets, latent_diff": Kind(
-        TINY, exits.latent_diff, (0.05, 0.4), {"cache": CachePolicy(3), "warm_start": "raw"}, lanes=3, ticks=2
+    "3 sets, latent_diff, window": Kind(
+        LOCAL, exits.latent_diff, (0.05, 0.4), {"cache": CachePolicy(3), "warm_start": "raw"}, lanes=3, ticks=2
     ),
     "latest, twice, noisy": Kind(
         NOISY, lambda t: exits.twice(exits.latent_diff(t)), (0.1, 0.6),

@@ -188,7 +188,8 @@ class Oracle:
             mine[keep] = self._rotate(k + bias[1], position), v
         out = []
         for q, position in zip(queries, at, strict=True):
-            seen = [self._read(name, keep, p) for p in range(position)] + [self.held[name, position][keep]]
+            first = max(0, position + 1 - (cfg.attention_window or position + 1))
+            seen = [self._read(name, keep, p) for p in range(first, position)] + [self.held[name, position][keep]]
             k, v = (np.stack(part) for part in zip(*[kv for kv in seen if kv is not None], strict=True))
             scores = np.einsum("hq,thq->ht", q, k) / np.sqrt(Q)
             out.append(np.einsum("ht,thq->hq", np.exp(log_softmax(scores)), v).ravel())

@@ -4,6 +4,7 @@ Steps must be equal, except where a value lies within 1e-3 (relative) of its thr
 model, and such decisions may be at most 1 % of all.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -27,6 +28,7 @@ OTHER = ModelConfig(
     vocab_size=30, padded_vocab_size=32, embed_dim=12, num_heads=2, mlp_dim=20, prelude_layers=0, core_layers=2,
     coda_layers=1, max_length=32, qk_bias=False, tie_embeddings=False, rope_base=100.0,
 )  # fmt: skip
+WINDOW = dataclasses.replace(SMALL, attention_window=4)
 POLICIES = {
     "latest": CachePolicy(),
     "skip": CachePolicy(lookup="skip"),
@@ -142,6 +144,15 @@ def test_token_by_token(policy, rule):
 def test_another_shape_of_model(how):
     ours = how(OTHER, "4 sets", "kl")
     assert_agrees(ours, oracle(OTHER, "4 sets", "kl", [L] if how is parallel else [1] * L, ours[1]))
+
+
+@pytest.mark.parametrize(("policy", "rule"), [("4 sets", "kl"), ("skip", "none")])
+def test_a_window_of_attention(policy, rule):
+    whole = outcome(parallel, SMALL, policy, rule)
+    for how, chunks in ((parallel, [L]), (one_by_one, [1] * L)):
+        ours = how(WINDOW, policy, rule)
+        assert_agrees(ours, oracle(WINDOW, policy, rule, chunks, ours[1]))
+        assert not agrees(ours, whole)
 
 
 @pytest.mark.parametrize("rule", ["none", "latent_diff"])

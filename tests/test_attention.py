@@ -34,12 +34,12 @@ def segments(L):
     return (1 + (np.arange(L)[None, :, None] >= cuts[:, None] * L).sum(-1)) % 4
 
 
-def sees(ids, L):
-    """visible [B or 1, L, L]: itself, and earlier tokens of its document; padding is in none."""
+def sees(ids, L, window=10_000):
+    """visible [B or 1, L, L]: itself, and the window - 1 tokens before it in its document; padding is in none."""
     ids = np.ones((1, L), int) if ids is None else ids
     t, p = np.arange(L)[:, None], np.arange(L)[None, :]
     same = (ids[:, :, None] == ids[:, None, :]) & (ids[:, None, :] > 0)
-    return (t == p) | ((p < t) & same)
+    return (t == p) | ((p < t) & (p > t - window) & same)
 
 
 def both(ours, reference, arguments):
@@ -140,16 +140,29 @@ def test_control_a_wrong_mask_shows(later):
     assert np.abs(out - wrong).max() > 0.01
 
 
+@pytest.mark.parametrize("window", [1, 3, 8, 20])
+def test_a_window_of_tokens(window):
+    L, ids = 20, segments(20)
+    out = jax.jit(attend)(*inputs(L), causal_bias(jnp.asarray(ids), L, window))
+    assert np.abs(out - jax.jit(softmax_attention)(*inputs(L), sees(ids, L, window))).max() < 1e-5
+    if window < 8:  # of the longest document
+        assert np.abs(out - jax.jit(softmax_attention)(*inputs(L), sees(ids, L, window + 1))).max() > 0.01
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("width", [96, 128])
-def test_the_fused_kernel_is_softmax_attention_with_its_gradients(width):
+@pytest.mark.parametrize(("width", "window"), [(96, None), (128, None), (128, 50)])
+def test_the_fused_kernel_is_softmax_attention_with_its_gradients(width, window):
     """The TPU kernel interpreted on the CPU, at both head widths of the large presets, over packed documents."""
     L, heads = 256, 2
     q, k, v = (random(i, 1, L, heads, width) for i in (1, 2, 3))
     ids = jnp.asarray(segments(L)[:1], jnp.int32)
     read = random(4, 1, L, heads * width) * (np.asarray(ids) > 0)[..., None]  # nobody reads padding
-    bias = causal_bias(ids, L)
-    flash = jax.value_and_grad(lambda *x: (attend_flash(*x, ids, interpret=True) * read).sum(), argnums=(0, 1, 2))
+    bias = causal_bias(ids, L, window)
+
+    def fused(*x):
+        return (attend_flash(*x, ids, window, interpret=True) * read).sum()
+
+    flash = jax.value_and_grad(fused, argnums=(0, 1, 2))
     plain = jax.value_and_grad(lambda *x: (attend(*x, bias) * read).sum(), argnums=(0, 1, 2))
     found, expected = flash(q, k, v), plain(q, k, v)
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):

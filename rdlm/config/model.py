@@ -37,6 +37,8 @@ class ModelConfig:
     """Positions the model may see."""
     rope_base: float = 50000.0
     """Base of the rotary frequencies."""
+    attention_window: int | None = None
+    """Tokens a query sees: itself and those directly before it. None: all before it."""
     norm_eps: float = 1e-6
     """Epsilon of every RMSNorm."""
     qk_bias: bool = True
@@ -94,6 +96,11 @@ class ModelConfig:
             f"must be at least vocab_size = {self.vocab_size}",
         )
         require(self.rope_base > 0, "rope_base", self.rope_base, "must be positive")
+        window = self.attention_window
+        require(
+            window is None or (isinstance(window, int) and window >= 1),
+            "attention_window", window, "must be an integer of at least 1, or None to see every earlier token",
+        )  # fmt: skip
         require(self.norm_eps > 0, "norm_eps", self.norm_eps, "must be positive")
         require(self.test_time_noise >= 0, "test_time_noise", self.test_time_noise, "must not be negative")
         kinds = ("fixed", "geom", "sqrt", "line", "chi")

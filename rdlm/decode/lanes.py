@@ -129,11 +129,12 @@ def _zeros(shapes: Any) -> Any:
 def _tick(params, config: ModelConfig, p: Lanes) -> Lanes:
     """One recurrence for every iterating lane, and a look of the exit rule at those that are due."""
     cache, lane = p.cache, jnp.arange(p.busy.size)
-    seen, m = past_bias(cache.capacity, cache.length), p.ran % cache.sets
-    ctx = context(config, cache.length[:, None], None, seen)
+    m = p.ran % cache.sets
+    ctx = context(config, cache.length[:, None], None, past_bias(cache.capacity, cache.length))
     mine = ctx
     if cache.policy.lookup == "skip":
-        mine = ctx._replace(past_bias=seen + skip_bias(cache.depth, p.ran[:, None]))
+        assert ctx.past_bias is not None
+        mine = ctx._replace(past_bias=ctx.past_bias + skip_bias(cache.depth, p.ran[:, None]))
     past = jax.tree.map(lambda x: x[0] if cache.sets == 1 else _windows(x, m, lane), cache.core)
     s = p.s
     if config.test_time_noise:

@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from rdlm.config import InputError, ModelConfig
+from rdlm.config import InputError, ModelConfig, require
 
 # Reference field -> (field of ModelConfig, type, the reference's default).
 FIELDS: dict[str, tuple[str, type, Any]] = {
@@ -185,6 +185,8 @@ def _rows(fields: dict[str, Any], vocab: int, rows: int | None, where: str) -> i
 
 def reference_fields(config: ModelConfig, dtype: str) -> dict[str, Any]:
     """What the reference's save would write for `config`, derived fields included; `dtype`: of the tensors."""
+    window = config.attention_window
+    require(window is None, "attention_window", window, "must be None for the reference, which knows no window")
     fields = {name: getattr(config, ours) for name, (ours, _, _) in FIELDS.items()}
     for name in ("rope_base", "test_time_noise"):  # the reference writes whole numbers without a point
         fields[name] = int(fields[name]) if float(fields[name]).is_integer() else fields[name]

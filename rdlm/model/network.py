@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from rdlm.attention import causal_bias, fits_flash
+from rdlm.attention import HIDDEN, causal_bias, fits_flash
 from rdlm.cache import KeyValue
 from rdlm.config import ModelConfig
 from rdlm.memory import PLAIN, Plan
@@ -82,14 +82,19 @@ def context(
 ) -> Context:  # fmt: skip
     """What all layers of a pass share: rotary tables of positions int [L] or [B, L], and who sees whom.
 
+    past_bias: f32 [B, 1, T], the cached tokens there are; token t of the cache has position t.
     flash: for the fused kernel, which takes the segments themselves; lengths it cannot serve get a bias all the same.
     """
-    cos, sin = rotary_tables(positions if positions.ndim == 2 else positions[None], config)
+    window, by_row = config.attention_window, positions if positions.ndim == 2 else positions[None]
+    if past_bias is not None and window is not None:
+        near = jnp.arange(past_bias.shape[-1])[None, None] > by_row[..., None] - window
+        past_bias = past_bias + jnp.where(near, 0.0, HIDDEN)
+    cos, sin = rotary_tables(by_row, config)
     L = positions.shape[-1]
     if flash and fits_flash(L):
         segments = jnp.ones((1, L), jnp.int32) if segment_ids is None else segment_ids
         return Context(cos, sin, None, past_bias, segments)
-    return Context(cos, sin, causal_bias(segment_ids, L), past_bias)
+    return Context(cos, sin, causal_bias(segment_ids, L, window), past_bias)
 
 
 def positions_of(tokens: Array, segment_ids: Array | None) -> Array:
