@@ -149,7 +149,8 @@ rows = {name: jax.make_array_from_callback(x.shape, split, numpy.asarray(x).__ge
 right, found = Layout.given_back, {}
 for name, scale in (("right", 1), ("wrong", 2)):
     Layout.given_back = lambda self, *a: jax.tree.map(lambda g: g / scale, right(self, *a))
-    step = jax.jit(lambda p, b: gradients(run, p, b, jax.numpy.int32(1), layout), out_shardings=sharding.replicated(mesh))
+    whole = sharding.replicated(mesh)
+    step = jax.jit(lambda p, b: gradients(run, p, b, jax.numpy.int32(1), layout), out_shardings=whole)
     for i, x in enumerate(jax.tree.leaves(step(params, rows))):
         found[f"{name} {i}"] = numpy.asarray(x.addressable_data(0))
 if jax.process_index() == 0:
