@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rdlm.config import InputError, ModelConfig, RunConfig, differences
 from rdlm.runtime import parse_arguments, run_command
-from rdlm.tasks import Expression, PointerChasing, Reachability, Task, WordProblem, batch
+from rdlm.tasks import Addition, Expression, PointerChasing, Reachability, Task, WordProblem, batch
 from rdlm.tasks.record import command, commit, compact, processor_seconds, rounded
 from rdlm.tasks.training import TEST_STREAM, check_seeds, small_run, train
 
@@ -48,6 +48,8 @@ class Recipe:
     steps: int = 1000
     learning_rate: float = 1e-3
     rope_base: float = 10_000.0
+    attention_window: int | None = None
+    """Tokens that a token sees, itself included."""
     batch_size: int = 64
     depths: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
     """Recurrences to read at."""
@@ -57,6 +59,8 @@ class Recipe:
     """Of 64 instances."""
 
 
+LOCAL = 5  # tokens that a token sees: itself and four before, which of sums are its own column and the last carry
+
 RECIPES = {
     "s3": Recipe(
         train=(WordProblem("S3", 16),),
@@ -65,6 +69,30 @@ RECIPES = {
     "parity": Recipe(
         train=(WordProblem("Z2", 16),),
         tests={f"length {T}": (WordProblem("Z2", T),) for T in (16, 32)},
+    ),
+    "s3_local": Recipe(
+        train=(WordProblem("S3", 16),),
+        tests={f"length {T}": (WordProblem("S3", T),) for T in (16, 32, 64)},
+        attention_window=LOCAL,
+    ),
+    "s5_local": Recipe(
+        train=(WordProblem("S5", 16),),
+        tests={f"length {T}": (WordProblem("S5", T),) for T in (16, 32, 64)},
+        steps=1500, learning_rate=2e-3, attention_window=LOCAL,
+    ),
+    "parity_local": Recipe(
+        train=(WordProblem("Z2", 16),),
+        tests={f"length {T}": (WordProblem("Z2", T),) for T in (16, 32, 64)},
+        attention_window=LOCAL,
+    ),
+    "addition_local": Recipe(
+        train=(Addition(3, 8, 0.5),),
+        tests={
+            "8 digits": (Addition(3, 8, 0.5),),
+            "16 digits, one chain": (Addition(3, 16, 1.0),),
+            "32 digits, one chain": (Addition(3, 32, 1.0),),
+        },
+        learning_rate=2e-3, attention_window=LOCAL,
     ),
     "expressions": Recipe(
         train=(Expression(8),),
@@ -82,7 +110,9 @@ RECIPES = {
         learning_rate=2e-3, batch_size=32,
     ),
 }  # fmt: skip
-Name = Literal["s3", "parity", "expressions", "pointers", "reachability"]
+Name = Literal[
+    "s3", "parity", "s3_local", "s5_local", "parity_local", "addition_local", "expressions", "pointers", "reachability"
+]
 LEARNT = 0.95  # accuracy on instances of training's size at the deepest r, below which a seed counts as failed
 
 
@@ -219,7 +249,7 @@ def run_config(name: str, recipe: Recipe, seed: int, runs: Path) -> RunConfig:
     """The run of one seed; its folder is RUNS/NAME, or RUNS/NAME_seedN for N > 0."""
     return small_run(
         f"depth_scaling_{name}", recipe.train, steps=recipe.steps, learning_rate=recipe.learning_rate,
-        batch_size=recipe.batch_size, rope_base=recipe.rope_base, seed=seed,
+        batch_size=recipe.batch_size, rope_base=recipe.rope_base, attention_window=recipe.attention_window, seed=seed,
         run_dir=str(runs / (name if seed == 0 else f"{name}_seed{seed}")),
     )  # fmt: skip
 

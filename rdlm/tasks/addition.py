@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
+
+from rdlm.config import require
 from rdlm.tasks.instance import Instance, generator, integer, scored
 
 
@@ -21,10 +24,13 @@ class Addition:
     """Numbers to add: 2 to 9, so that a carry has one digit."""
     digits: int = 8
     """Digits of each number; the sum has one more."""
+    passing: float = 0.0
+    """Share of the columns that are drawn until a carry could pass through them: 1 makes one chain of all."""
 
     def __post_init__(self) -> None:
         integer("Addition.operands", self.operands, 2, 9)
         integer("Addition.digits", self.digits, 1)
+        require(0 <= self.passing <= 1, "Addition.passing", self.passing, "must be between 0 and 1")
 
     @property
     def vocab_size(self) -> int:
@@ -32,14 +38,21 @@ class Addition:
         return 12
 
     def instance(self, seed: int, index: int) -> Instance:
-        """Uniform digits: int32 [(digits + 1)(operands + 1) + 1]. Raises InputError: see `generator`."""
-        columns = generator(seed, index).integers(0, 10, (self.digits + 1, self.operands))
+        """Uniform digits, but for `passing`: int32 [(digits + 1)(operands + 1) + 1]. Raises InputError."""
+        rng = generator(seed, index)
+        columns = rng.integers(0, 10, (self.digits + 1, self.operands))
         columns[-1] = 0
+        wanted = rng.random(self.digits) < self.passing
         tokens, answers, carry, chain = [11], {}, 0, 0
-        for column in columns.tolist():
-            tokens += [*column, 10]
-            alone = sum(column)
+        for i, column in enumerate(columns):
+            while i < self.digits and wanted[i] and not self._passes(column):
+                column = rng.integers(0, 10, self.operands)
+            tokens += [*column.tolist(), 10]
+            alone = int(column.sum())
             answers[len(tokens) - 1] = (alone + carry) % 10, 1 + chain
-            passes = alone // 10 != (alone + self.operands - 1) // 10
-            carry, chain = (alone + carry) // 10, chain + 1 if passes else 0
+            carry, chain = (alone + carry) // 10, chain + 1 if self._passes(column) else 0
         return scored(tokens, answers)
+
+    def _passes(self, column: np.ndarray) -> bool:
+        """Whether the carry that goes out depends on the one that comes in."""
+        return column.sum() // 10 != (column.sum() + self.operands - 1) // 10

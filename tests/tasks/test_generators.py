@@ -88,14 +88,24 @@ def test_every_parenthesis_has_the_value_python_gives_it(operators, modulus, see
 
 
 @hypothesis.settings(max_examples=50)
-@hypothesis.given(st.integers(2, 9), st.integers(1, 12), streams, numbers)
-def test_sums_are_sums(operands, digits, seed, index):
-    made = Addition(operands, digits).instance(seed, index)
+@hypothesis.given(st.integers(2, 9), st.integers(1, 12), st.sampled_from([0.0, 0.6, 1.0]), streams, numbers)
+def test_sums_are_sums(operands, digits, passing, seed, index):
+    made = Addition(operands, digits, passing).instance(seed, index)
     columns = made.tokens[1:].reshape(digits + 1, operands + 1)
     assert (columns[:, -1] == 10).all()
     total = sum(int("".join(map(str, columns[::-1, j]))) for j in range(operands))
     said = [label for _, label, _ in asked(made)]
     assert int("".join(map(str, said[::-1]))) == total
+
+
+def test_columns_that_pass_a_carry_on_make_chains():
+    def chains(passing):
+        return [far for i in range(20) for *_, far in asked(Addition(3, 12, passing).instance(0, i))]
+
+    assert chains(1.0) == 20 * list(range(1, 14))
+    assert np.mean(chains(0.0)) < 1.5 < np.mean(chains(0.5)) < 3
+    columns = Addition(3, 12, 1.0).instance(0, 7).tokens[1:].reshape(13, 4)[:, :3]
+    assert len(np.unique(columns[:-1])) > 5, "digits are still many"
 
 
 def test_carries_come_from_as_far_as_the_difficulty_says():
@@ -215,6 +225,7 @@ def test_instances_are_functions_of_seed_and_index(task):
         (lambda: Expression(0), "Expression.operators = 0: must be an integer of at least 1 and at most 200"),
         (lambda: Expression(3, 1), "Expression.modulus = 1: must be an integer of at least 2"),
         (lambda: Addition(10), "Addition.operands = 10: must be an integer of at least 2 and at most 9"),
+        (lambda: Addition(3, 4, 1.5), "Addition.passing = 1.5: must be between 0 and 1"),
         (lambda: Addition(3, 0), "Addition.digits = 0: must be an integer of at least 1"),
         (lambda: Sudoku(12), "Sudoku.blanks = 12: must be an integer of at least 1 and at most 11"),
         (lambda: Maze(True), "Maze.side = True: must be an integer of at least 2 and at most 50"),
