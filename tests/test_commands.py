@@ -190,6 +190,7 @@ def test_help_names_every_field_and_says_what_it_is(name, command):
         (("nano", "--model.embed-dim", "33"), ["embed_dim = 33", "multiple of num_heads = 2", "try 34"]),
         (("nano", "--model.embed-dim", "30", "--model.num-heads", "10"), ["embed_dim / num_heads = 3", "even"]),
         (("nano", "--model.num-kv-heads", "3"), ["num_kv_heads = 3", "must divide num_heads = 2"]),
+        (("nano", "--model.attention-window", "0"), ["attention_window = 0", "at least 1"]),
         (("nano", "--model.backprop-depth", "5"), ["backprop_depth = 5", "at most model.mean_recurrence = 4"]),
         (("nano", "--model.backprop-depth", "0"), ["backprop_depth = 0", "at least 1"]),
         (("nano", "--model.vocab-size", "300"), ["tokenizer_size = 384", "model.vocab_size = 300"]),

@@ -122,6 +122,13 @@ def test_untied_head(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, params, again)
 
 
+def test_a_window_is_refused(tmp_path):
+    local = dataclasses.replace(TINY, attention_window=4)
+    with pytest.raises(InputError, match="attention_window = 4: must be None for the reference"):
+        save_huggingface(tmp_path / "out", fresh(local, jax.random.key(2)), local)
+    assert not (tmp_path / "out").exists()
+
+
 def test_bf16_keeps_its_bits(tmp_path):
     params = cast(fresh(TINY, jax.random.key(2)), jnp.bfloat16)
     save_huggingface(tmp_path / "out", params, TINY)
