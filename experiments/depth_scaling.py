@@ -50,6 +50,8 @@ class Recipe:
     rope_base: float = 10_000.0
     attention_window: int | None = None
     """Tokens that a token sees, itself included."""
+    mean_recurrence: int = 8
+    """Mean r of training."""
     batch_size: int = 64
     depths: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
     """Recurrences to read at."""
@@ -58,8 +60,6 @@ class Recipe:
     test_batches: int = 4
     """Of 64 instances."""
 
-
-LOCAL = 5  # tokens that a token sees: itself and four before, which of sums are its own column and the last carry
 
 RECIPES = {
     "s3": Recipe(
@@ -73,17 +73,17 @@ RECIPES = {
     "s3_local": Recipe(
         train=(WordProblem("S3", 16),),
         tests={f"length {T}": (WordProblem("S3", T),) for T in (16, 32, 64)},
-        attention_window=LOCAL,
+        attention_window=5,
     ),
     "s5_local": Recipe(
-        train=(WordProblem("S5", 16),),
-        tests={f"length {T}": (WordProblem("S5", T),) for T in (16, 32, 64)},
-        steps=1500, learning_rate=2e-3, attention_window=LOCAL,
+        train=(WordProblem("S5", 8),),
+        tests={f"length {T}": (WordProblem("S5", T),) for T in (8, 16, 32)},
+        steps=1500, learning_rate=2e-3, attention_window=2,
     ),
     "parity_local": Recipe(
-        train=(WordProblem("Z2", 16),),
-        tests={f"length {T}": (WordProblem("Z2", T),) for T in (16, 32, 64)},
-        attention_window=LOCAL,
+        train=(WordProblem("Z2", 8),),
+        tests={f"length {T}": (WordProblem("Z2", T),) for T in (8, 16, 32)},
+        attention_window=2,
     ),
     "addition_local": Recipe(
         train=(Addition(3, 8, 0.5),),
@@ -92,7 +92,8 @@ RECIPES = {
             "16 digits, one chain": (Addition(3, 16, 1.0),),
             "32 digits, one chain": (Addition(3, 32, 1.0),),
         },
-        learning_rate=2e-3, attention_window=LOCAL,
+        learning_rate=2e-3, mean_recurrence=4,
+        attention_window=5,  # a column, and the `=` before it
     ),
     "expressions": Recipe(
         train=(Expression(8),),
@@ -230,7 +231,7 @@ def picture(path: Path, name: str, recipe: Recipe, rows: list[dict[str, Any]]) -
             curves.plot(depths, row["tests"][test]["mean"], color=colour, alpha=0.3, linewidth=1)
         mean = np.mean([row["tests"][test]["mean"] for row in rows], axis=0)
         curves.plot(depths, mean, color=colour, marker="o", markersize=4, label=test)
-    curves.axvline(8, color="#999999", linestyle=":", label="mean r of training")
+    curves.axvline(recipe.mean_recurrence, color="#999999", linestyle=":", label="mean r of training")
     curves.set(xscale="log", xlabel="recurrences r", ylabel="accuracy", ylim=(0, 1.03))
     curves.set_xticks(depths, map(str, depths))
     curves.minorticks_off()
@@ -250,6 +251,7 @@ def run_config(name: str, recipe: Recipe, seed: int, runs: Path) -> RunConfig:
     return small_run(
         f"depth_scaling_{name}", recipe.train, steps=recipe.steps, learning_rate=recipe.learning_rate,
         batch_size=recipe.batch_size, rope_base=recipe.rope_base, attention_window=recipe.attention_window, seed=seed,
+        mean_recurrence=recipe.mean_recurrence,
         run_dir=str(runs / (name if seed == 0 else f"{name}_seed{seed}")),
     )  # fmt: skip
 
