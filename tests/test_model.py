@@ -270,7 +270,7 @@ def with_noise(kind, t=0.3):
 
 
 def states(B=2):
-    return np.random.default_rng(3).normal(size=(B, 6, 16)).astype(np.float32)
+    return jnp.asarray(np.random.default_rng(3).normal(size=(B, 6, 16)), jnp.float32)
 
 
 def test_noise_off_changes_nothing():
