@@ -15,21 +15,26 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, PartitionSpec
+from jaxtyping import Float, Float32, Int
 
 from rdlm.memory import keep
 
-Part = tuple[Array, Array, Array]
-"""Keys, values, bias."""
+Own = tuple[Float[Array, "B L Hk Q"], Float[Array, "B L K Q"], Float32[Array, "#B L L"]]
+"""Keys, values and bias of the L tokens of a pass; Hk is H or K."""
+Past = tuple[Float[Array, "B T Hk Q"], Float[Array, "B T K Q"], Float32[Array, "#B #L T"]]
+"""The same of the T tokens in a cache."""
 
 HIDDEN = -1e30
 """Bias of a key that must not be seen: exp() of it is exactly 0, and differences of two such stay finite."""
 
 
-def causal_bias(segment_ids: Array | None, length: int, window: int | None = None) -> Array:
-    """Bias [B or 1, L, L] f32: a token sees itself and earlier tokens of its own segment.
+def causal_bias(
+    segment_ids: Int[Array, "B L"] | None, length: int, window: int | None = None
+) -> Float32[Array, "#B {length} {length}"]:
+    """A token sees itself and earlier tokens of its own segment.
 
     Args:
-      segment_ids: int [B, L] or None for one segment per row. 0 is padding: never seen, except by itself (so that its
+      segment_ids: None for one segment per row. 0 is padding: never seen, except by itself (so that its
         own, never used, output stays finite).
       length: L.
       window: tokens it sees, itself included; None: all of them.
@@ -45,17 +50,19 @@ def causal_bias(segment_ids: Array | None, length: int, window: int | None = Non
     return jnp.where(visible, 0.0, HIDDEN)
 
 
-def attend(q: Array, k: Array, v: Array, bias: Array) -> Array:
+def attend(
+    q: Float[Array, "B L H Q"],
+    k: Float[Array, "B L Hk Q"],
+    v: Float[Array, "B L K Q"],
+    bias: Float32[Array, "#B L L"],
+) -> Float[Array, "B L H*Q"]:
     """Causal softmax attention of L tokens over themselves (spec section 1): scale 1/sqrt(Q), softmax in f32.
 
     Args:
-      q: [B, L, H, Q].
-      k: [B, L, H or K, Q]; each of fewer key heads serves H/K consecutive query heads.
-      v: [B, L, K, Q].
-      bias: f32 [B or 1, L, L]; must hide every later token (as `causal_bias` does).
-
-    Returns:
-      [B, L, H*Q] in q's dtype.
+      q: its dtype is that of the result.
+      k: Hk is H or K; each of fewer key heads serves H/Hk consecutive query heads.
+      v: likewise.
+      bias: must hide every later token (as `causal_bias` does).
     """
     q, k, v = _heads_first(q, k, v)
     return _heads_last(_causal(q, k, v, bias[:, None]))
@@ -71,8 +78,13 @@ def fits_flash(length: int) -> bool:
 
 
 def attend_flash(
-    q: Array, k: Array, v: Array, segments: Array, window: int | None = None, interpret: bool = False
-) -> Array:
+    q: Float[Array, "B L H Q"],
+    k: Float[Array, "B L Hk Q"],
+    v: Float[Array, "B L K Q"],
+    segments: Int[Array, "#B L"],
+    window: int | None = None,
+    interpret: bool = False,
+) -> Float[Array, "B L H*Q"]:
     """`attend` by the fused TPU kernel (splash attention): nothing of size L x L is ever stored.
 
     Padding (segment 0) sees padding before it, not itself alone; its output is as finite and as unused.
@@ -80,8 +92,7 @@ def attend_flash(
     Args:
       q, k, v: as in `attend`; L is a multiple of 128. Inside `jax.shard_map`, where a mesh axis is left to the
         compiler, heads are split over it.
-      segments: int32 [B or 1, L].
-      window: as in `causal_bias`.
+      segments, window: as in `causal_bias`.
       interpret: run it on a CPU, slowly, for tests.
     """
     # Imported here: a second that only TPU training needs to spend.
@@ -116,15 +127,12 @@ def attend_flash(
     return _heads_last(kernel(q, k, v, segments).astype(out_dtype))
 
 
-def attend_past(q: Array, own: Part, past: Part) -> Array:
+def attend_past(q: Float[Array, "B L H Q"], own: Own, past: Past) -> Float[Array, "B L H*Q"]:
     """Attention over this pass's tokens and over cached ones, in one softmax and without joining their arrays.
 
     Args:
-      q: [B, L, H, Q].
+      q: its dtype is that of the result.
       own, past: (k, v, bias) as in `attend`, of the L tokens of the pass and of the T tokens in the cache.
-
-    Returns:
-      [B, L, H*Q] in q's dtype.
     """
     if q.shape[1] > FEW_QUERIES:
         return _past_by_heads(q, own, past)
@@ -135,7 +143,7 @@ FEW_QUERIES = 8
 """Queries per row up to which reading cached keys and values as they lie beats turning them heads first."""
 
 
-def _past_by_heads(q: Array, own: Part, past: Part) -> Array:
+def _past_by_heads(q: Array, own: Own, past: Past) -> Array:
     parts = []
     for k, v, bias in (past, own):
         wide_q, k, v = _heads_first(q, k, v)
@@ -147,7 +155,7 @@ def _past_by_heads(q: Array, own: Part, past: Part) -> Array:
     return _heads_last(_one_softmax(parts, mix).astype(q.dtype))
 
 
-def _past_flat(q: Array, own: Part, past: Part) -> Array:
+def _past_flat(q: Array, own: Own, past: Past) -> Array:
     """The same from keys and values [B, T, K*Q] as the cache keeps them, on a TPU.
 
     A query per head is spread over the width, zero outside its head, so that plain matrix products serve all heads at

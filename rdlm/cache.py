@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.layout import Layout, with_layout_constraint
+from jaxtyping import Float32, Int, Shaped
 
 from rdlm.attention import HIDDEN
 from rdlm.config import CachePolicy, ModelConfig
@@ -91,42 +92,48 @@ def allocate(config: ModelConfig, policy: CachePolicy, sets: int, batch: int, ca
     )
 
 
-def past_bias(capacity: int, length: Array) -> Array:
-    """Bias [B, 1, T] of a cache with room for T = capacity: the first `length` [B] positions are visible."""
+def past_bias(capacity: int, length: Int[Array, "B"]) -> Float32[Array, "B 1 {capacity}"]:
+    """Bias of a cache with room for T = capacity positions: the first `length` are visible."""
     held = jnp.arange(capacity)[None] < length[:, None]
     return jnp.where(held, 0.0, HIDDEN)[:, None]
 
 
-def skip_bias(depth: Array, i: Array) -> Array:
-    """Bias [B, 1, T] that hides tokens of `depth` [B, T] which ran no recurrence i, int32 or [B, 1] (lookup "skip")."""
+def skip_bias(depth: Int[Array, "B T"], i: Int[Array, ""] | Int[Array, "B 1"]) -> Float32[Array, "B 1 T"]:
+    """Bias that hides tokens of `depth` which ran no recurrence i (lookup "skip")."""
     return jnp.where(depth > i, 0.0, HIDDEN)[:, None]
 
 
-def read_set(layers: tuple[KeyValue, ...], m: Array) -> tuple[KeyValue, ...]:
+def read_set(layers: tuple[KeyValue, ...], m: Int[Array, ""]) -> tuple[KeyValue, ...]:
     """Set m of every core layer: KeyValue [B, T, .] each."""
     return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, m, keepdims=False), layers)
 
 
-def held_set(own: tuple[KeyValue, ...], i: Array) -> tuple[KeyValue, ...]:
+def held_set(own: tuple[KeyValue, ...], i: Int[Array, ""]) -> tuple[KeyValue, ...]:
     """What stopped tokens hold at recurrence i of a pass: their last write to set i mod S, else the set below it."""
     sets = own[0].k.shape[0]
     return read_set(own, jnp.where(i < sets, jnp.maximum(i - 1, 0), i % sets))
 
 
-def write_set(own: tuple[KeyValue, ...], new: tuple[KeyValue, ...], i: Array) -> tuple[KeyValue, ...]:
+def write_set(own: tuple[KeyValue, ...], new: tuple[KeyValue, ...], i: Int[Array, ""]) -> tuple[KeyValue, ...]:
     """Put `new` [B, L, .] into set i mod S of each layer's [S, B, L, .]."""
     sets = own[0].k.shape[0]
     return jax.tree.map(lambda x, y: lax.dynamic_update_index_in_dim(x, y, i % sets, 0), own, new)
 
 
-def write(target: Array, new: Array, row: Array, position: Array, sets: Array | None = None) -> Array:
+def write(
+    target: Shaped[Array, "B T W"] | Shaped[Array, "S B T W"],
+    new: Shaped[Array, "... F"],
+    row: Int[Array, "*#tokens"],
+    position: Int[Array, "*#tokens"],
+    sets: Int[Array, "*tokens"] | None = None,
+) -> Shaped[Array, "B T W"] | Shaped[Array, "S B T W"]:
     """Write tokens into the cache in place; those with row B or a position of T or more are dropped.
 
     Args:
-      target: [B, T, F], or [S, B, T, F].
-      new: [..., F], and with four axes in `target` either the same for `sets`, or [S, ..., F] for all of them.
-      row, position: int32, of shapes that broadcast to new's [...].
-      sets: int32 [...], the one set to write to.
+      target: of a width W that is at least new's F.
+      new: one row for each token, [*tokens, F]; for an axis S in `target` without `sets`, [S, *tokens, F].
+      row, position: where each token goes.
+      sets: the one set that each goes to.
     """
     # One index over the flattened leading axes: with several, compilers for TPU turn the whole cache around first.
     *lead, B, T, F = target.shape
@@ -148,16 +155,23 @@ def _wide(new: Array, target: Array) -> Array:
     return jnp.pad(new.astype(target.dtype), [(0, 0)] * (new.ndim - 1) + [(0, target.shape[-1] - new.shape[-1])])
 
 
-def append(cache: Cache, own: Own, steps: Array, ran: Array, start: Array, count: Array) -> Cache:
+def append(
+    cache: Cache,
+    own: Own,
+    steps: Int[Array, "B L"],
+    ran: Int[Array, ""],
+    start: Int[Array, ""] | Int[Array, "B"],
+    count: Int[Array, "B"],
+) -> Cache:
     """Write a pass of L tokens behind what each row holds.
 
     Args:
       cache: donated by callers that loop.
       own: what the pass made.
-      steps: int32 [B, L], recurrences each token ran.
-      ran: int32 scalar, recurrences the pass ran: sets from `ran` up were never touched, and take the deepest.
-      start: int32 scalar, one position for all rows (a prefill chunk), or [B] (decoding).
-      count: int32 [B], how many of the L tokens are real; the rest is overwritten later and never seen.
+      steps: recurrences each token ran.
+      ran: recurrences the pass ran: sets from `ran` up were never touched, and take the deepest.
+      start: one position for all rows (a prefill chunk), or one for each (decoding).
+      count: how many of the L tokens are real; the rest is overwritten later and never seen.
     """
     sets = cache.sets
     source = jnp.minimum(jnp.arange(sets), jnp.maximum(ran, 1) - 1)

@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
+from jaxtyping import Float
 
 from rdlm.config import require
 
@@ -33,7 +35,9 @@ class Solution(NamedTuple):
     evaluations: Array
 
 
-def anderson(f: Callable[[Array], Array], x: Array, *, most: int, tolerance: float, memory: int = 5) -> Solution:
+def anderson(
+    f: Callable[[Array], Array], x: Float[Array | np.ndarray, "B ..."], *, most: int, tolerance: float, memory: int = 5
+) -> Solution:
     """Solve f(x) = x for every row: iterate the combination of the last values of f whose residuals cancel best.
 
     Rows (the first axis) have weights of their own and rest once their residual is below the tolerance, so a row's
@@ -51,6 +55,7 @@ def anderson(f: Callable[[Array], Array], x: Array, *, most: int, tolerance: flo
     require(most >= 1, "most", most, "must be at least 1")
     require(memory >= 1, "memory", memory, "must be at least 1")
     require(tolerance >= 0, "tolerance", tolerance, "must not be negative")
+    x = jnp.asarray(x)
     B, shape = x.shape[0], x.shape
 
     def unfinished(carry: Any) -> Array:
@@ -88,7 +93,12 @@ def anderson(f: Callable[[Array], Array], x: Array, *, most: int, tolerance: flo
 
 
 def equilibrium(
-    step: Callable[[Array], Array], s: Array, *, most: int, tolerance: float, most_backward: int | None = None
+    step: Callable[[Array], Array],
+    s: Float[Array | np.ndarray, "B ..."],
+    *,
+    most: int,
+    tolerance: float,
+    most_backward: int | None = None,
 ) -> Solution:
     """The fixed point of `step`, with the implicit gradient to everything `step` closes over; none reaches `s`.
 

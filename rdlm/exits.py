@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Bool, Float, Float32, Int
 
 from rdlm.config import ExitName, InputError
 
@@ -82,35 +83,37 @@ def _per_row(threshold: Any, value: Array) -> Array:
     return threshold[:, None] if threshold.ndim == 1 and value.ndim == 2 else threshold
 
 
-def init(rule: ExitRule, s0: Array, vocab: int) -> Any:
-    """State of `rule` before the first recurrence, for states s0 [B, L, D] and V = vocab."""
+def init(rule: ExitRule, s0: Float[Array, "B L D"], vocab: int) -> Any:
+    """State of `rule` before the first recurrence, for states s0 and V = vocab."""
     return rule.init(rule, s0, vocab)
 
 
-def update(rule: ExitRule, rule_state: Any, observation: Observation) -> tuple[Any, Array]:
-    """Look once: (new rule state, value f32 [B, L])."""
+def update(rule: ExitRule, rule_state: Any, observation: Observation) -> tuple[Any, Float32[Array, "B L"]]:
+    """Look once: (new rule state, value)."""
     return rule.update(rule, rule_state, observation)
 
 
-def is_due(ran: Array, min_steps: Array, check_every: Array) -> Array:
+def is_due(
+    ran: Int[Array, "*#tokens"], min_steps: Int[Array, "*#tokens"], check_every: Int[Array, "*#tokens"]
+) -> Bool[Array, "*tokens"]:
     """Whether tokens that ran so many recurrences are looked at: after min_steps + 1, then every check_every."""
     return (ran > min_steps) & ((ran - min_steps - 1) % check_every == 0)
 
 
-def seen_only(seen: Array, new: Any, old: Any) -> Any:
-    """A rule's state: `new` for the tokens that were `seen` (bool [B, L]), `old` for the others."""
+def seen_only(seen: Bool[Array, "B L"], new: Any, old: Any) -> Any:
+    """A rule's state: `new` for the tokens that were `seen`, `old` for the others."""
     return jax.tree.map(lambda n, o: jnp.where(seen.reshape(seen.shape + (1,) * (n.ndim - 2)), n, o), new, old)
 
 
-def gate(rule: ExitRule, rule_state: Any, observation: Observation) -> tuple[Any, Array]:
-    """Ask a rule that has a gate which tokens to show it: (new rule state, bool [B, L])."""
+def gate(rule: ExitRule, rule_state: Any, observation: Observation) -> tuple[Any, Bool[Array, "B L"]]:
+    """Ask a rule that has a gate which tokens to show it: (new rule state, whether to)."""
     assert rule.gate is not None
     return rule.gate(rule, rule_state, observation)
 
 
-def exits(rule: ExitRule, value: Array) -> Array:
-    """The decision, bool of value's shape. Never true for a NaN."""
-    return rule.decide(rule, value)
+def exits(rule: ExitRule, value: Float[Array | np.ndarray, "*shape"]) -> Bool[Array, "*shape"]:
+    """The decision. Never true for a NaN."""
+    return rule.decide(rule, jnp.asarray(value))
 
 
 def _positive(name: str, threshold: Any) -> Any:
@@ -122,11 +125,11 @@ def _positive(name: str, threshold: Any) -> Any:
 def _logits(observation: Observation) -> Array:
     if observation.logits is None:
         raise InputError("this exit rule reads logits: declare it with needs_logits=True")
-    return observation.logits.astype(jnp.float32)
+    return jnp.asarray(observation.logits, jnp.float32)
 
 
-def divergence(log_p: Array, log_q: Array) -> Array:
-    """KL(p || q) of distributions over the last axis, f32 [...], in nats."""
+def divergence(log_p: Float32[Array, "... V"], log_q: Float32[Array, "... V"]) -> Float32[Array, "..."]:
+    """KL(p || q) of distributions over the last axis, in nats."""
     # sum p (d + exp(-d) - 1) with d = log p - log q equals sum p d, as both sum to one, but every term is positive
     # and second order in d: far less noise in f32 than the difference of large sums.
     d = log_p - log_q

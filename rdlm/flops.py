@@ -147,7 +147,7 @@ def core_bytes(config: ModelConfig, itemsize: int) -> int:
     return (config.core_layers * block_matrices(config) + config.embed_dim**2) * itemsize
 
 
-def training_flops(config: ModelConfig, n: float, k: float, length: int) -> float:
+def training_flops(config: ModelConfig, n: float, k: float, length: float) -> float:
     """Model FLOPs per token of a training step: n forward recurrences, k forward and backward (3x), the rest 3x.
 
     Attention is counted in full (not causal) and recomputation not at all, as the paper counts its MFU: 190e9 for

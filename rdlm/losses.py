@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import Bool, Float, Float32, Int, Int32
 
 from rdlm.config import InputError, ModelConfig
 from rdlm.memory import PLAIN, Plan
@@ -81,30 +83,40 @@ def as_batch(batch: Any) -> Batch:
     return Batch(tokens, labels, segments, positions, given.get("sequence_ids"))
 
 
-def _integers(name: str, value: Any) -> Array:
+def _integers(name: str, value: Any) -> Int32[Array, "..."]:
     array = value if isinstance(value, jax.Array) else np.asarray(value)
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise InputError(f"{name}: expected integers, got {array.dtype}")
     return jnp.asarray(array, jnp.int32)
 
 
-def cross_entropy(logits: Array, labels: Array) -> Array:
-    """-log softmax(logits)[label], f32 [B, L]; 0 where the label is ignored. logits f32 [B, L, V]."""
+def cross_entropy(
+    logits: Float32[Array, "*tokens V"], labels: Int[Array | np.ndarray, "*tokens"]
+) -> Float32[Array, "*tokens"]:
+    """-log softmax(logits)[label]; 0 where the label is ignored."""
     scored = labels != IGNORED
     at_label = jnp.take_along_axis(logits, jnp.where(scored, labels, 0)[..., None], axis=-1)[..., 0]
     return jnp.where(scored, jax.nn.logsumexp(logits, axis=-1) - at_label, 0.0)
 
 
-def is_likeliest(logits: Array, labels: Array) -> Array:
-    """Whether no other token's logit reaches the label's, bool [B, L]; False where the label is ignored.
+def is_likeliest(
+    logits: Float32[Array, "*tokens V"], labels: Int[Array | np.ndarray, "*tokens"]
+) -> Bool[Array, "*tokens"]:
+    """Whether no other token's logit reaches the label's; False where the label is ignored.
 
-    logits f32 [B, L, V]. A count of the logits that reach it: CPUs do that many times faster than an argmax.
+    A count of the logits that reach it: CPUs do that many times faster than an argmax.
     """
     at_label = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[..., None], axis=-1)
     return ((logits >= at_label).sum(-1) == 1) & (labels != IGNORED)
 
 
-def batch_state(params: Params, config: ModelConfig, batch: Batch, state: Array | None, key: Array | None) -> Array:
+def batch_state(
+    params: Params,
+    config: ModelConfig,
+    batch: Batch,
+    state: Float[ArrayLike, "B L D"] | None,
+    key: Array | None,
+) -> Float[Array, "B L {config.embed_dim}"]:
     """The initial state of a batch: the one given, or noise keyed by (key, sequence, position)."""
     dtype = compute_dtype(params, config)
     if state is not None:
@@ -124,20 +136,20 @@ def token_losses(
     batch: Batch,
     *,
     steps: Any,
-    state: Array | None = None,
+    state: Float[ArrayLike, "B L D"] | None = None,
     key: Array | None = None,
     max_k: int | None = None,
-    rows: tuple[Array, Array] | None = None,
+    rows: tuple[Int[Array, "B"], Int[Array, "B"]] | None = None,
     plan: Plan = PLAIN,
     flash: bool = False,
-) -> Array:
-    """Cross-entropy of every token, f32 [B, L], after `steps` = r or (n, k) recurrences; 0 where ignored.
+) -> Float32[Array, "B L"]:
+    """Cross-entropy of every token after `steps` = r or (n, k) recurrences; 0 where ignored.
 
     Args:
       params, config, batch, state, key: as in `loss`.
       steps: r or (n, k).
       max_k: slots compiled for a traced k (default backprop_depth).
-      rows: (n, k) of every row, int [B] each, none above those of `steps`. A shallower row waits: its own n steps end
+      rows: (n, k) of every row, none above those of `steps`. A shallower row waits: its own n steps end
         where the others' do, and its own k too, so that its loss is the one it would have alone.
       plan: how activations and weights are held.
       flash: use the fused attention kernel (TPU; one device, or inside `jax.shard_map`).
@@ -193,8 +205,10 @@ LOGITS_AT_ONCE = 2**26
 """Most logits a training step holds at a time (256 MiB); more are made, used and made again in parts."""
 
 
-def head_losses(params: Params, config: ModelConfig, y: Array, labels: Array, plan: Plan = PLAIN) -> Array:
-    """Cross-entropies f32 [B, L] of y [B, L, D], never more than about `LOGITS_AT_ONCE` logits held at once."""
+def head_losses(
+    params: Params, config: ModelConfig, y: Float[Array, "B L D"], labels: Int[Array, "B L"], plan: Plan = PLAIN
+) -> Float32[Array, "B L"]:
+    """Cross-entropies of y, never more than about `LOGITS_AT_ONCE` logits held at once."""
     tokens = labels.size
     parts = -(-tokens * config.rows // LOGITS_AT_ONCE)
     name = "wte" if config.tie_embeddings else "head"
@@ -220,19 +234,19 @@ def loss(
     batch: Any,
     *,
     steps: Any,
-    state: Array | None = None,
+    state: Float[ArrayLike, "B L D"] | None = None,
     key: Array | None = None,
     max_k: int | None = None,
     plan: Plan = PLAIN,
-) -> Array:
-    """Mean cross-entropy over the scored labels of the batch, f32 scalar (contract, "Forward and loss").
+) -> Float32[Array, ""]:
+    """Mean cross-entropy over the scored labels of the batch (contract, "Forward and loss").
 
     Args:
       params, config: the model.
       batch: int [B, L+1] or a dict; see `as_batch`.
       steps: r or (n, k): n recurrences without gradient, k with. With k = 0 the gradients of prelude, adapter and
         core are exact zeros.
-      state: [B, L, D] initial state; wins over `key`.
+      state: initial state; wins over `key`.
       key: one key, or one per row.
       max_k, plan: see `token_losses`.
     """
@@ -245,10 +259,14 @@ def loss(
 
 
 def scores_by_depth(
-    params: Params, config: ModelConfig, batch: Batch, depths: tuple[int, ...], key: Array | None = None,
+    params: Params,
+    config: ModelConfig,
+    batch: Batch,
+    depths: tuple[int, ...],
+    key: Array | None = None,
     flash: bool = False,
-) -> tuple[Array, Array]:  # fmt: skip
-    """Cross-entropies f32 and whether the label is the likeliest token, bool, both [len(depths), B, L], at each depth.
+) -> tuple[Float32[Array, "{len(depths)} B L"], Bool[Array, "{len(depths)} B L"]]:
+    """Cross-entropies and whether the label is the likeliest token, at each depth.
 
     One unroll, no gradient. flash: as in `token_losses`.
     """
@@ -262,9 +280,14 @@ def scores_by_depth(
 
 
 def setup(
-    params: Params, config: ModelConfig, batch: Batch, state: Array | None, key: Array | None, flash: bool = False
-) -> tuple[Step, Array, Context]:
-    """(step(s, i) -> s, the initial state [B, L, D], the context) of a batch; arguments as in `token_losses`."""
+    params: Params,
+    config: ModelConfig,
+    batch: Batch,
+    state: Float[ArrayLike, "B L D"] | None,
+    key: Array | None,
+    flash: bool = False,
+) -> tuple[Step, Float[Array, "B L D"], Context]:
+    """(step(s, i) -> s, the initial state, the context) of a batch; arguments as in `token_losses`."""
     ctx = context(config, batch.positions, batch.segment_ids, flash=flash)
     s = batch_state(params, config, batch, state, key)
     injected = inject(params, config, embed(params, config, batch.tokens, ctx)[0])

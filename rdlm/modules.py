@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Bool, Float, Float32, Int
 
 from rdlm.attention import attend, attend_flash, attend_past
 from rdlm.cache import KeyValue
@@ -52,8 +53,8 @@ def truncated_normal(std: float):
     return init
 
 
-def rotary_frequencies(config: ModelConfig) -> np.ndarray:
-    """rope_base^(-2i/Q), f32 [Q/2], with the roundings of the reference's table.
+def rotary_frequencies(config: ModelConfig) -> Float32[np.ndarray, "{config.head_dim//2}"]:
+    """rope_base^(-2i/Q), with the roundings of the reference's table.
 
     Made on the host, because one unit in the last place of a frequency turns position 4095 by 2.4e-4.
     """
@@ -62,27 +63,31 @@ def rotary_frequencies(config: ModelConfig) -> np.ndarray:
     return np.float32(1) / power
 
 
-def rotary_tables(positions: Array, config: ModelConfig) -> tuple[Array, Array]:
-    """cos and sin, f32 [..., 1, Q/2], of position * rope_base^(-2i/Q) for positions int [...]."""
+def rotary_tables(
+    positions: Int[Array, "*tokens"], config: ModelConfig
+) -> tuple[Float32[Array, "*tokens 1 {config.head_dim//2}"], Float32[Array, "*tokens 1 {config.head_dim//2}"]]:
+    """cos and sin of position * rope_base^(-2i/Q)."""
     # A plain product: an einsum may become a matrix product, which TPUs round to bf16 by default.
     frequency = jnp.expand_dims(jnp.asarray(rotary_frequencies(config)), range(positions.ndim))
     angle = (positions.astype(jnp.float32)[..., None] * frequency)[..., None, :]
     return jnp.cos(angle), jnp.sin(angle)
 
 
-def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """Turn neighbouring pairs (2i, 2i+1) of x [B, L, H, Q] by the angles of the tables, in f32."""
+def rotate(
+    x: Float[Array, "B L H Q"], cos: Float32[Array, "#B L 1 Q//2"], sin: Float32[Array, "#B L 1 Q//2"]
+) -> Float[Array, "B L H Q"]:
+    """Turn neighbouring pairs (2i, 2i+1) of x by the angles of the tables, in f32."""
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
     a, b = pairs[..., 0], pairs[..., 1]
     return jnp.stack([a * cos - b * sin, a * sin + b * cos], -1).reshape(x.shape).astype(x.dtype)
 
 
-def linear(x: Array, w: Array) -> Array:
-    """x [..., D] @ w [D, F] as one product over all tokens: on CPU the batched form takes twice as long backwards."""
+def linear(x: Float[Array, "*tokens D"], w: Float[Array, "D F"]) -> Float[Array, "*tokens F"]:
+    """x @ w as one product over all tokens: on CPU the batched form takes twice as long backwards."""
     return (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[-1])
 
 
-def normalise(x: Array, scale: Array, eps: float) -> Array:
+def normalise(x: Float[Array, "*tokens D"], scale: Float[Array, "D"], eps: float) -> Float[Array, "*tokens D"]:
     """scale * x / rms(x) over the last axis, statistics in f32."""
     wide = x.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps)
@@ -95,8 +100,8 @@ class RMSNorm(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """[..., D] -> [..., D]."""
+    def __call__(self, x: Float[Array, "*tokens D"]) -> Float[Array, "*tokens D"]:
+        """The normed rows."""
         scale: Any = self.param(  # the initialiser's box is gone by now
             "scale",
             nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
@@ -121,15 +126,20 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, ctx: Context, past: KeyValue | None, held: KeyValue | None, active: Array | None
-    ) -> tuple[Array, KeyValue]:
-        """[B, L, D] -> ([B, L, D], keys and values [B, L, .] of these tokens).
+        self,
+        x: Float[Array, "B L D"],
+        ctx: Context,
+        past: KeyValue | None,
+        held: KeyValue | None,
+        active: Bool[Array, "B L"] | None,
+    ) -> tuple[Float[Array, "B L D"], KeyValue]:
+        """(What attention adds, keys and values [B, L, .] of these tokens).
 
         Args:
           x: normed input.
           ctx: rotary tables and biases.
           past: keys and values of cached tokens, seen as far as ctx.past_bias allows.
-          held, active: where active [B, L] is False, a token's keys and values are those of `held`, not new ones.
+          held, active: where active is False, a token's keys and values are those of `held`, not new ones.
         """
         cfg, dtype = self.config, x.dtype
         B, L, D = x.shape
@@ -171,8 +181,8 @@ class GatedMLP(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """[B, L, D] -> [B, L, D]."""
+    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+        """What the MLP adds."""
         D, F = x.shape[-1], self.config.mlp_dim
         std, out_std = takase_std(self.config)
         fc = weight(self, "fc", (2, D, F), std, (None, "embed", "mlp"), x.dtype)
@@ -194,13 +204,13 @@ class SandwichBlock(nn.Module):
 
     def __call__(
         self,
-        x: Array,
+        x: Float[Array, "B L D"],
         ctx: Context,
         past: KeyValue | None = None,
         held: KeyValue | None = None,
-        active: Array | None = None,
-    ) -> tuple[Array, KeyValue]:
-        """[B, L, D] -> ([B, L, D], own keys and values). Arguments as in `SelfAttention`."""
+        active: Bool[Array, "B L"] | None = None,
+    ) -> tuple[Float[Array, "B L D"], KeyValue]:
+        """(The residual stream behind the block, own keys and values). Arguments as in `SelfAttention`."""
         mixed, own = self.attn(self.norm_1(x), ctx, past, held, active)
         x = self.norm_2(keep(mixed + x))
         return self.norm_4(keep(self.mlp(self.norm_3(x)) + x)), own

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jaxtyping import Float32
 
 from rdlm.config import InputError, OptimizerConfig
 
@@ -84,8 +85,8 @@ def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def global_norm(tree: Any) -> Array:
-    """L2 norm over all leaves, accumulated in f32: f32 scalar."""
+def global_norm(tree: Any) -> Float32[Array, ""]:
+    """L2 norm over all leaves, accumulated in f32."""
     return jnp.sqrt(sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)))
 
 
@@ -329,8 +330,8 @@ def optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformati
     return optax.chain(clip_by_global_norm(config.clip_norm), main, *keep)
 
 
-def module_norms(tree: Any) -> dict[str, Array]:
-    """L2 norm, f32 scalar, of each part of a tree shaped like the parameters (parameters, gradients, updates).
+def module_norms(tree: Any) -> dict[str, Float32[Array, ""]]:
+    """L2 norm of each part of a tree shaped like the parameters (parameters, gradients, updates).
 
     Parts: embedding (with an untied head), prelude, adapter, core, coda, each without norms; norms: all of theirs.
     """

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jaxtyping import Float, Int, Int32, Key
 
 from rdlm.config import InputError, Scheme
 from rdlm.memory import recomputed
@@ -28,13 +29,13 @@ Step = Callable[[State, Array], State]
 
 
 def sample_steps(
-    key: Array,
+    key: Key[Array, ""],
     mean_recurrence: int,
     backprop_depth: int,
-    scheme: Scheme = "poisson-lognormal-filling",
-    progress: Array | float | None = None,
-) -> tuple[Array, Array]:
-    """Draw (n, k), int32 scalars: core steps without and with gradient (spec section 3).
+    scheme: Scheme | str = "poisson-lognormal-filling",
+    progress: Float[Array, ""] | float | None = None,
+) -> tuple[Int32[Array, ""], Int32[Array, ""]]:
+    """Draw (n, k): core steps without and with gradient (spec section 3).
 
     With t = max(mean_recurrence - backprop_depth, 0) and s = backprop_depth, the default draws
     rate ~ LogNormal(ln(t+s) - 1/8, 1/2), p ~ Poisson(rate) + 1, and fills the gradient steps first:
@@ -103,18 +104,23 @@ def max_gradient_steps(backprop_depth: int, scheme: Scheme) -> int:
     return 2 * backprop_depth if scheme in wide else (1 if scheme == "non-recurrent" else backprop_depth)
 
 
-def initial_state(key: Array, positions: Array, dim: int, dtype: Any = jnp.float32, scale: Any = 1.0) -> Array:
-    """s0 [B, L, D] as a function of (key, position): batching, packing or resuming never changes a token's noise.
+def initial_state(
+    key: Key[Array, ""] | Key[Array, "#B"] | Key[Array, "B L"],
+    positions: Int[Array, "L"] | Int[Array, "#B L"],
+    dim: int,
+    dtype: Any = jnp.float32,
+    scale: Any = 1.0,
+) -> Float[Array, "L {dim}"] | Float[Array, "B L {dim}"]:
+    """s0 as a function of (key, position): batching, packing or resuming never changes a token's noise.
 
     Each element is sqrt(D) times a normal of variance 2/(5D) cut at +-3 standard deviations (spec section 2), so its
     deviation is 0.6240 at any width.
 
     Args:
-      key: one key (the same noise in every row), keys [B] (one per row) or keys [B, L] (one per token, for rows that
-        hold several documents).
-      positions: int [L] or [B, L], each token's position in its own sequence.
+      key: one key (the same noise in every row), one per row, or one per token (for rows that hold several documents).
+      positions: each token's position in its own sequence.
       dim: D.
-      dtype: of the result.
+      dtype: of the result, which has an axis B if `key` or `positions` has.
       scale: multiplies deviation and bounds; a number or one per row [B]; 0 gives the zero state.
     """
     if key.ndim and positions.ndim == 1:
@@ -130,7 +136,7 @@ def initial_state(key: Array, positions: Array, dim: int, dtype: Any = jnp.float
     return (noise.reshape(*keys.shape, dim) * (scale * math.sqrt(0.4))).astype(dtype)
 
 
-def unroll(step: Step, s: State, n: Array | int, k: Array | int, max_k: int | None = None) -> State:
+def unroll(step: Step, s: State, n: Int[Array, ""] | int, k: Int[Array, ""] | int, max_k: int | None = None) -> State:
     """n steps under stop_gradient, then k steps with gradient: truncated backpropagation (spec section 3).
 
     Gradients reach whatever `step` closes over only through the last k steps, and never reach `s`.
@@ -189,13 +195,13 @@ def unroll_recomputed(
     step: Callable[[Any, Any, State, Array], State],
     stored: Any,
     inputs: Any,
-    s: Array,
-    n: Array | int,
-    k: Array | int,
+    s: Float[Array, "*state"],
+    n: Int[Array, ""] | int,
+    k: Int[Array, ""] | int,
     slots: int,
     weights: Weights = AS_STORED,
     offload: bool = False,
-) -> Array:
+) -> Float[Array, "*state"]:
     """`unroll` that stores the input of every gradient step and nothing else, and runs exactly k of them.
 
     The backward pass is written out: it walks back over the stored states, runs each step again, and sums the
@@ -272,8 +278,12 @@ def _on_device(x: Array) -> Array:
 
 
 def unroll_until(
-    step: Step, finished: Callable[[State, Array], Array], s: State, most: Array | int, first: Array | int = 0
-) -> tuple[State, Array]:
+    step: Step,
+    finished: Callable[[State, Array], Array],
+    s: State,
+    most: Int[Array, ""] | int,
+    first: Int[Array, ""] | int = 0,
+) -> tuple[State, Int32[Array, ""]]:
     """Run `step` from recurrence `first` until `finished(s, i)` (bool scalar; i steps done) or i = `most`.
 
     Returns (state, i).

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jaxtyping import Bool, Float, Float32
 
 from rdlm.config import ModelConfig
 from rdlm.losses import IGNORED, as_batch, head_losses, setup
@@ -83,10 +84,10 @@ def course(params: Params, config: ModelConfig, batch: Any, key: Array) -> Cours
     return Course(correlation, rms, residual, losses, jnp.sqrt(halves))
 
 
-def token_correlation(s: Array, here: Array) -> Array:
-    """Mean cosine similarity over all pairs of different tokens of a row: f32 scalar.
+def token_correlation(s: Float[Array, "B L D"], here: Bool[Array, "B L"]) -> Float32[Array, ""]:
+    """Mean cosine similarity over all pairs of different tokens of a row.
 
-    s [B, L, D] states; here bool [B, L], which of them count. By the norm of the sum of unit vectors, not by pairs.
+    s: states; here: which of them count. By the norm of the sum of unit vectors, not by pairs.
     """
     wide = jnp.where(here[..., None], s.astype(jnp.float32), 0.0)
     unit = wide * lax.rsqrt(jnp.maximum(jnp.sum(wide * wide, -1, keepdims=True), 1e-30))

@@ -12,9 +12,40 @@ import hypothesis
 import jax
 import pytest
 from experiment_scripts import EXPERIMENTS, script
+from jaxtyping import install_import_hook
 
-from rdlm.config import PRESETS
-from rdlm.runtime import run_command
+CHECKED = (
+    "rdlm.memory",
+    "rdlm.attention",
+    "rdlm.recurrence",
+    "rdlm.equilibrium",
+    "rdlm.exits",
+    "rdlm.cache",
+    "rdlm.flops",
+    "rdlm.modules",
+    "rdlm.model",
+    "rdlm.losses",
+    "rdlm.tasks.mazes",
+    "rdlm.tasks.sudoku",
+    "rdlm.optim",
+    "rdlm.vitals",
+    "rdlm.analysis.capture",
+    "rdlm.analysis.contraction",
+    "rdlm.analysis.independence",
+    "rdlm.analysis.lens",
+    "rdlm.analysis.paths",
+    "rdlm.decode.passes",
+    "rdlm.decode.sampling",
+    "rdlm.decode.loop",
+    "rdlm.decode.lanes",
+    "rdlm.decode.speculative",
+)
+"""Rooms whose every call is checked against its annotations: dtypes, shapes, one size for each axis letter."""
+
+install_import_hook(CHECKED, "annotations.check")  # checks only what is imported after it
+
+from rdlm.config import PRESETS  # noqa: E402
+from rdlm.runtime import run_command  # noqa: E402
 
 os.environ.setdefault("RDLM_COMPILE_CACHE", "off")  # no test depends on what an earlier one left on disk
 

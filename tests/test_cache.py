@@ -25,7 +25,7 @@ S, B, T, F, W = 3, 2, 4, 2, 5
     sets=st.lists(st.integers(0, S - 1), min_size=W, max_size=W),
 )
 def test_write_is_assignment_to_places_inside(rows, sets):
-    row, position = np.array(rows).T
+    row, position = jnp.array(rows).T
     for every in (False, True):
         target = np.arange(S * B * T * F, dtype=np.float32).reshape(S, B, T, F)
         new = -1 - np.arange((S if every else 1) * W * F, dtype=np.float32).reshape(-1, W, F)

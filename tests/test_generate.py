@@ -320,6 +320,15 @@ def test_a_cache_does_not_grow_beyond_the_model():
         prefill(params(), TINY, [[1, 2, 3, 4]], 2, capacity=3)
 
 
+def test_initial_states_of_another_shape_are_refused():
+    D = TINY.embed_dim
+    with pytest.raises(InputError, match=rf"state: expected shape \[1, 3, {D}\], got \[1, 1, {D}\]"):
+        prefill(params(), TINY, [[1, 2, 3]], 2, state=np.zeros((1, 1, D)))
+    held = allocate(TINY, CachePolicy(), 2, 1, 64, "float32")
+    with pytest.raises(InputError, match=rf"state: expected shape \[1, {D}\], got \[{D}\]"):
+        decode_step(params(), TINY, held, np.array([1]), 2, state=np.zeros(D))
+
+
 # What is refused, in one line
 
 

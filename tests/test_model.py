@@ -283,19 +283,20 @@ def test_noise_off_changes_nothing():
 def test_noise_mixes_by_its_schedule_and_renormalises(kind, monkeypatch):
     # xi is what remains of a zero state under "fixed"; every other amount must follow from the formula of spec 2.
     s, key, positions, t = states(), jax.random.key(6), jnp.arange(6), 0.3
-    renormalised = {i: noisy(params(), with_noise(kind), s, i, key, positions) for i in (0, 5)}
+    rows = jnp.asarray(s)
+    renormalised = {i: noisy(params(), with_noise(kind), rows, i, key, positions) for i in (0, 5)}
     monkeypatch.setattr(rdlm.model.noise, "renorm", lambda params, config, s: s)
     for i, normed in renormalised.items():
         n = t * np.sqrt(0.4)
-        xi = np.asarray(noisy(params(), with_noise("fixed"), 0 * s, i, key, positions)) / n
+        xi = np.asarray(noisy(params(), with_noise("fixed"), 0 * rows, i, key, positions)) / n
         if kind == "chi":  # one U(0, 1) per call
-            shares = np.asarray(noisy(params(), with_noise(kind), 0 * s, i, key, positions)) / xi
+            shares = np.asarray(noisy(params(), with_noise(kind), 0 * rows, i, key, positions)) / xi
             assert np.ptp(shares) < 1e-5
             n = shares.mean()
             assert 0 < n < 2 * t * np.sqrt(0.4)
         n = {"geom": n / (i + 1), "sqrt": n / np.sqrt(i + 1), "line": max(n, (8 - i) / 8)}.get(kind, n)
         mixed = s * (1 - n) + xi * n
-        np.testing.assert_allclose(noisy(params(), with_noise(kind), s, i, key, positions), mixed, atol=1e-5)
+        np.testing.assert_allclose(noisy(params(), with_noise(kind), rows, i, key, positions), mixed, atol=1e-5)
         weight = np.asarray(params()["core_0"]["norm_4"]["scale"])
         by_hand = mixed / np.sqrt((mixed**2).mean(-1, keepdims=True) + TINY.norm_eps) * weight
         np.testing.assert_allclose(normed, by_hand, atol=1e-5)

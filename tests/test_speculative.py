@@ -107,7 +107,7 @@ def test_sampled_output_keeps_its_distribution(monkeypatch):
     plain = pair_counts(params, None)
     assert p_value(plain, pair_counts(params, Speculative(1, 2))) > 1e-3
 
-    def accept_all(target, q, at, logits, presents, request, count, spec, drafts):
+    def accept_all(target, q, at, logits, request, count, spec, drafts):
         return jnp.ones(drafts.shape, bool), drafts
 
     monkeypatch.setattr(speculative, "_accept", accept_all)

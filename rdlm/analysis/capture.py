@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
 from rdlm.config import InputError, ModelConfig
 from rdlm.model import Params, check_tokens, noisy, readout, start, stepping
@@ -39,12 +40,12 @@ class Captured(NamedTuple):
 def recurrence_of(
     params: Params,
     config: ModelConfig,
-    tokens: Array,
+    tokens: ArrayLike,
     *,
-    state: Array | None = None,
-    key: Array | None = None,
-    segment_ids: Array | None = None,
-    positions: Array | None = None,
+    state: ArrayLike | None = None,
+    key: ArrayLike | None = None,
+    segment_ids: ArrayLike | None = None,
+    positions: ArrayLike | None = None,
 ) -> Recurrence:
     """The model over `tokens` int [B, L] as a `Recurrence`. Arguments as in `rdlm.forward`.
 
@@ -84,7 +85,7 @@ def _capture(params: Params, config: ModelConfig, tokens: Array, r: int, layers:
 
 
 def capture(
-    params: Params, config: ModelConfig, tokens: Array, r: int, *, layers: bool = False, **given: Any
+    params: Params, config: ModelConfig, tokens: ArrayLike, r: int, *, layers: bool = False, **given: Any
 ) -> Captured:
     """Every state of `tokens` int [B, L] up to r recurrences, in one compiled program of static shapes.
 

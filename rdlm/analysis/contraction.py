@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Float, Float32, Key
 
 from rdlm.analysis.capture import recurrence_of
 from rdlm.config import InputError, ModelConfig
@@ -43,21 +44,23 @@ def products(f: Callable[[Array], Array], x: Array) -> tuple[Callable[[Array], A
     return lambda v: forward(v)[0], lambda u: backward(u)[0]
 
 
-def _unit(v: Array) -> tuple[Array, Array]:
-    """Rows of v [B, L, D] at length 1, and their lengths [B]."""
+def _unit(v: Float[Array, "B L D"]) -> tuple[Float[Array, "B L D"], Float[Array, "B"]]:
+    """Rows of v at length 1, and their lengths."""
     length = jnp.sqrt((v * v).sum((1, 2)))
     return v / jnp.maximum(length, 1e-30)[:, None, None], length
 
 
-def power_iterations(f: Callable[[Array], Array], x: Array, key: Array, rounds: int, basis: int):
-    """Largest singular value, and J restricted to a Krylov space, of a map f of x [B, L, D] whose rows do not mix.
+def power_iterations(
+    f: Callable[[Array], Array], x: Float[Array, "B L D"], key: Key[Array, ""], rounds: int, basis: int
+) -> tuple[Float32[Array, "B"], Float32[Array, "B {basis+1} {basis}"]]:
+    """Largest singular value, and J restricted to a Krylov space, of a map f of x whose rows do not mix.
 
     `rounds` products with J^T J, then `rounds` with J, then a Krylov basis of `basis` vectors from where these end:
     the power iteration lets small eigenvalues die out, the basis tells apart those of nearly equal size, pairs of
     complex ones included.
 
     Returns:
-      (norm [B], H [B, basis + 1, basis] of J Q = Q H), f32.
+      (norm, H of J Q = Q H).
     """
     x = x.astype(jnp.float32)
     J, JT = products(f, x)
@@ -84,8 +87,8 @@ def power_iterations(f: Callable[[Array], Array], x: Array, key: Array, rounds: 
     return jnp.sqrt(squared), H.transpose(2, 1, 0)
 
 
-def dominant(H: np.ndarray) -> tuple[complex, float]:
-    """(dominant eigenvalue, residual) of the map behind H [m + 1, m], see `power_iterations`."""
+def dominant(H: Float[np.ndarray, "_ M"]) -> tuple[complex, float]:
+    """(dominant eigenvalue, residual) of the map behind H [M + 1, M], see `power_iterations`."""
     H = np.asarray(H, np.float64)
     below = np.flatnonzero(np.diagonal(H, -1) <= 1e-6 * np.abs(H).max())
     m = int(below[0]) + 1 if len(below) else H.shape[1]  # the space is exhausted: what follows is noise
@@ -104,12 +107,12 @@ def contraction(
     params: Params,
     config: ModelConfig,
     tokens: Array | np.ndarray,
-    s: Array | np.ndarray,
+    s: Float[Array | np.ndarray, "B L D"],
     *,
     rounds: int = 50,
     basis: int = 24,
 ) -> Contraction:
-    """What a recurrence does to small differences around states s [B, L, D] of tokens int [B, L], in f32.
+    """What a recurrence does to small differences around states s of tokens int [B, L], in f32.
 
     Args:
       params, config: the model; test-time noise must be off.

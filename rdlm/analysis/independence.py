@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Float, Float32, Float64
 
 from rdlm.analysis.capture import capture
 from rdlm.config import InputError, ModelConfig
@@ -13,8 +14,10 @@ from rdlm.model import Params, check_tokens, compute_dtype
 from rdlm.recurrence import initial_state
 
 
-def from_starts(params: Params, config: ModelConfig, tokens: Array | np.ndarray, r: int, starts: int = 5) -> np.ndarray:
-    """States f32 [r+1, N, L, D] of one text int [L] from N = `starts` initial states: noise of N - 1 keys, and zero.
+def from_starts(
+    params: Params, config: ModelConfig, tokens: Array | np.ndarray, r: int, starts: int = 5
+) -> Float32[np.ndarray, "{r+1} {starts} L D"]:
+    """States of one text int [L] from N = `starts` initial states: noise of N - 1 keys, and zero.
 
     Raises:
       InputError: fewer than 2 starts, tokens of another rank, or as `capture`.
@@ -30,8 +33,8 @@ def from_starts(params: Params, config: ModelConfig, tokens: Array | np.ndarray,
     return np.asarray(capture(params, config, rows, r, state=state).states.astype(jnp.float32))
 
 
-def spread(states: np.ndarray) -> np.ndarray:
-    """Mean distance between all pairs of N states, over that of the starts: float64 [r+1, L] from [r+1, N, L, D].
+def spread(states: Float[Array | np.ndarray, "depths N L D"]) -> Float64[np.ndarray, "depths L"]:
+    """Mean distance between all pairs of N states, over that of the starts.
 
     1 at r = 0; what remains at the end of the path is the share of the start that the limit remembers. Distances are
     relative to the mean length of the states at r = 1 and beyond, and of the starts at r = 0.

@@ -19,6 +19,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 import numpy as np
+from jaxtyping import Float, Float64, Int
 
 from rdlm.config import InputError
 
@@ -53,21 +54,21 @@ class Classified(NamedTuple):
     rate: float | None
 
 
-def distances(states: np.ndarray) -> np.ndarray:
-    """||s_i - s_R|| / ||s_R|| for states [R+1, ..., D]: float64 [R+1, ...]. The last one is 0 by definition."""
+def distances(states: Float[np.ndarray, "depths *tokens D"]) -> Float64[np.ndarray, "depths *tokens"]:
+    """||s_i - s_R|| / ||s_R||. The last one is 0 by definition."""
     states = np.asarray(states, np.float64)
     return np.linalg.norm(states - states[-1], axis=-1) / np.maximum(np.linalg.norm(states[-1], axis=-1), 1e-30)
 
 
-def settled_after(distance: np.ndarray, within: float = SETTLED) -> np.ndarray:
-    """First recurrence from which `distance` [R+1, ...] stays below `within`: int [...], R + 1 where it never does."""
+def settled_after(distance: Float[np.ndarray, "depths *tokens"], within: float = SETTLED) -> Int[np.ndarray, "*tokens"]:
+    """First recurrence from which `distance` stays below `within`, R + 1 where it never does."""
     outside = np.asarray(distance) >= within
     last = outside.shape[0] - 1 - np.argmax(outside[::-1], axis=0)
     return np.where(outside.any(0), last + 1, 0)
 
 
-def rate(distance: np.ndarray) -> float | None:
-    """Factor per recurrence of a distance [R+1] that falls geometrically, by a fit of its logarithm, or None.
+def rate(distance: Float[np.ndarray, "depths"]) -> float | None:
+    """Factor per recurrence of a distance that falls geometrically, by a fit of its logarithm, or None.
 
     Fitted between a tenth of the distance at r = 1 (before, a path may wait for others) and 1e-5, where rounding in f32
     begins, and never past the middle of the path, whose end is the limit it is measured from. A distance that does not
@@ -85,8 +86,10 @@ def rate(distance: np.ndarray) -> float | None:
     return float(np.exp(slope))
 
 
-def pca(path: np.ndarray, components: int = 3) -> tuple[np.ndarray, np.ndarray]:
-    """A path [N, D] in its own principal axes: (coordinates [N, C], share of the variance that each explains [C])."""
+def pca(
+    path: Float[np.ndarray, "N D"], components: int = 3
+) -> tuple[Float64[np.ndarray, "N C"], Float64[np.ndarray, "C"]]:
+    """A path in its own principal axes: (coordinates, share of the variance that each explains)."""
     path = np.asarray(path, np.float64)
     centred = path - path.mean(0)
     u, s, _ = np.linalg.svd(centred, full_matrices=False)
@@ -94,15 +97,15 @@ def pca(path: np.ndarray, components: int = 3) -> tuple[np.ndarray, np.ndarray]:
     return (u * s)[:, :components], share[:components]
 
 
-def recurrence_distance(tail: np.ndarray) -> np.ndarray:
-    """D(p) for lags p = 0 .. N // 2 of points [N, D]: mean ||x_{i+p} - x_i||^2 over twice their variance."""
+def recurrence_distance(tail: Float[np.ndarray, "N D"]) -> Float64[np.ndarray, "N//2+1"]:
+    """D(p) for lags p = 0 .. N // 2 of points: mean ||x_{i+p} - x_i||^2 over twice their variance."""
     variance = max(float(((tail - tail.mean(0)) ** 2).sum(-1).mean()), 1e-300)
     lags = range(len(tail) // 2 + 1)
     return np.array([((tail[p:] - tail[: len(tail) - p]) ** 2).sum(-1).mean() / (2 * variance) for p in lags])
 
 
-def classify(path: np.ndarray) -> Classified:
-    """The class of a path [R+1, D], s_0 .. s_R, with R at least SHORTEST.
+def classify(path: Float[np.ndarray, "depths D"]) -> Classified:
+    """The class of a path s_0 .. s_R, with R at least SHORTEST.
 
     Raises:
       InputError: too few recurrences, or states that are not finite.

@@ -17,16 +17,16 @@ import collections
 import dataclasses
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax.typing import ArrayLike
 
 from rdlm.config import CachePolicy, InputError, ModelConfig, Sampling
 from rdlm.decode.lanes import advance, empty_lanes, insert
-from rdlm.decode.loop import begin
+from rdlm.decode.loop import WarmStart, begin
 from rdlm.decode.passes import next_power
 from rdlm.decode.requests import Request, as_requests, padded
 from rdlm.exits import ExitRule
@@ -118,7 +118,7 @@ class Engine:
         prefill_exit: str = "per_token",
         check_every: int = 1,
         cache: CachePolicy = CachePolicy(),
-        warm_start: Literal[False, "normalized", "raw"] = False,
+        warm_start: WarmStart = False,
         init_scale: float = 1.0,
         max_queue: int = 1024,
         flush_every: int = 4,
@@ -167,7 +167,7 @@ class Engine:
         exit_rule: ExitRule | None = None,
         min_steps: int = 0,
         sampling: Sampling = Sampling(),
-        key: Array | None = None,
+        key: ArrayLike | None = None,
         on_token: OnToken | None = None,
     ) -> Served:
         """Queue a request. Arguments as in `generate`; exit_rule: the engine's kind with thresholds of its own.

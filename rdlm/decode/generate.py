@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax.typing import ArrayLike
 
 from rdlm.config import CachePolicy, ModelConfig, Sampling, Speculative
-from rdlm.decode.loop import begin, decode_tokens
+from rdlm.decode.loop import WarmStart, begin, decode_tokens
 from rdlm.decode.passes import next_power
 from rdlm.decode.requests import as_requests, padded
 from rdlm.decode.speculative import check_speculation, speculate
@@ -46,10 +46,10 @@ def generate(
     check_every: int = 1,
     cache: CachePolicy = CachePolicy(),
     sampling: Sampling = Sampling(),
-    warm_start: Literal[False, "normalized", "raw"] = False,
+    warm_start: WarmStart = False,
     speculative: Speculative | None = None,
     init_scale: float = 1.0,
-    key: Array | None = None,
+    key: ArrayLike | None = None,
     on_token: Callable[[int, int, int], None] | None = None,
 ) -> Generation:
     """Continue prompts of any lengths (contract, "Generate"). A request's tokens and steps do not depend on its batch.

@@ -16,15 +16,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jaxtyping import Bool, Int
 
 from rdlm import exits
 from rdlm.cache import Cache, KeyValue, allocate, past_bias, skip_bias, write
 from rdlm.config import CachePolicy, ModelConfig
-from rdlm.decode.loop import Progress, token_keys
+from rdlm.decode.loop import Progress, WarmStart, token_keys
 from rdlm.decode.requests import Request
 from rdlm.decode.sampling import choose, known_only, stops
 from rdlm.exits import Observation
-from rdlm.model import context, core_step, decode, embed, head, inject, noisy
+from rdlm.model import Params, context, core_step, decode, embed, head, inject, noisy
 from rdlm.recurrence import initial_state
 
 Rows = tuple[KeyValue, ...]
@@ -97,10 +98,21 @@ def empty_lanes(
 
 
 @functools.partial(jax.jit, static_argnames=("config", "width", "every", "warm_start"), donate_argnames="lanes")
-def advance(params, config, lanes, alive, most_ticks, wake, *, width, every, warm_start) -> Lanes:
+def advance(
+    params: Params,
+    config: ModelConfig,
+    lanes: Lanes,
+    alive: Bool[Array, "B"],
+    most_ticks: Int[Array, ""],
+    wake: Int[Array, ""],
+    *,
+    width: int,
+    every: int,
+    warm_start: WarmStart,
+) -> Lanes:
     """Tick until `most_ticks` have passed, `wake` requests have ended or every lane is idle.
 
-    alive: bool [B], False to give up the lane's request. width, every: a flush takes `width` waiting lanes; fewer only
+    alive: False to give up the lane's request. width, every: a flush takes `width` waiting lanes; fewer only
     after `every` ticks, or when nobody iterates.
     """
     lanes = lanes._replace(busy=lanes.busy & alive, iterating=lanes.iterating & alive)
@@ -264,7 +276,16 @@ def _put(target: Any, lane: Array, rows: Any) -> Any:
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="lanes")
-def insert(params, config, lanes, progress: Progress, lengths, request: Request, most, lane) -> Lanes:
+def insert(
+    params: Params,
+    config: ModelConfig,
+    lanes: Lanes,
+    progress: Progress,
+    lengths: Int[Array, "W"],
+    request: Request,
+    most: Int[Array, "W"],
+    lane: Int[Array, "W"],
+) -> Lanes:
     """Put prefilled requests (rows of `progress`, from `rdlm.decode.loop.begin`) into lanes; lane B drops a row."""
     held, cache = progress.cache, lanes.cache
     columns = jnp.arange(held.capacity)[None]

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jaxtyping import Float, Int, Int32, Key
 
 from rdlm.cache import Cache, allocate
+from rdlm.config import CachePolicy, ModelConfig
 from rdlm.decode.passes import run_pass
 from rdlm.decode.requests import Request
 from rdlm.decode.sampling import choose, known_only, stops
-from rdlm.model import compute_dtype
+from rdlm.model import Params, compute_dtype
+
+WarmStart = Literal[False, "normalized", "raw"]
+"""From where a token's state starts, if not from noise: its predecessor's last one, after ln_f or before."""
 
 _STREAM = 0x746F6B65  # keeps the randomness of tokens apart from that of states
 
@@ -39,8 +44,20 @@ class Progress(NamedTuple):
 @functools.partial(
     jax.jit, static_argnames=("config", "policy", "sets", "capacity", "room", "prefill_exit", "warm_start")
 )
-def begin(params, config, tokens, lengths, request, policy, sets, capacity, room, prefill_exit, warm_start):
-    """Prefill, and choose the first token."""
+def begin(
+    params: Params,
+    config: ModelConfig,
+    tokens: Int[Array, "B L"],
+    lengths: Int[Array, "B"],
+    request: Request,
+    policy: CachePolicy,
+    sets: int,
+    capacity: int,
+    room: int,
+    prefill_exit: str,
+    warm_start: WarmStart,
+) -> tuple[Progress, Int32[Array, "B L"]]:
+    """Prefill, and choose the first token: (progress, steps of each token of the prompt)."""
     B, L = tokens.shape
     empty = allocate(config, policy, sets, B, capacity, compute_dtype(params, config))
     done, cache = run_pass(
@@ -68,7 +85,9 @@ def begin(params, config, tokens, lengths, request, policy, sets, capacity, room
     return emit(start, request, known_only(done.logits[:, 0], config.vocab_size), steps), done.steps
 
 
-def progress_shapes(params, config, request: Request, policy, sets: int, capacity: int) -> Progress:
+def progress_shapes(
+    params: Params, config: ModelConfig, request: Request, policy: CachePolicy, sets: int, capacity: int
+) -> Progress:
     """Shapes of what `begin` returns, with room for `capacity` tokens; nothing is computed, shapes of params do."""
     B = request.num_steps.shape[0]
     tokens, lengths = jnp.zeros((B, 1), jnp.int32), jnp.ones(B, jnp.int32)
@@ -85,12 +104,12 @@ def _warm(done, index: Array, kind: str) -> Array:
     return jnp.take_along_axis(states, index[..., None], axis=1)
 
 
-def token_keys(request: Request, index: Array) -> Array:
-    """Keys [B] for choosing token `index` [B] of each row."""
+def token_keys(request: Request, index: Int[Array, "B"]) -> Key[Array, "B"]:
+    """Keys for choosing token `index` of each row."""
     return jax.vmap(lambda k, j: jax.random.fold_in(jax.random.fold_in(k, _STREAM), j))(request.keys, index)
 
 
-def emit(p: Progress, request: Request, logits: Array, steps: Array) -> Progress:
+def emit(p: Progress, request: Request, logits: Float[Array, "B V"], steps: Int[Array, "B"]) -> Progress:
     """Choose a token for every row that is not done, and write it down."""
     keys = token_keys(request, p.count)
     token = choose(logits, p.present, request.sampling, keys)
@@ -107,7 +126,15 @@ def emit(p: Progress, request: Request, logits: Array, steps: Array) -> Progress
 
 
 @functools.partial(jax.jit, static_argnames=("config", "warm_start"), donate_argnames="progress")
-def decode_tokens(params, config, progress, request, limit, most, warm_start) -> Progress:
+def decode_tokens(
+    params: Params,
+    config: ModelConfig,
+    progress: Progress,
+    request: Request,
+    limit: Int[Array, ""],
+    most: Int[Array, ""],
+    warm_start: WarmStart,
+) -> Progress:
     """Make tokens until every row is done or has `limit` of them."""
 
     def go_on(p: Progress) -> Array:

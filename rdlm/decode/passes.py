@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import Float, Int
 
 from rdlm.cache import Cache, allocate, append, grow, past_bias
 from rdlm.config import CachePolicy, InputError, ModelConfig
@@ -39,12 +42,12 @@ def run_pass(
     params: Params,
     config: ModelConfig,
     cache: Cache,
-    tokens: Array,
-    count: Array,
+    tokens: Int[Array, "B L"],
+    count: Int[Array, "B"],
     *,
     first: bool,
-    state: Array | None = None,
-    key: Array | None = None,
+    state: Float[ArrayLike, "B L D"] | None = None,
+    key: ArrayLike | None = None,
     init_scale: Any = 1.0,
     num_steps: Any,
     rule: ExitRule | None = None,
@@ -54,7 +57,7 @@ def run_pass(
     last_only: bool = False,
     resume: Any = None,
 ) -> tuple[Pass, Cache]:
-    """Process `count` [B] of the tokens [B, L] behind what `cache` holds. Traced: the body of the public functions.
+    """Process `count` of the tokens behind what `cache` holds. Traced: the body of the public functions.
 
     first: the cache is known to be empty, so nothing is read from it. The other arguments as in `adaptive_pass`.
     """
@@ -81,12 +84,12 @@ def run_pass(
 def prefill(
     params: Params,
     config: ModelConfig,
-    tokens: Array,
+    tokens: ArrayLike | Sequence[Sequence[int]],
     num_steps: Any = None,
     *,
     lengths: Any = None,
-    state: Array | None = None,
-    key: Array | None = None,
+    state: ArrayLike | None = None,
+    key: ArrayLike | None = None,
     init_scale: Any = 1.0,
     exit_rule: ExitRule | None = None,
     prefill_exit: str = "per_token",
@@ -132,6 +135,7 @@ def prefill(
         max_steps = config.mean_recurrence if isinstance(num_steps, jax.core.Tracer) else int(np.max(num_steps))
     num_steps = _within(num_steps, cache, cache.sets(max_steps), f"max_steps = {max_steps}")
     check_shape("lengths", lengths, (B,))
+    check_shape("state", state, (B, L, config.embed_dim))
     known = lengths is not None and not isinstance(lengths, jax.core.Tracer)
     if known and (np.min(lengths) < 1 or np.max(lengths) > L):
         raise InputError(f"lengths = {np.asarray(lengths).tolist()}: must be between 1 and {L}")
@@ -149,11 +153,11 @@ def decode_step(
     params: Params,
     config: ModelConfig,
     cache: Cache,
-    token: Array,
+    token: Array | np.ndarray,
     num_steps: Any = None,
     *,
-    state: Array | None = None,
-    key: Array | None = None,
+    state: ArrayLike | None = None,
+    key: ArrayLike | None = None,
     init_scale: Any = 1.0,
     exit_rule: ExitRule | None = None,
     min_steps: Any = 0,
@@ -179,8 +183,10 @@ def decode_step(
     tokens = check_tokens(token[:, None] if single else token, config, "token")
     num_steps = config.mean_recurrence if num_steps is None else num_steps
     check_depth(num_steps)
-    if state is not None and single:
-        state = jnp.asarray(state).reshape(len(tokens), 1, config.embed_dim)
+    B, D = len(tokens), config.embed_dim
+    check_shape("state", state, (B, D) if single else (B, tokens.shape[1], D))
+    if state is not None:
+        state = jnp.asarray(state).reshape(*tokens.shape, D)
     check_rule(exit_rule, tokens.shape[0], min_steps, check_every)
     if not isinstance(cache.length, jax.core.Tracer):
         cache = _with_room(cache, config, tokens.shape[1], num_steps)

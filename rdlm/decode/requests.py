@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import Int32
 
 from rdlm.config import InputError, ModelConfig, Sampling
 from rdlm.decode.passes import PREFILL_EXITS, next_power
@@ -42,11 +44,11 @@ def as_requests(
     sampling: Sampling = Sampling(),
     warm_start: Any = False,
     init_scale: float = 1.0,
-    key: Array | None = None,
-) -> tuple[Request, list[np.ndarray]]:
+    key: ArrayLike | None = None,
+) -> tuple[Request, list[Int32[np.ndarray, "_"]]]:
     """Refuse what cannot be served, in one line that names the request; spread the rest over rows.
 
-    Arguments as in `rdlm.generate`. Returns (request of len(prompts) rows, the prompts as int32 arrays).
+    Arguments as in `rdlm.generate`. Returns (request of len(prompts) rows, the prompts).
 
     Raises:
       InputError: see `rdlm.generate`.
@@ -99,8 +101,8 @@ def _ids(prompt: Any, i: int) -> np.ndarray:
         raise InputError(f"prompts[{i}]: must be a non-empty 1-D sequence of token ids, not nested lists") from error
 
 
-def padded(rows: Sequence[np.ndarray], most: int) -> tuple[np.ndarray, list[int]]:
-    """Prompts as one int32 [B, L], padded on the right to a length that many batches share, and their lengths."""
+def padded(rows: Sequence[Int32[np.ndarray, "_"]], most: int) -> tuple[Int32[np.ndarray, "{len(rows)} L"], list[int]]:
+    """Prompts as one array, padded on the right to a length that many batches share, and their lengths."""
     lengths = [row.size for row in rows]
     tokens = np.zeros((len(rows), min(next_power(max(lengths), 16), most)), np.int32)
     for i, row in enumerate(rows):

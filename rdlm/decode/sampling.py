@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Bool, Float, Float32, Int, Int32, Key, Shaped
 
 from rdlm.config import InputError, Sampling
 
@@ -27,8 +28,8 @@ class SamplingArrays(NamedTuple):
     stop_tokens: Array
 
 
-def per_row(value: Any, rows: int, name: str, dtype: Any) -> np.ndarray:
-    """A scalar or one value per prompt as an array [rows].
+def per_row(value: Any, rows: int, name: str, dtype: Any) -> Shaped[np.ndarray, "{rows}"]:
+    """A scalar or one value per prompt, as an array.
 
     Raises:
       InputError: another number of values.
@@ -74,19 +75,21 @@ def as_arrays(sampling: Sampling, rows: int) -> SamplingArrays:
     return SamplingArrays(**{k: jnp.asarray(v) for k, v in fields.items()}, stop_tokens=jnp.asarray(table))
 
 
-def known_only(logits: Array, vocab_size: int) -> Array:
-    """Logits [..., V] with the rows that only pad the vocabulary set to -inf: no tokenizer knows those ids."""
+def known_only(logits: Float[Array, "*tokens V"], vocab_size: int) -> Float[Array, "*tokens V"]:
+    """Logits with the rows that only pad the vocabulary set to -inf: no tokenizer knows those ids."""
     return logits if logits.shape[-1] == vocab_size else logits.at[..., vocab_size:].set(-jnp.inf)
 
 
-def penalise(logits: Array, present: Array, penalty: Array) -> Array:
-    """Divide positive and multiply negative logits [B, V] of tokens that are `present` [B, V] by penalty [B]."""
+def penalise(
+    logits: Float[Array, "B V"], present: Bool[Array, "B V"], penalty: Float[Array, "B"]
+) -> Float[Array, "B V"]:
+    """Divide positive and multiply negative logits of tokens that are `present` by the row's penalty."""
     factor = jnp.where(present, penalty[:, None], 1.0)
     return jnp.where(logits >= 0, logits / factor, logits * factor)
 
 
-def probabilities(logits: Array, present: Array, s: SamplingArrays) -> Array:
-    """The distribution f32 [B, V] a token is drawn from, for rows with temperature > 0.
+def probabilities(logits: Float[Array, "B V"], present: Bool[Array, "B V"], s: SamplingArrays) -> Float32[Array, "B V"]:
+    """The distribution a token is drawn from, for rows with temperature > 0.
 
     Repetition penalty, temperature, softmax, top-k (ties kept, not renormalised), top-p (on those probabilities; the
     token that crosses the threshold is dropped, the first always kept), min-p, renormalisation.
@@ -111,8 +114,10 @@ def probabilities(logits: Array, present: Array, s: SamplingArrays) -> Array:
     return p / p.sum(-1, keepdims=True)
 
 
-def choose(logits: Array, present: Array, s: SamplingArrays, keys: Array) -> Array:
-    """Next token int32 [B]: the argmax where temperature is 0 (first index on ties), else a draw with keys [B]."""
+def choose(
+    logits: Float[Array, "B V"], present: Bool[Array, "B V"], s: SamplingArrays, keys: Key[Array, "B"]
+) -> Int32[Array, "B"]:
+    """Next token: the argmax where temperature is 0 (first index on ties), else a draw with the row's key."""
     greedy = jnp.argmax(penalise(logits, present, s.repetition_penalty), axis=-1)
 
     def draw() -> Array:
@@ -122,6 +127,6 @@ def choose(logits: Array, present: Array, s: SamplingArrays, keys: Array) -> Arr
     return jnp.where(s.temperature > 0, drawn, greedy).astype(jnp.int32)
 
 
-def stops(token: Array, s: SamplingArrays) -> Array:
-    """bool [B]: the token is one of its row's stop tokens."""
+def stops(token: Int[Array, "B"], s: SamplingArrays) -> Bool[Array, "B"]:
+    """Whether the token is one of its row's stop tokens."""
     return jnp.any(token[:, None] == s.stop_tokens, axis=-1)

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jaxtyping import Bool, Float, Float32, Int, Int32
 
 from rdlm.cache import Cache, KeyValue
 from rdlm.config import CachePolicy, InputError, ModelConfig, Speculative
@@ -57,8 +59,8 @@ def speculate(
     config: ModelConfig,
     progress: Progress,
     request: Request,
-    limit: Array,
-    most: Array,
+    limit: Int[Array, ""],
+    most: Int[Array, ""],
     speculative: Speculative,
 ) -> Progress:
     """Rounds of drafting and verifying until every row is done or has at least `limit` tokens, never over `most`."""
@@ -111,7 +113,7 @@ def _round(
     target = each(logits, presents)
     q = q.swapaxes(0, 1)
     at = lambda x: jnp.take_along_axis(x, drafts[..., None], axis=-1)[..., 0]  # noqa: E731
-    accepted, replacement = _accept(target, q, at, logits, presents, request, p.count, spec, drafts)
+    accepted, replacement = _accept(target, q, at, logits, request, p.count, spec, drafts)
     matched = jnp.cumprod(accepted.astype(jnp.int32), axis=1).sum(1)  # drafts kept, [B]
     index = jnp.arange(L)[None]
     made = jnp.where(index < matched[:, None], drafts, replacement)
@@ -136,8 +138,17 @@ def _round(
     )
 
 
-def _accept(target, q, at, logits, presents, request: Request, count: Array, spec: Speculative, drafts: Array):
-    """(bool [B, L] accepted, int32 [B, L] what to say instead at the first refusal).
+def _accept(
+    target: Float32[Array, "B L V"],
+    q: Float32[Array, "B L V"],
+    at: Callable[[Array], Array],
+    logits: Float[Array, "B L V"],
+    request: Request,
+    count: Int[Array, "B"],
+    spec: Speculative,
+    drafts: Int[Array, "B L"],
+) -> tuple[Bool[Array, "B L"], Int32[Array, "B L"]]:
+    """(Accepted?, what to say instead at the first refusal).
 
     Greedy rows: the draft is the argmax (or likely enough, below threshold 1). Sampled rows: with probability
     min(1, p/q), and otherwise a draw from max(p - q, 0) renormalised, which preserves the distribution p exactly.
@@ -158,8 +169,8 @@ def _accept(target, q, at, logits, presents, request: Request, count: Array, spe
     return jnp.where(greedy, good, lucky), jnp.where(greedy, best, redrawn).astype(jnp.int32)
 
 
-def _distribution(logits: Array, present: Array, request: Request) -> Array:
-    """What a token is drawn from, f32 [B, V]; one-hot at the argmax for greedy rows."""
+def _distribution(logits: Float[Array, "B V"], present: Bool[Array, "B V"], request: Request) -> Float32[Array, "B V"]:
+    """What a token is drawn from; one-hot at the argmax for greedy rows."""
     s = request.sampling
     best = jnp.argmax(penalise(logits, present, s.repetition_penalty), axis=-1)
     hot = jax.nn.one_hot(best, logits.shape[-1])

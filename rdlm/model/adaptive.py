@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Bool, Float, Int, Key
 
 from rdlm import exits
 from rdlm.attention import HIDDEN
@@ -56,11 +57,11 @@ class _Loop(NamedTuple):
 def adaptive_pass(
     params: Params,
     config: ModelConfig,
-    tokens: Array,
-    positions: Array,
+    tokens: Int[Array, "B L"],
+    positions: Int[Array, "L"] | Int[Array, "B L"],
     ctx: Context,
-    s0: Array,
-    valid: Array,
+    s0: Float[Array, "B L D"],
+    valid: Bool[Array, "B L"],
     *,
     num_steps: Any,
     rule: ExitRule | None = None,
@@ -71,16 +72,16 @@ def adaptive_pass(
     cache: Cache | None = None,
     sets: int | None = None,
     last_only: bool = False,
-    key: Array | None = None,
-    resume: tuple[Array, Layers] | None = None,
+    key: Key[Array, ""] | Key[Array, "B"] | None = None,
+    resume: tuple[Int[Array, ""], Layers] | None = None,
 ) -> Pass:
     """Run the pass.
 
     Args:
-      tokens, positions: int [B, L] (positions may be [L]).
+      tokens, positions: the text.
       ctx: from `context`; its past_bias shows the cached tokens.
-      s0: [B, L, D].
-      valid: bool [B, L], False for padding, which never iterates.
+      s0: states to begin with.
+      valid: False for padding, which never iterates.
       num_steps: most recurrences: scalar, [B] or [B, L], at least 1.
       rule, min_steps, check_every: when to stop; scalars or [B].
       together: one decision per row: logit rules look at the last valid position, others average values over positions.
@@ -107,7 +108,7 @@ def adaptive_pass(
         return jnp.take_along_axis(x, last[:, None, None], axis=1)
 
     def read(s: Array, held: Any, update: Array | None, narrow: bool) -> tuple[Array, Array, Any]:
-        (y, z), coda = decode(params, config, s, ctx, cache and cache.coda, held, update)
+        (y, z), coda = decode(params, config, s, ctx, None if cache is None else cache.coda, held, update)
         return head(params, config, at_last(y) if narrow else y), z, coda
 
     def look(c: _Loop, i: Array, due: Array) -> _Loop:
@@ -149,7 +150,7 @@ def adaptive_pass(
             if cache is not None:
                 assert mine.past_bias is not None  # a cache comes with what it shows
                 mine = mine._replace(past_bias=mine.past_bias + skip_bias(cache.depth, i))
-        past = cache and read_set(cache.core, i % cache.sets)
+        past = None if cache is None else read_set(cache.core, i % cache.sets)
         s = c.s if key is None else noisy(params, config, c.s, i, key, positions)
         s, own = core_step(params, config, s, injected, mine, past, held_set(c.core, i), c.active)
         c = c._replace(

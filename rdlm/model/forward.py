@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import Float, Int32, Key
 
 from rdlm.config import CachePolicy, InputError, ModelConfig
 from rdlm.exits import ExitRule
@@ -45,7 +48,7 @@ class Output:
     looks: Array | None = None
 
 
-def typed_key(key: Array | None) -> Array:
+def typed_key(key: Any) -> Key[Array, "..."]:
     """A typed key array: None is key 0, old-style uint32 keys are wrapped."""
     if key is None:
         return jax.random.key(0)
@@ -57,8 +60,8 @@ def typed_key(key: Array | None) -> Array:
     return jax.random.wrap_key_data(data)
 
 
-def check_tokens(tokens: Any, config: ModelConfig, name: str = "tokens") -> Array:
-    """`tokens` as int32 [B, L]; a clear error for wrong ranks, lengths, dtypes and (outside jit) ids."""
+def check_tokens(tokens: Any, config: ModelConfig, name: str = "tokens") -> Int32[Array, "B L"]:
+    """`tokens` as int32; a clear error for wrong ranks, lengths, dtypes and (outside jit) ids."""
     if not isinstance(tokens, jax.Array):
         tokens = np.asarray(tokens)
     if tokens.ndim != 2 or tokens.shape[1] == 0 or not jnp.issubdtype(tokens.dtype, jnp.integer):
@@ -137,8 +140,8 @@ class Start(NamedTuple):
 
 
 def start(
-    params: Params, config: ModelConfig, tokens: Any, *, state: Array | None = None, key: Array | None = None,
-    segment_ids: Array | None = None, positions: Array | None = None,
+    params: Params, config: ModelConfig, tokens: Any, *, state: ArrayLike | None = None, key: ArrayLike | None = None,
+    segment_ids: ArrayLike | None = None, positions: ArrayLike | None = None,
 ) -> Start:  # fmt: skip
     """Check the arguments of `forward` that describe a text, and fill in what was not given; raises as it does."""
     tokens = check_tokens(tokens, config)
@@ -157,8 +160,8 @@ def start(
     return Start(tokens, segment_ids, positions, context(config, positions, segment_ids), s0, noise_key)
 
 
-def stepping(params: Params, config: ModelConfig, begin: Start) -> tuple[Step, Array]:
-    """(step(s, i) -> s, one recurrence over that text, test-time noise included; the injected embedding [B, L, D])."""
+def stepping(params: Params, config: ModelConfig, begin: Start) -> tuple[Step, Float[Array, "B L D"]]:
+    """(step(s, i) -> s, one recurrence over that text, test-time noise included; the injected embedding)."""
     injected = inject(params, config, embed(params, config, begin.tokens, begin.ctx)[0])
 
     def step(s: Array, i: Array) -> Array:
@@ -171,13 +174,13 @@ def stepping(params: Params, config: ModelConfig, begin: Start) -> tuple[Step, A
 def forward(
     params: Params,
     config: ModelConfig,
-    tokens: Array,
+    tokens: ArrayLike | Sequence[Sequence[int]],
     num_steps: Any = None,
     *,
-    state: Array | None = None,
-    key: Array | None = None,
-    segment_ids: Array | None = None,
-    positions: Array | None = None,
+    state: ArrayLike | None = None,
+    key: ArrayLike | None = None,
+    segment_ids: ArrayLike | None = None,
+    positions: ArrayLike | None = None,
     exit_rule: ExitRule | None = None,
     min_steps: Any = 0,
     check_every: Any = 1,

@@ -12,7 +12,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+from jaxtyping import Bool, Float, Float32, Int, Int32, Key
 
 from rdlm.attention import HIDDEN, causal_bias, fits_flash
 from rdlm.cache import KeyValue
@@ -43,14 +45,14 @@ class RecurrentDepth(nn.Module):
         self.coda = [SandwichBlock(cfg) for _ in range(cfg.coda_layers)]
         self.ln_f = RMSNorm(cfg)
 
-    def __call__(self, x: Array, ctx: Context) -> Array:
-        """Touch every parameter once; used for initialisation only. x [B, L, D]."""
+    def __call__(self, x: Float[Array, "B L D"], ctx: Context) -> Float[Array, "B L D"]:
+        """Touch every parameter once; used for initialisation only."""
         for block in (*self.prelude, *self.core, *self.coda):
             x, _ = block(x, ctx)
         return self.ln_f(x)
 
 
-def init_params(config: ModelConfig, key: Array) -> Params:
+def init_params(config: ModelConfig, key: Key[Array, ""]) -> Params:
     """Fresh parameters (spec section 4, "takase", the training implementation's variant), dtype param_dtype."""
     return nn.unbox(_init(config, key))
 
@@ -77,10 +79,13 @@ def cast(params: Params, dtype: Any) -> Params:
 
 
 def context(
-    config: ModelConfig, positions: Array, segment_ids: Array | None, past_bias: Array | None = None,
+    config: ModelConfig,
+    positions: Int[Array, "L"] | Int[Array, "B L"],
+    segment_ids: Int[Array, "B L"] | None,
+    past_bias: Float32[Array, "B 1 T"] | None = None,
     flash: bool = False,
-) -> Context:  # fmt: skip
-    """What all layers of a pass share: rotary tables of positions int [L] or [B, L], and who sees whom.
+) -> Context:
+    """What all layers of a pass share: rotary tables of positions, and who sees whom.
 
     past_bias: f32 [B, 1, T], the cached tokens there are; token t of the cache has position t.
     flash: for the fused kernel, which takes the segments themselves; lengths it cannot serve get a bias all the same.
@@ -97,8 +102,10 @@ def context(
     return Context(cos, sin, causal_bias(segment_ids, L, window), past_bias)
 
 
-def positions_of(tokens: Array, segment_ids: Array | None) -> Array:
-    """Positions that restart at 0 in each segment: int32 [L], or [B, L] with segments."""
+def positions_of(
+    tokens: Int[Array, "B L"], segment_ids: Int[Array, "B L"] | None
+) -> Int32[Array, "L"] | Int32[Array, "B L"]:
+    """Positions that restart at 0 in each segment; the same for all rows without segments."""
     L = tokens.shape[-1]
     index = jnp.arange(L, dtype=jnp.int32)
     if segment_ids is None:
@@ -109,25 +116,39 @@ def positions_of(tokens: Array, segment_ids: Array | None) -> Array:
 
 
 def embed(
-    params: Params, config: ModelConfig, tokens: Array, ctx: Context, past: Layers | None = None, plan: Plan = PLAIN
-):
-    """Prelude: tokens int [B, L] -> (e [B, L, D], own keys and values per layer)."""
+    params: Params,
+    config: ModelConfig,
+    tokens: Int[Array | np.ndarray, "B L"],
+    ctx: Context,
+    past: Layers | None = None,
+    plan: Plan = PLAIN,
+) -> tuple[Float[Array, "B L {config.embed_dim}"], Layers]:
+    """Prelude: tokens -> (e, own keys and values per layer)."""
     dtype = compute_dtype(params, config)
     wte = plan.fetch("wte", params["wte"])
     x = wte[tokens].astype(dtype) * jnp.asarray(config.embed_dim**0.5, dtype)
     return _blocks(params, config, "prelude", config.prelude_layers, x, ctx, past, plan=plan)
 
 
-def inject(params: Params, config: ModelConfig, e: Array, plan: Plan = PLAIN) -> Array:
-    """The loop-invariant half of the adapter, A_e e: [B, L, D]; computed once for all recurrences."""
+def inject(
+    params: Params, config: ModelConfig, e: Float[Array, "*tokens D"], plan: Plan = PLAIN
+) -> Float[Array, "*tokens D"]:
+    """The loop-invariant half of the adapter, A_e e; computed once for all recurrences."""
     return linear(e, plan.fetch("adapter", params["adapter"])[1].astype(e.dtype))
 
 
 def core_step(
-    params: Params, config: ModelConfig, s: Array, injected: Array, ctx: Context, past=None, held=None, active=None,
+    params: Params,
+    config: ModelConfig,
+    s: Float[Array, "B L D"],
+    injected: Float[Array, "B L D"],
+    ctx: Context,
+    past: Layers | None = None,
+    held: Layers | None = None,
+    active: Bool[Array, "B L"] | None = None,
     plan: Plan = PLAIN,
-):  # fmt: skip
-    """One recurrence, A[s; e] and the core blocks: s [B, L, D] -> (new s, own keys and values per core layer).
+) -> tuple[Float[Array, "B L D"], Layers]:
+    """One recurrence, A[s; e] and the core blocks: s -> (new s, own keys and values per core layer).
 
     `injected` is `inject(params, config, e)`. `past`, `held` and `active` as in `rdlm.modules.SelfAttention`.
     """
@@ -136,8 +157,15 @@ def core_step(
 
 
 def decode(
-    params: Params, config: ModelConfig, s: Array, ctx: Context, past=None, held=None, active=None, plan: Plan = PLAIN
-):
+    params: Params,
+    config: ModelConfig,
+    s: Float[Array, "B L D"],
+    ctx: Context,
+    past: Layers | None = None,
+    held: Layers | None = None,
+    active: Bool[Array, "B L"] | None = None,
+    plan: Plan = PLAIN,
+) -> tuple[tuple[Float[Array, "B L D"], Float[Array, "B L D"]], Layers]:
     """Coda: s -> ((y, z), own keys and values); z = ln_f(s) are the reference's latent states, y goes to the head.
 
     ln_f serves twice.
@@ -147,21 +175,25 @@ def decode(
     return (_norm(params["ln_f"], config, y), z), own
 
 
-def head(params: Params, config: ModelConfig, y: Array, plan: Plan = PLAIN) -> Array:
-    """y [B, L, D] -> logits f32 [B, L, V]."""
+def head(
+    params: Params, config: ModelConfig, y: Float[Array, "*tokens D"], plan: Plan = PLAIN
+) -> Float32[Array, "*tokens {config.rows}"]:
+    """y -> logits."""
     name = "wte" if config.tie_embeddings else "head"
     weights = plan.fetch(name, params[name]).astype(compute_dtype(params, config))
     out = jnp.einsum("nd,vd->nv", y.reshape(-1, config.embed_dim), weights, preferred_element_type=jnp.float32)
     return out.reshape(*y.shape[:-1], -1)
 
 
-def readout(params: Params, config: ModelConfig, s: Array, ctx: Context) -> tuple[Array, Array]:
-    """s [B, L, D] -> (logits f32 [B, L, V], latents z [B, L, D]), without a cache."""
+def readout(
+    params: Params, config: ModelConfig, s: Float[Array, "B L D"], ctx: Context
+) -> tuple[Float32[Array, "B L {config.rows}"], Float[Array, "B L D"]]:
+    """s -> (logits, latents z), without a cache."""
     (y, z), _ = decode(params, config, s, ctx)
     return head(params, config, y), z
 
 
-def renorm(params: Params, config: ModelConfig, s: Array) -> Array:
+def renorm(params: Params, config: ModelConfig, s: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
     """Norm that follows test-time noise: the last core block's norm_4 (spec section 2)."""
     return _norm(params[f"core_{config.core_layers - 1}"]["norm_4"], config, s)
 

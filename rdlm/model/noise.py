@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float, Int, Key
 
 from rdlm.config import ModelConfig
 from rdlm.model.network import Params, renorm
@@ -13,7 +14,14 @@ from rdlm.model.network import Params, renorm
 _STREAM = 0x6E6F6973
 
 
-def noisy(params: Params, config: ModelConfig, s: Array, i: Array, key: Array, positions: Array) -> Array:
+def noisy(
+    params: Params,
+    config: ModelConfig,
+    s: Float[Array, "B L D"],
+    i: Int[Array, ""] | int,
+    key: Key[Array, ""] | Key[Array, "#B"],
+    positions: Int[Array, "L"] | Int[Array, "#B L"],
+) -> Float[Array, "B L D"]:
     """The state as it enters recurrence i (from 0): mixed with noise and renormalised; unchanged when noise is off.
 
     x(1-n) + xi n with n = t sqrt(0.4), scaled by schedule: geom n/(i+1); sqrt n/sqrt(i+1); line max(n, (R-i)/R);

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, SupportsIndex
 
 import numpy as np
+from jaxtyping import Int, Int32
 
 from rdlm.config import InputError, require
 
@@ -56,8 +57,8 @@ def integer(field: str, value: Any, least: int, most: int | None = None) -> None
     require(right and (most is None or value <= most), field, value, f"must be {bounds}")
 
 
-def batch(tasks: Task | Sequence[Task], seed: int, index: int, size: int) -> dict[str, np.ndarray]:
-    """Batch number `index` of stream `seed`: tokens, labels, difficulty, each int32 [size, L].
+def batch(tasks: Task | Sequence[Task], seed: int, index: int, size: int) -> dict[str, Int32[np.ndarray, "{size} L"]]:
+    """Batch number `index` of stream `seed`: tokens, labels, difficulty.
 
     Rows are the instances index * size, ..., index * size + size - 1, so batches of one stream share nothing. Several
     tasks of one family take turns; shorter rows are filled up with token 0, whose labels are ignored. The model is
@@ -95,15 +96,15 @@ class Source:
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """Instance `index`: tokens, labels, difficulty, each int32 [L]."""
+    def __getitem__(self, index: SupportsIndex) -> dict[str, Int32[np.ndarray, "L"]]:
+        """Instance `index`: tokens, labels, difficulty."""
         i = operator.index(index)
         if not -self.size <= i < self.size:
             raise IndexError(f"index {index}: the source has {self.size} instances")
         return self.task.instance(self.seed, i % self.size)._asdict()
 
 
-def scored(tokens: Sequence[int] | np.ndarray, answers: dict[int, tuple[int, int]]) -> Instance:
+def scored(tokens: Sequence[int] | Int[np.ndarray, "L"], answers: dict[int, tuple[int, int]]) -> Instance:
     """An instance from its tokens and {position: (label, difficulty)}."""
     made = np.asarray(tokens, np.int32)
     labels, difficulty = np.full(len(made), IGNORED, np.int32), np.zeros(len(made), np.int32)

@@ -15,14 +15,15 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+from jaxtyping import Bool, Int
 
 from rdlm.tasks.instance import Instance, generator, integer, scored
 
 WALL, OPEN, START, GOAL, NEWLINE, NO, YES, BOS = range(8)
 
 
-def carve(side: int, rng: np.random.Generator) -> np.ndarray:
-    """A spanning tree of side x side cells by random depth-first search, as open squares bool [2 side - 1, 2 side - 1].
+def carve(side: int, rng: np.random.Generator) -> Bool[np.ndarray, "{2*side-1} {2*side-1}"]:
+    """A spanning tree of side x side cells by random depth-first search, as open squares.
 
     Exactly one way leads from any open square to any other.
     """
@@ -43,8 +44,8 @@ def carve(side: int, rng: np.random.Generator) -> np.ndarray:
     return square
 
 
-def distances(square: np.ndarray, start: tuple[int, int]) -> np.ndarray:
-    """Steps from `start` to every open square, int [n, n]; -1 for walls."""
+def distances(square: Bool[np.ndarray, "n n"], start: tuple[int, int]) -> Int[np.ndarray, "n n"]:
+    """Steps from `start` to every open square; -1 for walls."""
     far = np.full(square.shape, -1)
     far[start] = 0
     front = [start]

@@ -11,13 +11,14 @@ import functools
 import itertools
 
 import numpy as np
+from jaxtyping import Int
 
 from rdlm.tasks.instance import Instance, generator, integer, scored
 
 
 @functools.cache
-def grids() -> np.ndarray:
-    """All 288 solutions, int [288, 16]: every row, column and 2x2 box holds 1, 2, 3, 4."""
+def grids() -> Int[np.ndarray, "288 16"]:
+    """All solutions: every row, column and 2x2 box holds 1, 2, 3, 4."""
     rows = np.array(list(itertools.permutations((1, 2, 3, 4))))
     every = rows[np.indices((24, 24, 24, 24)).reshape(4, -1).T]  # [24^4, row, column]
     columns = every.swapaxes(1, 2)
