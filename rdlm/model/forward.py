@@ -164,7 +164,7 @@ def stepping(params: Params, config: ModelConfig, begin: Start) -> tuple[Step, F
     """(step(s, i) -> s, one recurrence over that text, test-time noise included; the injected embedding)."""
     injected = inject(params, config, embed(params, config, begin.tokens, begin.ctx)[0])
 
-    def step(s: Array, i: Array) -> Array:
+    def step(s: Array, i: Array | int) -> Array:
         s = noisy(params, config, s, i, begin.key, begin.positions)
         return core_step(params, config, s, injected, begin.ctx)[0]
 
