@@ -40,7 +40,11 @@ CHECKED = (
     "rdlm.decode.lanes",
     "rdlm.decode.speculative",
 )
-"""Rooms whose every call is checked against its annotations: dtypes, shapes, one size for each axis letter."""
+"""Rooms whose every call is checked against its annotations: dtypes, shapes, one size for each axis letter.
+
+Not here: rooms without arrays, rooms whose annotations do not say shapes yet, and those that refuse what a user typed
+in words of their own (decode's generate, engine and requests), which the checker would forestall.
+"""
 
 install_import_hook(CHECKED, "annotations.check")  # checks only what is imported after it
 
