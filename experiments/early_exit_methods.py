@@ -22,7 +22,6 @@ Hardware: any. Found: see experiments/README.md.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
     from rdlm.exits import ExitRule
     from rdlm.model import Params
     from rdlm.tasks.comparison import Contestant, Protocol
+    from rdlm.tasks.exiting import Watched
 
 RATE = 1e-3
 MOST = 24  # recurrences of a token that does not stop
@@ -52,12 +52,12 @@ ALLOWED = 0.005  # accuracy that a threshold may lose
 
 SWEEP: dict[str, tuple[float, ...]] = {
     "kl": (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6),
-    "gated_kl": (1e-1, 1e-3, 1e-5),
-    "entropy_diff": (1e-1, 1e-2, 1e-3, 1e-4, 1e-5),
+    "gated_kl": (1e-1, 1e-3, 1e-5, 1e-6),
+    "entropy_diff": (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6),
     "latent_diff": (0.5, 0.3, 0.2, 0.1, 0.05, 0.03, 0.01),
-    "cosine": (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 1e-4),
-    "argmax_stability": (1, 2, 3, 4, 6, 8),
-    "margin": (0.5, 0.9, 0.99, 0.999, 0.9995),
+    "cosine": (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 1e-5),
+    "argmax_stability": (1, 2, 3, 4, 6, 8, 12),
+    "margin": (0.5, 0.9, 0.99, 0.999, 0.9995, 0.9998),
     "classifier": (0.5, 0.9, 0.99, 0.999, 0.9999, 0.99999),
     "halting": (0.1, 0.3, 0.5, 0.7, 0.9, 0.97, 0.99, 0.999),
 }
@@ -119,22 +119,6 @@ def contestant(name: str, model: ModelConfig, depths: tuple[int, ...]) -> Contes
     return recurrent(model, depths)
 
 
-@functools.cache
-def compiled() -> Any:
-    """(parameters, config, tokens int [B, L], rule, most) -> (answers, recurrences, looks at logits), int [B, L]."""
-    import jax
-    import jax.numpy as jnp
-
-    from rdlm.model import forward
-
-    @functools.partial(jax.jit, static_argnames="config")
-    def stopped(params: Params, config: ModelConfig, tokens: Array, rule: ExitRule, most: Array):
-        out = forward(params, config, tokens, most, exit_rule=rule)
-        return jnp.argmax(out.logits, axis=-1), out.steps, out.looks
-
-    return stopped
-
-
 @dataclasses.dataclass(frozen=True)
 class Reader:
     """Reads a model on batches of one length, with rules and without."""
@@ -153,14 +137,22 @@ class Reader:
 
     def answers(self, batches: Iterable[dict[str, np.ndarray]], rule: ExitRule) -> tuple[np.ndarray, ...]:
         """(answers, recurrences, looks at logits), int [N, L], when every token stops by `rule`."""
-        found = [compiled()(self.params, self.model, b["tokens"], rule, np.int32(self.most)) for b in batches]
+        from rdlm.tasks.exiting import stopped
+
+        found = [stopped(self.params, self.model, b["tokens"], rule, np.int32(self.most)) for b in batches]
         answers, steps, looks = (np.concatenate([np.asarray(part[i]) for part in found]) for i in range(3))
         return answers, steps, looks
 
-    def point(self, batches: list[dict[str, np.ndarray]], name: str, threshold: float) -> dict[str, float]:
-        """accuracy, steps (recurrences per answer) and mflop (forward, per token) of a rule at a threshold."""
+    def point(
+        self, batches: list[dict[str, np.ndarray]], seen: list[Watched], name: str, threshold: float
+    ) -> dict[str, float]:
+        """accuracy, steps (recurrences per answer) and mflop (forward, per token) of a rule at a threshold.
+
+        alone accuracy, alone steps: if stopping changed nothing for later tokens. A gate is left out there.
+        """
         from rdlm import flops
         from rdlm.tasks import IGNORED
+        from rdlm.tasks.exiting import alone
 
         answers, steps, looks = self.answers(batches, self.rule(name, threshold))
         labels = np.concatenate([b["labels"] for b in batches])
@@ -169,7 +161,12 @@ class Reader:
         spent = flops.cost(self.model, mean_steps, labels.shape[1], float(looks[asked].mean())).flops_per_token
         if name in LEARNT:
             spent += mean_steps * 2 * self.model.embed_dim
-        return {"accuracy": float((answers == labels)[asked].mean()), "steps": mean_steps, "mflop": spent / 1e6}
+        parts = [alone(self.rule(name, threshold), at) for at in seen]
+        by_itself, depth = (np.concatenate([np.asarray(part[i]) for part in parts]) for i in range(2))
+        return {
+            "accuracy": float((answers == labels)[asked].mean()), "steps": mean_steps, "mflop": spent / 1e6,
+            "alone accuracy": float((by_itself == labels)[asked].mean()), "alone steps": float(depth[asked].mean()),
+        }  # fmt: skip
 
     def calibrated(self, batches: list[dict[str, np.ndarray]], name: str, epsilon: float) -> float | None:
         """The loosest threshold that agrees with `most` recurrences on 1 - epsilon of the answers; None: no such."""
@@ -199,6 +196,7 @@ def trials(name: str, protocol: Protocol, folder: Path, quick: bool) -> Any:
 
     from rdlm.tasks import batch, halting
     from rdlm.tasks.comparison import TEST_BATCH, Trials
+    from rdlm.tasks.exiting import oracle, watched
     from rdlm.tasks.record import processor_seconds, remembered
     from rdlm.tasks.training import TEST_STREAM, training_batch
 
@@ -236,9 +234,11 @@ def trials(name: str, protocol: Protocol, folder: Path, quick: bool) -> Any:
             reader, of_first = Reader(inner, run.model, most, head), {}
             for test, task in protocol.tests.items():
                 batches = [batch(task, stream, i, TEST_BATCH) for i in range(protocol.test_batches)]
-                found[test] |= oracle(batches, [np.asarray(self.answers(params, b["tokens"])) for b in batches])
+                seen = [watched(inner, run.model, b["tokens"], most) for b in batches]
+                accuracy, steps = oracle(batches, seen)
+                found[test] |= {"oracle accuracy": accuracy, "oracle steps": steps}
                 for rule in method.rules:
-                    points = [reader.point(batches, rule, threshold) for threshold in SWEEP[rule]]
+                    points = [reader.point(batches, seen, rule, threshold) for threshold in SWEEP[rule]]
                     found[test] |= {f"{rule} {part}": [p[part] for p in points] for part in points[0]}
                 held_out = [
                     batch(task, CALIBRATION_STREAM, i, TEST_BATCH) for i in range(1 if quick else CALIBRATION_BATCHES)
@@ -248,7 +248,8 @@ def trials(name: str, protocol: Protocol, folder: Path, quick: bool) -> Any:
                     of_first.setdefault(rule, chosen)
                     for kind, threshold in (("calm", chosen), ("calm16", of_first[rule])):
                         # Where nothing is safe enough, all recurrences are run.
-                        point = reader.point(batches, *(("fixed", most) if threshold is None else (rule, threshold)))
+                        asked_of = ("fixed", most) if threshold is None else (rule, threshold)
+                        point = reader.point(batches, seen, *asked_of)
                         point["threshold"] = float("nan") if threshold is None else threshold
                         found[test] |= {f"{kind} {rule} {part}": x for part, x in point.items()}
             return found
@@ -272,22 +273,6 @@ def finished_run(runs: Path, seed: int, model: ModelConfig, steps: int) -> tuple
     if config != model:
         raise InputError(f"{folder}: holds another model than depth_scaling.py --task s3 trains; choose other --runs")
     return params, read_metrics(folder)[-1]["loss"]
-
-
-def oracle(batches: list[dict[str, np.ndarray]], answers: list[np.ndarray]) -> dict[str, float]:
-    """Who stops where the answer, int [R, B, L] at depths 1 .. R, is right for good; at once if it never is."""
-    from rdlm.tasks import IGNORED
-
-    accuracy, steps = [], []
-    for b, found in zip(batches, answers, strict=True):
-        asked = b["labels"] != IGNORED
-        wrong = (found != b["labels"])[:, asked]
-        last_wrong = len(wrong) - np.argmax(wrong[::-1], axis=0)  # its depth, where there is one
-        accuracy.append(~wrong[-1])
-        steps.append(np.where(wrong[-1] | ~wrong.any(0), 1, last_wrong + 1))
-    return {
-        "oracle accuracy": float(np.concatenate(accuracy).mean()), "oracle steps": float(np.concatenate(steps).mean())
-    }  # fmt: skip
 
 
 def curve(found: dict[str, Any], test: str, rule: str, model: ModelConfig, length: int) -> list[dict[str, float]]:

@@ -20,7 +20,7 @@ from rdlm.exits import unit
 from rdlm.losses import IGNORED, cross_entropy
 from rdlm.model import Params, init_params, readout
 from rdlm.modules import Context
-from rdlm.recurrence import sample_steps, trajectory, unroll
+from rdlm.recurrence import Step, sample_steps, trajectory, unroll
 from rdlm.tasks.comparison import Contestant, answers_by_depth
 from rdlm.tasks.depth import setup, started
 
@@ -159,27 +159,38 @@ def states_and_oracle(params: Params, model: ModelConfig, tokens: Array, most: i
 
 
 @functools.partial(jax.jit, static_argnames=("updates",))
-def fitted(states: Array, stop: Array, updates: int = 500, rate: float = 0.03) -> tuple[dict[str, Array], Array]:
-    """(head, its last loss in nats) of a logistic regression of stop bool [M] on states f32 [M, D], by Adam."""
-    tx = optax.adam(optax.cosine_decay_schedule(rate, updates))
-    weights = head(states.shape[-1], 0.5)
+def fitted(states: Array, stop: Array, updates: int = 20, ridge: float = 1e-5) -> tuple[dict[str, Array], Array]:
+    """(head, its loss in nats) of a logistic regression of stop bool [M] on states f32 [M, D], by Newton's method.
 
-    def loss(weights: Any) -> Array:
-        # One product: the classifier's own sum would hold a second array of all states.
-        logits = states @ weights["w"] + weights["bias"]
-        return optax.sigmoid_binary_cross_entropy(logits, stop.astype(jnp.float32)).mean()
+    ridge: half of it times |w|^2 is added to the loss, so that separable states have a solution too.
+    """
+    x = jnp.pad(states, ((0, 0), (0, 1)), constant_values=1.0)  # the last weight is the bias
+    price = ridge * jnp.ones(x.shape[1]).at[-1].set(0.0)
 
-    def update(carry: Any, _: None) -> tuple[Any, Array]:
-        weights, state = carry
-        value, grads = jax.value_and_grad(loss)(weights)
-        changes, state = tx.update(grads, state)
-        return (optax.apply_updates(weights, changes), state), value
+    def update(_: Array, w: Array) -> Array:
+        p = jax.nn.sigmoid(x @ w)
+        gradient = x.T @ (p - stop) / len(x) + price * w
+        curvature = (x.T * (p * (1 - p))[None]) @ x / len(x) + jnp.diag(price) + 1e-8 * jnp.eye(len(w))
+        return w - jnp.linalg.solve(curvature, gradient)
 
-    (weights, _), values = jax.lax.scan(update, (weights, tx.init(weights)), None, length=updates)
-    return weights, values[-1]
+    w = jax.lax.fori_loop(0, updates, update, jnp.zeros(x.shape[1]))
+    loss = optax.sigmoid_binary_cross_entropy(x @ w, stop.astype(jnp.float32)).mean()
+    return {"w": w[:-1], "bias": w[-1]}, loss
 
 
 # LayerDrop
+
+
+def skipping(step: Step, key: Array, probability: float, shape: tuple[int, ...]) -> Step:
+    """`step`, leaving the state as it is with `probability`: all of it (shape ()), or by parts of that shape."""
+
+    def dropping(s: Array, i: Array) -> Array:
+        drop = jax.random.bernoulli(jax.random.fold_in(key, i), probability, shape)
+        if shape:
+            return jnp.where(drop, s, step(s, i))
+        return jax.lax.cond(drop, lambda s: s, lambda s: step(s, i), s)
+
+    return dropping
 
 
 def layer_drop(model: ModelConfig, depths: tuple[int, ...], probability: float, per_token: bool) -> Contestant:
@@ -193,15 +204,8 @@ def layer_drop(model: ModelConfig, depths: tuple[int, ...], probability: float, 
         steps = sample_steps(depth_key, model.mean_recurrence, model.backprop_depth)
         step, s, ctx = started(params, model, batch, state_key)
         shape = (*batch["tokens"].shape, 1) if per_token else ()
-        drop_key = jax.random.fold_in(depth_key, 1)
-
-        def dropping(s: Array, i: Array) -> Array:
-            drop = jax.random.bernoulli(jax.random.fold_in(drop_key, i), probability, shape)
-            if per_token:
-                return jnp.where(drop, s, step(s, i))
-            return jax.lax.cond(drop, lambda s: s, lambda s: step(s, i), s)
-
-        s = unroll(dropping, s, *steps, max_k=model.backprop_depth)
+        step = skipping(step, jax.random.fold_in(depth_key, 1), probability, shape)
+        s = unroll(step, s, *steps, max_k=model.backprop_depth)
         return mean(token_losses(params, model, s, ctx, batch["labels"]), batch["labels"])
 
     return Contestant(lambda key: init_params(model, key), loss, answers_by_depth(model, depths))
