@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from rdlm.exits import ExitRule
     from rdlm.model import Params
-    from rdlm.tasks.comparison import Contestant, Protocol
+    from rdlm.tasks.comparison import Contestant, Protocol, Trials
     from rdlm.tasks.exiting import Watched
 
 RATE = 1e-3
@@ -190,7 +190,7 @@ def calibrated_rules(name: str) -> list[str]:
     return [rule for rule in CALIBRATED if rule in METHODS[name].rules]
 
 
-def trials(name: str, protocol: Protocol, folder: Path, quick: bool) -> Any:
+def trials(name: str, protocol: Protocol, folder: Path, quick: bool) -> Trials:
     """The `Trials` of a method, that keep what was trained and read it with exit rules too."""
     import jax
 
@@ -231,7 +231,8 @@ def trials(name: str, protocol: Protocol, folder: Path, quick: bool) -> Any:
                 keys = jax.random.split(jax.random.key(0), len(words))
                 states, stop = halting.states_and_oracle(inner, run.model, words, min(most, 16), keys)
                 head, _ = halting.fitted(states[:, :, 1:].reshape(-1, run.model.embed_dim), stop[:, :, 1:].ravel())
-            reader, of_first = Reader(inner, run.model, most, head), {}
+            reader = Reader(inner, run.model, most, head)
+            of_first: dict[str, float | None] = {}
             for test, task in protocol.tests.items():
                 batches = [batch(task, stream, i, TEST_BATCH) for i in range(protocol.test_batches)]
                 seen = [watched(inner, run.model, b["tokens"], most) for b in batches]
@@ -383,7 +384,8 @@ def picture(path: Path, found: dict[str, Any], protocol: Protocol, model: ModelC
                         )  # fmt: skip
             unit = "recurrences per answer" if x == "steps" else "forward MFLOP per token, looks and heads included"
             axes.set(title=f"S3, {test}", xlabel=unit, ylabel="accuracy", xlim=(0, None), ylim=(0, 1.03))
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside right", frameon=False, fontsize=8)
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
     figure.savefig(path, dpi=110)
 
 
@@ -409,9 +411,11 @@ def main() -> int:
         options = {**method.options, "sweep": {rule: SWEEP[rule] for rule in method.rules}}
         if calibrated_rules(name):
             options["calibration"] = calibrated_rules(name), EPSILON, DELTA, CALIBRATION_BATCHES
-        made = compete(
-            name, lambda rate, name=name: trials(name, protocol, runs, args.quick), (RATE,), args.seeds, runs, options
-        )
+
+        def of_rate(rate: float, name: str = name) -> Trials:
+            return trials(name, protocol, runs, args.quick)
+
+        made = compete(name, of_rate, (RATE,), args.seeds, runs, options)
         found[name] = {"label": method.label, **summary(made["seeds"]), "rows": made["seeds"]}
         print(f"{name}: failed {found[name]['failed']}", flush=True)
     found = beside_earlier(results / "early_exit_methods.json", found, get_args(Name))
