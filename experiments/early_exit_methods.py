@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -36,10 +36,9 @@ from rdlm.tasks.training import check_seeds, small_run
 if TYPE_CHECKING:
     from jax import Array
 
-    from rdlm.exits import ExitRule
     from rdlm.model import Params
     from rdlm.tasks.comparison import Contestant, Protocol, Trials
-    from rdlm.tasks.exiting import Watched
+    from rdlm.tasks.exiting import Reader
 
 RATE = 1e-3
 MOST = 24  # recurrences of a token that does not stop
@@ -52,17 +51,17 @@ ALLOWED = 0.005  # accuracy that a threshold may lose
 
 SWEEP: dict[str, tuple[float, ...]] = {
     "kl": (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6),
-    "gated_kl": (1e-1, 1e-3, 1e-5, 1e-6),
-    "entropy_diff": (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6),
+    "gated_kl": (1e-1, 1e-3, 1e-5),
+    "entropy_diff": (1e-1, 1e-2, 1e-3, 1e-4, 1e-5),
     "latent_diff": (0.5, 0.3, 0.2, 0.1, 0.05, 0.03, 0.01),
-    "cosine": (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 1e-5),
-    "argmax_stability": (1, 2, 3, 4, 6, 8, 12),
-    "margin": (0.5, 0.9, 0.99, 0.999, 0.9995, 0.9998),
+    "cosine": (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 1e-4),
+    "argmax_stability": (1, 2, 3, 4, 6, 8),
+    "margin": (0.5, 0.9, 0.99, 0.999, 0.9995),
     "classifier": (0.5, 0.9, 0.99, 0.999, 0.9999, 0.99999),
     "halting": (0.1, 0.3, 0.5, 0.7, 0.9, 0.97, 0.99, 0.999),
 }
 """Thresholds of each rule of `rdlm.exits`, from loose to safe."""
-LEARNT = ("classifier", "halting")
+CONFIDENT = ("margin", "classifier", "halting")  # rules that stop as soon as the answer seems right
 CALIBRATED = ("margin", "cosine", "classifier", "halting")
 
 
@@ -77,14 +76,21 @@ class Method:
 
 
 METHODS = {
-    "plain": Method("the recurrent model", tuple(name for name in SWEEP if name != "halting")),
+    "plain": Method(
+        "the recurrent model",
+        ("kl", "gated_kl", "entropy_diff", "latent_diff", "cosine", "argmax_stability", "margin", "classifier",
+         "twice margin", "twice classifier"),
+    ),
     "ponder": Method(
-        "PonderNet", ("halting", "margin", "latent_diff"),
+        "PonderNet", ("halting", "twice halting", "margin", "latent_diff"),
         {"most": PONDER_STEPS, "prior_mean": PONDER_MEAN, "weight": PONDER_WEIGHT},
     ),
-    "joint": Method("trained with a classifier", ("classifier", "margin", "latent_diff"), {"weight": JOINT_WEIGHT}),
-    "drop": Method("LayerDrop, batch", ("kl", "latent_diff", "argmax_stability"), {"probability": DROP}),
-    "token_drop": Method("LayerDrop, per token", ("kl", "latent_diff", "argmax_stability"), {"probability": DROP}),
+    "joint": Method(
+        "trained with a classifier", ("classifier", "twice classifier", "margin", "latent_diff"),
+        {"weight": JOINT_WEIGHT},
+    ),
+    "drop": Method("LayerDrop, batch", ("kl", "latent_diff", "classifier"), {"probability": DROP}),
+    "token_drop": Method("LayerDrop, per token", ("kl", "latent_diff", "classifier"), {"probability": DROP}),
 }  # fmt: skip
 Name = Literal["plain", "ponder", "joint", "drop", "token_drop"]
 
@@ -119,70 +125,21 @@ def contestant(name: str, model: ModelConfig, depths: tuple[int, ...]) -> Contes
     return recurrent(model, depths)
 
 
-@dataclasses.dataclass(frozen=True)
-class Reader:
-    """Reads a model on batches of one length, with rules and without."""
+def calibrated(reader: Reader, name: str, epsilon: float) -> float | None:
+    """The loosest threshold that agrees with full depth on 1 - epsilon of the answers of such words; None: no such."""
+    from rdlm import exits
+    from rdlm.calibration import loosest
+    from rdlm.tasks import IGNORED
 
-    params: Params
-    model: ModelConfig
-    most: int
-    head: dict[str, Array] | None
+    asked = reader.labels != IGNORED
+    full = reader.stopped(exits.fixed(np.float32(reader.most)))[0]
 
-    def rule(self, name: str, threshold: float) -> ExitRule:
-        """The rule `name`, with this model's head if it is a learnt one."""
-        from rdlm import exits
+    def losses() -> Iterator[tuple[float, np.ndarray]]:
+        for threshold in reversed(SWEEP[name]):
+            other = reader.stopped(reader.rule(name, threshold))[0] != full
+            yield threshold, (other & asked).sum(1) / asked.sum(1)
 
-        make: Callable[..., ExitRule] = getattr(exits, name)
-        return make(self.head, np.float32(threshold)) if name in LEARNT else make(np.float32(threshold))
-
-    def answers(self, batches: Iterable[dict[str, np.ndarray]], rule: ExitRule) -> tuple[np.ndarray, ...]:
-        """(answers, recurrences, looks at logits), int [N, L], when every token stops by `rule`."""
-        from rdlm.tasks.exiting import stopped
-
-        found = [stopped(self.params, self.model, b["tokens"], rule, np.int32(self.most)) for b in batches]
-        answers, steps, looks = (np.concatenate([np.asarray(part[i]) for part in found]) for i in range(3))
-        return answers, steps, looks
-
-    def point(
-        self, batches: list[dict[str, np.ndarray]], seen: list[Watched], name: str, threshold: float
-    ) -> dict[str, float]:
-        """accuracy, steps (recurrences per answer) and mflop (forward, per token) of a rule at a threshold.
-
-        alone accuracy, alone steps: if stopping changed nothing for later tokens. A gate is left out there.
-        """
-        from rdlm import flops
-        from rdlm.tasks import IGNORED
-        from rdlm.tasks.exiting import alone
-
-        answers, steps, looks = self.answers(batches, self.rule(name, threshold))
-        labels = np.concatenate([b["labels"] for b in batches])
-        asked = labels != IGNORED
-        mean_steps = float(steps[asked].mean())
-        spent = flops.cost(self.model, mean_steps, labels.shape[1], float(looks[asked].mean())).flops_per_token
-        if name in LEARNT:
-            spent += mean_steps * 2 * self.model.embed_dim
-        parts = [alone(self.rule(name, threshold), at) for at in seen]
-        by_itself, depth = (np.concatenate([np.asarray(part[i]) for part in parts]) for i in range(2))
-        return {
-            "accuracy": float((answers == labels)[asked].mean()), "steps": mean_steps, "mflop": spent / 1e6,
-            "alone accuracy": float((by_itself == labels)[asked].mean()), "alone steps": float(depth[asked].mean()),
-        }  # fmt: skip
-
-    def calibrated(self, batches: list[dict[str, np.ndarray]], name: str, epsilon: float) -> float | None:
-        """The loosest threshold that agrees with `most` recurrences on 1 - epsilon of the answers; None: no such."""
-        from rdlm import exits
-        from rdlm.calibration import loosest
-        from rdlm.tasks import IGNORED
-
-        asked = np.concatenate([b["labels"] for b in batches]) != IGNORED
-        full = self.answers(batches, exits.fixed(np.float32(self.most)))[0]
-
-        def losses() -> Iterator[tuple[float, np.ndarray]]:
-            for threshold in reversed(SWEEP[name]):
-                other = self.answers(batches, self.rule(name, threshold))[0] != full
-                yield threshold, (other & asked).sum(1) / asked.sum(1)
-
-        return loosest(losses(), epsilon, DELTA)
+    return loosest(losses(), epsilon, DELTA)
 
 
 def calibrated_rules(name: str) -> list[str]:
@@ -194,20 +151,24 @@ def trials(name: str, protocol: Protocol, folder: Path, quick: bool) -> Trials:
     """The `Trials` of a method, that keep what was trained and read it with exit rules too."""
     import jax
 
-    from rdlm.tasks import batch, halting
+    from rdlm.tasks import batch
     from rdlm.tasks.comparison import TEST_BATCH, Trials
-    from rdlm.tasks.exiting import oracle, watched
+    from rdlm.tasks.exiting import Reader
     from rdlm.tasks.record import processor_seconds, remembered
-    from rdlm.tasks.training import TEST_STREAM, training_batch
+    from rdlm.tasks.training import TEST_STREAM
 
     method, most = METHODS[name], protocol.depths[-1]
     run = small_run("early_exit_methods", [protocol.train], steps=protocol.steps, learning_rate=RATE)
     about = {"model": dataclasses.asdict(run.model), "steps": run.steps, "learning_rate": RATE, **method.options}
 
+    def batches(task: Any, stream: int, count: int) -> list[dict[str, np.ndarray]]:
+        return [batch(task, stream, i, TEST_BATCH) for i in range(count)]
+
     class Kept(Trials):
         def trained(self, seed: int, name_shown: str = "") -> tuple[Any, float]:
             path = folder / "trained" / f"{name}_seed{seed}.json"
             shapes = jax.eval_shape(self.model.init, jax.random.key(0))
+            self.seed = seed
 
             def make() -> dict[str, Any]:
                 started = processor_seconds()
@@ -224,38 +185,69 @@ def trials(name: str, protocol: Protocol, folder: Path, quick: bool) -> Trials:
                 return jax.tree.unflatten(jax.tree.structure(shapes), list(file.values())), facts["loss"]
 
         def read(self, params: Any, stream: int = TEST_STREAM) -> dict[str, dict[str, Any]]:
-            found = super().read(params, stream)
             inner, head = (params["model"], params["exit"]) if "exit" in params else (params, None)
             if head is None and "classifier" in method.rules:
-                words = training_batch([protocol.train], 0, 0, 64 if quick else 512)["tokens"]
-                keys = jax.random.split(jax.random.key(0), len(words))
-                states, stop = halting.states_and_oracle(inner, run.model, words, min(most, 16), keys)
-                head, _ = halting.fitted(states[:, :, 1:].reshape(-1, run.model.embed_dim), stop[:, :, 1:].ravel())
-            reader = Reader(inner, run.model, most, head)
+                head = fitted_head(inner, run.model, protocol, quick)
+
+            def kept(part: str, make: Callable[[], dict[str, Any]], **by: Any) -> dict[str, Any]:
+                path = folder / "read" / f"{name}_seed{self.seed}_{part.replace(' ', '_')}.json"
+                return remembered(path, about | {"seed": self.seed, "stream": stream, "most": most} | by, make)
+
+            found = kept("fixed", lambda: super(Kept, self).read(params, stream), batches=protocol.test_batches)
             of_first: dict[str, float | None] = {}
             for test, task in protocol.tests.items():
-                batches = [batch(task, stream, i, TEST_BATCH) for i in range(protocol.test_batches)]
-                seen = [watched(inner, run.model, b["tokens"], most) for b in batches]
-                accuracy, steps = oracle(batches, seen)
-                found[test] |= {"oracle accuracy": accuracy, "oracle steps": steps}
+                reader = Reader(inner, run.model, batches(task, stream, protocol.test_batches), most, head)
+                found[test] |= kept(f"oracle {test}", reader.oracle)
                 for rule in method.rules:
-                    points = [reader.point(batches, seen, rule, threshold) for threshold in SWEEP[rule]]
-                    found[test] |= {f"{rule} {part}": [p[part] for p in points] for part in points[0]}
-                held_out = [
-                    batch(task, CALIBRATION_STREAM, i, TEST_BATCH) for i in range(1 if quick else CALIBRATION_BATCHES)
-                ]
+                    of = SWEEP[rule.removeprefix("twice ")]
+
+                    def sweep(at: Callable[[str, float], dict[str, float]], rule: str = rule, of: Any = of) -> Any:
+                        points = [at(rule, threshold) for threshold in of]
+                        return {part: [p[part] for p in points] for part in points[0]}
+
+                    for kind, at in (("", reader.point), ("alone ", reader.alone)):
+                        if not kind or rule in CONFIDENT:
+                            line = kept(f"{kind}{rule} {test}", lambda at=at, sweep=sweep: sweep(at), thresholds=of)
+                            found[test] |= {f"{kind}{rule} {part}": values for part, values in line.items()}
                 for rule in calibrated_rules(name):
-                    chosen = reader.calibrated(held_out, rule, 0.2 if quick else EPSILON)
-                    of_first.setdefault(rule, chosen)
-                    for kind, threshold in (("calm", chosen), ("calm16", of_first[rule])):
-                        # Where nothing is safe enough, all recurrences are run.
-                        asked_of = ("fixed", most) if threshold is None else (rule, threshold)
-                        point = reader.point(batches, seen, *asked_of)
-                        point["threshold"] = float("nan") if threshold is None else threshold
-                        found[test] |= {f"{kind} {rule} {part}": x for part, x in point.items()}
+
+                    def calibrate(task: Any = task, reader: Reader = reader, rule: str = rule) -> dict[str, float]:
+                        words = batches(task, CALIBRATION_STREAM, 1 if quick else CALIBRATION_BATCHES)
+                        chosen = calibrated(dataclasses.replace(reader, batches=words), rule, 0.2 if quick else EPSILON)
+                        return at_calibrated(reader, rule, chosen)
+
+                    own = kept(f"calm {rule} {test}", calibrate, thresholds=SWEEP[rule], risk=(EPSILON, DELTA))
+                    of_first.setdefault(rule, own["threshold"])
+                    moved = kept(
+                        f"calm16 {rule} {test}",
+                        lambda reader=reader, rule=rule: at_calibrated(reader, rule, of_first[rule]),
+                        threshold=of_first[rule],
+                    )
+                    for kind, line in (("calm", own), ("calm16", moved)):
+                        values = {**line, "threshold": float(line["threshold"] is not None)}  # the share of seeds
+                        found[test] |= {f"{kind} {rule} {part}": x for part, x in values.items()}
             return found
 
     return Kept(contestant(name, run.model, protocol.depths), run, protocol)
+
+
+def fitted_head(params: Params, model: ModelConfig, protocol: Protocol, quick: bool) -> dict[str, Array]:
+    """A classifier fitted to the states of training words: has the answer become, for good, that of 16 recurrences?"""
+    import jax
+
+    from rdlm.tasks import halting
+    from rdlm.tasks.training import training_batch
+
+    words = training_batch([protocol.train], 0, 0, 64 if quick else 512)["tokens"]
+    keys = jax.random.split(jax.random.key(0), len(words))
+    states, stop = halting.states_and_oracle(params, model, words, min(protocol.depths[-1], 16), keys)
+    return halting.fitted(states[:, :, 1:].reshape(-1, model.embed_dim), stop[:, :, 1:].ravel())[0]
+
+
+def at_calibrated(reader: Reader, rule: str, threshold: float | None) -> dict[str, Any]:
+    """A point at a calibrated threshold, and the threshold; where there is none, all recurrences are run."""
+    asked = ("fixed", reader.most) if threshold is None else (rule, threshold)
+    return {"threshold": threshold} | reader.point(*asked)
 
 
 def finished_run(runs: Path, seed: int, model: ModelConfig, steps: int) -> tuple[Params, float] | None:
@@ -289,7 +281,7 @@ def curve(found: dict[str, Any], test: str, rule: str, model: ModelConfig, lengt
     parts = {part: [x[0] for x in of[f"{rule} {part}"]] for part in ("accuracy", "steps", "mflop")}
     return [
         {"threshold": threshold, **{part: values[i] for part, values in parts.items()}}
-        for i, threshold in enumerate(SWEEP[rule][: len(parts["steps"])])
+        for i, threshold in enumerate(SWEEP[rule.removeprefix("twice ")])
     ]
 
 
@@ -341,52 +333,69 @@ def show(rows: list[dict[str, Any]], found: dict[str, Any]) -> str:
     for name, test, of in ((name, *pair) for name, x in found.items() for pair in x["tests"].items()):
         lines.append(f"{name} oracle, {test}: {of['oracle accuracy'][0]:.3f} with {of['oracle steps'][0]:.2f}")
         for kind, rule in ((kind, rule) for kind in ("calm", "calm16") for rule in calibrated_rules(name)):
-            at, *point = (of[f"{kind} {rule} {part}"][0] for part in ("threshold", "accuracy", "steps", "mflop"))
-            lines.append(f"{name} {kind} {rule}, {test}: {at:g}: {point[0]:.3f} with {point[1]:.2f}, {point[2]:.3f} MF")
+            point = [of[f"{kind} {rule} {part}"][0] for part in ("accuracy", "steps", "mflop")]
+            lines.append(f"{name} {kind} {rule}, {test}: {point[0]:.3f} with {point[1]:.2f}, {point[2]:.3f} MF")
     return "\n".join(lines)
 
 
 def picture(path: Path, found: dict[str, Any], protocol: Protocol, model: ModelConfig) -> None:
-    """Accuracy against mean recurrences (above) and FLOPs per token (below), a column per length."""
+    """Accuracy against recurrences (above) and FLOPs (below): zero-shot rules by length, then models trained to stop.
+
+    Black: fixed depth of the plain model. Squares: calibrated thresholds. Star: the oracle. Thin: own fixed depth.
+    """
     from matplotlib.figure import Figure
 
-    colours = {
-        "fixed": "#000000", "kl": "#0072B2", "gated_kl": "#56B4E9", "entropy_diff": "#999999", "cosine": "#E69F00",
-        "latent_diff": "#D55E00", "argmax_stability": "#CC79A7", "margin": "#F0E442", "classifier": "#009E73",
-        "halting": "#882255",
-    }  # fmt: skip
-    styles = {"plain": "-", "ponder": "--", "joint": "-.", "drop": ":", "token_drop": (0, (1, 3))}
-    tests = protocol.tests
-    figure = Figure(figsize=(6.5 * len(tests) + 2.5, 9), layout="constrained")
-    grid = figure.subplots(2, len(tests), squeeze=False)
-    for column, (test, task) in enumerate(tests.items()):
+    found = {name: of for name, of in found.items() if of["tests"]}
+    groups = [[name for name in found if name == "plain"], [name for name in found if name != "plain"]]
+    panels = [(test, names) for names in groups if names for test in protocol.tests]
+    figure = Figure(figsize=(5 * len(panels) + 0.5, 8.5), layout="constrained")
+    grid = figure.subplots(2, len(panels), squeeze=False)
+    for column, (test, names) in enumerate(panels):
         for axes, x in zip(grid[:, column], ("steps", "mflop"), strict=True):
-            for name, of in found.items():
-                shown = [rule for rule in ("fixed", *METHODS[name].rules) if of["tests"]]
-                for rule in shown:
-                    points = curve(of, test, rule, model, len(task.instance(0, 0).tokens))
-                    axes.plot(
-                        [p[x] for p in points], [p["accuracy"] for p in points], color=colours[rule],
-                        linestyle=styles[name], marker="o", markersize=3, linewidth=2.5 if rule == "fixed" else 1.2,
-                        label=f"{METHODS[name].label}: {rule}",
-                    )  # fmt: skip
-                if name == "plain" and of["tests"]:
-                    for rule in calibrated_rules(name):
-                        at = of["tests"][test]
-                        axes.plot(
-                            at[f"calm {rule} {x}"][0], at[f"calm {rule} accuracy"][0], color=colours[rule], marker="s",
-                            markersize=8, markerfacecolor="none", linestyle="", label=f"calibrated: {rule}",
-                        )  # fmt: skip
-                    if x == "steps":
-                        axes.plot(
-                            of["tests"][test]["oracle steps"][0], of["tests"][test]["oracle accuracy"][0],
-                            color="#000000", marker="*", markersize=12, linestyle="", label="oracle",
-                        )  # fmt: skip
-            unit = "recurrences per answer" if x == "steps" else "forward MFLOP per token, looks and heads included"
-            axes.set(title=f"S3, {test}", xlabel=unit, ylabel="accuracy", xlim=(0, None), ylim=(0, 1.03))
-    handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
-    figure.savefig(path, dpi=110)
+            draw(axes, x, found, test, names, model, len(protocol.tests[test].instance(0, 0).tokens))
+        grid[0, column].legend(frameon=False, fontsize=8, loc="lower right")
+    figure.savefig(path, dpi=100)
+
+
+def draw(
+    axes: Any, x: str, found: dict[str, Any], test: str, names: list[str], model: ModelConfig, length: int
+) -> None:
+    """One panel of the picture, over `x`: "steps" or "mflop"."""
+    colours = {
+        "kl": "#0072B2", "gated_kl": "#56B4E9", "entropy_diff": "#999999", "latent_diff": "#D55E00",
+        "cosine": "#E69F00", "argmax_stability": "#CC79A7", "margin": "#882255", "classifier": "#009E73",
+        "twice margin": "#882255", "twice classifier": "#009E73",
+        "ponder": "#0072B2", "joint": "#009E73", "drop": "#D55E00", "token_drop": "#CC79A7",
+    }  # fmt: skip
+
+    def line(name: str, rule: str, **style: Any) -> None:
+        points = curve(found[name], test, rule, model, length)
+        axes.plot([p[x] for p in points], [p["accuracy"] for p in points], **{"markersize": 4, **style})
+
+    if "plain" in found:
+        line("plain", "fixed", color="#000000", linewidth=2.5, label="fixed depth")
+    for name in names:
+        of = found[name]["tests"][test]
+        if name == "plain" and x == "steps":
+            axes.plot(of["oracle steps"][0], of["oracle accuracy"][0], color="#000000", marker="*", markersize=13)
+        if name != "plain":
+            line(name, "fixed", color=colours[name], linewidth=0.7)
+        for i, rule in enumerate(METHODS[name].rules):
+            first = name == "plain"
+            plain_line = "--" if rule.startswith("twice") else "-"
+            line(
+                name, rule, color=colours[rule if first else name], marker="os^vD*XP<>"[i],
+                linestyle=plain_line if first else ("-", "--", ":", "-.")[i],
+                label=rule if first else f"{METHODS[name].label}: {rule}",
+            )  # fmt: skip
+            if rule in CALIBRATED:
+                point = of[f"calm {rule} {x}"][0], of[f"calm {rule} accuracy"][0]
+                axes.plot(
+                    *point, color=colours[rule if first else name], marker="s", markersize=11, markerfacecolor="none"
+                )
+    unit = "recurrences per answer" if x == "steps" else "forward MFLOP per token, looks and heads included"
+    kind = "the plain model" if names == ["plain"] else "trained to stop"
+    axes.set(title=f"S3, {test}: {kind}", xlabel=unit, ylabel="accuracy", xlim=(0, None), ylim=(0.1, 1.03))
 
 
 def main() -> int:
@@ -408,7 +417,7 @@ def main() -> int:
     found: dict[str, Any] = {}
     for name in args.methods:
         method = METHODS[name]
-        options = {**method.options, "sweep": {rule: SWEEP[rule] for rule in method.rules}}
+        options = {**method.options, "sweep": {rule: SWEEP[rule.removeprefix("twice ")] for rule in method.rules}}
         if calibrated_rules(name):
             options["calibration"] = calibrated_rules(name), EPSILON, DELTA, CALIBRATION_BATCHES
 

@@ -19,7 +19,7 @@ from rdlm.model import forward, init_params
 from rdlm.recurrence import sample_steps, unroll
 from rdlm.tasks import IGNORED, halting
 from rdlm.tasks.comparison import S3
-from rdlm.tasks.exiting import Watched, alone, oracle, stopped, watched
+from rdlm.tasks.exiting import Reader, Watched, alone, stopped, watched
 from rdlm.tasks.training import small_run, training_batch
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -112,8 +112,9 @@ def test_the_oracle_stops_where_an_answer_stays():
     # In the table: steps 3 and 2 for what is right in the end, 1 for what never is.
     batch = {"labels": np.array([[5, 5, 5, 5, IGNORED]])}
     answers = np.where(np.pad(right, ((0, 0), (0, 1)))[:, None], 5, 4)
-    seen = Watched(None, None, np.eye(6)[answers])
-    assert oracle([batch], [seen]) == (0.5, (3 + 1 + 2 + 1) / 4)
+    reader = Reader(None, MODEL, [batch], 4)
+    vars(reader)["seen"] = [Watched(None, None, np.eye(6)[answers])]
+    assert reader.oracle() == {"oracle accuracy": 0.5, "oracle steps": (3 + 1 + 2 + 1) / 4}
 
 
 def test_the_classifier_is_asked_at_every_depth_with_gradient(params, words, at):

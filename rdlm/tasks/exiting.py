@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from rdlm import exits
+from rdlm import exits, flops
 from rdlm.config import ModelConfig
 from rdlm.exits import ExitRule, Observation
 from rdlm.model import Params, forward, readout
@@ -69,13 +70,64 @@ def alone(rule: ExitRule, seen: Watched) -> tuple[Array, Array]:
     return jnp.take_along_axis(jnp.argmax(seen.logits, axis=-1), steps[None] - 1, axis=0)[0], steps
 
 
-def oracle(batches: Iterable[dict[str, np.ndarray]], seen: Iterable[Watched]) -> tuple[float, float]:
-    """(accuracy, mean recurrences) of who stops where an answer is right for good, and at once if it never is."""
-    accuracy, steps = [], []
-    for b, of in zip(batches, seen, strict=True):
-        asked = b["labels"] != IGNORED
-        wrong = (np.asarray(of.logits).argmax(-1) != b["labels"])[:, asked]
+LEARNT = ("classifier", "halting")
+"""Rules of `rdlm.exits` that read a head."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """Reads a model with exit rules on batches of one length, at most `most` recurrences; `head`: of learnt rules."""
+
+    params: Params
+    config: ModelConfig
+    batches: list[dict[str, np.ndarray]]
+    most: int
+    head: dict[str, Array] | None = None
+
+    def rule(self, name: str, threshold: float) -> ExitRule:
+        """The rule of `rdlm.exits` called `name`, or "twice NAME"."""
+        if name.startswith("twice "):
+            return exits.twice(self.rule(name.removeprefix("twice "), threshold))
+        make: Callable[..., ExitRule] = getattr(exits, name)
+        return make(self.head, np.float32(threshold)) if name in LEARNT else make(np.float32(threshold))
+
+    def stopped(self, rule: ExitRule) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """As the function of that name, for all batches: int [N, L] each."""
+        found = [stopped(self.params, self.config, b["tokens"], rule, np.int32(self.most)) for b in self.batches]
+        answers, steps, looks = (np.concatenate([np.asarray(part[i]) for part in found]) for i in range(3))
+        return answers, steps, looks
+
+    @functools.cached_property
+    def labels(self) -> np.ndarray:
+        """int32 [N, L]."""
+        return np.concatenate([b["labels"] for b in self.batches])
+
+    @functools.cached_property
+    def seen(self) -> list[Watched]:
+        """Every batch, run to the end."""
+        return [watched(self.params, self.config, b["tokens"], self.most) for b in self.batches]
+
+    def point(self, name: str, threshold: float) -> dict[str, float]:
+        """accuracy, steps (recurrences per answer) and mflop (forward, per token; looks and heads included)."""
+        answers, steps, looks = self.stopped(self.rule(name, threshold))
+        asked = self.labels != IGNORED
+        mean = float(steps[asked].mean())
+        spent = flops.cost(self.config, mean, self.labels.shape[1], float(looks[asked].mean())).flops_per_token
+        if name.removeprefix("twice ") in LEARNT:
+            spent += mean * 2 * self.config.embed_dim
+        return {"accuracy": float((answers == self.labels)[asked].mean()), "steps": mean, "mflop": spent / 1e6}
+
+    def alone(self, name: str, threshold: float) -> dict[str, float]:
+        """accuracy and steps if stopping changed nothing for later tokens."""
+        found = [alone(self.rule(name, threshold), of) for of in self.seen]
+        answers, steps = (np.concatenate([np.asarray(part[i]) for part in found]) for i in range(2))
+        asked = self.labels != IGNORED
+        return {"accuracy": float((answers == self.labels)[asked].mean()), "steps": float(steps[asked].mean())}
+
+    def oracle(self) -> dict[str, float]:
+        """accuracy and steps of who stops where an answer is right for good (in `alone`), at once if it never is."""
+        answers = np.concatenate([np.asarray(of.logits).argmax(-1) for of in self.seen], axis=1)
+        wrong = (answers != self.labels)[:, self.labels != IGNORED]
         last_wrong = len(wrong) - np.argmax(wrong[::-1], axis=0)  # its depth, where there is one
-        accuracy.append(~wrong[-1])
-        steps.append(np.where(wrong[-1] | ~wrong.any(0), 1, last_wrong + 1))
-    return float(np.concatenate(accuracy).mean()), float(np.concatenate(steps).mean())
+        steps = np.where(wrong[-1] | ~wrong.any(0), 1, last_wrong + 1)
+        return {"oracle accuracy": float(1 - wrong[-1].mean()), "oracle steps": float(steps.mean())}
