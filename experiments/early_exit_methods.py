@@ -22,6 +22,7 @@ Hardware: any. Found: see experiments/README.md.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -207,7 +208,7 @@ def trials(name: str, protocol: Protocol, folder: Path, quick: bool) -> Trials:
 
                     for kind, at in (("", reader.point), ("alone ", reader.alone)):
                         if not kind or rule in CONFIDENT:
-                            line = kept(f"{kind}{rule} {test}", lambda at=at, sweep=sweep: sweep(at), thresholds=of)
+                            line = kept(f"{kind}{rule} {test}", functools.partial(sweep, at), thresholds=of)
                             found[test] |= {f"{kind}{rule} {part}": values for part, values in line.items()}
                 for rule in calibrated_rules(name):
 
@@ -220,7 +221,7 @@ def trials(name: str, protocol: Protocol, folder: Path, quick: bool) -> Trials:
                     of_first.setdefault(rule, own["threshold"])
                     moved = kept(
                         f"calm16 {rule} {test}",
-                        lambda reader=reader, rule=rule: at_calibrated(reader, rule, of_first[rule]),
+                        functools.partial(at_calibrated, reader, rule, of_first[rule]),
                         threshold=of_first[rule],
                     )
                     for kind, line in (("calm", own), ("calm16", moved)):
@@ -342,6 +343,7 @@ def picture(path: Path, found: dict[str, Any], protocol: Protocol, model: ModelC
     """Accuracy against recurrences (above) and FLOPs (below): zero-shot rules by length, then models trained to stop.
 
     Black: fixed depth of the plain model. Squares: calibrated thresholds. Star: the oracle. Thin: own fixed depth.
+    Dotted, without markers: what a rule would reach if stopping changed nothing for later tokens.
     """
     from matplotlib.figure import Figure
 
@@ -388,6 +390,9 @@ def draw(
                 linestyle=plain_line if first else ("-", "--", ":", "-.")[i],
                 label=rule if first else f"{METHODS[name].label}: {rule}",
             )  # fmt: skip
+            if rule in CONFIDENT and x == "steps":
+                by_itself = ([pair[0] for pair in of[f"alone {rule} {part}"]] for part in ("steps", "accuracy"))
+                axes.plot(*by_itself, color=colours[rule if first else name], linestyle=":", linewidth=1)
             if rule in CALIBRATED:
                 point = of[f"calm {rule} {x}"][0], of[f"calm {rule} accuracy"][0]
                 axes.plot(
