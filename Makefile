@@ -46,6 +46,7 @@ reproduce: install
 	done
 	$(BIN)/python experiments/baselines.py
 	$(BIN)/python experiments/operators.py
+	$(BIN)/python experiments/early_exit_methods.py
 
 lint: install-dev
 	$(BIN)/ruff check .

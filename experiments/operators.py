@@ -133,6 +133,7 @@ def deep(params: Params, model: ModelConfig, batch: Any, depth_key: Array, state
     import jax.numpy as jnp
 
     from rdlm.recurrence import sample_steps, unroll
+    from rdlm.tasks.depth import started
 
     step, s, ctx = started(params, model, batch, state_key)
     n, _ = sample_steps(depth_key, model.mean_recurrence, model.backprop_depth)
@@ -148,22 +149,13 @@ def at_equilibrium(params: Params, model: ModelConfig, batch: Any, depth_key: Ar
     import jax.numpy as jnp
 
     from rdlm.equilibrium import equilibrium
+    from rdlm.tasks.depth import started
 
     step, s, ctx = started(params, model, batch, state_key)
     found = equilibrium(
         lambda s: step(s, jnp.int32(0)), s, most=MOST_FORWARD, most_backward=MOST_BACKWARD, tolerance=TOLERANCE
     )  # fmt: skip
     return cross_entropy(params, model, found.state, ctx, batch)
-
-
-def started(params: Params, model: ModelConfig, batch: Any, state_key: Array) -> tuple[Any, Array, Any]:
-    """(step, initial state, context) of a training batch, with the noise that `rdlm.loss` would give every row."""
-    import jax
-
-    from rdlm.tasks.depth import setup
-
-    keys = jax.vmap(lambda row: jax.random.fold_in(state_key, row))(batch["sequence_ids"][:, 0])
-    return setup(params, model, batch["tokens"], keys)
 
 
 def cross_entropy(params: Params, model: ModelConfig, s: Array, ctx: Any, batch: Any) -> Array:

@@ -56,12 +56,13 @@ def _at_least(rule: ExitRule, value: Array) -> Array:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ExitRule:
-    """An exit rule. Its thresholds are leaves; everything else is static.
+    """An exit rule. Its thresholds, and the weights of a learnt one, are leaves; everything else is static.
 
     init(rule, s0 [B, L, D], vocab) -> rule state; update(rule, rule state, Observation) -> (rule state, value f32
     [B, L]); decide(rule, value) -> bool [B, L], by default value < threshold.
     gate(rule, rule state, Observation without logits) -> (rule state, bool [B, L]), if any: only tokens for which it is
     true are shown to `update` at this look, and coda and head run only when there is one.
+    weights: a pytree of arrays that a learnt rule reads, each as it was learnt or, behind `by_row`, one per row.
     """
 
     threshold: Any
@@ -72,6 +73,7 @@ class ExitRule:
     needs_logits: bool = dataclasses.field(default=False, metadata={"static": True})
     gate_threshold: Any = None
     gate: Callable[..., Any] | None = dataclasses.field(default=None, metadata={"static": True})
+    weights: Any = None
 
     def threshold_for(self, value: Array) -> Array:
         """The threshold, shaped to compare with values [B, L]."""
@@ -91,6 +93,15 @@ def init(rule: ExitRule, s0: Float[Array, "B L D"], vocab: int) -> Any:
 def update(rule: ExitRule, rule_state: Any, observation: Observation) -> tuple[Any, Float32[Array, "B L"]]:
     """Look once: (new rule state, value)."""
     return rule.update(rule, rule_state, observation)
+
+
+def by_row(rule: ExitRule, rows: int) -> ExitRule:
+    """`rule` with thresholds f32 [rows] and weights [rows, ...]: every row of a batch carries its own."""
+    threshold, gate_threshold = jax.tree.map(
+        lambda x: jnp.broadcast_to(jnp.asarray(x, jnp.float32), (rows,)), (rule.threshold, rule.gate_threshold)
+    )
+    weights = jax.tree.map(lambda x: jnp.broadcast_to(x, (rows, *jnp.shape(x))), rule.weights)
+    return dataclasses.replace(rule, threshold=threshold, gate_threshold=gate_threshold, weights=weights)
 
 
 def is_due(
@@ -304,6 +315,57 @@ def _fixed_init(rule: ExitRule, s0: Array, vocab: int) -> tuple[()]:
 
 def _fixed_update(rule: ExitRule, previous: tuple[()], seen: Observation):
     return (), jnp.full(seen.state.shape[:-1], seen.step, jnp.float32)
+
+
+def margin(threshold: Any = 0.9) -> ExitRule:
+    """Confidence: the likeliest token is more probable than the next one by `threshold` or more (CALM's first)."""
+    return ExitRule(_positive("margin", threshold), "margin", _fixed_init, _margin_update, _at_least, needs_logits=True)
+
+
+def _margin_update(rule: ExitRule, previous: tuple[()], seen: Observation):
+    best = jax.lax.top_k(jax.nn.softmax(_logits(seen)), 2)[0]
+    return (), best[..., 0] - best[..., 1]
+
+
+def classifier(weights: Any, threshold: Any = 0.5) -> ExitRule:
+    """Learnt: sigmoid(w . s + bias) reaches `threshold`; costs 2 D FLOPs a look.
+
+    weights: {"w": f32 [D], "bias": f32 scalar}, such as `rdlm.tasks.halting` learns them.
+    """
+    rule_threshold = _positive("classifier", threshold)
+    return ExitRule(rule_threshold, "classifier", _fixed_init, _classifier_update, _at_least, weights=weights)
+
+
+def halting(weights: Any, threshold: Any = 0.5) -> ExitRule:
+    """Learnt: the probability of having halted by now reaches `threshold` (PonderNet, Banino et al., 2021).
+
+    A look halts with probability sigmoid(w . s + bias). weights: as of `classifier`.
+    """
+    return ExitRule(
+        _positive("halting", threshold), "halting", _halting_init, _halting_update, _at_least, weights=weights
+    )
+
+
+def unit(weights: Any, state: Array) -> Array:
+    """w . s + bias, f32 [..., B, L], of states [..., B, L, D]; weights as of `classifier`, or one per row."""
+    w, bias = (jnp.asarray(weights[name], jnp.float32) for name in ("w", "bias"))
+    per_row = w.ndim == 2
+    w, bias = (w[:, None], bias[:, None]) if per_row else (jnp.expand_dims(w, range(state.ndim - 1)), bias)
+    return jnp.sum(state.astype(jnp.float32) * w, axis=-1) + bias
+
+
+def _classifier_update(rule: ExitRule, previous: tuple[()], seen: Observation):
+    return (), jax.nn.sigmoid(unit(rule.weights, seen.state))
+
+
+def _halting_init(rule: ExitRule, s0: Array, vocab: int) -> Array:
+    return jnp.zeros(s0.shape[:-1], jnp.float32)
+
+
+def _halting_update(rule: ExitRule, previous: Array, seen: Observation) -> tuple[Array, Array]:
+    # Kept as log of the probability of still running: log(1 - sigmoid(x)) = -softplus(x).
+    running = previous - jax.nn.softplus(unit(rule.weights, seen.state))
+    return running, -jnp.expm1(running)
 
 
 _NAMED: dict[str, Callable[..., ExitRule]] = {

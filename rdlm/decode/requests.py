@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Int32
 
+from rdlm import exits
 from rdlm.config import InputError, ModelConfig, Sampling
 from rdlm.decode.passes import PREFILL_EXITS, next_power
 from rdlm.decode.sampling import SamplingArrays, as_arrays, per_row
@@ -84,8 +84,8 @@ def as_requests(
     keys = typed_key(key)
     if keys.ndim > 1 or (keys.ndim == 1 and len(keys) != B):
         raise InputError(f"key: expected one key or {B}, got shape {keys.shape}")
-    # Thresholds always have a row each, so that one for all and one per prompt share a compiled program.
-    rule = jax.tree.map(lambda x: jnp.broadcast_to(jnp.asarray(x, jnp.float32), (B,)), exit_rule)
+    # Thresholds (and weights) always have a row each, so that one for all and one per prompt share a compiled program.
+    rule = None if exit_rule is None else exits.by_row(exit_rule, B)
     request = Request(
         jnp.asarray(depth), jnp.asarray(least), jnp.full(B, check_every, jnp.int32),
         jnp.full(B, init_scale, jnp.float32),

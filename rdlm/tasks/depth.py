@@ -52,6 +52,12 @@ def setup(params: Params, config: ModelConfig, tokens: Array, key: Array) -> tup
     return losses.setup(params, config, as_batch({"tokens": tokens, "labels": tokens}), None, key)
 
 
+def started(params: Params, config: ModelConfig, batch: dict[str, Array], key: Array) -> tuple[Step, Array, Context]:
+    """`setup` of a training batch (with sequence_ids), every row with the noise that `rdlm.loss` gives it."""
+    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(batch["sequence_ids"][:, 0])
+    return setup(params, config, batch["tokens"], keys)
+
+
 @functools.partial(jax.jit, static_argnames=("config", "depths"))
 def logits_by_depth(
     params: Params, config: ModelConfig, tokens: Array, depths: tuple[int, ...], key: Array
