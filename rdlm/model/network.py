@@ -106,11 +106,18 @@ def positions_of(tokens: Array, segment_ids: Array | None) -> Array:
 def embed(
     params: Params, config: ModelConfig, tokens: Array, ctx: Context, past: Layers | None = None, plan: Plan = PLAIN
 ):
-    """Prelude: tokens int [B, L] -> (e [B, L, D], own keys and values per layer)."""
-    dtype = compute_dtype(params, config)
-    wte = plan.fetch("wte", params["wte"])
-    x = wte[tokens].astype(dtype) * jnp.asarray(config.embed_dim**0.5, dtype)
+    """Prelude: tokens int [B, L] -> (e [B, L, D], own keys and values per layer).
+
+    Input vectors [B, L, D] may take the place of tokens; `vectors` makes those of tokens.
+    """
+    x = vectors(params, config, tokens, plan) if jnp.issubdtype(tokens.dtype, jnp.integer) else tokens
     return _blocks(params, config, "prelude", config.prelude_layers, x, ctx, past, plan=plan)
+
+
+def vectors(params: Params, config: ModelConfig, tokens: Array, plan: Plan = PLAIN) -> Array:
+    """What the prelude reads of tokens int [B, L]: their embeddings times sqrt(D), [B, L, D]."""
+    dtype = compute_dtype(params, config)
+    return plan.fetch("wte", params["wte"])[tokens].astype(dtype) * jnp.asarray(config.embed_dim**0.5, dtype)
 
 
 def inject(params: Params, config: ModelConfig, e: Array, plan: Plan = PLAIN) -> Array:
