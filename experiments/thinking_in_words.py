@@ -1,11 +1,11 @@
 """Think in latent depth, in words or in continuous thoughts? One budget of parameters, one problem, graded at its end.
 
-    python experiments/thinking_in_words.py                            # seven ways to think, three seeds each
-    python experiments/thinking_in_words.py --methods latent verbal --seeds 0
+    python experiments/thinking_in_words.py                            # eight ways to think, three seeds each
+    python experiments/thinking_in_words.py --methods latent --saved runs/s3 runs/s3_seed1    # trained already
     python experiments/thinking_in_words.py --quick                    # the machinery alone, a minute or two
 
 All have the same 132,736 parameters (1+1+1 layers, D = 64), the same S3 words of 16 letters in the same order, batches
-of 64, 1,000 steps, learning rate 3e-3, and are graded on the product of the whole word, of 16 letters and of 32:
+of 64, learning rate 3e-3, and are graded on the product of the whole word, of 16 letters and of 32. Up to 1,000 steps:
 
   at_once         every layer once, the product asked for after every letter: no room to think
   latent          the recurrent model, asked in the same way, read after r = 4, 8, 16 recurrences
@@ -15,7 +15,8 @@ of 64, 1,000 steps, learning rate 3e-3, and are graded on the product of the who
   verbal_latent   the recurrent model writing them, 8 recurrences a token
   thoughts        continuous thoughts (Coconut): the last hidden state is the next input in place of a written step;
                   stage by stage 1, 2, .. 15 of the steps are thoughts, with loss on what remains written
-  thoughts_3      the same with a thought for every three steps: 5 of them
+  thoughts_revisit  the same, but half of the batches go back to fewer thoughts
+  thoughts_3      that with a thought for every three steps: 5 of them
 
 The two recurrent ones are also run token by token with a KL exit, every token's state starting from noise or from its
 predecessor's last state (the zero-shot "continuous chain of thought"), with all recurrences' keys and values kept or
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from jax import Array
 
     from rdlm.model import Params
-    from rdlm.tasks.comparison import Contestant, Protocol
+    from rdlm.tasks.comparison import Contestant, Protocol, Trials
 
 LENGTH = 16
 TESTED = (16, 32)
@@ -69,18 +70,25 @@ class Method:
     """A written product has the position of its letter."""
     per: int = 0
     """Steps that a thought stands for."""
+    revisit: bool = False
+    """Half of the batches have a number of thoughts drawn from none to the stage's."""
+    steps: int = 1000
+    """Of training; words are learnt in a tenth of it."""
 
 
 METHODS = {
     "at_once": Method("at once, fixed depth", "letters"),
     "latent": Method("latent depth", "letters", DEPTHS),
-    "verbal": Method("in words", "words"),
-    "verbal_coupled": Method("in words, coupled positions", "words", coupled=True),
-    "verbal_latent": Method("in words, r = 8 each", "words", (8,)),
-    "thoughts": Method("continuous thoughts, one a step", "thoughts", per=1),
-    "thoughts_3": Method("continuous thoughts, one for three steps", "thoughts", per=3),
+    "verbal": Method("in words", "words", steps=250),
+    "verbal_coupled": Method("in words, coupled positions", "words", coupled=True, steps=250),
+    "verbal_latent": Method("in words, r = 8 each", "words", (8,), steps=500),
+    "thoughts": Method("continuous thoughts, stage by stage", "thoughts", per=1),
+    "thoughts_revisit": Method("continuous thoughts, stages revisited", "thoughts", per=1, revisit=True, steps=600),
+    "thoughts_3": Method("the same, one for three steps", "thoughts", per=3, revisit=True, steps=600),
 }
-Name = Literal["at_once", "latent", "verbal", "verbal_coupled", "verbal_latent", "thoughts", "thoughts_3"]
+Name = Literal[
+    "at_once", "latent", "verbal", "verbal_coupled", "verbal_latent", "thoughts", "thoughts_revisit", "thoughts_3"
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +99,8 @@ class Args:
     """Which."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of initialisation, data, depths and initial states."""
+    saved: tuple[Path, ...] = ()
+    """Run folders of `depth_scaling.py --task s3`: latent depth is read from them, and not trained again."""
     runs: Path = Path("runs/thinking_in_words")
     """Where finished runs are remembered, a small file each."""
     results: Path = Path("experiments/results")
@@ -107,11 +117,12 @@ def protocol(method: Method) -> Protocol:
         return WordProblem("S3", T) if method.kind == "letters" else Scratchpad(T, asked)
 
     tests = {f"length {T}": task(T, T if method.kind == "thoughts" else 1) for T in TESTED}
-    return Protocol(task(LENGTH), tests, method.recurrences or (1,))
+    return Protocol(task(LENGTH), tests, method.recurrences or (1,), steps=method.steps)
 
 
 def contestant(method: Method, run: RunConfig) -> Contestant:
     """Initialisation, loss and answers of a method."""
+    import jax
     import jax.numpy as jnp
 
     from rdlm.tasks.comparison import Contestant, fixed_depth, recurrent
@@ -152,6 +163,10 @@ def contestant(method: Method, run: RunConfig) -> Contestant:
 
     def staged(params: Params, batch: Any, depth_key: Array, state_key: Array, step: Array) -> Array:
         thoughts = stage(step, run.steps, (LENGTH - 1) // per, CURRICULUM)
+        if method.revisit:
+            often, any_of = jax.random.split(depth_key)
+            drawn = jax.random.randint(any_of, (), 0, thoughts + 1)
+            thoughts = jnp.where(jax.random.bernoulli(often), drawn, thoughts)
         return chain_loss(params, model, batch, thoughts, per)
 
     def emptied(params: Params, tokens: Array, labels: Array) -> dict[str, Array]:
@@ -260,6 +275,26 @@ def run_config(method: Method, steps: int, rate: float) -> RunConfig:
     return small_run("thinking_in_words", [protocol(method).train], steps=steps, learning_rate=rate, **shape)
 
 
+def from_folders(folders: tuple[Path, ...], trials: Trials, runs: Path) -> dict[str, Any]:
+    """What `compete` would return of models that are trained already: {"learning_rate", "seeds": rows}."""
+    from rdlm.checkpoint import load_checkpoint, read_config
+    from rdlm.tasks.record import commit, remembered
+
+    rows = []
+    for folder in folders:
+        run = read_config(folder)
+        same = (run.model, run.preset) == (trials.settings.model, "depth_scaling_s3")
+        require(same, "--saved", str(folder), "must be a run of `depth_scaling.py --task s3`")
+
+        def make(folder: Path = folder, run: RunConfig = run) -> dict[str, Any]:
+            tests = trials.read(load_checkpoint(folder)[0])
+            return {"seed": run.seed, "learning_rate": run.optimizer.learning_rate, "commit": commit(), "tests": tests}
+
+        about = {"folder": str(folder), "depths": DEPTHS, "walks": (THRESHOLDS, MOST), "steps": run.steps}
+        rows.append(remembered(runs / f"latent_{folder.name}.json", about, make))
+    return {"learning_rate": rows[0]["learning_rate"], "seeds": rows}
+
+
 def points(method: Method, model: ModelConfig, tests: dict[str, Any]) -> list[dict[str, Any]]:
     """For every test and r: accuracy on the last product, (mean, half its interval), and what a word costs."""
     return [
@@ -294,7 +329,7 @@ def picture(path: Path, found: dict[str, Any]) -> None:
     """Accuracy on the last product by what a word costs: FLOPs, tokens, cache; a row for every length."""
     from matplotlib.figure import Figure
 
-    colours = ["#999999", "#000000", "#D55E00", "#E69F00", "#CC79A7", "#0072B2", "#56B4E9"]
+    colours = ["#999999", "#000000", "#D55E00", "#E69F00", "#CC79A7", "#0072B2", "#009E73", "#56B4E9"]
     tests = list(dict.fromkeys(point["test"] for row in found.values() for point in row["points"]))
     costs = {
         "flops": ("FLOPs a word, 10^6", 1e6), "tokens": ("tokens processed a word", 1),
@@ -303,7 +338,7 @@ def picture(path: Path, found: dict[str, Any]) -> None:
     figure = Figure(figsize=(13, 4 * len(tests)), layout="constrained")
     for panels, test in zip(figure.subplots(len(tests), len(costs), squeeze=False), tests, strict=True):
         for axes, (by, (label, unit)) in zip(panels, costs.items(), strict=True):
-            for colour, marker, name in zip(colours, "XosDP^v", METHODS, strict=True):
+            for colour, marker, name in zip(colours, "XosDP^<v", METHODS, strict=True):
                 if name not in found:
                     continue
 
@@ -353,9 +388,14 @@ def main() -> int:
         options: dict[str, Any] = {"per": method.per, "coupled": method.coupled}
         if method.kind == "thoughts":
             options["curriculum"] = CURRICULUM
+        if method.revisit:
+            options["revisit"] = True
         if method.recurrences:
             options["walks"] = THRESHOLDS, MOST
-        made = compete(name, trials, (RATE,), args.seeds, runs, options)
+        if name == "latent" and args.saved:
+            made = from_folders(args.saved, trials(RATE), runs)
+        else:
+            made = compete(name, trials, (RATE,), args.seeds, runs, options)
         run, total = run_config(method, made_of.steps, made["learning_rate"]), summary(made["seeds"])
         found[name] = {
             "label": method.label, "parameters": flops.parameters(run.model), "learning_rate": made["learning_rate"],
