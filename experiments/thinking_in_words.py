@@ -23,7 +23,11 @@ predecessor's last state (the zero-shot "continuous chain of thought"), with all
 the last's alone. Finished runs are remembered in runs/thinking_in_words, a file each; methods that are not asked for
 keep their results.
 
-Hardware: any.
+Hardware: any. A run takes half a processor minute (words) to three (thoughts).
+Found so far: words reach every product of 16 letters in half of the FLOPs of latent depth, latent depth in a fifth of
+the layers in series; both fail at 32. Thoughts were learnt and lost again. Read letter by letter, one shared set of
+keys and values takes 41 to 45 % fewer recurrences than all sets; warm starts take more (one seed each).
+Numbers, and what has not been run: experiments/README.md.
 """
 
 from __future__ import annotations
