@@ -47,6 +47,7 @@ reproduce: install
 	$(BIN)/python experiments/baselines.py
 	$(BIN)/python experiments/operators.py
 	$(BIN)/python experiments/early_exit_methods.py
+	$(BIN)/python experiments/thinking_in_words.py --saved runs/s3 $(patsubst %,runs/s3_seed%,1 2 3 4)
 
 lint: install-dev
 	$(BIN)/ruff check .

@@ -104,27 +104,11 @@ def run_config(method: Method, protocol: Protocol, rate: float) -> RunConfig:
 
 def contestant(method: Method, model: ModelConfig, depths: tuple[int, ...]) -> Contestant:
     """Initialisation, loss and answers of a method."""
-    import jax.numpy as jnp
-
-    from rdlm import losses
-    from rdlm.model import forward, init_params
-    from rdlm.tasks.comparison import Contestant, recurrent
+    from rdlm.tasks.comparison import fixed_depth, recurrent
 
     if method.universal:
         return universal_transformer(model, depths)
-    if method.recurrent:
-        return recurrent(model, depths)
-
-    def zeros(tokens: Array) -> Array:
-        return jnp.zeros((*tokens.shape, model.embed_dim))
-
-    def loss(params: Params, batch: dict[str, Array], depth_key: Array, state_key: Array) -> Array:
-        return losses.loss(params, model, batch, steps=(0, 1), state=zeros(batch["tokens"]))
-
-    def answers(params: Params, tokens: Array) -> Array:
-        return jnp.argmax(forward(params, model, tokens, 1, state=zeros(tokens)).logits, -1)[None]
-
-    return Contestant(lambda key: init_params(model, key), loss, answers)
+    return recurrent(model, depths) if method.recurrent else fixed_depth(model)
 
 
 def universal_transformer(model: ModelConfig, depths: tuple[int, ...]) -> Contestant:
@@ -192,26 +176,15 @@ def universal_transformer(model: ModelConfig, depths: tuple[int, ...]) -> Contes
 
 def training_flops(method: Method, run: RunConfig) -> tuple[float, int]:
     """(FLOPs of a whole training, forward and backward, with the depths seed 0 draws; parameters)."""
-    import jax
-
     from rdlm import flops
-    from rdlm.recurrence import sample_steps
-    from rdlm.train.step import step_keys
+    from rdlm.tasks import comparison
 
     model = run.model
-    L = run.data.sequence_length
     if method.universal:  # its halting unit: D weights and a bias
+        L = run.data.sequence_length
         per_token = flops.training_flops(model, 0, ACT_STEPS, L) + 3 * ACT_STEPS * 2 * model.embed_dim
         return per_token * run.steps * run.data.batch_size * L, flops.parameters(model) + model.embed_dim + 1
-    n, k = 0.0, 1.0  # mean recurrences without and with gradient
-    if method.recurrent:
-
-        def draw(i: Array) -> tuple[Array, Array]:
-            return sample_steps(step_keys(0, i)[0], model.mean_recurrence, model.backprop_depth)
-
-        free, with_gradient = jax.vmap(draw)(jax.numpy.arange(run.steps))
-        n, k = float(free.mean()), float(with_gradient.mean())
-    return flops.training_flops(model, n, k, L) * run.steps * run.data.batch_size * L, flops.parameters(model)
+    return comparison.training_flops(run, once=not method.recurrent), flops.parameters(model)
 
 
 def picture(path: Path, found: dict[str, Any]) -> None:

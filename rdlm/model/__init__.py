@@ -29,6 +29,7 @@ from rdlm.model.network import (
     logical_axes,
     positions_of,
     readout,
+    vectors,
 )
 from rdlm.model.noise import noisy
 
@@ -61,4 +62,5 @@ __all__ = [
     "start",
     "stepping",
     "typed_key",
+    "vectors",
 ]

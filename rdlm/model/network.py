@@ -118,16 +118,25 @@ def positions_of(
 def embed(
     params: Params,
     config: ModelConfig,
-    tokens: Int[Array | np.ndarray, "B L"],
+    tokens: Int[Array | np.ndarray, "B L"] | Float[Array, "B L {config.embed_dim}"],
     ctx: Context,
     past: Layers | None = None,
     plan: Plan = PLAIN,
 ) -> tuple[Float[Array, "B L {config.embed_dim}"], Layers]:
-    """Prelude: tokens -> (e, own keys and values per layer)."""
-    dtype = compute_dtype(params, config)
-    wte = plan.fetch("wte", params["wte"])
-    x = wte[tokens].astype(dtype) * jnp.asarray(config.embed_dim**0.5, dtype)
+    """Prelude: tokens -> (e, own keys and values per layer).
+
+    Input vectors may take the place of tokens; `vectors` makes those of tokens.
+    """
+    x = vectors(params, config, tokens, plan) if jnp.issubdtype(tokens.dtype, jnp.integer) else tokens
     return _blocks(params, config, "prelude", config.prelude_layers, x, ctx, past, plan=plan)
+
+
+def vectors(
+    params: Params, config: ModelConfig, tokens: Int[Array | np.ndarray, "B L"], plan: Plan = PLAIN
+) -> Float[Array, "B L {config.embed_dim}"]:
+    """What the prelude reads of tokens: their embeddings times sqrt(D)."""
+    dtype = compute_dtype(params, config)
+    return plan.fetch("wte", params["wte"])[tokens].astype(dtype) * jnp.asarray(config.embed_dim**0.5, dtype)
 
 
 def inject(

@@ -14,7 +14,7 @@ from rdlm.tasks.mazes import Maze
 from rdlm.tasks.pointers import PointerChasing
 from rdlm.tasks.reachability import Reachability
 from rdlm.tasks.sudoku import Sudoku
-from rdlm.tasks.words import WordProblem
+from rdlm.tasks.words import Scratchpad, WordProblem
 
 __all__ = [
     "IGNORED",
@@ -24,6 +24,7 @@ __all__ = [
     "Maze",
     "PointerChasing",
     "Reachability",
+    "Scratchpad",
     "Source",
     "Sudoku",
     "Task",

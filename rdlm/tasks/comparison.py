@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from rdlm import losses
+from rdlm import flops, losses
 from rdlm.config import ModelConfig, RunConfig, Scheme
 from rdlm.metrics import Progress
-from rdlm.model import Params, init_params
+from rdlm.model import Params, forward, init_params
 from rdlm.optim import optimizer
 from rdlm.recurrence import max_gradient_steps, sample_steps
 from rdlm.tasks.depth import counted, logits_by_depth
@@ -69,12 +69,14 @@ class Contestant:
       the keys are those of `rdlm.train.step_keys`, so equal models draw equal depths and states.
     answers: (parameters, tokens int [B, L]) -> int [R, B, L], at each of R depths.
     facts: None, or (parameters, tokens, labels) -> {name: f32 scalar} to be known of every test.
+    staged: the loss changes while training goes on, and takes `step`, int32, too.
     """
 
     init: Callable[[Array], Params]
-    loss: Callable[[Params, dict[str, Array], Array, Array], Array]
+    loss: Callable[..., Array]
     answers: Callable[[Params, Array], Array]
     facts: Callable[[Params, Array, Array], dict[str, Array]] | None = None
+    staged: bool = False
 
 
 def recurrent(model: ModelConfig, depths: tuple[int, ...], scheme: Scheme = "poisson-lognormal-filling") -> Contestant:
@@ -86,6 +88,37 @@ def recurrent(model: ModelConfig, depths: tuple[int, ...], scheme: Scheme = "poi
         return losses.loss(params, model, batch, steps=steps, key=state_key, max_k=slots)
 
     return Contestant(lambda key: init_params(model, key), loss, answers_by_depth(model, depths))
+
+
+def fixed_depth(model: ModelConfig) -> Contestant:
+    """The same layers, each run once, from the zero state."""
+
+    def zeros(tokens: Array) -> Array:
+        return jnp.zeros((*tokens.shape, model.embed_dim))
+
+    def loss(params: Params, batch: dict[str, Array], depth_key: Array, state_key: Array) -> Array:
+        return losses.loss(params, model, batch, steps=(0, 1), state=zeros(batch["tokens"]))
+
+    def answers(params: Params, tokens: Array) -> Array:
+        return jnp.argmax(forward(params, model, tokens, 1, state=zeros(tokens)).logits, -1)[None]
+
+    return Contestant(lambda key: init_params(model, key), loss, answers)
+
+
+def training_flops(run: RunConfig, once: bool = False) -> float:
+    """FLOPs of a whole training, forward and backward: with the depths that seed 0 draws, or every layer run once."""
+    model = run.model
+    n, k = 0.0, 1.0  # mean recurrences without and with gradient
+    if not once:
+
+        def draw(i: Array) -> tuple[Array, Array]:
+            key = jax.random.split(jax.random.fold_in(jax.random.key(0), i))[0]  # as rdlm.train.step_keys
+            return sample_steps(key, model.mean_recurrence, model.backprop_depth, run.recurrence.scheme)
+
+        free, with_gradient = jax.vmap(draw)(jnp.arange(run.steps))
+        n, k = float(free.mean()), float(with_gradient.mean())
+    L = run.data.sequence_length
+    return flops.training_flops(model, n, k, L) * run.steps * run.data.batch_size * L
 
 
 def answers_by_depth(model: ModelConfig, depths: tuple[int, ...]) -> Callable[[Params, Array], Array]:
@@ -117,7 +150,8 @@ class Trials:
 
     def _step(self, state: _State, batch: dict[str, Array], seed: Array) -> tuple[_State, dict[str, Array]]:
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))  # as rdlm.train.step_keys
-        value, grads = jax.value_and_grad(self.model.loss)(state.params, batch, keys[0], keys[1])
+        told = {"step": state.step} if self.model.staged else {}
+        value, grads = jax.value_and_grad(self.model.loss)(state.params, batch, keys[0], keys[1], **told)
         updates, opt = self.tx.update(grads, state.optimizer, state.params)
         return _State(state.step + 1, optax.apply_updates(state.params, updates), opt), {"loss": value}
 
@@ -141,7 +175,8 @@ class Trials:
         return state.params, last["loss"]
 
     def read(self, params: Any, stream: int = TEST_STREAM) -> dict[str, dict[str, Any]]:
-        """{test: {"mean": [R], "last_quarter": [R], facts}}: accuracy over all answers and over the hardest quarter."""
+        """{test: {"mean", "last_quarter", "hardest": [R] each, facts}}: accuracy over all answers, over the hardest
+        quarter of difficulties, and over the highest difficulty alone."""
         out = {}
         for name, task in self.protocol.tests.items():
             batches = [batch(task, stream, i, TEST_BATCH) for i in range(self.protocol.test_batches)]
@@ -150,6 +185,7 @@ class Trials:
             out[name] = {
                 "mean": rounded(found.accuracy()),
                 "last_quarter": rounded(found.accuracy(hardest - hardest // 4 + 1)),
+                "hardest": rounded(found.accuracy(hardest)),
             }
             if self.facts:
                 facts = [self.facts(params, jnp.asarray(b["tokens"]), jnp.asarray(b["labels"])) for b in batches]
@@ -224,10 +260,11 @@ def _score(row: dict[str, Any]) -> float:
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of a method's rows: {"failed", "diverged": seeds, "tests": {name: {"mean", "last_quarter": [R pairs], facts}}}.
+    """Of a method's rows: {"failed", "diverged": seeds, "tests": {name: as in `read`, with pairs for numbers}}.
 
-    Pairs, and facts, are (mean, half the width of its interval) over the seeds that did not diverge. Failed are
-    those that diverged or stayed below LEARNT on the first test at every depth; the latter are part of the means.
+    Pairs are (mean, half the width of its interval) over the seeds that did not diverge; what earlier rows lack is
+    left out. Failed are those that diverged or stayed below LEARNT on the first test at every depth; the latter are
+    part of the means.
     """
     good = [row for row in rows if row["tests"]]
     failed = [
@@ -241,7 +278,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         return tuple(rounded(interval(values)))
 
     tests = {
-        name: {part: over_seeds(name, part) for part in found}
+        name: {part: over_seeds(name, part) for part in found if all(part in row["tests"][name] for row in good)}
         for name, found in (good[0]["tests"].items() if good else ())
     }
     return {"failed": failed, "diverged": [row["seed"] for row in rows if not row["tests"]], "tests": tests}

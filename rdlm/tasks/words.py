@@ -74,3 +74,37 @@ class WordProblem:
         for t, g in enumerate(word.tolist(), start=1):
             labels[t] = so_far = table[so_far, g]
         return Instance(tokens, labels, np.arange(self.length + 1, dtype=np.int32))
+
+
+@dataclasses.dataclass(frozen=True)
+class Scratchpad:
+    """S3 words with their products written behind: `BOS g1 .. gT BOS p1 .. p(T-1)`, p_t = g1 .. gt.
+
+    The label at the second BOS is p1, at p_t the next product; its difficulty is its number. Unlike in other tasks
+    answers are part of the input: a model is tested by writing its own.
+    """
+
+    length: int = 16
+    """Letters T; the tokens are twice as many and one."""
+    asked: int = 1
+    """The first product that is asked for."""
+
+    def __post_init__(self) -> None:
+        integer("Scratchpad.length", self.length, 1)
+        integer("Scratchpad.asked", self.asked, 1, self.length)
+
+    @property
+    def vocab_size(self) -> int:
+        """That of the words."""
+        return WordProblem("S3", self.length).vocab_size
+
+    def instance(self, seed: int, index: int) -> Instance:
+        """Word number `index` of stream `seed`, the same as `WordProblem` makes: int32 [2T+1]. Raises InputError."""
+        tokens, products, number = WordProblem("S3", self.length).instance(seed, index)
+        unasked = number[1:] < self.asked
+        before = np.zeros(self.length + 1, np.int32)
+        return Instance(
+            np.concatenate([tokens, tokens[:1], products[1:-1]]),
+            np.concatenate([np.full_like(before, IGNORED), np.where(unasked, IGNORED, products[1:])]),
+            np.concatenate([before, np.where(unasked, 0, number[1:])]),
+        )
