@@ -50,6 +50,13 @@ def test_finished_parts_are_remembered_with_what_made_them(tmp_path):
     assert len(made) == 1
     with pytest.raises(InputError, match=r"a.json: holds a result with depths = \[1, 2\], not \[1, 3\]"):
         remembered(path, {"seed": 1, "depths": (1, 3)}, make)
+    # An option that came later and is not set.
+    path = path.with_name("b.json")
+    remembered(path, {"model": {"width": 3}}, make)
+    assert remembered(path, {"model": {"width": 3, "option": None}, "other": None}, make) == {"accuracy": 0.5}
+    assert len(made) == 2
+    with pytest.raises(InputError, match="model = {'width': 3}, not {'width': 3, 'option': 2}"):
+        remembered(path, {"model": {"width": 3, "option": 2}}, make)
 
 
 def row(seed, *means, rate=1e-3):

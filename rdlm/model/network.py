@@ -127,7 +127,7 @@ def embed(
 
     Input vectors may take the place of tokens; `vectors` makes those of tokens.
     """
-    x = vectors(params, config, tokens, plan) if jnp.issubdtype(tokens.dtype, jnp.integer) else tokens
+    x = vectors(params, config, tokens, plan) if jnp.issubdtype(tokens.dtype, jnp.integer) else jnp.asarray(tokens)
     return _blocks(params, config, "prelude", config.prelude_layers, x, ctx, past, plan=plan)
 
 

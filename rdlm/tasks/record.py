@@ -23,17 +23,19 @@ def remembered(path: Path, made_by: dict[str, Any], make: Callable[[], dict[str,
 
     Args:
       path: a JSON file.
-      made_by: everything that determines the result; kept beside it.
+      made_by: everything that determines the result; kept beside it. A field that is None is one that was never set, so
+        that results outlive new options.
       make: the work.
 
     Raises:
       InputError: the file holds a result of something else.
     """
-    made_by = json.loads(json.dumps(made_by))  # as it will be read: tuples are lists
+    made_by = _set(json.loads(json.dumps(made_by)))  # as it will be read: tuples are lists
     if path.exists():
         known = json.loads(path.read_text())
-        for name in {**made_by, **known["made_by"]}:
-            old, new = known["made_by"].get(name), made_by.get(name)
+        before = _set(known["made_by"])
+        for name in {**made_by, **before}:
+            old, new = before.get(name), made_by.get(name)
             if old != new:
                 raise InputError(
                     f"{path}: holds a result with {name} = {old!r}, not {new!r}; delete it or choose other --runs"
@@ -45,6 +47,11 @@ def remembered(path: Path, made_by: dict[str, Any], make: Callable[[], dict[str,
     partial.write_text(compact({"made_by": made_by, "result": result}))
     partial.rename(path)
     return result
+
+
+def _set(tree: Any) -> Any:
+    """`tree` without entries that are None."""
+    return {k: _set(x) for k, x in tree.items() if x is not None} if isinstance(tree, dict) else tree
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
