@@ -55,7 +55,7 @@ def test_finished_parts_are_remembered_with_what_made_them(tmp_path):
     remembered(path, {"model": {"width": 3}}, make)
     assert remembered(path, {"model": {"width": 3, "option": None}, "other": None}, make) == {"accuracy": 0.5}
     assert len(made) == 2
-    with pytest.raises(InputError, match="model = {'width': 3}, not {'width': 3, 'option': 2}"):
+    with pytest.raises(InputError, match=r"model = \{'width': 3\}, not"):
         remembered(path, {"model": {"width": 3, "option": 2}}, make)
 
 
