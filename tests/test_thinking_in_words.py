@@ -138,7 +138,7 @@ def test_walks_agree_with_the_library(params, batch):
     answers, steps = jax.jit(lambda: WORDS.walk(params, MODEL, letters, 5, write=False))()
     np.testing.assert_array_equal(answers[:, 1:], forward(params, MODEL, letters, 5).logits.argmax(-1)[:, 1:])
     assert (steps[:, 1:] == 5).all()
-    rule = rdlm.exits.kl(1e-2)
+    rule = rdlm.exits.kl(1e-1)
     walk = jax.jit(lambda start: WORDS.walk(params, MODEL, scratchpads, 9, True, rule, start))
     answers, steps = (np.asarray(x)[:, T + 1 :] for x in walk(WORDS.WALKS["normalized"]))
     out = rdlm.generate(
@@ -147,8 +147,8 @@ def test_walks_agree_with_the_library(params, batch):
     )  # fmt: skip
     np.testing.assert_array_equal(answers, out.tokens)
     np.testing.assert_array_equal(steps, out.steps)
-    for other in ("noise", "raw"):
-        assert (steps != np.asarray(walk(WORDS.WALKS[other])[1])[:, T + 1 :]).any()
+    # From noise it is something else. (Before ln_f it is the same here: fresh norms change nothing.)
+    assert (steps != np.asarray(walk(WORDS.WALKS["noise"])[1])[:, T + 1 :]).any()
 
 
 def test_what_a_word_costs(params, batch):
