@@ -346,8 +346,8 @@ def halting(weights: Any, threshold: Any = 0.5) -> ExitRule:
     )
 
 
-def unit(weights: Any, state: Array) -> Array:
-    """w . s + bias, f32 [..., B, L], of states [..., B, L, D]; weights as of `classifier`, or one per row."""
+def unit(weights: Any, state: Float[Array, "*tokens D"]) -> Float32[Array, "*tokens"]:
+    """w . s + bias of states [..., B, L, D]; weights as of `classifier`, or one per row."""
     w, bias = (jnp.asarray(weights[name], jnp.float32) for name in ("w", "bias"))
     per_row = w.ndim == 2
     w, bias = (w[:, None], bias[:, None]) if per_row else (jnp.expand_dims(w, range(state.ndim - 1)), bias)

@@ -203,13 +203,15 @@ def test_learnt_rules_and_their_rows(name):
     for rule in (made[name](0.5), exits.by_row(made[name](0.5), 2)):
         state = exits.init(rule, jnp.zeros((2, 3, 8)), 7)
         for i, s in enumerate(states):
-            state, value = exits.update(rule, state, Observation(s, None, jnp.int32(i + 1)))
+            state, value = exits.update(rule, state, Observation(jnp.asarray(s), None, jnp.int32(i + 1)))
             np.testing.assert_allclose(value, expected[i], rtol=1e-4, atol=1e-6)
             np.testing.assert_array_equal(exits.exits(rule, value), np.asarray(value) >= 0.5)
     # Rows may carry other heads and thresholds.
     rule = exits.by_row(made[name](np.array([0.1, 0.9])), 2)
     rule = dataclasses.replace(rule, weights=jax.tree.map(lambda x: x.at[1].multiply(-1), rule.weights))
-    value = exits.update(rule, exits.init(rule, jnp.zeros((2, 3, 8)), 7), Observation(states[0], None, jnp.int32(1)))[1]
+    value = exits.update(
+        rule, exits.init(rule, jnp.zeros((2, 3, 8)), 7), Observation(jnp.asarray(states[0]), None, jnp.int32(1))
+    )[1]
     np.testing.assert_allclose(value[0], expected[0, 0], rtol=1e-4)
     assert np.abs(value[1] - expected[0, 1]).max() > 0.1
     with pytest.raises(InputError, match=f"exits.{name}: threshold"):
