@@ -41,6 +41,10 @@ test: lint
 # Stopped and started again it goes on where it was: finished runs are read from runs/, not trained again.
 reproduce: install
 	$(BIN)/python experiments/depth_scaling.py --task s3 --seeds 0 1 2 3 4
+	$(BIN)/python experiments/depth_scaling.py --task s3_local --seeds 0 1 2 3 4
+	for task in parity_local s5_local addition_local; do \
+	  $(BIN)/python experiments/depth_scaling.py --task $$task --seeds 0 1 2 || exit 1; \
+	done
 	for task in parity expressions pointers reachability; do \
 	  $(BIN)/python experiments/depth_scaling.py --task $$task || exit 1; \
 	done
