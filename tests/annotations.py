@@ -1,6 +1,38 @@
-"""The checker that conftest.py puts behind every function of the rooms it lists."""
+"""The rooms whose annotations conftest.py has checked at every call, and the checker."""
 
 from beartype import BeartypeConf, beartype
+
+CHECKED = (
+    "rdlm.memory",
+    "rdlm.attention",
+    "rdlm.recurrence",
+    "rdlm.equilibrium",
+    "rdlm.exits",
+    "rdlm.cache",
+    "rdlm.flops",
+    "rdlm.modules",
+    "rdlm.model",
+    "rdlm.losses",
+    "rdlm.tasks.mazes",
+    "rdlm.tasks.sudoku",
+    "rdlm.optim",
+    "rdlm.vitals",
+    "rdlm.analysis.capture",
+    "rdlm.analysis.contraction",
+    "rdlm.analysis.independence",
+    "rdlm.analysis.lens",
+    "rdlm.analysis.paths",
+    "rdlm.decode.passes",
+    "rdlm.decode.sampling",
+    "rdlm.decode.loop",
+    "rdlm.decode.lanes",
+    "rdlm.decode.speculative",
+)
+"""Rooms whose every call is checked against its annotations: dtypes, shapes, one size for each axis letter.
+
+Not here: rooms without arrays, rooms whose annotations do not say shapes yet, and those that refuse what a user typed
+in words of their own (decode's generate, engine and requests), which the checker would forestall.
+"""
 
 # As type checkers have it, an int will do for a float.
 _checked = beartype(conf=BeartypeConf(is_pep484_tower=True))

@@ -11,40 +11,9 @@ import sys
 import hypothesis
 import jax
 import pytest
+from annotations import CHECKED
 from experiment_scripts import EXPERIMENTS, script
 from jaxtyping import install_import_hook
-
-CHECKED = (
-    "rdlm.memory",
-    "rdlm.attention",
-    "rdlm.recurrence",
-    "rdlm.equilibrium",
-    "rdlm.exits",
-    "rdlm.cache",
-    "rdlm.flops",
-    "rdlm.modules",
-    "rdlm.model",
-    "rdlm.losses",
-    "rdlm.tasks.mazes",
-    "rdlm.tasks.sudoku",
-    "rdlm.optim",
-    "rdlm.vitals",
-    "rdlm.analysis.capture",
-    "rdlm.analysis.contraction",
-    "rdlm.analysis.independence",
-    "rdlm.analysis.lens",
-    "rdlm.analysis.paths",
-    "rdlm.decode.passes",
-    "rdlm.decode.sampling",
-    "rdlm.decode.loop",
-    "rdlm.decode.lanes",
-    "rdlm.decode.speculative",
-)
-"""Rooms whose every call is checked against its annotations: dtypes, shapes, one size for each axis letter.
-
-Not here: rooms without arrays, rooms whose annotations do not say shapes yet, and those that refuse what a user typed
-in words of their own (decode's generate, engine and requests), which the checker would forestall.
-"""
 
 install_import_hook(CHECKED, "annotations.check")  # checks only what is imported after it
 

@@ -1,4 +1,4 @@
-"""Annotations of the rooms that conftest.py lists are checked at every call of every test."""
+"""Annotations of the rooms that annotations.py lists are checked at every call of every test."""
 
 import importlib
 import inspect
@@ -8,7 +8,7 @@ import typing
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import CHECKED
+from annotations import CHECKED
 from jaxtyping import TypeCheckError
 
 from rdlm import exits
