@@ -358,7 +358,10 @@ def picture(path: Path, found: dict[str, Any], protocol: Protocol, model: ModelC
     for column, (test, names) in enumerate(panels):
         for axes, x in zip(grid[:, column], ("steps", "mflop"), strict=True):
             draw(axes, x, found, test, names, model, len(protocol.tests[test].instance(0, 0).tokens))
-        grid[0, column].legend(frameon=False, fontsize=8, loc="lower right")
+        if test == next(iter(protocol.tests)):  # a legend for each group, below the panels
+            side = "left" if names == groups[0] else "right"
+            lines, labels = grid[0, column].get_legend_handles_labels()
+            figure.legend(lines, labels, loc=f"outside lower {side}", ncols=4, frameon=False, fontsize=8)
     figure.savefig(path, dpi=100)
 
 
