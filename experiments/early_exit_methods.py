@@ -353,7 +353,7 @@ def picture(path: Path, found: dict[str, Any], protocol: Protocol, model: ModelC
     found = {name: of for name, of in found.items() if of["tests"]}
     groups = [[name for name in found if name == "plain"], [name for name in found if name != "plain"]]
     panels = [(test, names) for names in groups if names for test in protocol.tests]
-    figure = Figure(figsize=(5 * len(panels) + 0.5, 8.5), layout="constrained")
+    figure: Any = Figure(figsize=(5 * len(panels) + 0.5, 9), layout="constrained")
     grid = figure.subplots(2, len(panels), squeeze=False)
     for column, (test, names) in enumerate(panels):
         for axes, x in zip(grid[:, column], ("steps", "mflop"), strict=True):
