@@ -14,8 +14,9 @@ Finished runs are remembered in runs/operators, a file each; methods that are no
 
 Hardware: any. A run takes 1 to 2.6 processor minutes.
 Found: trained by unrolling, the core has a fixed point that both solvers find (Anderson in 24 evaluations, plain
-iteration in 34). Trained at equilibrium it learnt a fixed point that plain iteration runs away from, and .76 of the
-answers where the unrolled model has .999 (one seed). Numbers, and what has not been run: experiments/README.md.
+iteration in 34; never, where r was fixed in training). How far the gradient reaches decides little. Trained at
+equilibrium it learnt a fixed point that plain iteration runs away from, and .76 of the answers where the unrolled model
+has .999 (one seed). Numbers, and what has not been run: experiments/README.md.
 """
 
 from __future__ import annotations
