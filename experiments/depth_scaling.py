@@ -152,7 +152,7 @@ def main() -> int:
     for seed in args.seeds:
         run = run_config(args.task, recipe, seed, runs)
         params, training = trained(run, recipe)
-        rows.append({"seed": seed, "run": run.folder} | training | measure(params, run.model, recipe))
+        rows.append({"seed": seed, "run": Path(run.folder).name} | training | measure(params, run.model, recipe))
         print(summary(rows[-1]), flush=True)
     results.mkdir(parents=True, exist_ok=True)
     path = results / f"depth_scaling_{args.task}.json"

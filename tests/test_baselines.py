@@ -16,7 +16,7 @@ from rdlm.model import context, core_step, embed, init_params, inject, readout
 from rdlm.optim import optimizer
 from rdlm.recurrence import sample_steps
 from rdlm.tasks.comparison import S3, TUNING_SEED, Trials, compete, recurrent, summary
-from rdlm.tasks.record import interval, remembered
+from rdlm.tasks.record import command, interval, remembered
 from rdlm.tasks.training import small_run, training_batch
 from rdlm.train import init_state, train_step
 
@@ -57,6 +57,12 @@ def test_finished_parts_are_remembered_with_what_made_them(tmp_path):
     assert len(made) == 2
     with pytest.raises(InputError, match=r"model = \{'width': 3\}, not"):
         remembered(path, {"model": {"width": 3, "option": 2}}, make)
+
+
+@pytest.mark.parametrize("places", [["--runs", "/a/b", "--results", "c"], ["--runs=/a/b"], []])
+def test_a_command_is_kept_without_the_places_of_a_machine(places, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/x/experiments/some.py", "--seeds", "0", *places, "--quick"])
+    assert command() == "python experiments/some.py --seeds 0 --quick"
 
 
 def row(seed, *means, rate=1e-3):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rdlm.config import InputError
+from rdlm.runtime import write_whole
 
 # Student's t at 97.5 % for 1, 2, ... degrees of freedom.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -42,10 +43,7 @@ def remembered(path: Path, made_by: dict[str, Any], make: Callable[[], dict[str,
                 )
         return known["result"]
     result = make()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(compact({"made_by": made_by, "result": result}))
-    partial.rename(path)
+    write_whole(path, compact({"made_by": made_by, "result": result}), make_folder=True)
     return result
 
 
@@ -80,9 +78,10 @@ def rounded(values: Any) -> list[float]:
 
 
 def command() -> str:
-    """This command line."""
+    """This command line, without --runs and --results: where one machine keeps things says nothing about a result."""
     script = Path(sys.argv[0])
-    return " ".join(["python", f"{script.parent.name}/{script.name}", *sys.argv[1:]])
+    words = " ".join(["python", f"{script.parent.name}/{script.name}", *sys.argv[1:]])
+    return re.sub(r" --(runs|results)[ =]\S+", "", words)
 
 
 def commit() -> str:
