@@ -26,9 +26,9 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from rdlm.config import ModelConfig, RunConfig, require
+from rdlm.config import ModelConfig, RunConfig
 from rdlm.runtime import parse_arguments, run_command
-from rdlm.tasks.training import check_seeds, small_run
+from rdlm.tasks.training import check_comparison, small_run
 
 if TYPE_CHECKING:
     from jax import Array
@@ -219,13 +219,8 @@ def main() -> int:
     from rdlm.report.results import write_result
     from rdlm.tasks.comparison import S3, Trials, beside_earlier, compete, summary
 
-    require(len(set(args.methods)) == len(args.methods) > 0, "--methods", args.methods, "must be different methods")
-    check_seeds(args.seeds)
-    runs, results, protocol = args.runs, args.results, S3
-    rates: tuple[float, ...] = RATES
-    if args.quick:
-        runs = results = args.runs / "quick"
-        protocol, rates = S3.quick(), RATES[:1]
+    runs, results = check_comparison(args)
+    protocol, rates = (S3.quick(), RATES[:1]) if args.quick else (S3, RATES)
     found: dict[str, Any] = {}
     for name in args.methods:
         method = METHODS[name]

@@ -33,9 +33,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from rdlm.config import InputError, ModelConfig, require
+from rdlm.config import InputError, ModelConfig
 from rdlm.runtime import parse_arguments, run_command
-from rdlm.tasks.training import check_seeds, small_run
+from rdlm.tasks.training import check_comparison, small_run
 
 if TYPE_CHECKING:
     from jax import Array
@@ -417,12 +417,8 @@ def main() -> int:
     from rdlm.report.results import write_result
     from rdlm.tasks.comparison import S3, beside_earlier, compete, summary
 
-    require(len(set(args.methods)) == len(args.methods) > 0, "--methods", args.methods, "must be different methods")
-    check_seeds(args.seeds)
-    runs, results, protocol = args.runs, args.results, S3
-    if args.quick:
-        runs = results = args.runs / "quick"
-        protocol = S3.quick()
+    runs, results = check_comparison(args)
+    protocol = S3.quick() if args.quick else S3
     protocol = dataclasses.replace(protocol, depths=tuple(range(1, (3 if args.quick else MOST) + 1)))
     model = small_run("early_exit_methods", [protocol.train]).model
     found: dict[str, Any] = {}

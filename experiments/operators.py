@@ -27,9 +27,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from rdlm.config import ModelConfig, Scheme, require
+from rdlm.config import ModelConfig, Scheme
 from rdlm.runtime import parse_arguments, run_command
-from rdlm.tasks.training import check_seeds, small_run
+from rdlm.tasks.training import check_comparison, small_run
 
 if TYPE_CHECKING:
     from jax import Array
@@ -240,12 +240,8 @@ def main() -> int:
     from rdlm.report.results import write_result
     from rdlm.tasks.comparison import S3, Trials, beside_earlier, compete, summary
 
-    require(len(set(args.methods)) == len(args.methods) > 0, "--methods", args.methods, "must be different methods")
-    check_seeds(args.seeds)
-    runs, results, protocol = args.runs, args.results, S3
-    if args.quick:
-        runs = results = args.runs / "quick"
-        protocol = S3.quick()
+    runs, results = check_comparison(args)
+    protocol = S3.quick() if args.quick else S3
     found: dict[str, Any] = {}
     for name in args.methods:
         method = METHODS[name]

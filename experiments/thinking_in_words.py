@@ -42,7 +42,7 @@ import numpy as np
 from rdlm.config import ModelConfig, RunConfig, require
 from rdlm.runtime import parse_arguments, run_command
 from rdlm.tasks import IGNORED, Scratchpad, Task, WordProblem
-from rdlm.tasks.training import check_seeds, small_run
+from rdlm.tasks.training import check_comparison, small_run
 
 if TYPE_CHECKING:
     from jax import Array
@@ -373,11 +373,7 @@ def main() -> int:
     from rdlm.report.results import write_result
     from rdlm.tasks.comparison import Trials, beside_earlier, compete, summary, training_flops
 
-    require(len(set(args.methods)) == len(args.methods) > 0, "--methods", args.methods, "must be different methods")
-    check_seeds(args.seeds)
-    runs, results = args.runs, args.results
-    if args.quick:
-        runs = results = args.runs / "quick"
+    runs, results = check_comparison(args)
     found: dict[str, Any] = {}
     for name in args.methods:
         method = METHODS[name]

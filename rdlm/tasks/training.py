@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,6 +33,17 @@ def check_seeds(seeds: Sequence[int]) -> None:
     for seed in seeds:
         require(0 <= seed < TEST_STREAM, "--seeds", seed, f"must be in [0, {TEST_STREAM})")
     require(len(set(seeds)) == len(seeds) > 0, "--seeds", tuple(seeds), "must be different seeds")
+
+
+def check_comparison(args: Any) -> tuple[Path, Path]:
+    """(where runs are remembered, where results go) by a comparison's methods, seeds, runs, results and quick.
+
+    Raises:
+      InputError: no method or one twice, or seeds that `check_seeds` refuses.
+    """
+    require(len(set(args.methods)) == len(args.methods) > 0, "--methods", args.methods, "must be different methods")
+    check_seeds(args.seeds)
+    return (args.runs / "quick", args.runs / "quick") if args.quick else (args.runs, args.results)
 
 
 class Diverged(InputError):
