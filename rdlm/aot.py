@@ -50,7 +50,7 @@ def specs(tree: Any, sharding: Any) -> Any:
 
 
 LOOPS = ("recurrence_free", "recurrence_forward", "recurrence_backward")
-"""Names that `rdlm.recurrence.unroll_recomputed` gives its loops; a compiled program still carries them."""
+"""Names that `rdlm.recurrence.unroll_for_training` gives its loops; a compiled program still carries them."""
 
 
 @dataclasses.dataclass(frozen=True)

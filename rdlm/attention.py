@@ -6,7 +6,6 @@ pass (`causal_bias`, `past_bias`) and shared by every layer and recurrence.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -256,18 +255,23 @@ def _backward(saved: Saved, d_out: Array) -> tuple[Array, Array, Array, None]:
     inner = (d_out.astype(jnp.float32) * out).sum(-1, keepdims=True)
     # Sums over queries want the queries last on their left side: CPU matmuls take half the time of the other way round.
     q_last, d_out_last = (q * scale).swapaxes(2, 3), d_out.swapaxes(2, 3)
-    d_q, d_k, d_v = [], [], []
-    for start, end in _blocks(L):
+    d_q, d_k, d_v = [], jnp.zeros(()), jnp.zeros(())
+    for start, end in reversed(_blocks(L)):  # the first of them sees every key, the others are added to their part
         rows = (slice(None), slice(None), slice(start, end))
         p = jnp.exp(_scores(q[rows], k[:, :, :end], bias[:, :, start:end, :end]) - lse[rows])
         d_p = jnp.einsum("bhlq,bhtq->bhlt", d_out[rows], v[:, :, :end], preferred_element_type=jnp.float32)
         d_s = (p * (d_p - inner[rows])).astype(q.dtype)
         d_q.append(jnp.einsum("bhlt,bhtq->bhlq", d_s, k[:, :, :end]) * scale)
-        rest = ((0, 0), (0, 0), (0, 0), (0, L - end))  # later keys, unseen by this block
-        d_k.append(jnp.pad(jnp.einsum("bhql,bhlt->bhqt", q_last[..., start:end], d_s), rest))
-        d_v.append(jnp.pad(jnp.einsum("bhql,bhlt->bhqt", d_out_last[..., start:end], p.astype(q.dtype)), rest))
-    total_k, total_v = (functools.reduce(jnp.add, parts).swapaxes(2, 3) for parts in (d_k, d_v))
-    return jnp.concatenate(d_q, axis=2), total_k, total_v, None
+        more_k = jnp.einsum("bhql,bhlt->bhqt", q_last[..., start:end], d_s)
+        more_v = jnp.einsum("bhql,bhlt->bhqt", d_out_last[..., start:end], p.astype(q.dtype))
+        d_k, d_v = (more_k, more_v) if end == L else (_added(d_k, more_k), _added(d_v, more_v))
+    return jnp.concatenate(d_q[::-1], axis=2), d_k.swapaxes(2, 3), d_v.swapaxes(2, 3), None
+
+
+def _added(total: Array, more: Array) -> Array:
+    """`total` with `more` added to the first of its last axis."""
+    start = total[..., : more.shape[-1]]
+    return jax.lax.dynamic_update_slice_in_dim(total, start + more, 0, axis=-1)
 
 
 _causal.defvjp(_forward, _backward)

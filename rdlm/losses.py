@@ -29,7 +29,7 @@ from rdlm.model import (
 )
 from rdlm.model import decode as coda
 from rdlm.modules import Context
-from rdlm.recurrence import Step, Weights, checkpoints, initial_state, unroll, unroll_recomputed
+from rdlm.recurrence import Step, Weights, checkpoints, initial_state, unroll, unroll_for_training
 
 IGNORED = -100
 """Label that is not scored."""
@@ -186,19 +186,21 @@ def _unrolled(
             back[name] = plan.give_back(name, jax.lax.optimization_barrier((g, back))[0])
         return back
 
-    def step(whole: Any, injected: Array, s: Array, i: Array) -> Array:
+    def step(whole: Any, injected: Array, constants: Any, s: Array, i: Array) -> Array:
+        ctx, n, k, rows = constants
         new, _ = core_step(whole, config, s, injected, ctx, plan=inside)
         if rows is None:
             return new
         running = jnp.where(i < n, i >= n - rows[0], i - n >= k - rows[1])
         return jnp.where(running[:, None, None], new, s)
 
+    constants = (ctx, n, k, rows)
     slots = k if isinstance(k, int) else max_k
-    if plan.remat == "none" or slots == 0:
+    if slots == 0:
         whole = fetch(stored)
-        return unroll(lambda s, i: step(whole, injected, s, i), s, n, k, max_k=max_k)
+        return unroll(lambda s, i: step(whole, injected, constants, s, i), s, n, 0)
     weights = Weights(fetch, give_back, plan.gather == "weights_once", plan.sum_dtype)
-    return unroll_recomputed(step, stored, injected, s, n, k, slots, weights, offload=plan.remat == "offload")
+    return unroll_for_training(step, stored, injected, constants, s, n, k, slots, weights, plan.remat)
 
 
 LOGITS_AT_ONCE = 2**26

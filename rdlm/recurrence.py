@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int, Int32, Key
 
-from rdlm.config import InputError, Scheme
+from rdlm.config import InputError, Remat, Scheme
 from rdlm.memory import recomputed
 
 State = Any
@@ -149,7 +149,8 @@ def unroll(step: Step, s: State, n: Int[Array, ""] | int, k: Int[Array, ""] | in
         (n, k); a Python k compiles exactly k slots.
       max_k: number of gradient slots for a traced k.
 
-    What `step` marked with `rdlm.memory.keep` is stored for the backward pass; `unroll_recomputed` stores less.
+    What `step` marked with `rdlm.memory.keep` is stored for the backward pass, in every slot, used or not. A training
+    step runs `unroll_for_training`.
 
     Returns:
       The state after n + k steps.
@@ -191,56 +192,69 @@ class Weights(NamedTuple):
 AS_STORED = Weights()
 
 
-def unroll_recomputed(
-    step: Callable[[Any, Any, State, Array], State],
+def unroll_for_training(
+    step: Callable[[Any, Any, Any, State, Array], State],
     stored: Any,
     inputs: Any,
+    constants: Any,
     s: Float[Array, "*state"],
     n: Int[Array, ""] | int,
     k: Int[Array, ""] | int,
     slots: int,
     weights: Weights = AS_STORED,
-    offload: bool = False,
+    remat: Remat = "none",
 ) -> Float[Array, "*state"]:
-    """`unroll` that stores the input of every gradient step and nothing else, and runs exactly k of them.
+    """`unroll` with its backward pass written out: it runs exactly k gradient steps, there and back.
 
-    The backward pass is written out: it walks back over the stored states, runs each step again, and sums the
-    gradients itself. So weights can be fetched from other devices once for all recurrences, and their gradient
-    returned once; and neither memory nor time depends on slots that a small k leaves unused.
+    It walks back over what the forward pass kept and sums the gradients itself. So weights can be fetched from other
+    devices once for all recurrences and their gradient returned once, and slots that a small k leaves unused take no
+    time.
 
     Args:
-      step: step(whole, inputs, s, i) -> s; may close over what needs no gradient (positions, segments).
+      step: step(whole, inputs, constants, s, i) -> s.
       stored: parameters, as `weights.fetch` takes them.
       inputs: what else needs a gradient, the same at every recurrence (the injected embedding).
+      constants: arrays that need none (positions, segments). What `step` closes over instead may be kept k times.
       s: initial state, an array; no gradient reaches it.
       n, k: steps without and with gradient, traced or not; k is at most `slots`.
       weights: see `Weights`.
-      offload: keep the stored states in the host's memory (TPU).
+      remat: "none" keeps what `step` marked with `rdlm.memory.keep`. Otherwise the input of each gradient step is kept
+        and the step run again; under "offload" it waits in the host's memory (TPU).
     """
+    differentiated = _keeping_marked if remat == "none" else _keeping_input
+    to_host = _on_host if remat == "offload" else lambda kept: kept
+    to_device = _on_device if remat == "offload" else lambda kept: kept
 
     @jax.custom_vjp
-    def run(stored: Any, inputs: Any, s: Array, n: Array, k: Array) -> Array:
+    def run(stored: Any, inputs: Any, constants: Any, s: Array, n: Array, k: Array) -> Array:
         whole = weights.fetch(stored)
-        return lax.fori_loop(0, n + k, lambda i, s: step(whole, inputs, s, i), s)
+        return lax.fori_loop(0, n + k, lambda i, s: step(whole, inputs, constants, s, i), s)
 
-    def forward(stored: Any, inputs: Any, s: Array, n: Array, k: Array) -> tuple[Array, Any]:
+    def forward(stored: Any, inputs: Any, constants: Any, s: Array, n: Array, k: Array) -> tuple[Array, Any]:
         whole = weights.fetch(stored)
         with jax.named_scope("recurrence_free"):
-            s = lax.fori_loop(0, n, lambda i, s: step(whole, inputs, s, i), s)
-        kept = jnp.zeros((slots, *s.shape), s.dtype)
-        kept = _on_host(kept) if offload else kept
+            s = lax.fori_loop(0, n, lambda i, s: step(whole, inputs, constants, s, i), s)
+        pulls: list[Callable[..., Any]] = []  # what turns kept arrays into gradients; known once a step is traced
 
-        def one(j: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        def once(s: Array, i: Array) -> tuple[Array, list[Array]]:
+            after, keep, pull = differentiated(step, whole, inputs, constants, s, i)
+            pulls.append(pull)
+            return after, keep
+
+        kept = to_host([jnp.zeros((slots, *x.shape), x.dtype) for x in jax.eval_shape(once, s, n)[1]])
+
+        def one(j: Array, carry: tuple[Array, list[Array]]) -> tuple[Array, list[Array]]:
             s, kept = carry
-            kept = lax.dynamic_update_index_in_dim(kept, _on_host(s) if offload else s, j, 0)
-            return step(whole, inputs, s, n + j), kept
+            s, keep = once(s, n + j)
+            pairs = zip(kept, to_host(keep), strict=True)
+            return s, [lax.dynamic_update_index_in_dim(all_of_it, x, j, 0) for all_of_it, x in pairs]
 
         with jax.named_scope("recurrence_forward"):
             s, kept = lax.fori_loop(0, k, one, (s, kept))
-        return s, (whole, inputs, kept, n, k)
+        return s, (whole, inputs, constants, kept, jax.tree_util.Partial(pulls[-1]), n, k)
 
-    def backward(saved: Any, d_s: Array) -> tuple[Any, Any, None, None, None]:
-        whole, inputs, kept, n, k = saved
+    def backward(saved: Any, d_s: Array) -> tuple[Any, Any, None, None, None, None]:
+        whole, inputs, constants, kept, pull, n, k = saved
 
         def zeros(like: Any) -> Any:
             return jax.tree.map(lambda x: jnp.zeros(x.shape, weights.dtype or x.dtype), like)
@@ -248,10 +262,8 @@ def unroll_recomputed(
         def one(done: Array, carry: tuple[Array, Any, Any]) -> tuple[Array, Any, Any]:
             d_s, d_whole, d_inputs = carry
             j = k - 1 - done
-            s = lax.dynamic_index_in_dim(kept, j, 0, keepdims=False)
-            s = _on_device(s) if offload else s
-            _, pull = jax.vjp(lambda whole, inputs, s: step(whole, inputs, s, n + j), whole, inputs, s)
-            more_whole, more_inputs, d_s = pull(d_s)
+            at_j = to_device([lax.dynamic_index_in_dim(x, j, 0, keepdims=False) for x in kept])
+            more_whole, more_inputs, d_s = pull(whole, inputs, constants, at_j, n + j, d_s)
             if weights.every_time:
                 more_whole = weights.give_back(more_whole)
             add = functools.partial(jax.tree.map, lambda total, more: total + more.astype(total.dtype))
@@ -263,18 +275,51 @@ def unroll_recomputed(
         if not weights.every_time:
             d_whole = weights.give_back(d_whole)
         cast = functools.partial(jax.tree.map, lambda d, like: d.astype(like.dtype))
-        return cast(d_whole, stored), cast(d_inputs, inputs), None, None, None
+        return cast(d_whole, stored), cast(d_inputs, inputs), None, None, None, None
 
     run.defvjp(forward, backward)
-    return run(stored, inputs, lax.stop_gradient(s), jnp.asarray(n, jnp.int32), jnp.asarray(k, jnp.int32))
+    s, n, k = lax.stop_gradient(s), jnp.asarray(n, jnp.int32), jnp.asarray(k, jnp.int32)
+    return run(stored, inputs, constants, s, n, k)
 
 
-def _on_host(x: Array) -> Array:
-    return jax.device_put(x, jax.memory.Space.Host)
+def _keeping_input(
+    step: Any, whole: Any, inputs: Any, constants: Any, s: Array, i: Array
+) -> tuple[Array, list[Array], Callable[..., Any]]:
+    """(state after the step, arrays to keep, pull(whole, inputs, constants, kept, i, d_after)).
+
+    `pull` gives the gradients of whole, inputs and s.
+    """
+
+    def pull(whole: Any, inputs: Any, constants: Any, kept: list[Array], i: Array, d_after: Array) -> Any:
+        _, back = jax.vjp(lambda whole, inputs, s: step(whole, inputs, constants, s, i), whole, inputs, *kept)
+        return back(d_after)
+
+    return step(whole, inputs, constants, s, i), [s], pull
 
 
-def _on_device(x: Array) -> Array:
-    return jax.device_put(x, jax.memory.Space.Device)
+def _keeping_marked(
+    step: Any, whole: Any, inputs: Any, constants: Any, s: Array, i: Array
+) -> tuple[Array, list[Array], Callable[..., Any]]:
+    """As `_keeping_input`, but keeps what the backward pass reads and is dear to make again."""
+    marked = recomputed(lambda whole, inputs, s: step(whole, inputs, constants, s, i))
+    after, back = jax.vjp(marked, whole, inputs, s)
+    needed, tree = jax.tree.flatten(back)
+    always = jax.tree.leaves((whole, inputs, constants))  # there at every recurrence: not kept for each
+    place = [next((at for at, x in enumerate(always) if x is y), None) for y in needed]
+
+    def pull(whole: Any, inputs: Any, constants: Any, kept: list[Array], i: Array, d_after: Array) -> Any:
+        always, rest = jax.tree.leaves((whole, inputs, constants)), iter(kept)
+        return jax.tree.unflatten(tree, [next(rest) if at is None else always[at] for at in place])(d_after)
+
+    return after, [y for y, at in zip(needed, place, strict=True) if at is None], pull
+
+
+def _on_host(arrays: list[Array]) -> list[Array]:
+    return jax.device_put(arrays, jax.memory.Space.Host)
+
+
+def _on_device(arrays: list[Array]) -> list[Array]:
+    return jax.device_put(arrays, jax.memory.Space.Device)
 
 
 def unroll_until(

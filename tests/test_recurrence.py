@@ -1,5 +1,6 @@
 """The recurrence against plain Python loops, and its random draws as functions of (seed, step, position) alone."""
 
+import functools
 import typing
 
 import jax
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from jax.lax import stop_gradient
 
 from rdlm.config import InputError, Scheme
+from rdlm.memory import keep
 from rdlm.recurrence import (
     checkpoints,
     initial_state,
@@ -18,7 +20,7 @@ from rdlm.recurrence import (
     sample_steps,
     trajectory,
     unroll,
-    unroll_recomputed,
+    unroll_for_training,
     unroll_until,
 )
 
@@ -39,20 +41,27 @@ S0, READ = random(3, 3, D), random(4, 3, D)
 
 def core(weights):
     def step(s, i):
-        return jnp.tanh(s @ weights["w"] + weights["e"] + jnp.asarray(weights["bias"])[i][None])
+        return jnp.tanh(keep(jnp.matmul(s, weights["w"])) + weights["e"] + jnp.asarray(weights["bias"])[i][None])
 
     step.weights = weights
     return step
 
 
-def recomputed(step, s0, n, k, max_k=K):
-    """`unroll_recomputed` in the manner of `unroll`, one weight passed as an input."""
+def for_training(step, s0, n, k, max_k=K, remat="none"):
+    """`unroll_for_training` in the manner of `unroll`: one weight is an input, and s is shifted by a constant 0."""
     stored = {name: step.weights[name] for name in ("w", "bias")}
 
-    def explicit(whole, e, s, i):
-        return core(whole | {"e": e})(s, i)
+    def explicit(whole, e, zero, s, i):
+        return core(whole | {"e": e})(s + zero, i)
 
-    return unroll_recomputed(explicit, stored, step.weights["e"], s0, n, k, max_k)
+    return unroll_for_training(explicit, stored, step.weights["e"], jnp.zeros((1, D)), s0, n, k, max_k, remat=remat)
+
+
+WAYS = {
+    "scan": unroll,
+    "training": for_training,
+    "training, recomputed": functools.partial(for_training, remat="iteration"),
+}
 
 
 def loop(step, s, n, k):
@@ -86,11 +95,11 @@ def expected(n, k):
 
 @pytest.fixture(scope="module")
 def traced():
-    """Gradients by `unroll` with traced n and k: one program for all of them."""
+    """Gradients by one of `WAYS` with traced n and k: one program for all of them."""
 
-    def gradients(n, k, remat):
+    def gradients(n, k, way):
         def projected(weights, s0):
-            s = (recomputed if remat else unroll)(core(weights), s0, n, k, max_k=K)
+            s = WAYS[way](core(weights), s0, n, k, max_k=K)
             return jnp.sum(s * READ), s
 
         return jax.grad(projected, argnums=(0, 1), has_aux=True)(WEIGHTS, S0)
@@ -110,18 +119,19 @@ def distance(a, b):
 @pytest.mark.parametrize("k", range(1, K + 1))
 def test_unroll_is_the_python_loop_with_its_gradients(n, k, traced):
     reference = expected(n, k)
-    for remat in (False, True):
-        assert distance(traced(jnp.int32(n), jnp.int32(k), remat), reference) < TOLERANCE
-        static = value_and_gradients(lambda step, s0, run=recomputed if remat else unroll: run(step, s0, n, k))
+    for way, run in WAYS.items():
+        assert distance(traced(jnp.int32(n), jnp.int32(k), way), reference) < TOLERANCE
+        static = value_and_gradients(lambda step, s0, run=run: run(step, s0, n, k))
         assert distance(static, reference) < TOLERANCE
 
 
 @pytest.mark.parametrize("off", [(1, 0), (0, 1), (0, -1), (-1, 1), (1, -1)])
 def test_control_off_by_one_shows(off, traced):
     # The last two run the same depth: only the gradient can tell them apart.
-    gradients, _ = traced(jnp.int32(3 + off[0]), jnp.int32(2 + off[1]), False)
     reference, _ = expected(3, 2)
-    assert distance(gradients, reference) > 1000 * TOLERANCE
+    for way in WAYS:
+        gradients, _ = traced(jnp.int32(3 + off[0]), jnp.int32(2 + off[1]), way)
+        assert distance(gradients, reference) > 1000 * TOLERANCE
 
 
 def test_one_program_serves_every_depth():
@@ -135,14 +145,30 @@ def test_one_program_serves_every_depth():
 def test_gradient_stays_out_of_the_first_steps_and_the_initial_state(k, traced):
     for n in (0, 5):
         static = value_and_gradients(lambda step, s0, n=n: unroll(step, s0, n, k))
-        both = [traced(jnp.int32(n), jnp.int32(k), remat) for remat in (False, True)]
-        for (weights, s0), _ in (static, *both):
+        for (weights, s0), _ in (static, *(traced(jnp.int32(n), jnp.int32(k), way) for way in WAYS)):
             assert not np.any(s0)
             live = np.any(np.asarray(weights["bias"]), axis=1)
             assert live.tolist() == [n <= i < n + k for i in range(16)]
             if k == 0:
                 assert not np.any(weights["w"])
                 assert not np.any(weights["e"])
+
+
+@pytest.mark.parametrize("changes", [False, True])
+def test_only_what_changes_is_kept_for_every_step(changes):
+    """Neither weights nor constants, which the backward pass reads too; the control makes the constant change."""
+
+    def final(weights, constant):
+        def step(whole, inputs, given, s, i):
+            return jnp.tanh(keep(s @ whole)) * (keep(given + i) if changes else given) + inputs
+
+        return unroll_for_training(step, weights["w"], weights["e"], constant, jnp.asarray(S0), 2, 3, K).sum()
+
+    constant = jnp.linspace(0.1, 0.9, 3)[:, None]  # of a shape that nothing else has
+    program = str(jax.make_jaxpr(jax.grad(final))({name: WEIGHTS[name] for name in ("w", "e")}, constant))
+    assert f"f32[{K},3,{D}]" in program  # what is kept
+    assert f"f32[{K},{D},{D}]" not in program
+    assert (f"f32[{K},3,1]" in program) == changes
 
 
 def test_traced_k_needs_to_know_its_most():
