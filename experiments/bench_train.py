@@ -3,10 +3,11 @@
     python experiments/bench_train.py                 # the D=256 shape: 2/4/2 layers, batch 8 x 256, n = k = 8, f32
     python experiments/bench_train.py --remat iteration --batch-size 4
 
-Prints tokens/s, model GFLOP/s (analytic: full attention, unsplit adapter, no recomputation) and their ratio to a
-1024^3 f32 matrix product measured before and after in the same process; the cost of one more free recurrence (n) and
-of one more with gradient (k), from which step times at other depths follow, beside a recurrence measured by itself; and
-what a warm persistent cache leaves of the time to compile. One program serves every depth.
+Prints tokens/s, model GFLOP/s (analytic: full attention, unsplit adapter, no recomputation) and their ratio to the
+fastest 1024^3 f32 matrix product before and after in the same process, and to what such products reach for a second on
+end; the cost of one more free recurrence (n) and of one more with gradient (k), from which step times at other depths
+follow, beside a recurrence measured by itself; how far a step half-way lies from the line (1: on it); and what a warm
+persistent cache leaves of the time to compile. One program serves every depth.
 Hardware: any; 2 CPU cores take about two minutes. Expected there: a ratio of 0.5 or more, see the README.
 """
 
@@ -61,6 +62,10 @@ class Options:
     """Print one JSON object instead of a table."""
 
 
+MORE = 16
+"""Free recurrences added to see what they cost."""
+
+
 def fastest(run: Callable[[], object], repeats: int) -> float:
     """Seconds of the fastest of `repeats` calls, after one that compiles."""
     jax.block_until_ready(run())
@@ -70,6 +75,18 @@ def fastest(run: Callable[[], object], repeats: int) -> float:
         jax.block_until_ready(run())
         best = min(best, time.perf_counter() - start)
     return best
+
+
+def sustained_matmul(seconds: float = 1.0) -> float:
+    """FLOP/s of 1024^3 f32 matrix products one after the other for about `seconds`."""
+    a = jnp.ones((1024, 1024))
+    multiply = jax.jit(lambda a: a @ a)
+    multiply(a).block_until_ready()
+    start, done = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        multiply(a).block_until_ready()
+        done += 1
+    return done * 2 * 1024**3 / (time.perf_counter() - start)
 
 
 def core_seconds(config: ModelConfig, params: Any, tokens: jax.Array, repeats: int) -> dict[str, float]:
@@ -136,9 +153,11 @@ def measure(options: Options) -> dict[str, float]:
         return fastest(lambda: step(params, rows, jnp.int32(n), jnp.int32(k)), options.repeats)
 
     cold, warm = compile_seconds(lambda: step.lower(params, rows, jnp.int32(options.n), jnp.int32(options.k)))
-    before = measured_matmul_peak()
+    before, sustained = measured_matmul_peak(), sustained_matmul()
     full = seconds(options.n, options.k)
-    more_n, less_k = seconds(options.n + 8, options.k), seconds(options.n, max(options.k - 4, 0))
+    sustained = max(sustained, sustained_matmul())
+    more_n, most_n = (seconds(options.n + more, options.k) for more in (MORE // 2, MORE))
+    half_k, no_k = seconds(options.n, options.k // 2), seconds(options.n, 0)
     best = max(before, measured_matmul_peak())
     tokens = options.batch_size * options.sequence_length
     work = tokens * flops.training_flops(config, options.n, options.k, options.sequence_length)
@@ -148,8 +167,12 @@ def measure(options: Options) -> dict[str, float]:
         "model_gflops": work / full / 1e9,
         "matmul_gflops": best / 1e9,
         "ratio": work / full / best,
-        "seconds_per_free_recurrence": (more_n - full) / 8,
-        "seconds_per_gradient_recurrence": (full - less_k) / min(4, options.k) if options.k else 0.0,
+        "matmul_gflops_sustained": sustained / 1e9,
+        "ratio_sustained": work / full / sustained,
+        "seconds_per_free_recurrence": (most_n - full) / MORE,
+        "seconds_per_gradient_recurrence": (full - no_k) / options.k if options.k else 0.0,
+        "half_way_in_n": 2 * more_n / (full + most_n),
+        "half_way_in_k": half_k / (no_k + (full - no_k) * (options.k // 2) / options.k) if options.k else 1.0,
         **core_seconds(config, params, rows[:, :-1], options.repeats),
         "compiled_programs": step._cache_size(),
         "compile_seconds_cold": cold,

@@ -23,9 +23,9 @@ def keep(x: Array) -> Array:
 
 
 def recomputed(step: Callable[..., Any]) -> Callable[..., Any]:
-    """`step` for a `scan` whose backward pass recomputes what `keep` did not mark: norms, rotations and gates.
+    """`step` with a backward pass that recomputes what `keep` did not mark: norms, rotations and gates.
 
-    The weights a step closes over are not copied for every step of the scan either.
+    In a `scan`, the weights it closes over are not copied for every step either.
     """
     policy = jax.checkpoint_policies.save_only_these_names(KEPT)
     return jax.checkpoint(step, prevent_cse=False, policy=policy)
