@@ -16,7 +16,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Float, Float32, Int
 
-from rdlm.memory import keep
+from rdlm.memory import KEPT, keep
 
 Own = tuple[Float[Array, "B L Hk Q"], Float[Array, "B L K Q"], Float32[Array, "#B L L"]]
 """Keys, values and bias of the L tokens of a pass; Hk is H or K."""
@@ -101,7 +101,7 @@ def attend_flash(
     B, L, _, Q = q.shape
     out_dtype = q.dtype
     q = q * q.dtype.type(Q**-0.5)
-    q, k, v = _heads_first(q, k, v)
+    q, k, v = (keep(x) for x in _heads_first(q, k, v))
     segments = jnp.broadcast_to(segments, (B, L))
 
     def kernel(q: Array, k: Array, v: Array, segments: Array) -> Array:
@@ -112,7 +112,9 @@ def attend_flash(
         )  # fmt: skip
         seen = splash_mask.CausalMask((L, L)) if window is None else splash_mask.LocalMask((L, L), (window - 1, 0), 0)
         mask = splash_mask.MultiHeadMask([seen] * q.shape[1])
-        run = splash.make_splash_mha(mask, head_shards=1, q_seq_shards=1, block_sizes=sizes, interpret=interpret)
+        run = splash.make_splash_mha(
+            mask, head_shards=1, q_seq_shards=1, block_sizes=sizes, interpret=interpret, residual_checkpoint_name=KEPT
+        )
         return jax.vmap(run)(q, k, v, splash.SegmentIds(segments, segments))
 
     mesh = jax.sharding.get_abstract_mesh()

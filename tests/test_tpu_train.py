@@ -19,9 +19,12 @@ MODEL = dataclasses.replace(
 CORE = 1056 * (3 * 1056 + 1056 + 3 * 512 + 2 * 1056) * 2  # bytes of the core block and the adapter in bf16
 
 
-def run_with(gather):
+def run_with(gather, remat="layer"):
     data = dataclasses.replace(BASE.data, tokenizer_size=512, batch_size=4, sequence_length=256)
-    return dataclasses.replace(BASE, model=MODEL, data=data, mesh=MeshConfig(1, 4, gather=gather))
+    recurrence = dataclasses.replace(BASE.recurrence, remat=remat)
+    return dataclasses.replace(
+        BASE, model=MODEL, data=data, recurrence=recurrence, mesh=MeshConfig(1, 4, gather=gather)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +59,17 @@ def test_the_fused_kernel_is_in_every_loop_and_no_scores_are(programs):
     text = programs["once"].text
     assert "splash" in text
     assert "[1,11,256,256]" not in text, "scores of all heads are held"
+
+
+@pytest.mark.slow
+def test_what_is_stored_spares_the_backward_pass_the_forward_kernel(programs):
+    """Stored, each backward pass runs its two kernels alone; the control, by layer, the forward one again."""
+    stored = aot.compile_program(lower_train_step(run_with("once", "none"), aot.tpu_devices("v5e:2x2")))
+    assert inside(stored) == dict.fromkeys(LOOPS, 0)
+    kernels = {p: p.text.count('custom_call_target="tpu_custom_call"') for p in (stored, programs["once"])}
+    forward, backward = 4, 2 * 3  # in prelude, free recurrence, recurrence and coda; in all of these but the free one
+    assert kernels[stored] == forward + backward
+    assert kernels[programs["once"]] == forward + backward + 3
 
 
 @pytest.mark.slow
