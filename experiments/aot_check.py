@@ -156,33 +156,21 @@ def train_report(name: str, base: RunConfig, o: Options, devices: list[Any], bat
     if not o.search:
         show(check_training(name, base, o, devices, batch))
         return
-    fits: dict[int, float] = {}
-    too_much: int | None = None
-    best: dict[str, Any] | None = None
-    while True:
+    found: dict[int, dict[str, Any]] = {}
+
+    def peak(batch: int) -> float:
         print(f"  trying {batch} per chip ...", file=sys.stderr, flush=True)
-        try:
-            found = check_training(name, base, o, devices, batch)
-            fits[batch] = found["peak_gib"]
-            best = found if best is None or batch > best["batch_per_chip"] else best
-        except aot.DoesNotFit:
-            too_much = batch if too_much is None else min(too_much, batch)
-        largest = max(fits, default=0)
-        if too_much is not None and too_much <= largest + 1:
-            break
-        if len(fits) >= 2:  # memory grows by about the same for every sequence
-            (a, at_a), (b, at_b) = sorted(fits.items())[-2:]
-            guess = int(b + (flops.datasheet(devices[0].device_kind).gib - at_b) / max((at_b - at_a) / (b - a), 1e-3))
-            batch = max(largest + 1, guess if too_much is None else min(guess, too_much - 1))
-        else:
-            batch = largest + 1 if too_much is None else (largest + too_much) // 2
-    if best is None:
+        found[batch] = check_training(name, base, o, devices, batch)
+        return found[batch]["peak_gib"]
+
+    largest = aot.largest_batch(peak, flops.datasheet(devices[0].device_kind).gib, batch)
+    if not largest:
         raise InputError(
             "not even one sequence per chip fits: use --gather each, --gradient-dtype bfloat16, or more chips"
         )
-    show(best)
+    show(found[largest])
     if not o.json:
-        print(f"  largest batch per chip and microbatch: {best['batch_per_chip']}")
+        print(f"  largest batch per chip and microbatch: {largest}")
 
 
 def decode_report(name: str, base: RunConfig, o: Options, device: Any, batch: int) -> None:

@@ -13,6 +13,7 @@ import os
 import pathlib
 import re
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -171,6 +172,45 @@ class DoesNotFit(InputError):
         self.needed, self.available = needed, available
 
 
+def out_of_memory(message: str) -> tuple[float, float] | None:
+    """(needed, available) in GiB as a compiler's error says them; None: it is another error."""
+    size = r"([\d.]+)([MGT])"
+    found = re.search(rf"temporaries \({size}\) exceeds available HBM \({size}\)", message)
+    found = found or re.search(rf"Used {size} of {size} hbm", message)
+    if found is None:
+        return None
+    gib = {"M": 1 / 1024, "G": 1.0, "T": 1024.0}
+    return float(found[1]) * gib[found[2]], float(found[3]) * gib[found[4]]
+
+
+def largest_batch(peak: Callable[[int], float], limit: float, first: int = 1) -> int:
+    """The largest batch that fits, found with few tries; 0: not even one.
+
+    Args:
+      peak: GiB that a batch needs of the `limit`; raises `DoesNotFit`.
+      first: the batch to begin with.
+    """
+    fits: dict[int, float] = {}
+    most: int | None = None  # the smallest that does not fit
+    batch = first
+    while True:
+        try:
+            fits[batch] = peak(batch)
+        except DoesNotFit:
+            most = batch
+        least = max(fits, default=0)
+        if most == least + 1:
+            return least
+        if most is not None:
+            batch = (least + most) // 2
+        elif len(fits) == 1:
+            batch = least + 1
+        else:  # every sequence takes about the same, until the compiler saves memory at the expense of time
+            each = (fits[least] - fits[min(fits)]) / (least - min(fits))
+            guess = least + int((limit - fits[least]) / each) if each > 0 else 2 * least
+            batch = max(least + 1, guess)
+
+
 def compile_program(lowered: Any) -> Program:
     """Compile what `jax.jit(f).lower(...)` returned.
 
@@ -183,11 +223,10 @@ def compile_program(lowered: Any) -> Program:
         try:
             compiled = lowered.compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
-            found = re.search(r"temporaries \(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)", str(error))
-            found = found or re.search(r"Used ([\d.]+)G of ([\d.]+)G hbm", str(error))
+            found = out_of_memory(str(error))
             if found is None:
                 raise
-            raise DoesNotFit(float(found[1]), float(found[2])) from error
+            raise DoesNotFit(*found) from error
         text = "\n".join(path.read_text() for path in sorted(pathlib.Path(folder).glob("*.after_optimizations.txt")))
     memory = compiled.memory_analysis()
     return Program(

@@ -139,3 +139,46 @@ def test_collectives_are_read_with_the_loops_they_start_in(where):
 def test_control_nothing_is_left_out_in_silence(odd):
     with pytest.raises(ValueError, match=r"collectives in the program|unknown groups"):
         read(TEXT + "%more (a: bf16[4]) -> bf16[4] {\n" + odd + "\n}\n")
+
+
+# What fits
+
+
+def memory(each, limit, saved_from=10**9):
+    """12 GiB and `each` per sequence; from `saved_from` sequences on, half of it, as if the compiler took trouble."""
+    tried = []
+
+    def peak(batch):
+        tried.append(batch)
+        needed = 12 + each * batch * (0.5 if batch >= saved_from else 1.0)
+        if needed > limit:
+            raise aot.DoesNotFit(needed, limit)
+        return needed
+
+    return peak, tried
+
+
+@pytest.mark.parametrize(
+    ("each", "limit", "saved_from", "first", "expected", "most_tries"),
+    [
+        (1.5, 95, 10**9, 1, 55, 4),
+        (1.5, 15.75, 10**9, 1, 2, 3),
+        (1.5, 95, 50, 1, 110, 12),
+        (1.5, 95, 10**9, 200, 55, 9),
+        (4.0, 15, 10**9, 1, 0, 1),
+    ],
+)
+def test_the_largest_batch_is_found_with_few_tries(each, limit, saved_from, first, expected, most_tries):
+    peak, tried = memory(each, limit, saved_from)
+    assert aot.largest_batch(peak, limit, first) == expected
+    assert len(tried) <= most_tries
+
+
+def test_out_of_memory_is_told_from_other_errors():
+    message = (
+        "Ran out of memory on HBM, the total memory required for HLO temporaries ({}) exceeds available HBM (95.73G)."
+    )
+    assert aot.out_of_memory(message.format("4.86T")) == (4.86 * 1024, 95.73)
+    assert aot.out_of_memory(message.format("99.5G")) == (99.5, 95.73)
+    assert aot.out_of_memory("Ran out of memory in memory space hbm. Used 17.2G of 15.75G hbm.") == (17.2, 15.75)
+    assert aot.out_of_memory("INTERNAL: something else") is None
