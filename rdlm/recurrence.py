@@ -306,12 +306,18 @@ def _keeping_marked(
     needed, tree = jax.tree.flatten(back)
     always = jax.tree.leaves((whole, inputs, constants))  # there at every recurrence: not kept for each
     place = [next((at for at, x in enumerate(always) if x is y), None) for y in needed]
+    known = [None if isinstance(y, jax.core.Tracer) else y for y in needed]  # masks of a kernel, made while tracing
 
     def pull(whole: Any, inputs: Any, constants: Any, kept: list[Array], i: Array, d_after: Array) -> Any:
         always, rest = jax.tree.leaves((whole, inputs, constants)), iter(kept)
-        return jax.tree.unflatten(tree, [next(rest) if at is None else always[at] for at in place])(d_after)
+        leaves = [
+            always[at] if at is not None else next(rest) if y is None else y
+            for at, y in zip(place, known, strict=True)
+        ]  # fmt: skip
+        return jax.tree.unflatten(tree, leaves)(d_after)
 
-    return after, [y for y, at in zip(needed, place, strict=True) if at is None], pull
+    changing = zip(needed, place, known, strict=True)
+    return after, [x for x, at, y in changing if at is None and y is None], pull
 
 
 def _on_host(arrays: list[Array]) -> list[Array]:

@@ -1,6 +1,7 @@
 """Training steps compiled for a real TPU: what the chips tell each other, and when. Needs libtpu; no numerics."""
 
 import dataclasses
+import re
 
 import pytest
 
@@ -70,6 +71,14 @@ def test_what_is_stored_spares_the_backward_pass_the_forward_kernel(programs):
     forward, backward = 4, 2 * 3  # in prelude, free recurrence, recurrence and coda; in all of these but the free one
     assert kernels[stored] == forward + backward
     assert kernels[programs["once"]] == forward + backward + 3
+
+
+@pytest.mark.slow
+def test_offloaded_states_wait_in_the_memory_of_the_host(programs):
+    offloaded = aot.compile_program(lower_train_step(run_with("once", "offload"), aot.tpu_devices("v5e:2x2")))
+    states = r"bf16\[8,1,256,1056\]\{[^}]*S\(5\)\}"  # one for each gradient step; S(5) is the host's
+    assert re.search(states, offloaded.text)
+    assert not re.search(states, programs["once"].text)
 
 
 @pytest.mark.slow
