@@ -29,7 +29,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rdlm import flops
-from rdlm.config import ModelConfig, Remat
+from rdlm.config import InputError, ModelConfig, Remat
 from rdlm.losses import loss
 from rdlm.memory import Plan, reuse_freed_memory
 from rdlm.metrics import measured_matmul_peak
@@ -183,6 +183,11 @@ def measure(options: Options) -> dict[str, float]:
 def main() -> None:
     reuse_freed_memory()
     options = parse_arguments(Options, prog="bench_train.py", description=__doc__)
+    for field, least in {"n": 0, "k": 0, "batch_size": 1, "sequence_length": 1, "repeats": 1}.items():
+        if (value := getattr(options, field)) < least:
+            raise InputError(f"{field} = {value}: must be at least {least}")
+    if options.devices is not None and (options.devices < 1 or options.batch_size % options.devices):
+        raise InputError(f"devices = {options.devices}: must divide batch_size = {options.batch_size}")
     devices = options.devices or math.gcd(os.cpu_count() or 1, options.batch_size)
     jax.config.update("jax_num_cpu_devices", devices)
     found = measure(options)

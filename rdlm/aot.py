@@ -168,7 +168,10 @@ class DoesNotFit(InputError):
     """A program that needs more memory than a chip has. needed, available: GiB per chip."""
 
     def __init__(self, needed: float, available: float):
-        super().__init__(f"the program needs {needed} GiB of {available} GiB per chip: use a smaller batch")
+        super().__init__(
+            f"the program needs {needed} GiB of {available} GiB per chip: use a smaller batch "
+            "(in training also --gather each, --gradient-dtype bfloat16, or more chips)"
+        )
         self.needed, self.available = needed, available
 
 

@@ -159,7 +159,9 @@ def token_losses(
     s = batch_state(params, config, batch, state, key)
     e, _ = embed(params, config, batch.tokens, ctx, plan=plan)
     injected = inject(params, config, e, plan)
-    s = _unrolled(params, config, injected, ctx, s, (n, k), max_k or config.backprop_depth, rows, plan)
+    s = _unrolled(
+        params, config, injected, ctx, s, (n, k), config.backprop_depth if max_k is None else max_k, rows, plan
+    )
     (y, _), _ = coda(params, config, s, ctx, plan=plan)
     return head_losses(params, config, y, batch.labels, plan)
 

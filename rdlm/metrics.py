@@ -176,7 +176,7 @@ class Meter:
 
     def line(self, step: int, values: dict[str, Any]) -> str:
         """What the progress line says."""
-        text = f"loss {values['loss']:.3f}  r {values['n']}+{values['k']}"
+        text = f"loss {values['loss']:.3f}  r {values['n']:g}+{values['k']:g}"
         if self.step_seconds:
             left = duration((self.config.steps - step) * self.step_seconds)
             text += f"  {self.tokens / self.step_seconds:,.0f} tok/s  MFU {self.utilisation:.0%}  ETA {left}"

@@ -216,7 +216,8 @@ def unroll_for_training(
       inputs: what else needs a gradient, the same at every recurrence (the injected embedding).
       constants: arrays that need none (positions, segments). What `step` closes over instead may be kept k times.
       s: initial state, an array; no gradient reaches it.
-      n, k: steps without and with gradient, traced or not; k is at most `slots`.
+      n, k: steps without and with gradient, traced or not. Of a k beyond `slots` the first steps lose their gradient.
+      slots: most steps with gradient.
       weights: see `Weights`.
       remat: "none" keeps what `step` marked with `rdlm.memory.keep`. Otherwise the input of each gradient step is kept
         and the step run again; under "offload" it waits in the host's memory (TPU).
@@ -278,8 +279,8 @@ def unroll_for_training(
         return cast(d_whole, stored), cast(d_inputs, inputs), None, None, None, None
 
     run.defvjp(forward, backward)
-    s, n, k = lax.stop_gradient(s), jnp.asarray(n, jnp.int32), jnp.asarray(k, jnp.int32)
-    return run(stored, inputs, constants, s, n, k)
+    kept = jnp.minimum(jnp.asarray(k, jnp.int32), slots)
+    return run(stored, inputs, constants, lax.stop_gradient(s), jnp.asarray(n + k, jnp.int32) - kept, kept)
 
 
 def _keeping_input(

@@ -111,10 +111,9 @@ def check_heads(mesh: Mesh, model: ModelConfig) -> None:
     tensor = mesh.shape["tensor"]
     if model.kv_heads % tensor:
         name = "num_heads" if model.kv_heads == model.num_heads else "num_kv_heads"
-        raise InputError(
-            f"mesh.tensor = {tensor}: does not divide {name} = {model.kv_heads}; use a divisor of it, or huginn_tpu "
-            "(40 heads) for huginn_3p5b (55)"
-        )
+        twin = ", or the preset huginn_tpu (40)" if model.num_heads == 55 else ""
+        refused = f"mesh.tensor = {tensor}: does not divide {name} = {model.kv_heads}"
+        raise InputError(f"{refused}; use a divisor of it{twin}")
 
 
 def named(mesh: Mesh, specs: Any) -> Any:

@@ -8,13 +8,14 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from training_cases import NANO, Flips, cut_short, losses
 
 import rdlm.train.loop
 import rdlm.train.step
 from rdlm import sharding
-from rdlm.checkpoint import Checkpoints, as_abstract, saved_steps
+from rdlm.checkpoint import Checkpoints, as_abstract, saved_steps, write_config
 from rdlm.config import FaultsConfig, InputError, MeshConfig
 from rdlm.metrics import read_metrics
 from rdlm.optim import optimizer
@@ -107,13 +108,15 @@ def test_the_first_module_is_that_of_the_backward_pass():
 
 
 def test_faults_count_in_a_row_and_remember_the_first():
-    fine, bad = {"skipped": 0}, {"skipped": 1, "first_bad": 1, "loss": 2.0, "grad_norm": np.inf, "n": 3, "k": 2}
+    bad = {"skipped": 1, "first_bad": 1, "loss": 2.0, "grad_norm": np.inf, "update_norm": 0.5, "n": 3, "k": 2}
+    fine = {"skipped": 0}
     faults = Faults(shift=10)
     for step, values in enumerate([bad, fine, bad, bad, fine, bad]):
         faults = faults.after(step, values, 2, ["coda_0", "core_0"])
     assert (faults.skipped, faults.streak, faults.last) == (3, 2, 3), "what comes after the second in a row is ignored"
     assert faults.first == (
-        "step 2: loss 2.0, gradient norm inf, depth n = 3, k = 2, first gradient not finite (backward order): core_0"
+        "step 2: loss 2.0, gradient norm inf, update norm 0.5, depth n = 3, k = 2, "
+        "first gradient not finite (backward order): core_0"
     )
     # Batches 12 and 13 (of steps 2 and 3) were bad, 14 was under way.
     back = faults.back_at(1)
@@ -161,6 +164,18 @@ def test_an_update_that_is_not_finite_changes_nothing_but_the_step(poisoned):
     rate = jax.jit(rdlm.train.step.schedule(NANO.optimizer, NANO.steps))
     assert metrics["learning_rate"] == rate(1), "the second update, though the third step"
     assert len(poisoned) == 1
+
+
+@pytest.mark.usefixtures("quick_compile")
+def test_an_update_that_overflows_is_skipped_though_its_gradient_is_finite():
+    tx = optax.chain(optimizer(NANO.optimizer, NANO.steps), optax.scale(jnp.inf))
+    state = init_state(NANO, tx)
+    batch = {name: x for name, x in batch_of(0).items() if name != "poison"}
+    after, metrics = jax.jit(functools.partial(train_step, NANO, tx))(state, batch)
+    assert np.isfinite(metrics["grad_norm"])
+    assert not np.isfinite(metrics["update_norm"])
+    assert int(metrics["skipped"]) == 1
+    jax.tree.map(np.testing.assert_array_equal, after[1:], state[1:])
 
 
 @pytest.fixture
@@ -253,10 +268,31 @@ def test_a_run_goes_back_and_on_behind_the_bad_data_and_stops_when_that_does_not
 
 
 @pytest.mark.usefixtures("quick_compile", "kept_programs")
+def test_a_run_may_go_on_in_other_parts_but_not_as_another(nano_data, tmp_path):
+    """On a pod of another size it needs other microbatches, and may hold more or less."""
+    data = dataclasses.replace(NANO.data, folder=str(nano_data), validation_fraction=0.1, batch_size=16)
+    run = dataclasses.replace(NANO, run_dir=str(tmp_path / "run"), data=data)
+    (tmp_path / "run").mkdir()
+    write_config(tmp_path / "run", run)
+
+    def with_recurrence(run, **changed):
+        return dataclasses.replace(run, recurrence=dataclasses.replace(run.recurrence, **changed))
+
+    parts = dataclasses.replace(run, data=dataclasses.replace(data, microbatches=2))
+    Trainer(parts)
+    Trainer(with_recurrence(run, remat="layer"))
+    for other in (with_recurrence(run, least=2), dataclasses.replace(run, seed=1)):
+        with pytest.raises(InputError, match=r"holds a run with .*choose another --run-dir$"):
+            Trainer(other)
+    write_config(tmp_path / "run", with_recurrence(run, draw="microbatch"))
+    with pytest.raises(InputError, match=r"data\.microbatches = 1, not 2"):  # each part draws its own depth
+        Trainer(with_recurrence(parts, draw="microbatch"))
+
+
 def test_a_learning_rate_that_rises_again_is_said(nano_data, tmp_path, monkeypatch):
     # The step itself is a stand-in: this is about what a run says when it starts.
     def step(config, tx, state, batch, layout):
-        metrics = {name: jnp.float32(1) for name in ("loss", "grad_norm", "learning_rate")}
+        metrics = {name: jnp.float32(1) for name in ("loss", "grad_norm", "update_norm", "learning_rate")}
         metrics |= {"n": jnp.int32(1), "k": jnp.int32(1), "skipped": jnp.int32(0), "first_bad": jnp.int32(-1)}
         return state._replace(step=state.step + 1), metrics
 

@@ -154,6 +154,14 @@ def test_gradient_stays_out_of_the_first_steps_and_the_initial_state(k, traced):
                 assert not np.any(weights["e"])
 
 
+def test_a_k_beyond_the_slots_is_cut_to_them():
+    """The depth stays; a gradient of slots that were written twice would be another."""
+    k, slots = 4, 2
+    beyond = value_and_gradients(lambda step, s0: for_training(step, s0, jnp.int32(1), jnp.int32(k), slots))
+    assert distance(beyond, expected(1 + k - slots, slots)) < TOLERANCE
+    assert distance(beyond, expected(1, k)) > 1000 * TOLERANCE
+
+
 @pytest.mark.parametrize("changes", [False, True])
 def test_only_what_changes_is_kept_for_every_step(changes):
     """Neither weights nor constants, which the backward pass reads too; the control makes the constant change."""

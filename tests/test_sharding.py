@@ -87,6 +87,9 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 RUNS = {
     "data": ({"data": 8}, {"remat": "none"}),
     "fsdp": ({"data": 1, "fsdp": 8}, {"remat": "layer"}),
+    "fsdp, stored": ({"data": 1, "fsdp": 8}, {"remat": "none"}),
+    "both, gradient every time, stored": ({"data": 2, "fsdp": 4, "gather": "weights_once"}, {"remat": "none"}),
+    "offloaded": ({"data": 2, "fsdp": 4}, {"remat": "offload"}),
     "both, gradient every time": ({"data": 2, "fsdp": 4, "gather": "weights_once"}, {"remat": "iteration"}),
     "plain fsdp": ({"data": 2, "fsdp": 4, "gather": "each"}, {"remat": "layer"}),
     "plain fsdp, stored": ({"data": 2, "fsdp": 4, "gather": "each"}, {"remat": "none"}),
@@ -189,11 +192,11 @@ def test_loss_and_gradient_of_two_processes(tmp_path):
 def test_every_row_may_have_its_own_depth():
     """The loss of a batch in which every row drew for itself is the mean over rows run alone at their depths."""
     run = run_of({"data": 2, "fsdp": 4}, draw="sequence", remat="layer")
-    [(value, gradient, deepest)] = of_steps(run, 8, steps=(1,))
+    [(value, gradient, means)] = of_steps(run, 8, steps=(1,))
     ids = batch()["sequence_ids"][:, 0]
     n, k = draw_depth(run, jnp.int32(1), ids)
     assert len(set(np.asarray(n + k).tolist())) > 4
-    assert [int(x) for x in deepest] == [int(n.max()), int(k.max())]
+    assert [float(x) for x in means] == [n.mean(), k.mean()]
     total, summed = 0.0, None
     rows = batch()
     scored = rows["labels"] != -100
@@ -262,6 +265,16 @@ def test_weights_by_depth_are_one_on_average():
     assert abs(weights.mean() - 1) < 0.01
     np.testing.assert_allclose(weights[0] / weights[1], ((n + k)[0] / (n + k)[1]) ** 0.5, rtol=1e-5)
     assert depth_weight(run_of(), n, k) == 1.0
+
+
+def test_the_loss_that_is_reported_is_not_weighed():
+    [(plain, gradient, depth)] = of_steps(run_of(), 1, steps=(1,))
+    run = run_of(loss_power=0.5)
+    [(value, weighed, _)] = of_steps(run, 1, steps=(1,))
+    weight = float(depth_weight(run, *(jnp.asarray(x) for x in depth)))
+    assert value == plain
+    assert abs(weight - 1) > 0.01
+    assert distance(weighed, jax.tree.map(lambda g: weight * g, gradient)) < TOLERANCE
 
 
 # Meshes

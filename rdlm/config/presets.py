@@ -59,7 +59,8 @@ def _presets() -> dict[str, RunConfig]:
             name="ellis_adam", learning_rate=4e-5, warmup_steps=4096, cooldown_steps=4096, eps=1e-6, weight_decay=4e-5
         ),
         data=DataConfig(tokenizer_size=65536, sequence_length=4096, batch_size=4096),
-        evaluation=EvaluationConfig(depths=(1, 4, 8, 16, 32, 64)),
+        checkpoint=CheckpointConfig(every=10),  # some 20 minutes on 256 chips: docs/scale.md
+        evaluation=EvaluationConfig(every=100, batches=2, depths=(1, 4, 8, 16, 32, 64)),
         steps=238_418,
     )
     small = RunConfig(
@@ -67,6 +68,7 @@ def _presets() -> dict[str, RunConfig]:
         recurrence=RecurrenceConfig(remat="layer"),
         optimizer=OptimizerConfig(learning_rate=4e-4, warmup_steps=1000, cooldown_steps=4000),
         data=DataConfig(tokenizer_size=32768, sequence_length=2048, batch_size=256),
+        checkpoint=CheckpointConfig(every=100),
         steps=40_000,
     )
     nano = RunConfig(

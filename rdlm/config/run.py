@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
 from rdlm.config.errors import InputError, require
@@ -52,6 +53,7 @@ class RecurrenceConfig:
         for name, least in (("curriculum_steps", 0), ("least", 1)):
             value = getattr(self, name)
             require(value >= least, f"recurrence.{name}", value, f"must be at least {least}")
+        require(abs(self.loss_power) <= 4, "recurrence.loss_power", self.loss_power, "must be in [-4, 4]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +88,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "must be positive")
+        require(self.eps > 0, "optimizer.eps", self.eps, "must be positive")
         require(self.clip_norm > 0, "optimizer.clip_norm", self.clip_norm, "must be positive (use 1e9 to never clip)")
         for name in ("warmup_steps", "cooldown_steps", "weight_decay", "min_learning_rate"):
             require(getattr(self, name) >= 0, f"optimizer.{name}", getattr(self, name), "must not be negative")
@@ -158,7 +161,7 @@ class MeshConfig:
     and its gradient returned once; weights_once: the same, but the gradient returned after every recurrence; each:
     layer by layer at every use (plain FSDP), which needs the least memory."""
     gradient_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype in which gradients are summed over recurrences and devices (with `recurrence.remat` other than none)."""
+    """Dtype in which gradients are summed over recurrences and devices."""
 
     def __post_init__(self) -> None:
         sizes = self.data, self.fsdp, self.tensor
@@ -257,6 +260,12 @@ class RunConfig:
     """Also write TensorBoard events (extra `log`)."""
 
     def __post_init__(self) -> None:
+        for section in dataclasses.fields(self):
+            value = getattr(self, section.name)
+            for field in dataclasses.fields(value) if dataclasses.is_dataclass(value) else ():
+                number = getattr(value, field.name)
+                finite = not isinstance(number, float) or math.isfinite(number)
+                require(finite, f"{section.name}.{field.name}", number, "must be a finite number")
         require(self.steps >= 1, "steps", self.steps, "must be at least 1")
         require(0 <= self.seed < 2**31, "seed", self.seed, "must be in [0, 2**31)")
         require(

@@ -74,8 +74,8 @@ def describe(step: int, values: dict[str, Any], names: list[str]) -> str:
     bad = values["first_bad"]
     where = f"first gradient not finite (backward order): {names[bad]}" if bad >= 0 else "every gradient is finite"
     return (
-        f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}, depth n = {values['n']}, "
-        f"k = {values['k']}, {where}"
+        f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}, update norm "
+        f"{values['update_norm']}, depth n = {values['n']}, k = {values['k']}, {where}"
     )
 
 

@@ -58,15 +58,18 @@ class Trainer:
     def _check_folder(self) -> None:
         if (self.folder / "config.json").exists():
             changed = differences(read_config(self.folder), self.config)
-            for name in ("steps", "tensorboard", "run_dir"):  # a run may go on for longer, or under another name
+            # A run may go on for longer, under another name, or on a pod that wants other parts and holds less.
+            for name in ("steps", "tensorboard", "run_dir", "recurrence.remat", "data.folder"):
                 changed.pop(name, None)
+            if self.config.recurrence.draw != "microbatch":  # where parts have depths of their own
+                changed.pop("data.microbatches", None)
             free = ("mesh.", "checkpoint.", "faults.", "evaluation.", "alarms.")
             changed = {k: v for k, v in changed.items() if not k.startswith(free)}
             if changed:
                 name, (old, new) = next(iter(changed.items()))
                 raise InputError(
                     f"run folder {self.folder}: holds a run with {name} = {old!r}, not {new!r}; "
-                    "choose another --run-dir, or delete the folder"
+                    "choose another --run-dir"
                 )
         elif self.folder.exists() and not (self.folder.is_dir() and not any(self.folder.iterdir())):
             raise InputError(f"run folder {self.folder}: exists and is not a run folder; choose another --run-dir")

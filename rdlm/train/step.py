@@ -78,26 +78,28 @@ def gradients(
     """(loss, its gradient, (n, k) that ran) of the whole batch.
 
     The loss is the sum of cross-entropies over scored labels, divided by their number over all devices and
-    microbatches. Where draws differ within a step, n and k are those of the microbatches' mean or of the deepest row.
+    microbatches; its gradient is that of the losses weighed by depth. Where draws differ within a step, n and k are
+    their means.
 
     Args:
       layout: how weights travel, for parameters and rows split over a mesh; None: all is here (or the compiler's).
     """
+    draws = _draws(run, batch, step)
+    ran: Any = tuple(x if x.ndim == 0 else x.mean() for x in draws.rows or draws[:2])
     if layout is None:
-        return _gradients(run, params, batch, step, _draws(run, batch, step), layout=None)
+        return *_gradients(run, params, batch, step, draws, layout=None), ran
     every, rows = PartitionSpec(), PartitionSpec(SPLIT)
     inside = layout.parameter_parts
-    draws = _draws(run, batch, step)
     placed: Any = _Draws(every, every, rows if run.recurrence.draw == "sequence" else every)
     spread = jax.shard_map(
         functools.partial(_gradients, run, layout=layout),
         mesh=layout.mesh,
         in_specs=(inside, jax.tree.map(lambda _: rows, batch), every, placed),
-        out_specs=(every, inside, every),
+        out_specs=(every, inside),
         axis_names=set(layout.manual),
         check_vma=False,
     )
-    return spread(params, batch, step, draws)
+    return *spread(params, batch, step, draws), ran
 
 
 class _Draws(NamedTuple):
@@ -120,7 +122,7 @@ def _draws(run: RunConfig, batch: dict[str, Array], step: Array) -> _Draws:
 
 
 def _gradients(run: RunConfig, params: Params, batch: Any, step: Array, draws: _Draws, *, layout: Layout | None):
-    """`gradients` of this device's rows, summed over devices."""
+    """(loss, its gradient) of this device's rows, summed over devices."""
     config, count = run.model, run.data.microbatches
     batch = as_batch(batch)
     scored = (batch.labels != IGNORED).sum()
@@ -132,34 +134,35 @@ def _gradients(run: RunConfig, params: Params, batch: Any, step: Array, draws: _
     _, state_key = step_keys(run.seed, step)
     flash = layout is not None and layout.flash
 
-    def part(params: Params, batch: Batch, n: Array, k: Array, rows: Any) -> Array:
+    def part(params: Params, batch: Batch, n: Array, k: Array, rows: Any) -> tuple[Array, Array]:
         losses = token_losses(
             params, config, batch, steps=(n, k), key=state_key, rows=rows, plan=plan, flash=flash,
             max_k=max_gradient_steps(config.backprop_depth, run.recurrence.scheme),
         )  # fmt: skip
         weight = depth_weight(run, *(rows or (n, k)))
-        return (losses.sum(-1) * weight).sum() / scored
+        return (losses.sum(-1) * weight).sum() / scored, losses.sum() / scored
 
     def split(x: Array) -> Array:
         # Every count-th row, so that a microbatch holds the same rows on one device as on many.
         return x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
 
+    def differentiated(*arguments: Any) -> tuple[Array, Params]:
+        (_, value), grads = jax.value_and_grad(part, has_aux=True)(*arguments)
+        return value, grads
+
     def accumulate(total: Any, inputs: Any) -> tuple[Any, None]:
         (rows_of_batch, rows), n, k = inputs
-        more = jax.value_and_grad(part)(params, rows_of_batch._replace(**shared), n, k, rows)
-        return jax.tree.map(jnp.add, total, more), None
+        return jax.tree.map(jnp.add, total, differentiated(params, rows_of_batch._replace(**shared), n, k, rows)), None
 
     if count == 1:  # without a sum beside the gradient
-        ran = tuple(x.reshape(()) for x in draws[:2])
-        value, grads = jax.value_and_grad(part)(params, batch, *ran, draws.rows)
+        value, grads = differentiated(params, batch, *(x.reshape(()) for x in draws[:2]), draws.rows)
     else:
         shared = {"positions": batch.positions} if batch.positions.ndim == 1 else {}
         cut = jax.tree.map(split, (batch._replace(**dict.fromkeys(shared)), draws.rows))
         depths = [jnp.broadcast_to(x, (count,)) for x in draws[:2]]
         zero = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
         (value, grads), _ = jax.lax.scan(accumulate, zero, (cut, *depths))
-        ran = tuple(x.mean() if run.recurrence.draw == "microbatch" else x for x in draws[:2])
-    return (jax.lax.psum(value, SPLIT), layout.summed(grads), ran) if layout else (value, grads, ran)
+    return (jax.lax.psum(value, SPLIT), layout.summed(grads)) if layout else (value, grads)
 
 
 def train_step(
@@ -171,20 +174,21 @@ def train_step(
 ):
     """One optimizer step: (new state, metrics of it as scalars). `layout`: see `gradients`.
 
-    Where loss or gradient norm is not finite, parameters and optimizer state stay as they were: `skipped` is 1, and
-    `first_bad` the index of the module in `faults.modules`.
+    Where loss, gradient norm or update norm is not finite, parameters and optimizer state stay as they were: `skipped`
+    is 1, and `first_bad` the index of the module in `faults.modules`.
     """
     value, grads, (n, k) = gradients(run, state.params, batch, state.step, layout)
     updates, opt = tx.update(grads, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
-    norm = optax.tree.norm(grads)
-    skip = ~(jnp.isfinite(value) & jnp.isfinite(norm))
+    norm, update_norm = optax.tree.norm(grads), optax.tree.norm(updates)
+    skip = ~(jnp.isfinite(value) & jnp.isfinite(norm) & jnp.isfinite(update_norm))
     params, opt = unless(skip, (params, opt), (state.params, state.optimizer))
     metrics = {
         "loss": value,
         "n": n,
         "k": k,
         "grad_norm": norm,
+        "update_norm": update_norm,
         "learning_rate": schedule(run.optimizer, run.steps)(updates_done(state.optimizer)),
         "skipped": skip.astype(jnp.int32),
         "first_bad": jax.lax.cond(skip, first_bad, lambda _: jnp.int32(-1), grads),
