@@ -59,12 +59,11 @@ class Trainer:
         if (self.folder / "config.json").exists():
             changed = differences(read_config(self.folder), self.config)
             # A run may go on for longer, under another name, or on a pod that wants other parts and holds less.
-            for name in ("steps", "tensorboard", "run_dir", "recurrence.remat", "data.folder"):
-                changed.pop(name, None)
+            free = ["steps", "tensorboard", "run_dir", "mesh.", "checkpoint.", "faults.", "evaluation.", "alarms."]
+            free += ["recurrence.remat", "data.folder"]
             if self.config.recurrence.draw != "microbatch":  # where parts have depths of their own
-                changed.pop("data.microbatches", None)
-            free = ("mesh.", "checkpoint.", "faults.", "evaluation.", "alarms.")
-            changed = {k: v for k, v in changed.items() if not k.startswith(free)}
+                free += ["data.microbatches"]
+            changed = {name: values for name, values in changed.items() if not name.startswith(tuple(free))}
             if changed:
                 name, (old, new) = next(iter(changed.items()))
                 raise InputError(
