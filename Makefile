@@ -2,7 +2,7 @@
 # make test         install for development, then every check that CI runs
 # make lint         the checks alone, without the tests
 # make format       apply what ruff can fix
-# make reproduce    rerun the experiments behind experiments/results/ (hours); what runs/ holds already is read again
+# make reproduce    rerun the experiments behind experiments/studies/results/ (hours); what runs/ holds already is read again
 # make constraints  write down the versions that are installed, after `make test` has passed with them
 
 PYTHON ?= python3
@@ -40,18 +40,18 @@ test: lint
 
 # Stopped and started again it goes on where it was: finished runs are read from runs/, not trained again.
 reproduce: install
-	$(BIN)/python experiments/depth_scaling.py --task s3 --seeds 0 1 2 3 4
-	$(BIN)/python experiments/depth_scaling.py --task s3_local --seeds 0 1 2 3 4
+	$(BIN)/python experiments/studies/depth_scaling.py --task s3 --seeds 0 1 2 3 4
+	$(BIN)/python experiments/studies/depth_scaling.py --task s3_local --seeds 0 1 2 3 4
 	for task in parity_local s5_local addition_local; do \
-	  $(BIN)/python experiments/depth_scaling.py --task $$task --seeds 0 1 2 || exit 1; \
+	  $(BIN)/python experiments/studies/depth_scaling.py --task $$task --seeds 0 1 2 || exit 1; \
 	done
 	for task in parity expressions pointers reachability; do \
-	  $(BIN)/python experiments/depth_scaling.py --task $$task || exit 1; \
+	  $(BIN)/python experiments/studies/depth_scaling.py --task $$task || exit 1; \
 	done
-	$(BIN)/python experiments/baselines.py
-	$(BIN)/python experiments/operators.py
-	$(BIN)/python experiments/early_exit_methods.py
-	$(BIN)/python experiments/thinking_in_words.py --saved runs/s3 $(patsubst %,runs/s3_seed%,1 2 3 4)
+	$(BIN)/python experiments/studies/baselines.py
+	$(BIN)/python experiments/studies/operators.py
+	$(BIN)/python experiments/studies/early_exit_methods.py
+	$(BIN)/python experiments/studies/thinking_in_words.py --saved runs/s3 $(patsubst %,runs/s3_seed%,1 2 3 4)
 
 lint: install-dev
 	$(BIN)/ruff check .

@@ -28,13 +28,14 @@ import jax.numpy as jnp
 import tyro
 from jax.sharding import SingleDeviceSharding
 
-from rdlm import aot, exits, flops
+from rdlm import exits
 from rdlm.config import CachePolicy, Gather, InputError, MeshConfig, Remat, RunConfig, preset
 from rdlm.decode.loop import decode_tokens, progress_shapes
 from rdlm.decode.requests import as_requests
 from rdlm.model import cast, init_params
+from rdlm.perf import flops, hlo
 from rdlm.runtime import parse_arguments, run_command
-from rdlm.train.ahead import lower_train_step, roofline, wire_bytes
+from rdlm.train.roofline import lower_train_step, roofline, wire_bytes
 
 GIB = 2**30
 
@@ -95,16 +96,16 @@ def check_training(name: str, base: RunConfig, o: Options, devices: list[Any], b
     """Compile one step and count: everything that is printed."""
     run, kind = as_run(base, o, len(devices), batch), devices[0].device_kind
     start = time.perf_counter()
-    program = aot.compile_program(lower_train_step(run, devices))
+    program = hlo.compile_program(lower_train_step(run, devices))
     model = run.model
     k = model.backprop_depth
     n = model.mean_recurrence + 1 - k
     estimate = roofline(run, program, kind, len(devices), n, k)
     wire = wire_bytes(program, n, k, run.data.microbatches)
-    counts: dict[str, int] = dict.fromkeys((*aot.LOOPS, "once"), 0)
+    counts: dict[str, int] = dict.fromkeys((*hlo.LOOPS, "once"), 0)
     kinds: dict[str, int] = {}
     for collective in program.collectives():
-        inside = [loop for loop in collective.loops if loop in aot.LOOPS]
+        inside = [loop for loop in collective.loops if loop in hlo.LOOPS]
         counts[inside[0] if inside else "once"] += 1
         kinds[collective.kind] = kinds.get(collective.kind, 0) + 1
     return {
@@ -131,7 +132,7 @@ def show_training(found: dict[str, Any]) -> None:
     print(f"  compiled in                {found['compile_seconds']:8.1f} s")
     print(f"  peak per chip              {found['peak_gib']:8.2f} of {found['limit_gib']} GiB")
     print(f"  one step, n = {found['n']}, k = {found['k']}       collectives   GiB received per chip")
-    labels = dict(zip(aot.LOOPS, ("free recurrences", "gradient, forward", "gradient, backward"), strict=True))
+    labels = dict(zip(hlo.LOOPS, ("free recurrences", "gradient, forward", "gradient, backward"), strict=True))
     for loop, count in found["collectives"].items():
         print(f"    {labels.get(loop, 'everything else'):24} {count:8d}      {found['wire_gib'][loop]:10.2f}")
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(found["collective_kinds"].items()))
@@ -163,7 +164,7 @@ def train_report(name: str, base: RunConfig, o: Options, devices: list[Any], bat
         found[batch] = check_training(name, base, o, devices, batch)
         return found[batch]["peak_gib"]
 
-    largest = aot.largest_batch(peak, flops.datasheet(devices[0].device_kind).gib, batch)
+    largest = hlo.largest_batch(peak, flops.datasheet(devices[0].device_kind).gib, batch)
     if not largest:
         raise InputError(
             "not even one sequence per chip fits: use --gather each, --gradient-dtype bfloat16, or more chips"
@@ -187,8 +188,8 @@ def decode_report(name: str, base: RunConfig, o: Options, device: Any, batch: in
     )
     start = time.perf_counter()
     progress = progress_shapes(params, config, request, policy, policy.sets(o.num_steps), o.capacity)
-    params, *rest = aot.specs((params, progress, request, jnp.int32(0), jnp.int32(0)), place)
-    program = aot.compile_program(decode_tokens.lower(params, config, *rest, False))
+    params, *rest = hlo.specs((params, progress, request, jnp.int32(0), jnp.int32(0)), place)
+    program = hlo.compile_program(decode_tokens.lower(params, config, *rest, False))
     print(f"  compiled in                {time.perf_counter() - start:8.1f} s")
     print(f"  parameters                 {2 * flops.parameters(config) / GIB:8.2f} GiB")
     cached = flops.cache_bytes(config, policy, o.num_steps, batch, o.capacity, 2)
@@ -201,7 +202,7 @@ def decode_report(name: str, base: RunConfig, o: Options, device: Any, batch: in
     for (looped, shape), count in sorted(large.items()):
         print(f"    {count} x {shape} {'in a loop' if looped else 'once'}")
     if program.peak > limit * GIB:
-        raise aot.DoesNotFit(round(program.peak / GIB, 2), limit)
+        raise hlo.DoesNotFit(round(program.peak / GIB, 2), limit)
 
 
 def main() -> int:
@@ -211,7 +212,7 @@ def main() -> int:
         value = getattr(o, field)
         if value is not None and value < 1:
             raise InputError(f"{field} = {value}: must be at least 1")
-    devices = aot.tpu_devices(o.topology)
+    devices = hlo.tpu_devices(o.topology)
     if o.only != "decode":
         train_report(o.preset, base, o, devices, o.batch or 1)
     if o.only != "train":

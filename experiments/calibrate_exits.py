@@ -6,12 +6,11 @@
 
 For each rule: the loosest threshold at which at least 1 - epsilon of the tokens have the same likeliest next token as
 after --steps recurrences, with confidence 1 - delta, on held-out text (new instances for a run of depth_scaling.py).
-The method and what exactly is promised: rdlm/calibration.py. Rows that did not choose are used to look at the choice
-afterwards. Writes calibrated_exits.json into the run folder, one entry per rule. A rule of which no threshold passes is
-a result too: it is said, written down, and the command ends with 0. Exit codes: 0 done, 2 wrong input.
-Hardware: any. Processor time: some 40 s per threshold of kl on the quickstart (8 are tried), 5 s of latent_diff; 42 s
-in all for runs/s3 with four rules.
-"""
+The method and what exactly is promised: rdlm/evaluation/calibration.py. Rows that did not choose are used to look at
+the choice afterwards. Writes calibrated_exits.json into the run folder, one entry per rule. A rule of which no
+threshold passes is a result too: it is said, written down, and the command ends with 0. Exit codes: 0 done, 2 wrong
+input. Hardware: any. Processor time: some 40 s per threshold of kl on the quickstart (8 are tried), 5 s of latent_diff;
+42 s in all for runs/s3 with four rules."""
 
 from __future__ import annotations
 
@@ -26,8 +25,8 @@ from rdlm.config import InputError, require
 from rdlm.runtime import parse_arguments, run_command
 
 if TYPE_CHECKING:
-    from rdlm.analysis import HeldOut
-    from rdlm.calibration import Calibrated, Rows, Scores
+    from rdlm.evaluation.calibration import Calibrated, Rows, Scores
+    from rdlm.evaluation.held_out import HeldOut
 
 
 BATCH = 16  # rows per call
@@ -63,11 +62,10 @@ def main() -> int:
     require(0 <= args.seed < 2**31, "--seed", args.seed, "must be in [0, 2**31)")
     require(args.steps is None or args.steps >= 2, "--steps", args.steps, "must be at least 2, or nothing is saved")
     require(len(args.rules) > 0, "--rules", args.rules, "name at least one rule")
-    from rdlm import calibration  # JAX takes seconds to import
-    from rdlm.analysis import held_out
-    from rdlm.analysis.held_out import PRESET
     from rdlm.checkpoint import load_checkpoint, read_config, saved_steps
-    from rdlm.metrics import Progress
+    from rdlm.evaluation import calibration  # JAX takes seconds to import
+    from rdlm.evaluation.held_out import PRESET, held_out
+    from rdlm.runtime.progress import Progress
 
     calibration.check_risk(args.epsilon, args.delta)
     for rule in args.rules:

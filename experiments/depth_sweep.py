@@ -26,7 +26,7 @@ from rdlm.config import ExitName, InputError, ModelConfig, require
 from rdlm.runtime import parse_arguments, run_command
 
 if TYPE_CHECKING:
-    from rdlm.analysis import HeldOut
+    from rdlm.evaluation.held_out import HeldOut
     from rdlm.model import Params
 
 THRESHOLDS: dict[ExitName, tuple[float, ...]] = {
@@ -71,9 +71,9 @@ def main() -> int:
     require(bool(args.depths) and min(args.depths) >= 1, "--depths", args.depths, "must be recurrences of at least 1")
     require(args.batches is None or args.batches >= 1, "--batches", args.batches, "must be at least 1")
     require(args.size is None or args.size >= 1, "--size", args.size, "must be at least 1")
-    from rdlm.analysis import held_out  # JAX takes seconds to import
     from rdlm.checkpoint import load_checkpoint, saved_steps
-    from rdlm.flops import forward_flops, sweep_flops
+    from rdlm.evaluation.held_out import held_out  # JAX takes seconds to import
+    from rdlm.perf.flops import forward_flops, sweep_flops
     from rdlm.report import write_result, write_table
 
     data = held_out(args.run_dir, args.step, args.size)
@@ -120,10 +120,10 @@ def sweep(
 ) -> tuple[list[dict[str, Any]], int]:
     """(a row per depth and per threshold of every rule, how many tokens were scored)."""
     from rdlm import exits
-    from rdlm.evaluate import depth_curve, exit_score
-    from rdlm.flops import cost
-    from rdlm.metrics import Progress
+    from rdlm.evaluation.depth import depth_curve, exit_score
+    from rdlm.perf.flops import cost
     from rdlm.report import FIXED, on_front
+    from rdlm.runtime.progress import Progress
 
     count = data.total if args.batches is None else min(args.batches, data.total)
     batches = list(data.batches(count))

@@ -27,7 +27,7 @@ from rdlm.runtime import parse_arguments, run_command
 
 if TYPE_CHECKING:
     from rdlm.data import Batch, Chain
-    from rdlm.evaluate import DepthCurve
+    from rdlm.evaluation.depth import DepthCurve
     from rdlm.tokenizer import Tokenizer
 
 
@@ -58,8 +58,8 @@ def main() -> int:
     require(args.batches is None or args.batches >= 1, "--batches", args.batches, "must be at least 1")
     if args.saved and args.depths:
         raise InputError("--saved: shows the depths that were evaluated; leave out --depths, or --saved")
-    from rdlm.analysis import validation  # JAX takes seconds to import
     from rdlm.checkpoint import load_tokenizer, read_config, saved_steps
+    from rdlm.evaluation.held_out import validation  # JAX takes seconds to import
     from rdlm.report import CURVE, read_curve
 
     run, tokenizer = read_config(args.run_dir), load_tokenizer(args.run_dir, args.step)
@@ -85,8 +85,8 @@ def main() -> int:
 def evaluate(args: Args, step: int, depths: tuple[int, ...], data: Chain, tokenizer: Tokenizer) -> DepthCurve:
     """The curve at the given depths."""
     from rdlm.checkpoint import load_checkpoint
-    from rdlm.evaluate import depth_curve
-    from rdlm.metrics import Progress
+    from rdlm.evaluation.depth import depth_curve
+    from rdlm.runtime.progress import Progress
 
     params, config = load_checkpoint(args.run_dir, step, args.ema)
     total = data.steps_per_epoch if args.batches is None else min(args.batches, data.steps_per_epoch)
@@ -105,7 +105,7 @@ def evaluate(args: Args, step: int, depths: tuple[int, ...], data: Chain, tokeni
 def saved_curve(saved: dict[int, float], data: Chain, tokenizer: Tokenizer, batches: int | None) -> DepthCurve:
     """A saved curve with the bits per byte that follow from the validation text."""
     from rdlm.data import IGNORED
-    from rdlm.evaluate import DepthCurve
+    from rdlm.evaluation.depth import DepthCurve
 
     tokens = size = 0
     for batch in data.batches(batches):
@@ -141,7 +141,7 @@ def show(what: str, curve: DepthCurve, batches: int | None, run: RunConfig) -> N
     from rich.console import Console
     from rich.table import Table
 
-    from rdlm.flops import cost
+    from rdlm.perf.flops import cost
 
     part = "" if batches is None else f" (first {batches} batches)"
     caption = (

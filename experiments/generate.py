@@ -89,9 +89,9 @@ def main() -> int:
     import jax  # takes seconds, so only now
 
     from rdlm import exits
-    from rdlm.calibration import load
     from rdlm.checkpoint import load_checkpoint, load_tokenizer, read_config, saved_steps
     from rdlm.decode import generate
+    from rdlm.evaluation.calibration import load
 
     model, tokenizer = read_config(args.run_dir).model, load_tokenizer(args.run_dir)
     if args.calibrated:

@@ -7,7 +7,7 @@
 Needs the extra `eval` (pip install 'rdlm[eval]'). Likelihood tasks cost one unroll to the deepest of --depths; tasks
 that generate run once per depth. A preset pins few-shot examples, chat template, system prompt, begin token and dtype
 as the paper has them, and says what nobody knows about them; all of it is stored with the results. Offline, task files
-of a FOLDER read local data (`dataset_path: json`; see `rdlm/harness/tasks.py`).
+of a FOLDER read local data (`dataset_path: json`; see `rdlm/evaluation/lm_eval/tasks.py`).
 
 Prints a table; writes RUN/analysis/lm_eval.json and .csv. Exit codes: 0 done, 2 wrong input. Hardware: any.
 """
@@ -27,7 +27,7 @@ from rdlm.config import ExitName, InputError, check_threshold, require
 from rdlm.runtime import parse_arguments, run_command
 
 if TYPE_CHECKING:
-    from rdlm.harness import Protocol, Row
+    from rdlm.evaluation.lm_eval import Protocol, Row
 
 UNITS = {
     "results": "as lm-eval reports them: shares from 0 to 1, perplexities, bits", "published": "per cent",
@@ -85,7 +85,7 @@ def main() -> int:
         raise InputError("--tasks: name at least one, or choose a --preset")
     os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's and datasets' bars; ours says more
     with script_folder_hidden():
-        from rdlm.harness import PROTOCOLS, load_tasks
+        from rdlm.evaluation.lm_eval import PROTOCOLS, load_tasks
     protocol = args_protocol(args) if args.preset == "none" else PROTOCOLS[args.preset]
     tasks = load_tasks(args.tasks or protocol.tasks, args.include_path)
     return run(args, protocol, tasks)
@@ -105,7 +105,7 @@ class script_folder_hidden:
 
 def args_protocol(args: Args) -> Protocol:
     """What the flags say."""
-    from rdlm.harness import Protocol
+    from rdlm.evaluation.lm_eval import Protocol
 
     return Protocol(args.tasks, args.fewshot, args.chat, multiturn=args.chat, system=args.system)
 
@@ -115,7 +115,7 @@ def run(args: Args, protocol: Protocol, tasks: list[Any]) -> int:
     import rdlm
     from rdlm import exits
     from rdlm.checkpoint import load_checkpoint, load_tokenizer, saved_steps
-    from rdlm.harness import DepthLM, evaluate
+    from rdlm.evaluation.lm_eval import DepthLM, evaluate
     from rdlm.report import write_result, write_table
 
     tokenizer = load_tokenizer(args.run_dir, args.step)
@@ -148,13 +148,13 @@ class Bar:
     """Shows progress, one line per kind of request."""
 
     def __init__(self) -> None:
-        from rdlm.metrics import Progress
+        from rdlm.runtime.progress import Progress
 
         self.what, self.progress = "", Progress(0)
 
     def __call__(self, what: str, done: int, of: int) -> None:
         """So many requests are done."""
-        from rdlm.metrics import Progress
+        from rdlm.runtime.progress import Progress
 
         if what != self.what or self.progress.total != of:
             self.what, self.progress = what, Progress(of)
@@ -174,7 +174,7 @@ def name_of(args: Args, row: Row) -> str:
 
 def record(config: Any, row: Row, name: str) -> dict[str, Any]:
     """A row for JSON."""
-    from rdlm.flops import cost
+    from rdlm.perf.flops import cost
 
     tasks = {}
     for task, effort in row.effort.items():
@@ -200,7 +200,7 @@ def flat(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def published(names: list[str]) -> dict[str, dict[str, float]]:
     """The published rows of these tasks."""
-    from rdlm.harness import PUBLISHED
+    from rdlm.evaluation.lm_eval import PUBLISHED
 
     rows = {
         model: {task: x for task, x in values.items() if task.split(",")[0] in names}
@@ -216,7 +216,7 @@ def show(
     from rich.console import Console
     from rich.table import Table
 
-    from rdlm.harness import headline
+    from rdlm.evaluation.lm_eval import headline
 
     ours = [
         {

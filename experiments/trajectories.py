@@ -33,7 +33,7 @@ from rdlm.runtime import parse_arguments, run_command
 if TYPE_CHECKING:
     import numpy as np
 
-    from rdlm.analysis import HeldOut
+    from rdlm.evaluation.held_out import HeldOut
     from rdlm.model import Params
 
 LENS_ROWS, LENS_SHOWN = 40, 10  # tokens in the picture of the lens, and in the printed table
@@ -83,8 +83,8 @@ def main() -> int:
     require(args.size is None or args.size >= 1, "--size", args.size, "must be at least 1")
     right = bool(args.depths) and min(args.depths) >= 1 and max(args.depths) <= args.recurrences
     require(right, "--depths", args.depths, f"must be recurrences from 1 to --recurrences ({args.recurrences})")
-    from rdlm.analysis import held_out  # JAX takes seconds to import
     from rdlm.checkpoint import load_checkpoint, saved_steps
+    from rdlm.evaluation.held_out import held_out  # JAX takes seconds to import
 
     data = held_out(args.run_dir, args.step, args.size)
     params, config = load_checkpoint(args.run_dir, args.step)
@@ -132,7 +132,7 @@ class Writer:
 
     def __init__(self, args: Args, step: int, text: Text) -> None:
         """Nothing is written yet."""
-        from rdlm.metrics import Progress
+        from rdlm.runtime.progress import Progress
 
         self.folder = args.run_dir / "analysis" / "trajectories"
         self.title = f"{args.run_dir.resolve().name}, step {step}: {text.what}"

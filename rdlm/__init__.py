@@ -30,7 +30,10 @@ _HOME = {
     "prefill": "decode",
     "save_huggingface": "hf",
 }
-_ROOMS = ("cache", "config", "exits", "flops", "recurrence")
+_ROOMS = (
+    "analysis", "checkpoint", "config", "data", "decode", "evaluation", "exits", "hf", "losses", "model", "optim",
+    "perf", "recurrence", "remat", "report", "runtime", "sharding", "tasks", "tokenizer", "train",
+)  # fmt: skip
 
 __all__ = [*_HOME, *_ROOMS]
 

@@ -330,7 +330,7 @@ def _margin_update(rule: ExitRule, previous: tuple[()], seen: Observation):
 def classifier(weights: Any, threshold: Any = 0.5) -> ExitRule:
     """Learnt: sigmoid(w . s + bias) reaches `threshold`; costs 2 D FLOPs a look.
 
-    weights: {"w": f32 [D], "bias": f32 scalar}, such as `rdlm.tasks.halting` learns them.
+    weights: {"w": f32 [D], "bias": f32 scalar}, such as `experiments.studies.shared.halting` learns them.
     """
     rule_threshold = _positive("classifier", threshold)
     return ExitRule(rule_threshold, "classifier", _fixed_init, _classifier_update, _at_least, weights=weights)

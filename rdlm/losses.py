@@ -12,7 +12,6 @@ from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Float32, Int, Int32
 
 from rdlm.config import InputError, ModelConfig
-from rdlm.memory import PLAIN, Plan
 from rdlm.model import (
     Params,
     check_ids,
@@ -28,8 +27,9 @@ from rdlm.model import (
     typed_key,
 )
 from rdlm.model import decode as coda
-from rdlm.modules import Context
+from rdlm.model.blocks import Context
 from rdlm.recurrence import Step, Weights, checkpoints, initial_state, unroll, unroll_for_training
+from rdlm.remat import PLAIN, Plan
 
 IGNORED = -100
 """Label that is not scored."""

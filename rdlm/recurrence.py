@@ -22,7 +22,7 @@ from jax import Array, lax
 from jaxtyping import Float, Int, Int32, Key
 
 from rdlm.config import InputError, Remat, Scheme
-from rdlm.memory import recomputed
+from rdlm.remat import recomputed
 
 State = Any
 Step = Callable[[State, Array], State]
@@ -149,7 +149,7 @@ def unroll(step: Step, s: State, n: Int[Array, ""] | int, k: Int[Array, ""] | in
         (n, k); a Python k compiles exactly k slots.
       max_k: number of gradient slots for a traced k.
 
-    What `step` marked with `rdlm.memory.keep` is stored for the backward pass, in every slot, used or not. A training
+    What `step` marked with `rdlm.remat.keep` is stored for the backward pass, in every slot, used or not. A training
     step runs `unroll_for_training`.
 
     Returns:
@@ -219,7 +219,7 @@ def unroll_for_training(
       n, k: steps without and with gradient, traced or not. Of a k beyond `slots` the first steps lose their gradient.
       slots: most steps with gradient.
       weights: see `Weights`.
-      remat: "none" keeps what `step` marked with `rdlm.memory.keep`. Otherwise the input of each gradient step is kept
+      remat: "none" keeps what `step` marked with `rdlm.remat.keep`. Otherwise the input of each gradient step is kept
         and the step run again; under "offload" it waits in the host's memory (TPU).
     """
     differentiated = _keeping_marked if remat == "none" else _keeping_input

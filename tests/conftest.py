@@ -68,12 +68,12 @@ def command(monkeypatch, capsys):
 @pytest.fixture(scope="session")
 def nano_data(tmp_path_factory):
     """Where invented text lies prepared, for the preset nano."""
-    from rdlm.data import prepare
+    from rdlm.data import prepare_embedded
 
     folder, invent, data = tmp_path_factory.mktemp("nano") / "data", random.Random(0), PRESETS["nano"].data
     words = ["".join(invent.choices("aeioubdglmnrst", k=invent.randint(2, 7))) for _ in range(99)]
     texts = [f"{i} " + " ".join(invent.choices(words, k=60)) for i in range(200)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(importlib.import_module("rdlm.data.prepare"), "_documents", lambda data: texts)
-        prepare(dataclasses.replace(data, folder=str(folder), validation_fraction=0.1))
+        patch.setattr(importlib.import_module("rdlm.data.prepare.embedded"), "_documents", lambda data: texts)
+        prepare_embedded(dataclasses.replace(data, folder=str(folder), validation_fraction=0.1))
     return folder

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from jax.lax import stop_gradient
 
 from rdlm.config import InputError, Scheme
-from rdlm.memory import keep
 from rdlm.recurrence import (
     checkpoints,
     initial_state,
@@ -23,6 +22,7 @@ from rdlm.recurrence import (
     unroll_for_training,
     unroll_until,
 )
+from rdlm.remat import keep
 
 K, D = 4, 6  # most gradient steps; width
 TOLERANCE = 1e-5

@@ -15,7 +15,7 @@ import pytest
 
 from rdlm import sharding
 from rdlm.config import InputError, MeshConfig, preset
-from rdlm.evaluate import depth_curve
+from rdlm.evaluation.depth import depth_curve
 from rdlm.losses import loss
 from rdlm.model import init_params, logical_axes
 from rdlm.recurrence import max_gradient_steps

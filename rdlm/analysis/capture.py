@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 
 from rdlm.config import InputError, ModelConfig
 from rdlm.model import Params, check_tokens, noisy, readout, start, stepping
-from rdlm.modules import SandwichBlock, linear
+from rdlm.model.blocks import SandwichBlock, linear
 from rdlm.recurrence import trajectory
 
 

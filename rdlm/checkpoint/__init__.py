@@ -8,7 +8,9 @@ Every reader adds the bits up again: a flipped bit is as much damage as a file c
 
 import logging
 
-from rdlm.checkpoint.folder import (
+from rdlm.checkpoint.integrity import as_abstract
+from rdlm.checkpoint.manager import Checkpoints, SaveError, save_parameters
+from rdlm.checkpoint.run_folder import (
     load_checkpoint,
     load_tokenizer,
     read_config,
@@ -16,8 +18,6 @@ from rdlm.checkpoint.folder import (
     saved_steps,
     write_config,
 )
-from rdlm.checkpoint.manager import Checkpoints, SaveError, save_parameters
-from rdlm.checkpoint.whole import as_abstract
 
 # Orbax tells every detail of every save at level INFO and WARNING, and at ERROR the traceback of what it raises anyway.
 logging.getLogger("absl").setLevel(logging.CRITICAL)

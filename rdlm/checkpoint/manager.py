@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
-from rdlm.checkpoint.folder import saved_steps, write_config
-from rdlm.checkpoint.whole import as_mapping, bit_sum, first_line, reading, wrong_sum
+from rdlm.checkpoint.integrity import as_mapping, bit_sum, first_line, reading, wrong_sum
+from rdlm.checkpoint.run_folder import saved_steps, write_config
 from rdlm.config import InputError, RunConfig
 from rdlm.model import Params
 from rdlm.runtime import RunError, exchange, is_first

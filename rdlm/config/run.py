@@ -223,7 +223,7 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AlarmConfig:
-    """What happens when a validation finds the recurrence unwell (`rdlm.vitals`)."""
+    """What happens when a validation finds the recurrence unwell (`rdlm.analysis.vitals`)."""
 
     action: Literal["warn", "stop"] = "warn"
     """warn: say so and go on; stop: also save and exit with code 3."""

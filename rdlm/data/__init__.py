@@ -1,16 +1,16 @@
 """Tokenised, packed training data: prepared once, read as a pure function of the step; or streamed."""
 
-from rdlm.data.build import Corpus, build
-from rdlm.data.documents import Part, Reading, parts, read
-from rdlm.data.finding import InputFile, find
+from rdlm.data.from_config import RunData, open_data, open_validation
 from rdlm.data.loader import Batch, PackedData
 from rdlm.data.manifest import Manifest, Recipe, read_manifest
 from rdlm.data.mixture import Chain, Mixture
-from rdlm.data.open import RunData, open_data, open_validation
 from rdlm.data.packing import IGNORED, Document, Row, best_fit, concatenate_and_split, document_start, sequence_ids
 from rdlm.data.prefetch import prefetch
-from rdlm.data.prepare import prepare, prepared_folder
-from rdlm.data.shards import build_shard, held_out
+from rdlm.data.prepare.build import Corpus, build
+from rdlm.data.prepare.documents import Part, Reading, parts, read
+from rdlm.data.prepare.embedded import prepare_embedded, prepared_folder
+from rdlm.data.prepare.find_files import InputFile, find
+from rdlm.data.prepare.shards import build_shard, held_out
 from rdlm.data.stream import StreamedData
 
 __all__ = [
@@ -40,7 +40,7 @@ __all__ = [
     "open_validation",
     "parts",
     "prefetch",
-    "prepare",
+    "prepare_embedded",
     "prepared_folder",
     "read",
     "read_manifest",

@@ -8,8 +8,8 @@ from pathlib import Path
 import fsspec
 
 from rdlm.config import InputError
-from rdlm.data.folders import complete_folder
 from rdlm.data.manifest import read_manifest
+from rdlm.runtime.files import complete_folder
 
 
 def local_copy(folder: str, cache: str) -> Path:

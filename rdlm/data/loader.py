@@ -48,7 +48,7 @@ class PackedData:
         """Open a split.
 
         Args:
-          folder: made by `prepare` or `build`.
+          folder: made by `prepare_embedded` or `build`.
           split: "train" or "validation".
           sequence_length: L, as prepared.
           batch_size: B, rows of a step over all processes.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rdlm.config import InputError, Packing, from_json, require, to_json
-from rdlm.data.documents import Reading
+from rdlm.data.prepare.documents import Reading
 
 FORMAT_VERSION = 2
 """Raised whenever folders written before must not be read any more."""

@@ -17,12 +17,12 @@ import numpy as np
 from grain.experimental import WindowShuffleIterDataset, index_shuffle
 
 from rdlm.config import InputError
-from rdlm.data.documents import Part, Text, parts, read
-from rdlm.data.finding import find
 from rdlm.data.loader import Batch, Example, PackedData, check_sources, my_rows, stack
 from rdlm.data.manifest import Manifest
 from rdlm.data.packing import Document, Row, mix
-from rdlm.data.shards import DOCUMENT_STRIDE, encode, held_out
+from rdlm.data.prepare.documents import Part, Text, parts, read
+from rdlm.data.prepare.find_files import find
+from rdlm.data.prepare.shards import DOCUMENT_STRIDE, encode, held_out
 from rdlm.runtime import exchange
 from rdlm.tokenizer import Tokenizer
 

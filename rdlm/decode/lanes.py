@@ -19,13 +19,13 @@ from jax import Array, lax
 from jaxtyping import Bool, Int
 
 from rdlm import exits
-from rdlm.cache import Cache, KeyValue, allocate, past_bias, skip_bias, write
 from rdlm.config import CachePolicy, ModelConfig
 from rdlm.decode.loop import Progress, WarmStart, token_keys
 from rdlm.decode.requests import Request
 from rdlm.decode.sampling import choose, known_only, stops
 from rdlm.exits import Observation
 from rdlm.model import Params, context, core_step, decode, embed, head, inject, noisy
+from rdlm.model.cache import Cache, KeyValue, allocate, past_bias, skip_bias, write
 from rdlm.recurrence import initial_state
 
 Rows = tuple[KeyValue, ...]

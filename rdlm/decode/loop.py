@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int, Int32, Key
 
-from rdlm.cache import Cache, allocate
 from rdlm.config import CachePolicy, ModelConfig
 from rdlm.decode.passes import run_pass
 from rdlm.decode.requests import Request
 from rdlm.decode.sampling import choose, known_only, stops
 from rdlm.model import Params, compute_dtype
+from rdlm.model.cache import Cache, allocate
 
 WarmStart = Literal[False, "normalized", "raw"]
 """From where a token's state starts, if not from noise: its predecessor's last one, after ln_f or before."""

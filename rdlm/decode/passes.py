@@ -12,7 +12,6 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
-from rdlm.cache import Cache, allocate, append, grow, past_bias
 from rdlm.config import CachePolicy, InputError, ModelConfig
 from rdlm.exits import ExitRule
 from rdlm.model import (
@@ -28,6 +27,7 @@ from rdlm.model import (
     context,
     typed_key,
 )
+from rdlm.model.cache import Cache, allocate, append, grow, past_bias
 from rdlm.recurrence import initial_state
 
 PREFILL_EXITS = ("per_token", "together", "never")

@@ -18,7 +18,6 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Float32, Int, Int32
 
-from rdlm.cache import Cache, KeyValue
 from rdlm.config import CachePolicy, InputError, ModelConfig, Speculative
 from rdlm.decode.loop import Progress, token_keys
 from rdlm.decode.passes import run_pass
@@ -26,6 +25,7 @@ from rdlm.decode.requests import Request
 from rdlm.decode.sampling import known_only, penalise, probabilities, stops
 from rdlm.exits import ExitRule
 from rdlm.model import Params
+from rdlm.model.cache import Cache, KeyValue
 
 
 def check_speculation(

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rdlm.config import ModelConfig
-from rdlm.modules import rotary_frequencies
+from rdlm.model.blocks import rotary_frequencies
 
 PREFIXES = ("_orig_mod.", "_original_module.")
 """What wrappers of the reference's raw training checkpoints put before every name."""
@@ -38,7 +38,7 @@ def table(config: ModelConfig) -> dict[str, Entry]:
     G = H // K
     heads = H + 2 * K
     # The reference stacks all query heads, all keys, all values; our columns go by key head: its G query heads, its
-    # key, its value (see rdlm.modules.SelfAttention).
+    # key, its value (see rdlm.model.blocks.SelfAttention).
     order = tuple(h for k in range(K) for h in (*range(k * G, (k + 1) * G), H + k, H + K + k))
 
     def plain(*path: str, shape: tuple[int, ...]) -> Entry:

@@ -16,13 +16,13 @@ from jax import Array
 from jaxtyping import Bool, Float, Int, Key
 
 from rdlm import exits
-from rdlm.attention import HIDDEN
-from rdlm.cache import Cache, Own, held_set, read_set, skip_bias, write_set, zeros
 from rdlm.config import CachePolicy, ModelConfig
 from rdlm.exits import ExitRule, Observation
+from rdlm.model.attention import HIDDEN
+from rdlm.model.blocks import Context
+from rdlm.model.cache import Cache, Own, held_set, read_set, skip_bias, write_set, zeros
 from rdlm.model.network import Layers, Params, core_step, decode, embed, head, inject
 from rdlm.model.noise import noisy
-from rdlm.modules import Context
 from rdlm.recurrence import unroll_until
 
 

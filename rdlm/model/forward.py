@@ -16,6 +16,7 @@ from jaxtyping import Float, Int32, Key
 from rdlm.config import CachePolicy, InputError, ModelConfig
 from rdlm.exits import ExitRule
 from rdlm.model.adaptive import adaptive_pass
+from rdlm.model.blocks import Context
 from rdlm.model.network import (
     Params,
     compute_dtype,
@@ -27,7 +28,6 @@ from rdlm.model.network import (
     readout,
 )
 from rdlm.model.noise import noisy
-from rdlm.modules import Context
 from rdlm.recurrence import Step, initial_state, unroll
 
 

@@ -16,11 +16,11 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Float32, Int, Int32, Key
 
-from rdlm.attention import HIDDEN, causal_bias, fits_flash
-from rdlm.cache import KeyValue
 from rdlm.config import ModelConfig
-from rdlm.memory import PLAIN, Plan
-from rdlm.modules import Context, RMSNorm, SandwichBlock, linear, rotary_tables, takase_std, weight
+from rdlm.model.attention import HIDDEN, causal_bias, fits_flash
+from rdlm.model.blocks import Context, RMSNorm, SandwichBlock, linear, rotary_tables, takase_std, weight
+from rdlm.model.cache import KeyValue
+from rdlm.remat import PLAIN, Plan
 
 Params = Any
 Layers = tuple[KeyValue, ...]
@@ -159,7 +159,7 @@ def core_step(
 ) -> tuple[Float[Array, "B L D"], Layers]:
     """One recurrence, A[s; e] and the core blocks: s -> (new s, own keys and values per core layer).
 
-    `injected` is `inject(params, config, e)`. `past`, `held` and `active` as in `rdlm.modules.SelfAttention`.
+    `injected` is `inject(params, config, e)`. `past`, `held` and `active` as in `rdlm.model.blocks.SelfAttention`.
     """
     x = linear(s, plan.fetch("adapter", params["adapter"])[0].astype(s.dtype)) + injected
     return _blocks(params, config, "core", config.core_layers, x, ctx, past, held, active, plan)

@@ -2,6 +2,7 @@
 
 from rdlm.report.depth import CURVE, depth_distribution, plot_loss_by_depth, read_curve
 from rdlm.report.figures import shown
+from rdlm.report.questions import plot_accuracy, plot_steps
 from rdlm.report.results import write_result, write_table
 from rdlm.report.sweep import FIXED, on_front, plot_sweep
 from rdlm.report.trajectories import (
@@ -18,6 +19,7 @@ __all__ = [
     "FIXED",
     "depth_distribution",
     "on_front",
+    "plot_accuracy",
     "plot_contraction",
     "plot_distance",
     "plot_heatmap",
@@ -25,6 +27,7 @@ __all__ = [
     "plot_lens",
     "plot_loss_by_depth",
     "plot_paths",
+    "plot_steps",
     "plot_sweep",
     "read_curve",
     "shown",

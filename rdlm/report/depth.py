@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from rdlm import flops
 from rdlm.checkpoint import read_config
 from rdlm.config import InputError, RunConfig
+from rdlm.perf import flops
 from rdlm.recurrence import sample_steps
 from rdlm.report.figures import BLUE, GREY, new_figure, save_figure
 

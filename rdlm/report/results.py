@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
+import re
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rdlm.runtime import write_whole
-from rdlm.tasks.record import command, commit, compact
 
 
 def write_result(path: Path, found: Mapping[str, Any], units: Mapping[str, str]) -> Path:
@@ -39,6 +42,25 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     table.writeheader()
     table.writerows({name: "" if x is None else x for name, x in _plain(row).items()} for row in rows)
     return write_whole(path, out.getvalue(), make_folder=True)
+
+
+def compact(tree: Any) -> str:
+    """JSON with every list of numbers on one line, and a newline at its end."""
+    text = json.dumps(tree, indent=1)
+    return re.sub(r"\[[^\[\]{}]*\]", lambda found: re.sub(r"\s+", " ", found[0]), text) + "\n"
+
+
+def command() -> str:
+    """This command line, without --runs and --results: where one machine keeps things says nothing about a result."""
+    script = Path(sys.argv[0])
+    words = " ".join(["python", f"{script.parent.name}/{script.name}", *sys.argv[1:]])
+    return re.sub(r" --(runs|results)[ =]\S+", "", words)
+
+
+def commit() -> str:
+    """The commit of the code that runs."""
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
 
 
 def _plain(tree: Any) -> Any:

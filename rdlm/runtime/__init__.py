@@ -1,6 +1,7 @@
 """Process start and end: command lines, exit codes, the other processes of a run, versions."""
 
-from rdlm.runtime.commands import (
+from rdlm.runtime.allocator import reuse_freed_memory
+from rdlm.runtime.cli import (
     EXIT_ALARM,
     EXIT_DONE,
     EXIT_FAILED,
@@ -10,9 +11,10 @@ from rdlm.runtime.commands import (
     parse_arguments,
     run_command,
 )
-from rdlm.runtime.compiled import compiled_programs, keep_compiled_programs
-from rdlm.runtime.files import write_whole
+from rdlm.runtime.compile_cache import compiled_programs, keep_compiled_programs
+from rdlm.runtime.files import complete_folder, write_whole
 from rdlm.runtime.processes import RunError, StartError, exchange, is_first, on_tpu, start, together
+from rdlm.runtime.progress import Bar, Progress, duration
 from rdlm.runtime.versions import versions
 
 __all__ = [
@@ -21,15 +23,20 @@ __all__ = [
     "EXIT_FAILED",
     "EXIT_PREEMPTED",
     "EXIT_WRONG_INPUT",
+    "Bar",
+    "Progress",
     "RunError",
     "StartError",
     "compiled_programs",
+    "complete_folder",
+    "duration",
     "exchange",
     "is_first",
     "keep_compiled_programs",
     "leaving_on_sigterm",
     "on_tpu",
     "parse_arguments",
+    "reuse_freed_memory",
     "run_command",
     "start",
     "together",

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rdlm.config import InputError
-from rdlm.runtime.compiled import keep_compiled_programs
+from rdlm.runtime.compile_cache import keep_compiled_programs
 from rdlm.runtime.lifelines import Peer, leave, relay, watch
 
 T = TypeVar("T")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 
-from rdlm.runtime.compiled import compiled_programs
+from rdlm.runtime.compile_cache import compiled_programs
 
 
 def versions() -> dict[str, str]:

@@ -13,6 +13,8 @@ from rdlm.config import InputError, require
 
 IGNORED = -100
 """Label that is not scored."""
+TEST_STREAM = 1_000_000
+"""Stream of test instances; seeds of training are below."""
 
 
 class Instance(NamedTuple):

@@ -16,20 +16,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rdlm import flops, sharding
+from rdlm import sharding
+from rdlm.analysis.vitals import alarms, vitals
 from rdlm.checkpoint import Checkpoints, SaveError, as_abstract, read_config, saved_steps, write_config
 from rdlm.config import PRESETS, InputError, RunConfig, differences
 from rdlm.data import open_data, prefetch
-from rdlm.evaluate import DepthCurve, depth_curve
-from rdlm.metrics import Meter, MetricsWriter, Progress, matmul_peak
+from rdlm.evaluation.depth import DepthCurve, depth_curve
 from rdlm.model import Params
 from rdlm.optim import optimizer, schedule
+from rdlm.perf import flops
+from rdlm.perf.flops import matmul_peak
 from rdlm.runtime import EXIT_ALARM, EXIT_DONE, EXIT_PREEMPTED, compiled_programs, exchange, is_first, together
+from rdlm.runtime.progress import Progress
 from rdlm.tokenizer import Tokenizer
 from rdlm.train.faults import Faults, describe, modules, saved_faults
+from rdlm.train.metrics import Meter, MetricsWriter
+from rdlm.train.preemption import Preemption, Stop
 from rdlm.train.step import TrainState, init_state, layout_of, state_shardings, train_step
-from rdlm.train.stopping import Preemption, Stop
-from rdlm.vitals import alarms, vitals
 
 GO_ON = "the same command goes on, with --alarms.action warn past the next one too"
 

@@ -15,10 +15,10 @@ from jax.sharding import Mesh, PartitionSpec
 from rdlm import sharding
 from rdlm.config import ModelConfig, RunConfig
 from rdlm.losses import IGNORED, Batch, as_batch, token_losses
-from rdlm.memory import Plan
 from rdlm.model import Params, init_params, logical_axes
 from rdlm.optim import module_norms, schedule
 from rdlm.recurrence import max_gradient_steps, sample_steps
+from rdlm.remat import Plan
 from rdlm.sharding import SPLIT, Layout
 from rdlm.train.faults import first_bad, unless
 

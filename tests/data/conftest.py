@@ -7,7 +7,7 @@ import random
 import pytest
 
 from rdlm.config import DataConfig, InputError
-from rdlm.data import prepare
+from rdlm.data import prepare_embedded
 
 
 @pytest.fixture(scope="session")
@@ -19,7 +19,7 @@ def real_data(tmp_path_factory):
 @pytest.fixture(scope="session")
 def real_folder(real_data):
     """The World Factbook, prepared."""
-    return prepare(real_data)
+    return prepare_embedded(real_data)
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +33,7 @@ def tiny_texts():
 @pytest.fixture
 def tiny_data(tmp_path, monkeypatch, tiny_texts):
     """A DataConfig whose corpus is `tiny_texts`: prepared in milliseconds."""
-    monkeypatch.setattr(importlib.import_module("rdlm.data.prepare"), "_documents", lambda data: tiny_texts)
+    monkeypatch.setattr(importlib.import_module("rdlm.data.prepare.embedded"), "_documents", lambda data: tiny_texts)
     return DataConfig(
         folder=str(tmp_path / "data"), tokenizer_size=320, sequence_length=16, batch_size=4, validation_fraction=0.2
     )

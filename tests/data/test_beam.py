@@ -6,7 +6,7 @@ import json
 import pytest
 
 from rdlm.data import Corpus, Recipe, build, find, parts
-from rdlm.data.beam import build_with_beam
+from rdlm.data.prepare.beam import build_with_beam
 from rdlm.tokenizer import Tokenizer
 
 BYTES = Tokenizer.bytes_only()

@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 
 from rdlm.data import Corpus, PackedData, Reading, Recipe, best_fit, build, find, held_out, parts, read_manifest
+from rdlm.data.prepare.shards import DOCUMENT_STRIDE, digest
 from rdlm.data.records import RowFiles
-from rdlm.data.shards import DOCUMENT_STRIDE, digest
 from rdlm.tokenizer import Tokenizer
 
-module = importlib.import_module("rdlm.data.build")
+module = importlib.import_module("rdlm.data.prepare.build")
 ROOT = Path(__file__).parents[2]
 RECIPE = Recipe(32, validation_fraction=0.2)
 BYTES = Tokenizer.bytes_only()
@@ -213,7 +213,7 @@ def test_stopped_at_any_write_and_run_again_it_gives_the_same_bytes(prepare_it, 
         patch.setattr(Path, "replace", dying(replace))
         patch.setattr(Path, "rename", dying(rename))
         # What a killed process leaves is not tidied up either.
-        patch.setattr("rdlm.data.shards.shutil.rmtree", lambda *a, **k: None)
+        patch.setattr("rdlm.data.prepare.shards.shutil.rmtree", lambda *a, **k: None)
         with pytest.raises(Killed):
             prepare_it()
         assert not (tmp_path / "out").exists()
@@ -326,7 +326,7 @@ def test_a_bad_document_ends_it_and_leaves_no_target(prepare_it, source, tmp_pat
 
 
 def test_a_full_disk_is_one_line_and_the_work_so_far_is_kept(prepare_it, monkeypatch, one_line):
-    shards = importlib.import_module("rdlm.data.shards")
+    shards = importlib.import_module("rdlm.data.prepare.shards")
     real, calls = shards.write_rows, []
 
     def full(*args):

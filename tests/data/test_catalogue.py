@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import tensorflow_datasets as tfds
 
-from rdlm.data import Corpus, Reading, Recipe, build, catalogue, read
+from rdlm.data import Corpus, Reading, Recipe, build, read
+from rdlm.data.prepare import tfds as catalogue
 from rdlm.tokenizer import Tokenizer
 
 BYTES = Tokenizer.bytes_only()

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rdlm.data import Reading, find, parts, read
-from rdlm.data.documents import Part
+from rdlm.data.prepare.documents import Part
 
 LINES = st.lists(st.sampled_from(["", " ", "a", "bc", "déf 🙂", "x" * 30, "\t"]), max_size=30)
 ENDS = st.sampled_from(["\n", "\r\n"])
@@ -175,7 +175,7 @@ def test_what_is_not_there_is_named_in_one_line(tmp_path, path, message, one_lin
 
 
 def test_a_document_too_large_for_memory_is_refused(tmp_path, monkeypatch, one_line):
-    monkeypatch.setattr("rdlm.data.documents._LARGEST", 2**20)
+    monkeypatch.setattr("rdlm.data.prepare.documents._LARGEST", 2**20)
     (tmp_path / "a.txt").write_text("line of text\n" * 100_000)
     with one_line("byte 0: a document of more than 1 MiB; cut it, or .*--document line"):
         everything([tmp_path / "a.txt"], Reading())

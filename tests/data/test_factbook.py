@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import tensorflow_datasets as tfds
 
-from rdlm.data import factbook, held_out
+from rdlm.data import held_out
+from rdlm.data.prepare import factbook
 
 
 @pytest.fixture(scope="session")
@@ -64,7 +65,7 @@ def test_any_tfds_reader_can_read_it(real_data, texts):
 
 def test_it_is_built_and_read_without_tensorflow(tmp_path):
     program = (
-        "import sys; from pathlib import Path; from rdlm.data import factbook\n"
+        "import sys; from pathlib import Path; from rdlm.data.prepare import factbook\n"
         "print(len(factbook.documents(Path(sys.argv[1]))), 'tensorflow' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=False)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rdlm.data import IGNORED, PackedData, Row, prepare, read_manifest
+from rdlm.data import IGNORED, PackedData, Row, prepare_embedded, read_manifest
 from rdlm.data.records import RowFile, token_dtype, write_rows
 from rdlm.tokenizer import Tokenizer
 
@@ -17,7 +17,7 @@ NAMES = ["tokens", "labels", "segment_ids", "positions", "sequence_ids"]
 
 @pytest.fixture
 def tiny_folder(tiny_data):
-    return prepare(tiny_data)
+    return prepare_embedded(tiny_data)
 
 
 @pytest.fixture

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rdlm.data import Document, concatenate_and_split, held_out, prepare, prepared_folder, read_manifest
-from rdlm.data.folders import complete_folder
+from rdlm.data import Document, concatenate_and_split, held_out, prepare_embedded, prepared_folder, read_manifest
 from rdlm.data.records import RowFiles
+from rdlm.runtime.files import complete_folder
 from rdlm.tokenizer import Tokenizer
 
-module = importlib.import_module("rdlm.data.prepare")  # the package's `prepare` is the function
+module = importlib.import_module("rdlm.data.prepare.embedded")  # the package's `prepare_embedded` is the function
 
 
 def rows_of(folder, split):
@@ -33,7 +33,7 @@ def siblings(folder):
 
 
 def test_rows_are_the_packed_documents_of_each_split(tiny_data, tiny_texts):
-    folder = prepare(tiny_data)
+    folder = prepare_embedded(tiny_data)
     tokenizer, manifest = Tokenizer.load(folder / "tokenizer"), read_manifest(folder, checksums=True)
     for split, out in (("train", False), ("validation", True)):
         chosen = [(i, text) for i, text in enumerate(tiny_texts) if held_out(text, 0.2) == out]
@@ -52,7 +52,7 @@ def test_rows_are_the_packed_documents_of_each_split(tiny_data, tiny_texts):
 
 
 def test_the_tokenizer_learns_from_train_documents_only(tiny_data, tiny_texts):
-    used = read_manifest(prepare(tiny_data)).tokenizer_hash
+    used = read_manifest(prepare_embedded(tiny_data)).tokenizer_hash
     train = [text for text in tiny_texts if not held_out(text, 0.2)]
     assert used == Tokenizer.train(train, 320).hash
     assert used != Tokenizer.train(tiny_texts, 320).hash  # control: leaking would show
@@ -60,9 +60,9 @@ def test_the_tokenizer_learns_from_train_documents_only(tiny_data, tiny_texts):
 
 def test_a_given_tokenizer_is_used_and_has_a_folder_of_its_own(tiny_data, tiny_texts):
     mine = Tokenizer.train(tiny_texts[:30], 320)
-    folder = prepare(tiny_data, tokenizer=mine)
+    folder = prepare_embedded(tiny_data, tokenizer=mine)
     assert Tokenizer.load(folder / "tokenizer").hash == mine.hash == read_manifest(folder).tokenizer_hash
-    assert folder != prepare(tiny_data)
+    assert folder != prepare_embedded(tiny_data)
 
 
 def test_the_split_is_disjoint_stable_and_of_the_asked_size(tiny_texts):
@@ -85,7 +85,7 @@ def test_no_document_is_in_both_splits(real_folder):
 
 
 def test_the_real_corpus_comes_back_word_for_word(real_data, real_folder):
-    from rdlm.data import factbook
+    from rdlm.data.prepare import factbook
 
     texts = factbook.documents(Path(real_data.folder) / "tfds")
     tokenizer = Tokenizer.load(real_folder / "tokenizer")
@@ -98,8 +98,8 @@ def test_the_real_corpus_comes_back_word_for_word(real_data, real_folder):
 
 
 def test_equal_settings_give_equal_bytes(tiny_data, tmp_path):
-    first = prepare(tiny_data)
-    second = prepare(dataclasses.replace(tiny_data, folder=str(tmp_path / "elsewhere")))
+    first = prepare_embedded(tiny_data)
+    second = prepare_embedded(dataclasses.replace(tiny_data, folder=str(tmp_path / "elsewhere")))
     assert (first / "manifest.json").read_text() == (second / "manifest.json").read_text()
     read_manifest(second, checksums=True)
 
@@ -121,10 +121,10 @@ def test_the_folder_is_named_by_what_decides_its_content(tiny_data, change, name
 
 
 def test_a_second_call_reuses_the_folder(tiny_data, monkeypatch):
-    folder = prepare(tiny_data)
+    folder = prepare_embedded(tiny_data)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     monkeypatch.setattr(module, "_write", None)  # would fail if called
-    assert prepare(tiny_data) == folder
+    assert prepare_embedded(tiny_data) == folder
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
@@ -135,9 +135,9 @@ def test_an_interrupted_preparation_leaves_nothing(tiny_data, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(module, "finish", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            prepare(tiny_data)
+            prepare_embedded(tiny_data)
     assert siblings(tiny_data.folder) == []
-    read_manifest(prepare(tiny_data))
+    read_manifest(prepare_embedded(tiny_data))
 
 
 def test_what_a_killed_process_left_is_never_read(tiny_data):
@@ -145,7 +145,7 @@ def test_what_a_killed_process_left_is_never_read(tiny_data):
     left = final.parent / f".{final.name}.partial-0123456789ab"
     left.mkdir(parents=True)
     (left / "train-00000.array_record").write_bytes(b"half")
-    folder = prepare(tiny_data)
+    folder = prepare_embedded(tiny_data)
     read_manifest(folder, checksums=True)
     assert siblings(tiny_data.folder) == sorted([left.name, final.name])
 
@@ -164,11 +164,11 @@ def test_two_processes_may_prepare_at_once(tmp_path):
     program = (
         "import sys, importlib\n"
         "from rdlm.config import DataConfig\n"
-        "from rdlm.data import prepare, read_manifest\n"
+        "from rdlm.data import prepare_embedded, read_manifest\n"
         "texts = [f'{i} ' + ' '.join(dir(str)[i % 9::9] + dir(int)[i % 7::7]) for i in range(200)]\n"
-        "importlib.import_module('rdlm.data.prepare')._documents = lambda data: texts\n"
+        "importlib.import_module('rdlm.data.prepare.embedded')._documents = lambda data: texts\n"
         "print('ready', flush=True); sys.stdin.readline()\n"
-        "folder = prepare(DataConfig(folder=sys.argv[1], tokenizer_size=300, sequence_length=8))\n"
+        "folder = prepare_embedded(DataConfig(folder=sys.argv[1], tokenizer_size=300, sequence_length=8))\n"
         "print(read_manifest(folder, checksums=True).tokenizer_hash)"
     )
     command = [sys.executable, "-c", program, str(tmp_path)]
@@ -191,38 +191,38 @@ def test_two_processes_may_prepare_at_once(tmp_path):
 def test_a_folder_that_cannot_be_written_is_named(tiny_data, tmp_path, one_line):
     (tmp_path / "file").write_text("")
     with one_line("file/factbook.*cannot be written.*data.folder"):
-        prepare(dataclasses.replace(tiny_data, folder=str(tmp_path / "file")))
+        prepare_embedded(dataclasses.replace(tiny_data, folder=str(tmp_path / "file")))
 
 
 def test_a_full_disk_is_reported_and_leaves_nothing(tiny_data, monkeypatch, one_line):
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(importlib.import_module("rdlm.data.shards"), "write_rows", full)
+    monkeypatch.setattr(importlib.import_module("rdlm.data.prepare.shards"), "write_rows", full)
     with one_line("No space left on device"):
-        prepare(tiny_data)
+        prepare_embedded(tiny_data)
     assert siblings(tiny_data.folder) == []
 
 
 def test_a_bucket_is_refused(tiny_data, one_line):
     with one_line("must be a local folder"):
-        prepare(dataclasses.replace(tiny_data, folder="gs://bucket/data"))
+        prepare_embedded(dataclasses.replace(tiny_data, folder="gs://bucket/data"))
 
 
 def test_a_tokenizer_of_another_size_is_refused(tiny_data, tiny_texts, one_line):
     with one_line("data.tokenizer_size = 320: the tokenizer given has 300 entries"):
-        prepare(tiny_data, tokenizer=Tokenizer.train(tiny_texts, 300))
+        prepare_embedded(tiny_data, tokenizer=Tokenizer.train(tiny_texts, 300))
 
 
 @pytest.mark.parametrize(("fraction", "split"), [(1e-9, "validation"), (1 - 1e-9, "train")])
 def test_an_empty_split_is_refused(tiny_data, fraction, split, one_line):
     with one_line(f"data.validation_fraction = .*leaves no {split} document of 60"):
-        prepare(dataclasses.replace(tiny_data, validation_fraction=fraction))
+        prepare_embedded(dataclasses.replace(tiny_data, validation_fraction=fraction))
 
 
 def test_too_little_text_for_the_tokenizer_is_reported(tiny_data, one_line):
     with one_line("yield only"):
-        prepare(dataclasses.replace(tiny_data, tokenizer_size=4096))
+        prepare_embedded(dataclasses.replace(tiny_data, tokenizer_size=4096))
 
 
 def _edit(folder, **changes):
@@ -248,13 +248,13 @@ def _edit(folder, **changes):
     ],
 )
 def test_a_folder_that_was_damaged_or_is_another_is_refused(tiny_data, damage, match, one_line):
-    damage(prepare(tiny_data))
+    damage(prepare_embedded(tiny_data))
     with one_line(match):
-        prepare(tiny_data)
+        prepare_embedded(tiny_data)
 
 
 def test_checksums_see_a_single_changed_byte(tiny_data, one_line):
-    folder = prepare(tiny_data)
+    folder = prepare_embedded(tiny_data)
     path = folder / "tokenizer" / "tokenizer.json"
     path.write_text(path.read_text().replace("end_turn", "end_tern", 1))
     read_manifest(folder)  # control: sizes alone do not
@@ -266,7 +266,7 @@ def test_checksums_see_a_single_changed_byte(tiny_data, one_line):
 
 
 def test_progress_is_plain_lines_where_there_is_no_terminal(tiny_data, capsys):
-    prepare(tiny_data)
+    prepare_embedded(tiny_data)
     out, err = capsys.readouterr()
     assert out == ""
     assert err.splitlines() == [
@@ -274,5 +274,5 @@ def test_progress_is_plain_lines_where_there_is_no_terminal(tiny_data, capsys):
         "Training a tokenizer of 320 entries on 48 documents",
         "Packing 60 documents into rows of 16",
     ]
-    prepare(tiny_data)
+    prepare_embedded(tiny_data)
     assert capsys.readouterr().err == ""

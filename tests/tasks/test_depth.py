@@ -6,9 +6,9 @@ import pytest
 
 from rdlm import exits
 from rdlm.config import InputError, ModelConfig
+from rdlm.evaluation.difficulty import by_depth, logits_by_depth, with_exits, with_sequence_exits
 from rdlm.model import forward, init_params
 from rdlm.tasks import IGNORED, WordProblem, batch
-from rdlm.tasks.depth import by_depth, logits_by_depth, with_exits, with_sequence_exits
 
 TASK = WordProblem("S3", 5)
 CONFIG = ModelConfig(

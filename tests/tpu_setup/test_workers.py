@@ -19,7 +19,7 @@ import pytest
 from fake_place import ROOT, SETTINGS, TOOLS, Place, copy_of_repository, executable, link_tools, tool_or_skip
 
 from rdlm.config import PRESETS
-from rdlm.data import prepare
+from rdlm.data import prepare_embedded
 
 STEPS = 60
 COMMAND = [
@@ -117,9 +117,9 @@ def data(tmp_path, monkeypatch):
     invent = random.Random(0)
     words = ["".join(invent.choices("aeioubdglmnrst", k=invent.randint(2, 7))) for _ in range(99)]
     texts = [f"{i} " + " ".join(invent.choices(words, k=60)) for i in range(200)]
-    monkeypatch.setattr(importlib.import_module("rdlm.data.prepare"), "_documents", lambda data: texts)
+    monkeypatch.setattr(importlib.import_module("rdlm.data.prepare.embedded"), "_documents", lambda data: texts)
     folder = tmp_path / "data"
-    prepare(dataclasses.replace(PRESETS["nano"].data, folder=str(folder), validation_fraction=0.2))
+    prepare_embedded(dataclasses.replace(PRESETS["nano"].data, folder=str(folder), validation_fraction=0.2))
     return ["--data.folder", str(folder)]
 
 

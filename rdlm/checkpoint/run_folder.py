@@ -1,0 +1,156 @@
+"""Run folders as everything but training reads them: configuration, steps, parameters, tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from jax.sharding import SingleDeviceSharding
+
+from rdlm.checkpoint.integrity import as_mapping, naming, wrong_sum
+from rdlm.config import InputError, ModelConfig, RunConfig, from_json, to_json
+from rdlm.model import Params, init_params
+from rdlm.optim import AverageState, average_of, optimizer
+from rdlm.tokenizer import Tokenizer
+
+
+def write_config(folder: Path, run: RunConfig) -> None:
+    """Write `folder`/config.json, whole or not at all."""
+    partial = folder / "config.json.partial"
+    partial.write_text(to_json(run))
+    partial.replace(folder / "config.json")
+
+
+def read_config(folder: Path) -> RunConfig:
+    """The RunConfig of a run folder.
+
+    Raises:
+      InputError: no such folder, not a run folder, or a config that is not valid.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"run folder {folder}: does not exist; train one with `python experiments/train.py PRESET`")
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(f"run folder {folder}: has no config.json, so it is not (yet) a run folder")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); put the run's own config.json back") from error
+    return from_json(RunConfig, text, str(path))
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Steps of the complete checkpoints in a run folder, ascending."""
+    path = Path(folder) / "checkpoints"
+    if not path.is_dir():
+        return []
+    return sorted(int(p.name) for p in path.iterdir() if p.name.isdigit() and (p / "_CHECKPOINT_METADATA").exists())
+
+
+def load_checkpoint(
+    run_folder: str | Path, step: int | None = None, ema: bool = False
+) -> tuple[Params, ModelConfig]:  # fmt: skip
+    """(params, config) from a run folder alone, on whatever devices there are.
+
+    Args:
+      run_folder: made by `experiments/train.py` or `experiments/convert_huggingface.py`.
+      step: which checkpoint; None is the newest, and nothing else is taken silently if that one is damaged.
+      ema: the moving average of the parameters, which the run kept (optimizer.ema_decay), in their place.
+
+    Raises:
+      InputError: not a run folder, no complete checkpoint, no such step, no average, or files that are damaged (the
+        message says which step is there instead).
+    """
+    run = read_config(Path(run_folder))
+    if ema:
+        return _load_average(run, run_folder, step), run.model
+    config = run.model
+    path, meta = _checkpoint(run_folder, step), read_meta(run_folder, step)
+    way_out = _way_out(run_folder, int(path.name))
+    sharding = SingleDeviceSharding(jax.local_devices()[0])
+    shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+    with naming(path, way_out), ocp.StandardCheckpointer() as checkpointer:
+        params = checkpointer.restore(path / "params", target)
+        if problem := wrong_sum(meta, params=params):
+            raise ValueError(problem)
+        return params, config
+
+
+def _load_average(run: RunConfig, run_folder: str | Path, step: int | None) -> Params:
+    """The averaged parameters of a checkpoint; the rest of its optimizer state is left on disk."""
+    if not run.optimizer.ema_decay:
+        raise InputError(
+            f"run folder {run_folder}: kept no moving average of its weights (optimizer.ema_decay = 0.0); leave out "
+            "ema, or train a run with --optimizer.ema-decay 0.999"
+        )
+    path = _checkpoint(run_folder, step)
+    sharding, dtype = SingleDeviceSharding(jax.local_devices()[0]), jnp.dtype(run.model.param_dtype)
+
+    def wanted(x: Any) -> Any:
+        if not isinstance(x, AverageState):
+            return ocp.PLACEHOLDER
+        shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype, sharding=sharding), x.average)
+        return AverageState(ocp.PLACEHOLDER, shapes)
+
+    def fresh(key: jax.Array) -> Any:
+        return optimizer(run.optimizer, run.steps).init(init_params(run.model, key))
+
+    state = jax.eval_shape(fresh, jax.random.key(0))
+    target = jax.tree.map(wanted, state, is_leaf=lambda x: isinstance(x, AverageState))
+    arguments = ocp.args.PyTreeRestore(target, restore_args=ocp.checkpoint_utils.construct_restore_args(target))
+    way_out = _way_out(run_folder, int(path.name))
+    with naming(path, way_out), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        return average_of(checkpointer.restore(path / "optimizer", args=arguments))
+
+
+def read_meta(run_folder: str | Path, step: int | None = None) -> dict[str, Any]:
+    """What was saved beside the arrays of a checkpoint: `config`, `tokenizer` (its hash), `step`, perhaps `source`.
+
+    Raises:
+      InputError: no complete checkpoint, no such step, or a file that is damaged.
+    """
+    path = _checkpoint(run_folder, step)
+    way_out = _way_out(run_folder, int(path.name))
+    with naming(path, way_out), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+        return as_mapping(checkpointer.restore(path / "meta"))
+
+
+def load_tokenizer(run_folder: str | Path, step: int | None = None) -> Tokenizer:
+    """The tokenizer of a run folder, known to be the one its checkpoint was trained with.
+
+    Raises:
+      InputError: no checkpoint, no tokenizer, or one that does not match the checkpoint.
+    """
+    trained = read_meta(run_folder, step).get("tokenizer")
+    folder = Path(run_folder) / "tokenizer"
+    tokenizer = Tokenizer.load(folder)
+    if trained is not None and trained != tokenizer.hash:  # a converted model may have come without one
+        raise InputError(
+            f"{folder}: this tokenizer ({tokenizer.hash[:8]}) is not the one the checkpoint was trained with "
+            f"({trained[:8]}); put that one back"
+        )
+    return tokenizer
+
+
+def _checkpoint(run_folder: str | Path, step: int | None) -> Path:
+    folder, steps = Path(run_folder), saved_steps(Path(run_folder))
+    if not steps:
+        raise InputError(
+            f"run folder {folder}: has no complete checkpoint yet; run its training until it has saved one"
+        )
+    if step is not None and step not in steps:
+        raise InputError(f"step = {step}: not saved in {folder}; there are {', '.join(map(str, steps))}")
+    return (folder / "checkpoints" / str(steps[-1] if step is None else step)).absolute()
+
+
+def _way_out(run_folder: str | Path, damaged: int) -> str:
+    others = [step for step in saved_steps(Path(run_folder)) if step != damaged]
+    before = max((step for step in others if step < damaged), default=max(others, default=None))
+    if before is None:
+        return "there is no other one: restore it from a copy, or delete it and train again"
+    return f"ask for step {before}, or let training go on: it sets this one aside"

@@ -1,0 +1,1 @@
+"""Making prepared data: finding and reading documents, tokenising, packing into shards."""

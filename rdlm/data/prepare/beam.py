@@ -1,0 +1,104 @@
+"""The same preparation as an Apache Beam pipeline, for corpora beyond one machine. Needs the extra `beam`.
+
+Every part becomes a shard by the same function as in `build`, so the folder is the same, byte for byte. Parts must be
+readable and the target writable from the workers: URLs of a bucket, except for the direct runner.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from rdlm.config import InputError, from_json, to_json
+from rdlm.data.manifest import Manifest, Recipe
+from rdlm.data.prepare.build import Corpus
+from rdlm.data.prepare.documents import Part, read
+from rdlm.data.prepare.shards import Shard, build_shard, finish
+from rdlm.tokenizer import Tokenizer
+
+
+def build_with_beam(
+    target: str, corpus: Corpus, recipe: Recipe, tokenizer: Tokenizer, flags: Sequence[str] = ()
+) -> Manifest:
+    """Prepare `corpus` in `target` by a pipeline.
+
+    Shards appear in the target one by one; the manifest comes last, and without it nothing reads them.
+
+    Args:
+      target: a folder or URL without a manifest.
+      corpus: what to prepare.
+      recipe: how; deduplication is not offered here.
+      tokenizer: encodes the documents.
+      flags: of the pipeline; none: Beam's direct runner.
+
+    Raises:
+      InputError: Beam is not installed, the target is prepared data already, duplicates were to be removed, or a
+        document is bad.
+    """
+    try:
+        import apache_beam
+        from apache_beam.options.pipeline_options import PipelineOptions
+    except ImportError as error:
+        raise InputError(f"--beam: Apache Beam is not installed ({error}); run: pip install 'rdlm[beam]'") from error
+    if recipe.deduplicate:
+        raise InputError("--deduplicate: not with --beam; leave out duplicates in a pipeline before this one")
+    fs, root = fsspec.core.url_to_fs(target)
+    if fs.exists(f"{root}/manifest.json"):
+        raise InputError(f"{target}: is prepared data already; choose another --out, or delete it")
+    with tempfile.TemporaryDirectory() as local:
+        tokenizer.save(local)
+        files = {path.name: path.read_text(encoding="utf-8") for path in Path(local).iterdir()}
+    work = _ShardWork(target, recipe, files)
+    options = PipelineOptions(list(flags), save_main_session=False)
+    try:
+        with apache_beam.Pipeline(options=options) as pipeline:
+            (
+                pipeline
+                | apache_beam.Create(list(enumerate(corpus.parts)))
+                | apache_beam.Reshuffle()  # parts spread over workers
+                | apache_beam.Map(work)
+            )
+    except InputError:
+        raise
+    except Exception as error:  # runners wrap what a worker raised
+        raise InputError(f"{target}: the pipeline failed ({_reason(error)})") from error
+    names = [f"{root}/{_entry(number)}" for number in range(len(corpus.parts))]
+    shards = [from_json(Shard, fs.cat_file(name).decode(), name) for name in names]
+    fs.rm(f"{root}/.work", recursive=True)
+    return finish(target, shards, recipe, tokenizer, corpus.name, corpus.version)
+
+
+class _ShardWork:
+    """Makes the shard of (number, part) and notes in a file of JSON what it holds; travels by pickling."""
+
+    def __init__(self, target: str, recipe: Recipe, tokenizer_files: dict[str, str]) -> None:
+        self.target, self.recipe, self.tokenizer_files = target, recipe, tokenizer_files
+
+    def __call__(self, work: tuple[int, Part]) -> None:
+        number, part = work
+        with tempfile.TemporaryDirectory() as local:
+            for name, text in self.tokenizer_files.items():
+                (Path(local) / name).write_text(text, encoding="utf-8")
+            tokenizer = Tokenizer.load(local)
+        skipped: Counter[str] = Counter()
+        documents = read(part, self.recipe.reading, skipped=skipped)
+        shard = build_shard(self.target, number, documents, self.recipe, tokenizer, skipped=skipped)
+        fs, root = fsspec.core.url_to_fs(self.target)
+        fs.makedirs(f"{root}/.work", exist_ok=True)
+        fs.pipe_file(f"{root}/{_entry(number)}", to_json(shard).encode())
+
+
+def _entry(number: int) -> str:
+    return f".work/shard-{number:05d}.json"
+
+
+def _reason(error: Any) -> str:
+    """The InputError inside what a runner raised, or its last line."""
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    named = [line for line in lines if "InputError: " in line]
+    return named[-1].partition("InputError: ")[2] if named else lines[-1][:300]

@@ -1,0 +1,139 @@
+"""The embedded corpus as prepared data: made on first use, then reused."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import rich.console
+import rich.text
+
+from rdlm.config import DataConfig, InputError
+from rdlm.data.manifest import Recipe, read_manifest
+from rdlm.data.prepare import factbook
+from rdlm.data.prepare.build import Corpus
+from rdlm.data.prepare.documents import Part
+from rdlm.data.prepare.shards import build_shard, finish, held_out
+from rdlm.runtime.files import complete_folder
+from rdlm.tokenizer import Tokenizer
+
+
+def prepare_embedded(data: DataConfig, *, tokenizer: Tokenizer | None = None) -> Path:
+    """Make the folder of packed rows of the embedded corpus that `data` describes, or return at once if it is there.
+
+    The folder holds one shard of rows per split (see `records`), tokenizer/ and manifest.json. It lies under
+    `data.folder`, named by what decides its content; it appears complete or not at all, so several processes may call
+    this at once. Documents are split by a hash of their text: the same document is on the same side whatever else the
+    corpus holds. Equal settings give equal bytes on every machine.
+
+    Args:
+      data: corpus and sizes.
+      tokenizer: use this one; None: train one of `data.tokenizer_size` entries on the train documents alone.
+
+    Returns:
+      The folder, for `PackedData`; its tokenizer is `Tokenizer.load(folder / "tokenizer")`.
+
+    Raises:
+      InputError: the corpus is not installed, too small for the tokenizer or the split, the tokenizer has another
+        size, `data.folder` cannot be written, or a folder of that name holds something else or is damaged.
+    """
+    folder = prepared_folder(data, tokenizer)
+    recipe = Recipe(data.sequence_length, validation_fraction=data.validation_fraction)
+    if not folder.exists():
+        with _progress() as say, complete_folder(folder) as partial:
+            _write(partial, data, recipe, tokenizer, say)
+    manifest = read_manifest(folder)
+    for name in ("sequence_length", "validation_fraction", "packing"):
+        found, value = getattr(manifest.recipe, name), getattr(recipe, name)
+        if found != value:
+            raise InputError(f"{folder}: prepared with {name} = {found}, not {value}; delete it")
+    sizes = {"vocab_size": data.tokenizer_size, "source": (data.source, SOURCE_VERSION)}
+    there = {"vocab_size": manifest.vocab_size, "source": (manifest.source.name, manifest.source.version)}
+    for name, value in sizes.items():
+        if there[name] != value:
+            raise InputError(f"{folder}: prepared with {name} = {there[name]}, not {value}; delete it")
+    return folder
+
+
+def prepared_folder(data: DataConfig, tokenizer: Tokenizer | None = None) -> Path:
+    """Where `prepare_embedded` puts its result: data.folder/SOURCE-VOCABULARY-LENGTH and what is not a default."""
+    if "://" in data.folder:
+        raise InputError(f"data.folder = {data.folder!r}: must be a local folder; every host prepares its own copy")
+    name = f"{data.source}-{data.tokenizer_size}-{data.sequence_length}"
+    if data.validation_fraction != DataConfig.validation_fraction:
+        name += f"-v{data.validation_fraction:g}"
+    if tokenizer is not None:
+        if tokenizer.vocab_size != data.tokenizer_size:
+            raise InputError(
+                f"data.tokenizer_size = {data.tokenizer_size}: the tokenizer given has {tokenizer.vocab_size} entries"
+            )
+        name += f"-{tokenizer.hash[:8]}"
+    return Path(data.folder).expanduser() / name
+
+
+def embedded_corpus(folder: Path) -> Corpus:
+    """The embedded corpus for `build`, its TFDS dataset made in `folder` if need be.
+
+    Raises:
+      InputError: its package is missing or another, or `folder` cannot be written.
+    """
+    size = sum(len(text.encode()) for text in factbook.documents(folder))
+    return Corpus("factbook", SOURCE_VERSION, [Part("factbook", (str(folder),), size)])
+
+
+class _Say(Protocol):
+    def __call__(self, text: str, *, fleeting: bool = False) -> None: ...
+
+
+def _write(folder: Path, data: DataConfig, recipe: Recipe, tokenizer: Tokenizer | None, say: _Say) -> None:
+    say(f"Reading {data.source}")
+    texts = _documents(data)
+    train = [text for text in texts if not held_out(text, data.validation_fraction)]
+    for name, count in (("train", len(train)), ("validation", len(texts) - len(train))):
+        if not count:
+            raise InputError(
+                f"data.validation_fraction = {data.validation_fraction}: leaves no {name} document of {len(texts)}"
+            )
+    if tokenizer is None:
+        say(f"Training a tokenizer of {data.tokenizer_size} entries on {len(train)} documents")
+        tokenizer = Tokenizer.train(train, data.tokenizer_size)
+    say(f"Packing {len(texts)} documents into rows of {data.sequence_length}")
+
+    def documents() -> Iterator[str]:
+        for i, text in enumerate(texts):
+            say(f"Packing document {i} of {len(texts)}", fleeting=True)
+            yield text
+
+    shard = build_shard(folder, 0, documents(), recipe, tokenizer)
+    finish(folder, [shard], recipe, tokenizer, data.source, SOURCE_VERSION)
+
+
+SOURCE_VERSION = f"{factbook.PACKAGE} {factbook.PACKAGE_VERSION}, text {factbook.CiaWorldFactbook.VERSION}"
+"""Of the embedded corpus."""
+
+
+def _documents(data: DataConfig) -> list[str]:
+    return factbook.documents(Path(data.folder).expanduser() / "tfds")
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[_Say]:
+    """One line that changes on a terminal; elsewhere a plain line per stage, without the fleeting ones."""
+    console = rich.console.Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    if not console.is_terminal:
+
+        def say(text: str, *, fleeting: bool = False) -> None:
+            if not fleeting:
+                console.print(text)
+
+        yield say
+        return
+    with console.status("Preparing data") as status:
+
+        def update(text: str, *, fleeting: bool = False) -> None:
+            del fleeting
+            status.update(rich.text.Text(text))
+
+        yield update

@@ -1,0 +1,268 @@
+"""One part of a corpus to one shard of packed rows: a plain function, whoever calls it (processes, Apache Beam)."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import fsspec
+import numpy as np
+
+from rdlm.config import InputError
+from rdlm.data.manifest import (
+    FORMAT_VERSION,
+    FileEntry,
+    Manifest,
+    Recipe,
+    ShardFile,
+    Skipped,
+    SourceEntry,
+    SplitEntry,
+    file_entry,
+    write_manifest,
+)
+from rdlm.data.packing import Document, pack
+from rdlm.data.prepare.documents import Text
+from rdlm.data.records import token_dtype, write_rows
+from rdlm.tokenizer import Tokenizer
+
+_ENCODE_BYTES, _ENCODE_DOCUMENTS = 2**20, 256  # handed to the tokenizer together, whichever is reached first
+DOCUMENT_STRIDE = 0x9E3779B1
+"""First document numbers of the shards lie this far apart, modulo 2**32: spread out evenly."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardSplit:
+    """A shard's share of one split; `file` is None when it has no rows."""
+
+    documents: int
+    bytes: int
+    tokens: int
+    rows: int
+    file: FileEntry | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """What became of one part."""
+
+    number: int
+    documents_sha256: str
+    skipped: Skipped
+    train: ShardSplit
+    validation: ShardSplit
+
+
+def held_out(text: Text, fraction: float) -> bool:
+    """Whether a document belongs to validation: its own hash decides, with probability `fraction`."""
+    return _is_held_out(digest(text), fraction)
+
+
+def _is_held_out(sha256: bytes, fraction: float) -> bool:
+    return int.from_bytes(sha256[:8], "big") < fraction * 2**64
+
+
+def digest(text: Text) -> bytes:
+    """sha256 of a document: of its UTF-8 bytes, or of a conversation as compact JSON with sorted keys."""
+    return hashlib.sha256(_bytes(text)).digest()
+
+
+def build_shard(
+    folder: str | Path,
+    number: int,
+    documents: Iterable[Text],
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    *,
+    duplicates: np.ndarray | None = None,
+    skipped: Counter[str] | None = None,
+) -> Shard:
+    """Encode, split and pack the documents of a part into train-NUMBER.array_record and validation-NUMBER.
+
+    The files get their names when they are complete. Memory: the validation documents of the part, as tokens.
+
+    Args:
+      folder: local, or a URL (of a bucket).
+      number: of the part in the corpus; documents are numbered from a start that depends on it.
+      documents: of the part, in order; never empty ones.
+      recipe: how to split and pack.
+      tokenizer: encodes text, or whole conversations by its chat template.
+      duplicates: int [n], ascending: positions of documents to leave out.
+      skipped: what `documents.read` counts while `documents` is consumed.
+
+    Raises:
+      InputError: a document cannot be read or encoded.
+      OSError: the disk refuses.
+    """
+    skipped = Counter() if skipped is None else skipped
+    everything = hashlib.sha256()
+    counts = {"train": Counter[str](), "validation": Counter[str]()}
+    aside: list[Document] = []
+    dropped = set() if duplicates is None else set(duplicates.tolist())
+
+    def encoded() -> Iterator[Document]:
+        """Train documents; those of validation go aside."""
+        index = number * DOCUMENT_STRIDE % 2**32
+        for texts in _batches(_without(documents, dropped, skipped)):
+            for text, (tokens, scored) in zip(texts, encode(texts, tokenizer), strict=True):
+                sha256 = digest(text)
+                name = "validation" if _is_held_out(sha256, recipe.validation_fraction) else "train"
+                everything.update(sha256)
+                counts[name].update(documents=1, bytes=len(_bytes(text)), tokens=len(tokens))
+                document = Document(index, tokens, scored)
+                index = (index + 1) % 2**32
+                if name == "train":
+                    yield document
+                else:
+                    aside.append(document)
+
+    rows = pack(recipe.packing)
+    with _scratch(folder) as local:
+        entries = {}
+        for name, source in (("train", encoded()), ("validation", aside)):
+            path = local / f"{name}-{number:05d}.array_record"
+            count = write_rows(path, rows(source, recipe.sequence_length), token_dtype(tokenizer.vocab_size))
+            entry = _publish(path, folder) if count else None
+            seen = counts[name]
+            entries[name] = ShardSplit(seen["documents"], seen["bytes"], seen["tokens"], count, entry)
+    left_out = Skipped(skipped["empty"], skipped["bad"], skipped["duplicate"])
+    return Shard(number, everything.hexdigest(), left_out, entries["train"], entries["validation"])
+
+
+def finish(
+    folder: str | Path, shards: Sequence[Shard], recipe: Recipe, tokenizer: Tokenizer, name: str, version: str
+) -> Manifest:
+    """Add tokenizer and manifest to a folder that holds all `shards`: from then on it is prepared data.
+
+    Args:
+      folder: local, or a URL.
+      shards: of every part, in order.
+      recipe: as the shards were built.
+      tokenizer: the same.
+      name: of the source (see `SourceEntry`).
+      version: of the source.
+
+    Raises:
+      InputError: there is no train row, or validation was asked for and has no document.
+      OSError: the disk refuses.
+    """
+    total = sum(shard.train.documents + shard.validation.documents for shard in shards)
+    for split, wanted in (("train", True), ("validation", recipe.validation_fraction > 0)):
+        if wanted and not any(getattr(shard, split).rows for shard in shards):
+            raise InputError(
+                f"validation_fraction = {recipe.validation_fraction}, packing = {recipe.packing}: leave no {split} "
+                f"row of {total} documents; give more (text files: --document line or blank_line), change the fraction"
+            )
+    everything = hashlib.sha256("".join(shard.documents_sha256 for shard in shards).encode())
+    splits = {}
+    for split in ("train", "validation"):
+        parts: list[ShardSplit] = [getattr(shard, split) for shard in shards]
+        splits[split] = SplitEntry(
+            documents=sum(part.documents for part in parts),
+            bytes=sum(part.bytes for part in parts),
+            tokens=sum(part.tokens for part in parts),
+            rows=sum(part.rows for part in parts),
+            shards=tuple(ShardFile(part.file.name, part.rows) for part in parts if part.file),
+        )
+    with _scratch(folder) as local:
+        tokenizer.save(local / "tokenizer")
+        files = [
+            dataclasses.replace(_publish(path, f"{folder}/tokenizer"), name=f"tokenizer/{path.name}")
+            for path in sorted((local / "tokenizer").iterdir())
+        ]
+        files += [part.file for shard in shards for part in (shard.train, shard.validation) if part.file]
+        manifest = Manifest(
+            format_version=FORMAT_VERSION,
+            source=SourceEntry(name, version, everything.hexdigest()),
+            recipe=recipe,
+            tokenizer_hash=tokenizer.hash,
+            vocab_size=tokenizer.vocab_size,
+            pad_id=tokenizer.pad_id,
+            token_dtype=token_dtype(tokenizer.vocab_size),
+            train=splits["train"],
+            validation=splits["validation"],
+            skipped=Skipped(*(sum(getattr(s.skipped, n) for s in shards) for n in ("empty", "bad", "duplicate"))),
+            files=tuple(sorted(files, key=lambda file: file.name)),
+        )
+        write_manifest(local, manifest)
+        _publish(local / "manifest.json", folder)
+    return manifest
+
+
+def _without(documents: Iterable[Text], dropped: set[int], skipped: Counter[str]) -> Iterator[Text]:
+    for i, text in enumerate(documents):
+        if i in dropped:
+            skipped["duplicate"] += 1
+        else:
+            yield text
+
+
+def _batches(documents: Iterable[Text]) -> Iterator[list[Text]]:
+    batch: list[Text] = []
+    size = 0
+    for text in documents:
+        batch.append(text)
+        size += len(text)
+        if size >= _ENCODE_BYTES or len(batch) >= _ENCODE_DOCUMENTS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def encode(texts: Sequence[Text], tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    """(tokens int32 [n], which count as labels bool [n] or None for all) of every document."""
+    plain = iter(tokenizer.encode_batch([text for text in texts if isinstance(text, str)], eos=True))
+    for text in texts:
+        if isinstance(text, str):
+            yield next(plain), None
+        else:
+            yield tokenizer.encode_conversation(text, reply=False)
+
+
+def _bytes(text: Text) -> bytes:
+    try:
+        whole = text if isinstance(text, str) else json.dumps(text, sort_keys=True, ensure_ascii=False)
+        return whole.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
+        raise InputError(f"text: not valid Unicode ({error.reason}) near {error.object[:60]!r}; mend it") from error
+
+
+class _scratch:
+    """A local folder to write into: a hidden one inside a local target, so that files are renamed and not copied."""
+
+    def __init__(self, folder: str | Path) -> None:
+        if "://" in str(folder):
+            self.path = Path(tempfile.mkdtemp())
+        else:
+            self.path = Path(folder) / f".partial-{uuid.uuid4().hex[:12]}"
+            self.path.mkdir(parents=True)
+
+    def __enter__(self) -> Path:
+        return self.path
+
+    def __exit__(self, *error: object) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _publish(path: Path, folder: str | Path) -> FileEntry:
+    """Put a complete file into `folder` under its own name."""
+    entry = file_entry(path.parent, path.name)
+    if "://" in str(folder):
+        fs, root = fsspec.core.url_to_fs(str(folder))
+        fs.makedirs(root, exist_ok=True)
+        fs.put_file(str(path), f"{root}/{path.name}")
+    else:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())  # a name must not outlive its content
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        path.replace(Path(folder) / path.name)
+    return entry

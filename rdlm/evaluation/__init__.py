@@ -1,0 +1,39 @@
+"""How good is a model at depth r: losses, tasks, questions, lm-eval, and calibrated exits.
+
+depth           loss and accuracy against r, at fixed depths and with exit rules
+difficulty      the same by difficulty of a procedural task
+scoring         log-likelihoods of continuations
+questions       multiple choice and cloze, with intervals and baselines
+question_files  their JSON lines
+question_sets   question sets that a package ships
+answer_steps    recurrences that a generated answer takes
+calibration     exit thresholds with a guarantee
+held_out        examples that a run has not been trained on
+lm_eval         lm-eval's tasks; needs the extra `eval`
+"""
+
+from rdlm.evaluation.answer_steps import answer_steps
+from rdlm.evaluation.question_files import Choice, Cloze, Style, read_questions, write_questions
+from rdlm.evaluation.question_sets import SETS, question_file
+from rdlm.evaluation.questions import Answers, answer, baselines, bootstrap_mean, wilson
+from rdlm.evaluation.scoring import Pair, Scores, score, split
+
+__all__ = [
+    "SETS",
+    "Answers",
+    "Choice",
+    "Cloze",
+    "Pair",
+    "Scores",
+    "Style",
+    "answer",
+    "answer_steps",
+    "baselines",
+    "bootstrap_mean",
+    "question_file",
+    "read_questions",
+    "score",
+    "split",
+    "wilson",
+    "write_questions",
+]

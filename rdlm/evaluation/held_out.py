@@ -1,0 +1,126 @@
+"""What a trained run is analysed on: its validation text, or new instances of the task it was trained on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rdlm.checkpoint import load_tokenizer, read_config, read_meta
+from rdlm.config import DataConfig, InputError, RunConfig
+from rdlm.data import Chain, open_validation, prepared_folder
+from rdlm.tasks import IGNORED, Expression, PointerChasing, Reachability, Task, WordProblem, batch
+from rdlm.tasks.instance import TEST_STREAM
+from rdlm.tokenizer import Tokenizer
+
+PRESET = "depth_scaling_"
+"""Runs with a preset of this beginning were trained on the task that follows in its name."""
+INSTANCES = 64
+"""In a batch."""
+_TASKS: dict[str, tuple[Callable[[int], Task], int]] = {
+    "s3": (lambda size: WordProblem("S3", size), 16),
+    "parity": (lambda size: WordProblem("Z2", size), 16),
+    "expressions": (Expression, 8),
+    "pointers": (lambda size: PointerChasing(size, 12), 4),
+    "reachability": (Reachability, 6),
+}
+"""By name: the task of a size, and the (largest) size of training."""
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """Labelled examples that the run has not been trained on.
+
+    what: in words. batches(n): the first n batches (None: all), dicts as `rdlm.losses.as_batch` takes them. total: how
+    many there are. length: L of their rows. token_bytes: int [V], bytes of text behind each token; zeros for a task.
+    pieces(ids) -> a readable name for each token. tokenizer: None for a task.
+    """
+
+    what: str
+    batches: Callable[[int | None], Iterator[dict[str, np.ndarray]]]
+    total: int
+    length: int
+    token_bytes: np.ndarray
+    pieces: Callable[[Any], list[str]]
+    tokenizer: Tokenizer | None
+
+    @property
+    def is_task(self) -> bool:
+        """Whether labels are answers to a problem; otherwise they are the next tokens of a text."""
+        return self.tokenizer is None
+
+
+def held_out(run_dir: str | Path, step: int | None = None, size: int | None = None) -> HeldOut:
+    """Held-out examples of the run in a folder.
+
+    Args:
+      run_dir: run folder.
+      step: checkpoint whose tokenizer must fit; None: the newest.
+      size: of a task's instances (letters, operators, hops, distance); None: as large as training's.
+
+    Raises:
+      InputError: not a run folder, no checkpoint, a task that is not known, no validation data, a size for a text.
+    """
+    folder = Path(run_dir)
+    run = read_config(folder)
+    read_meta(folder, step)  # says so if there is no such checkpoint
+    if run.preset.startswith(PRESET):
+        return _instances(run, run.preset.removeprefix(PRESET), size)
+    if size is not None:
+        raise InputError(f"--size {size}: {folder} was trained on text, which has no size; leave it out")
+    tokenizer = load_tokenizer(folder, step)
+    data = validation(folder, step, run.data, tokenizer)
+    return HeldOut(
+        "validation text", data.batches, data.steps_per_epoch, run.data.sequence_length, tokenizer.token_bytes,
+        lambda ids: [tokenizer.decode([i], skip_special=False) for i in np.asarray(ids).tolist()], tokenizer,
+    )  # fmt: skip
+
+
+def validation(run_dir: Path, step: int | None, config: DataConfig, tokenizer: Tokenizer) -> Chain:
+    """The run's validation data, refused unless it was made with the run's tokenizer."""
+    # A converted model brings its own tokenizer; data for it are made on first use. A run trained here must find
+    # what it was trained on, which `prepare_embedded` makes again, equal in every byte, if it is gone.
+    foreign = "source" in read_meta(run_dir, step) and not config.prepared and not prepared_folder(config).exists()
+    return open_validation(config, tokenizer, make_with_it=foreign)
+
+
+def _instances(run: RunConfig, name: str, size: int | None) -> HeldOut:
+    if name not in _TASKS:
+        raise InputError(f"preset = {run.preset!r}: no task of this name; known: {', '.join(_TASKS)}")
+    make, trained = _TASKS[name]
+    task = make(trained if size is None else size)
+    names = token_names(task)
+
+    def batches(count: int | None) -> Iterator[dict[str, np.ndarray]]:
+        for i in range(total if count is None else count):
+            made = batch(task, TEST_STREAM, i, INSTANCES)
+            scored = made["labels"] != IGNORED
+            last = scored.shape[1] - 1 - np.argmax(scored[:, ::-1], axis=1)
+            # Rows shorter than the longest are filled up behind their last answer: padding, which costs nothing.
+            inside = np.arange(scored.shape[1])[None] <= last[:, None]
+            yield {"tokens": made["tokens"], "labels": made["labels"], "segment_ids": inside.astype(np.int32)}
+
+    total, length = 4, len(task.instance(TEST_STREAM, 0).tokens)
+    return HeldOut(
+        f"new instances of {task}", batches, total, length, np.zeros(run.model.rows, np.int32),
+        lambda ids: [names[i] if i < len(names) else str(i) for i in np.asarray(ids).tolist()], None,
+    )  # fmt: skip
+
+
+def token_names(task: Task) -> list[str]:
+    """A readable name for every token of a task; permutations are written as what 0 1 2 ... become."""
+    from rdlm.tasks.words import elements
+
+    if isinstance(task, WordProblem):
+        return ["".join(map(str, p)) for p in elements(task.group)] + ["BOS"]
+    digits = [str(i) for i in range(task.vocab_size)]
+    if isinstance(task, Expression):
+        return [*digits[:-6], "+", "-", "*", "(", ")", "BOS"]
+    if isinstance(task, PointerChasing):
+        return [*digits[:-2], ">", "BOS"]
+    if isinstance(task, Reachability):
+        return [*digits[:-4], "no", "yes", "?", "BOS"]
+    return digits

@@ -1,0 +1,177 @@
+"""Load lm-eval's tasks, run them once per depth, and say what is wrong with a task in one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import jinja2
+import yaml
+from lm_eval.api.group import Group
+from lm_eval.api.task import Task
+from lm_eval.evaluator import simple_evaluate
+from lm_eval.tasks import TaskManager
+
+from rdlm.config import InputError, did_you_mean
+from rdlm.evaluation.lm_eval.model import DepthLM, Effort
+from rdlm.evaluation.lm_eval.protocols import Protocol
+
+_FIELDS = ("doc_to_text", "doc_to_target", "doc_to_choice")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """All tasks at one depth, or with the exit rule.
+
+    depth: most recurrences. rule: kind of the exit rule, or None. results: {task or group: {"metric,filter": value}},
+    shares from 0 to 1 where lm-eval's are. effort: {task: what its requests took}. versions, fewshot: of every task.
+    """
+
+    depth: int
+    rule: str | None
+    results: dict[str, dict[str, float]]
+    effort: dict[str, Effort]
+    versions: dict[str, Any]
+    fewshot: dict[str, int]
+
+
+def load_tasks(names: Sequence[str], include_path: Path | None = None) -> list[Task | Group]:
+    """Tasks and groups by name, from lm-eval's own collection or, offline, from the YAML files of a folder.
+
+    A local file reads local data with `dataset_path: json` and `dataset_kwargs: {data_files: {test: FILE}}`, FILE
+    relative to the folder where the command runs.
+
+    Raises:
+      InputError: unknown names, files that are not tasks, data that are missing, empty or lack a column.
+    """
+    if include_path is not None and not include_path.is_dir():
+        raise InputError(f"--include-path {include_path}: not a folder; it should hold lm-eval's task files (.yaml)")
+    if not names:
+        raise InputError("tasks: name at least one")
+    _quiet()
+    try:
+        manager = TaskManager(include_path=include_path, include_defaults=include_path is None)
+    except yaml.YAMLError as error:
+        raise InputError(f"--include-path {include_path}: a task file is not YAML ({_first_line(error)})") from error
+    if include_path is not None:
+        _check_files(include_path)
+    loaded: list[Task | Group] = []
+    for name in names:
+        if name not in manager.all_tasks:
+            where = "" if include_path is None else f" in {include_path}"
+            raise InputError(f"task {name!r}: unknown{where}.{did_you_mean(name, manager.all_tasks)}")
+        found = _load(manager, name)
+        for task in found:
+            for leaf in [task] if isinstance(task, Task) else task.get_all_tasks():
+                _check_columns(leaf, local=include_path is not None)
+        loaded += found
+    return loaded
+
+
+def evaluate(lm: DepthLM, tasks: Sequence[Task | Group], protocol: Protocol, limit: int | None = None) -> list[Row]:
+    """Every task at every row of `lm` (its depths, then its exit rule), as `protocol` says.
+
+    limit: only the first documents of each task.
+
+    Raises:
+      InputError: a request that the model cannot answer, or a document that lacks a column.
+    """
+    leaves = [leaf for t in tasks for leaf in ([t] if isinstance(t, Task) else t.get_all_tasks())]
+    rows = []
+    for row, (depth, rule) in enumerate(lm.rows):
+        lm.row = row
+        try:
+            results = simple_evaluate(
+                model=lm, tasks=list(tasks), num_fewshot=protocol.fewshot, limit=limit, log_samples=False,
+                apply_chat_template=protocol.chat, fewshot_as_multiturn=protocol.multiturn,
+                system_instruction=protocol.system, bootstrap_iters=1000,
+            )  # fmt: skip
+        except (jinja2.UndefinedError, KeyError) as error:
+            raise InputError(f"tasks: a document has no column for its template ({_first_line(error)})") from error
+        effort = {task.task_name: lm.effort(task.instances) for task in leaves}
+        numbers = {name: _numbers(found) for name, found in {**results.get("groups", {}), **results["results"]}.items()}
+        versions, fewshot = dict(results["versions"]), dict(results["n-shot"])
+        rows.append(Row(depth, None if rule is None else rule.kind, numbers, effort, versions, fewshot))
+    return rows
+
+
+def headline(results: dict[str, float]) -> list[tuple[str, float]]:
+    """[(filter, value)] that a table shows of a task: acc_norm where it has one, else acc, exact_match, or its first.
+
+    Filters other than lm-eval's default get a column each.
+    """
+    by_metric: dict[str, list[tuple[str, float]]] = {}
+    for name, value in results.items():
+        metric, _, which = name.partition(",")
+        if not metric.endswith("_stderr"):
+            by_metric.setdefault(metric, []).append(("" if which == "none" else which, value))
+    for metric in ("acc_norm", "acc", "exact_match", *by_metric):
+        if metric in by_metric:
+            return by_metric[metric]
+    return []
+
+
+def _numbers(found: dict[str, Any]) -> dict[str, float]:
+    return {k: float(v) for k, v in found.items() if isinstance(v, (int, float)) and "," in k}
+
+
+def _quiet() -> None:
+    """lm-eval and datasets tell about every step; what matters is an exception or in the results."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    datasets.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+
+
+def _load(manager: TaskManager, name: str) -> list[Task | Group]:
+    try:
+        found = manager.load([name])
+    except jinja2.TemplateError as error:
+        raise InputError(f"task {name!r}: its template does not fit the data ({_first_line(error)})") from error
+    except (FileNotFoundError, datasets.exceptions.DatasetNotFoundError, ConnectionError) as error:
+        raise InputError(
+            f"task {name!r}: its data cannot be found ({_first_line(error)}); files are looked for from the folder "
+            f"where the command runs, and other data sets need a network"
+        ) from error
+    except (IndexError, StopIteration, datasets.exceptions.DatasetGenerationError) as error:
+        cause = error.__cause__ or error  # a file without a line is a StopIteration
+        raise InputError(f"task {name!r}: its data are empty or damaged ({_first_line(cause)})") from error
+    except (KeyError, ValueError, TypeError, AttributeError, OSError, yaml.YAMLError) as error:
+        raise InputError(f"task {name!r}: cannot be loaded ({type(error).__name__}: {_first_line(error)})") from error
+    groups = found.get("groups", {})
+    inside = {leaf.task_name for group in groups.values() for leaf in group.get_all_tasks()}
+    return [*(g for n, g in groups.items() if n == name), *(t for n, t in found["tasks"].items() if n not in inside)]
+
+
+def _check_files(folder: Path) -> None:
+    """Refuse YAML files that lm-eval would pass over in silence."""
+    for path in sorted(folder.rglob("*.yaml")):
+        text = re.sub(r"!function\s+", "", path.read_text(encoding="utf-8", errors="replace"))
+        try:
+            tree = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise InputError(f"{path}: not YAML ({_first_line(error)})") from error
+        if not isinstance(tree, dict) or not ({"task", "group", "dataset_path", "include"} & set(tree)):
+            raise InputError(f"{path}: not a task of lm-eval (it names neither task nor group)")
+
+
+def _check_columns(task: Task, local: bool) -> None:
+    name = task.task_name
+    documents = task.eval_docs
+    if not len(documents):
+        raise InputError(f"task {name!r}: its split is empty; there is nothing to evaluate")
+    columns = list(getattr(documents, "features", None) or documents[0])
+    for field in _FIELDS if local else ():
+        value = task.get_config(field)
+        # lm-eval takes a bare word for text when no column has that name, and asks every question alike.
+        if isinstance(value, str) and re.fullmatch(r"[A-Za-z_]\w*", value) and value not in columns:
+            raise InputError(f"task {name!r}: {field}: column {value!r} is missing (there: {', '.join(columns)})")
+
+
+def _first_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text[:200] or type(error).__name__

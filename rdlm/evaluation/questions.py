@@ -1,0 +1,138 @@
+"""What a model answers: right or wrong per question, at every depth, beside what no model at all would score."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rdlm.config import ModelConfig
+from rdlm.evaluation.question_files import LETTERS, Choice, Cloze, Questions, Style
+from rdlm.evaluation.scoring import score, split
+from rdlm.exits import ExitRule
+from rdlm.model import Params
+from rdlm.tokenizer import Tokenizer
+
+
+class Answers(NamedTuple):
+    """What became of N questions at R depths (R = 1 with an exit rule).
+
+    right: bool [R, N] for every way of choosing. Multiple choice: "sum", the likeliest choice; "per_character", the
+    likeliest after division by its length in characters (lm-eval's acc and acc_norm). Cloze: "greedy", every token of
+    the answer is the likeliest. nats: f64 [R, N], minus the log-likelihood of the right answer. iterations f64 [R],
+    looks f64: means over the tokens that were read. length: their mean sequence length, every token counted once.
+    steps: with an exit rule, the recurrences of the tokens of every prompt, int32 [n] per question.
+    """
+
+    right: dict[str, np.ndarray]
+    nats: np.ndarray
+    iterations: np.ndarray
+    looks: float
+    length: float
+    steps: list[np.ndarray] | None
+
+
+def answer(
+    params: Params,
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    questions: Questions,
+    depths: Sequence[int],
+    *,
+    style: Style = "text",
+    exit_rule: ExitRule | None = None,
+    **options: Any,
+) -> Answers:
+    """Ask every question, all depths from one unroll.
+
+    Args:
+      params, config, tokenizer: the model.
+      questions: all of one kind.
+      depths: increasing recurrences; with an exit rule a single one, the most that a token may take.
+      style: how multiple-choice questions are put, see `Choice.texts`.
+      exit_rule: lets every token stop on its own.
+      options: init_scale, tokens_per_batch and progress, as `score` takes them.
+
+    Raises:
+      InputError: what `score` refuses.
+    """
+    encode = functools.partial(tokenizer.encode, bos=True)
+    asked = [_texts(question, style) for question in questions]
+    pairs = [split(encode, tokenizer.bos_id, before, after) for before, rest in asked for after in rest]
+    found = score(params, config, pairs, depths, exit_rule=exit_rule, **options)
+    first = np.cumsum([0, *(len(rest) for _, rest in asked)])
+    R, N = len(found.log_likelihood), len(questions)
+    nats = np.zeros((R, N))
+    right: dict[str, np.ndarray] = {}
+    for i, question in enumerate(questions):
+        log_p, greedy = (x[:, first[i] : first[i + 1]] for x in (found.log_likelihood, found.greedy))
+        if isinstance(question, Cloze):
+            true, chosen = 0, {"greedy": np.where(greedy[:, 0], 0, -1)}
+        else:
+            assert isinstance(question, Choice)  # a sequence of either kind is known as one of both
+            true, sizes = question.answer, [len(choice) for choice in question.choices]
+            chosen = {"sum": log_p.argmax(1), "per_character": (log_p / sizes).argmax(1)}
+        nats[:, i] = -log_p[:, true]
+        for way, choice in chosen.items():
+            right.setdefault(way, np.zeros((R, N), bool))[:, i] = choice == true
+    if isinstance(questions[0], Choice) and style == "letters":
+        del right["per_character"]  # letters are all of one length: the same answers
+    steps = None
+    if found.steps is not None:
+        # The prompt's tokens stop alike whatever choice follows them: a token never sees later ones.
+        steps = [found.steps[j][: found.length[j] - len(pairs[j][1]) + 1] for j in first[:-1].tolist()]
+    weight = found.length / found.length.sum()
+    length = float((found.length * weight).sum())
+    return Answers(right, nats, found.iterations @ weight, float(found.looks @ weight), length, steps)
+
+
+def _texts(question: Choice | Cloze, style: Style) -> tuple[str, list[str]]:
+    return (question.prompt, [question.answer]) if isinstance(question, Cloze) else question.texts(style)
+
+
+def wilson(right: int, count: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's interval for a share: with z = 1.96 it holds the true one in about 95 of 100 samples, also near 0 and 1.
+
+    right of count > 0 trials succeeded.
+    """
+    share = right / count
+    middle = share + z * z / (2 * count)
+    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    scale = 1 + z * z / count
+    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+
+
+def bootstrap_mean(groups: Sequence[np.ndarray], draws: int = 2000, seed: int = 0) -> tuple[float, float, float]:
+    """Mean over all values, and its 95 % interval when whole groups (the tokens of a question) are drawn again."""
+    sums, sizes = np.array([g.sum() for g in groups], float), np.array([g.size for g in groups])
+    drawn = np.random.default_rng(seed).integers(len(groups), size=(draws, len(groups)))
+    means = sums[drawn].sum(1) / np.maximum(sizes[drawn].sum(1), 1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(sums.sum() / sizes.sum()), float(low), float(high)
+
+
+def baselines(questions: Sequence[Choice]) -> dict[str, float]:
+    """Shares of right answers without reading a question.
+
+    "chance": one choice at random; "majority": always the place that is right most often; "longest", "shortest":
+    always that choice, counted in characters (equally long ones share the point).
+    """
+    places = np.bincount([q.answer for q in questions], minlength=len(LETTERS))
+
+    def by_length(pick: Callable[[list[int]], int]) -> float:
+        shares = []
+        for q in questions:
+            sizes = [len(choice) for choice in q.choices]
+            picked = pick(sizes)
+            shares.append((sizes[q.answer] == picked) / sizes.count(picked))
+        return float(np.mean(shares))
+
+    return {
+        "chance": float(np.mean([1 / len(q.choices) for q in questions])),
+        "majority": float(places.max() / len(questions)),
+        "longest": by_length(max),
+        "shortest": by_length(min),
+    }

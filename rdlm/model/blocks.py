@@ -1,0 +1,252 @@
+"""Linen leaves: parameters with their shapes, initialisers and logical axes, and the arithmetic of one block.
+
+No loops and no state: keys and values come in and go out as arrays. Logical axes ("vocab", "embed", "heads", "mlp")
+are what `rdlm.sharding` maps onto mesh axes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Bool, Float, Float32, Int
+
+from rdlm.config import ModelConfig
+from rdlm.model.attention import attend, attend_flash, attend_past
+from rdlm.model.cache import KeyValue
+from rdlm.remat import keep
+
+
+class Context(NamedTuple):
+    """What every layer of one pass needs beside activations; the same in all layers and recurrences.
+
+    cos, sin: f32 [B or 1, L, 1, Q/2], rotary tables of the tokens of this pass.
+    bias: f32 [B or 1, L, L], who sees whom among them; None where `segments` say it.
+    past_bias: f32 [B, L or 1, T], which cached tokens they see; None without a cache.
+    segments: int32 [B or 1, L], for the fused kernel.
+    """
+
+    cos: Array
+    sin: Array
+    bias: Array | None
+    past_bias: Array | None = None
+    segments: Array | None = None
+
+
+def takase_std(config: ModelConfig) -> tuple[float, float]:
+    """(std, out std) of the initialisation (spec section 4): sqrt(2/(5D)), and that over sqrt(2 * effective depth)."""
+    depth = config.prelude_layers + config.coda_layers + config.core_layers * config.mean_recurrence
+    std = (2 / (5 * config.embed_dim)) ** 0.5
+    return std, std / (2 * depth) ** 0.5
+
+
+def truncated_normal(std: float):
+    """Initialiser: normal of standard deviation `std` before it is cut at +-3 std."""
+
+    def init(key, shape, dtype):
+        return (jax.random.truncated_normal(key, -3.0, 3.0, shape, jnp.float32) * std).astype(dtype)
+
+    return init
+
+
+def rotary_frequencies(config: ModelConfig) -> Float32[np.ndarray, "{config.head_dim//2}"]:
+    """rope_base^(-2i/Q), with the roundings of the reference's table.
+
+    Made on the host, because one unit in the last place of a frequency turns position 4095 by 2.4e-4.
+    """
+    exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    power = (float(config.rope_base) ** exponent.astype(np.float64)).astype(np.float32)
+    return np.float32(1) / power
+
+
+def rotary_tables(
+    positions: Int[Array, "*tokens"], config: ModelConfig
+) -> tuple[Float32[Array, "*tokens 1 {config.head_dim//2}"], Float32[Array, "*tokens 1 {config.head_dim//2}"]]:
+    """cos and sin of position * rope_base^(-2i/Q)."""
+    # A plain product: an einsum may become a matrix product, which TPUs round to bf16 by default.
+    frequency = jnp.expand_dims(jnp.asarray(rotary_frequencies(config)), range(positions.ndim))
+    angle = (positions.astype(jnp.float32)[..., None] * frequency)[..., None, :]
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(
+    x: Float[Array, "B L H Q"], cos: Float32[Array, "#B L 1 Q//2"], sin: Float32[Array, "#B L 1 Q//2"]
+) -> Float[Array, "B L H Q"]:
+    """Turn neighbouring pairs (2i, 2i+1) of x by the angles of the tables, in f32."""
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    a, b = pairs[..., 0], pairs[..., 1]
+    return jnp.stack([a * cos - b * sin, a * sin + b * cos], -1).reshape(x.shape).astype(x.dtype)
+
+
+def linear(x: Float[Array, "*tokens D"], w: Float[Array, "D F"]) -> Float[Array, "*tokens F"]:
+    """x @ w as one product over all tokens: on CPU the batched form takes twice as long backwards."""
+    return _product(x.reshape(-1, x.shape[-1]), w).reshape(*x.shape[:-1], w.shape[-1])
+
+
+@jax.custom_vjp
+def _product(x: Float[Array, "T D"], w: Float[Array, "D F"]) -> Float[Array, "T F"]:
+    return x @ w
+
+
+def _product_backward(saved: tuple[Array, Array], d: Array) -> tuple[Array, Array]:
+    x, w = saved
+    d_w = _turned(x) @ d if x.shape[1] <= d.shape[1] else (_turned(d) @ x).T  # turn the smaller one
+    return d @ w.T, d_w
+
+
+def _turned(x: Float[Array, "T D"]) -> Float[Array, "D T"]:
+    # In memory too on CPU: left to the product, summing over the first axis of both sides costs 3 % of a training step.
+    return jax.lax.platform_dependent(x, cpu=lambda x: jax.lax.optimization_barrier(x.T), default=lambda x: x.T)
+
+
+_product.defvjp(lambda x, w: (x @ w, (x, w)), _product_backward)
+
+
+@jax.custom_vjp
+def _gated(gate: Float[Array, "*tokens F"], up: Float[Array, "*tokens F"]) -> Float[Array, "*tokens F"]:
+    """silu(gate) * up, with a backward pass that reads and writes less: 1.5 % of a training step on CPU."""
+    return jax.nn.silu(gate) * up
+
+
+def _gated_backward(saved: tuple[Array, Array], d: Array) -> tuple[Array, Array]:
+    gate, up = saved
+    sigmoid = jax.nn.sigmoid(gate)
+    silu = gate * sigmoid
+    return d * up * (sigmoid + silu * (1 - sigmoid)), d * silu
+
+
+_gated.defvjp(lambda gate, up: (_gated(gate, up), (gate, up)), _gated_backward)
+
+
+def normalise(x: Float[Array, "*tokens D"], scale: Float[Array, "D"], eps: float) -> Float[Array, "*tokens D"]:
+    """scale * x / rms(x) over the last axis, statistics in f32."""
+    wide = x.astype(jnp.float32)
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps)
+    return wide.astype(x.dtype) * jnp.expand_dims(scale, range(x.ndim - 1))
+
+
+class RMSNorm(nn.Module):
+    """w * x / rms(x), statistics in f32, cast back before the weight (spec section 1)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*tokens D"]) -> Float[Array, "*tokens D"]:
+        """The normed rows."""
+        scale: Any = self.param(  # the initialiser's box is gone by now
+            "scale",
+            nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
+            (x.shape[-1],),
+            jnp.dtype(self.config.param_dtype),
+        )
+        return normalise(x, scale.astype(x.dtype), self.config.norm_eps)
+
+
+def weight(module: nn.Module, name: str, shape: tuple[int, ...], std: float, axes: tuple[str | None, ...], dtype=None):
+    """Declare a parameter of `module`: shape, initialiser and logical axes in one line, cast to the compute dtype."""
+    config: ModelConfig = module.config
+    init = nn.with_logical_partitioning(truncated_normal(std), axes)
+    value: Any = module.param(name, init, shape, jnp.dtype(config.param_dtype))
+    return value if dtype is None else value.astype(dtype)
+
+
+class SelfAttention(nn.Module):
+    """Causal self-attention with biased queries and keys (spec section 1), over cached tokens too when given."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B L D"],
+        ctx: Context,
+        past: KeyValue | None,
+        held: KeyValue | None,
+        active: Bool[Array, "B L"] | None,
+    ) -> tuple[Float[Array, "B L D"], KeyValue]:
+        """(What attention adds, keys and values [B, L, .] of these tokens).
+
+        Args:
+          x: normed input.
+          ctx: rotary tables and biases.
+          past: keys and values of cached tokens, seen as far as ctx.past_bias allows.
+          held, active: where active is False, a token's keys and values are those of `held`, not new ones.
+        """
+        cfg, dtype = self.config, x.dtype
+        B, L, D = x.shape
+        H, K, Q = cfg.num_heads, cfg.kv_heads, cfg.head_dim
+        G = H // K
+        std, out_std = takase_std(cfg)
+        # Columns are grouped by key head: G query heads, then their key, then their value. So the one matrix the
+        # reference calls Wqkv (its optimizer scales updates per tensor) still splits over devices by whole heads.
+        qkv = linear(x, weight(self, "qkv", (D, K * (G + 2) * Q), std, ("embed", "heads"), dtype))
+        if past is not None:
+            qkv = jax.lax.optimization_barrier(qkv)  # or a TPU compiler splits the matrix by heads: a padded copy of it
+        q, k, v = jax.lax.split(qkv.reshape(B, L, K, G + 2, Q), (G, 1, 1), axis=3)
+        q, k, v = q.reshape(B, L, H, Q), k[..., 0, :], v[..., 0, :]
+        if cfg.qk_bias:
+            bias = weight(self, "qk_bias", (2, H, Q), 0.0, (None, "head", None), dtype)
+            q, k = q + bias[None, None, 0], jnp.repeat(k, G, axis=2) + bias[None, None, 1]
+        cos, sin = jax.lax.stop_gradient((ctx.cos, ctx.sin))  # or a loop's backward pass works out theirs
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        own = KeyValue(k.reshape(B, L, -1), v.reshape(B, L, -1))
+        if held is not None and active is not None:
+            own = jax.tree.map(lambda new, old: jnp.where(active[..., None], new, old), own, held)
+        own_k, own_v = own.k.reshape(B, L, -1, Q), own.v.reshape(B, L, K, Q)
+        if ctx.bias is None:
+            assert ctx.segments is not None
+            mixed = attend_flash(q, own_k, own_v, ctx.segments, cfg.attention_window)
+        elif past is None or ctx.past_bias is None:
+            mixed = attend(q, own_k, own_v, ctx.bias)
+        else:
+            T = past.k.shape[1]  # and the cache may be wider than what it holds
+            past_k = past.k[..., : own.k.shape[-1]].reshape(B, T, -1, Q)
+            past_v = past.v[..., : own.v.shape[-1]].reshape(B, T, K, Q)
+            mixed = attend_past(q, (own_k, own_v, ctx.bias), (past_k, past_v, ctx.past_bias))
+        return linear(mixed, weight(self, "proj", (H * Q, D), out_std, ("heads", "embed"), dtype)), own
+
+
+class GatedMLP(nn.Module):
+    """proj(silu(gate) * up); gate and up are the two halves of `fc` (spec section 1)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+        """What the MLP adds."""
+        D, F = x.shape[-1], self.config.mlp_dim
+        std, out_std = takase_std(self.config)
+        fc = weight(self, "fc", (2, D, F), std, (None, "embed", "mlp"), x.dtype)
+        proj = weight(self, "proj", (F, D), out_std, ("mlp", "embed"), x.dtype)
+        into_gate, into_up = jax.lax.split(fc, (1, 1))  # not indexed: gradients of indexing are padded and added up
+        gate, up = keep(linear(x, into_gate[0])), keep(linear(x, into_up[0]))
+        return linear(_gated(gate, up), proj)
+
+
+class SandwichBlock(nn.Module):
+    """Attention and MLP, each with a norm before and a norm on the residual sum (spec section 1)."""
+
+    config: ModelConfig
+
+    def setup(self):
+        """Declare the submodules."""
+        self.norm_1, self.norm_2 = RMSNorm(self.config), RMSNorm(self.config)
+        self.norm_3, self.norm_4 = RMSNorm(self.config), RMSNorm(self.config)
+        self.attn, self.mlp = SelfAttention(self.config), GatedMLP(self.config)
+
+    def __call__(
+        self,
+        x: Float[Array, "B L D"],
+        ctx: Context,
+        past: KeyValue | None = None,
+        held: KeyValue | None = None,
+        active: Bool[Array, "B L"] | None = None,
+    ) -> tuple[Float[Array, "B L D"], KeyValue]:
+        """(The residual stream behind the block, own keys and values). Arguments as in `SelfAttention`."""
+        mixed, own = self.attn(self.norm_1(x), ctx, past, held, active)
+        x = self.norm_2(keep(mixed + x))
+        return self.norm_4(keep(self.mlp(self.norm_3(x)) + x)), own

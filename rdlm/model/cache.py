@@ -1,0 +1,229 @@
+"""Keys and values of past tokens: an explicit pytree, passed in and returned, donated and updated in place.
+
+A token writes one set of core keys and values per recurrence, at index i mod S (`CachePolicy`). Under "latest" a
+token that stopped early is read at its deepest set from then on; so when it stops, that set is copied into the sets
+above, once, and every later read is a plain slice. Under "skip" a reader hides tokens whose depth it has passed.
+
+During a pass the cache is only read; the pass keeps its own sets (`Own`) and writes them once, at its end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental.layout import Layout, with_layout_constraint
+from jaxtyping import Float32, Int, Shaped
+
+from rdlm.config import CachePolicy, ModelConfig
+from rdlm.model.attention import HIDDEN
+
+
+def stored_width(width: int) -> int:
+    """Columns that keys or values of `width` elements take in the cache.
+
+    Large ones fill whole tiles of 128 columns, as a TPU stores them anyway (5280 becomes 5376): left ragged, its
+    compilers keep the cache turned around, with a copy of it on the way in and out of every program.
+    """
+    return width if width < 1024 else -(-width // 128) * 128
+
+
+class KeyValue(NamedTuple):
+    """Keys and values of one layer, heads flattened: k [..., T, Hk*Q] (after bias and rotary), v [..., T, K*Q].
+
+    Hk = H when `qk_bias` is on (the bias on keys is per query head, spec section 1), else K.
+    """
+
+    k: Array
+    v: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Everything later tokens need of earlier ones.
+
+    prelude, coda: one KeyValue [B, T, .] per layer. core: one KeyValue [S, B, T, .] per layer. The last axis may be
+    wider than the keys or values in it, see `rdlm.remat.stored_width`.
+    length: int32 [B], tokens held per row. depth: int32 [B, T], recurrences each of them ran.
+    """
+
+    prelude: tuple[KeyValue, ...]
+    core: tuple[KeyValue, ...]
+    coda: tuple[KeyValue, ...]
+    length: Array
+    depth: Array
+    policy: CachePolicy = dataclasses.field(metadata={"static": True})
+
+    @property
+    def capacity(self) -> int:
+        """Positions T there is room for."""
+        return self.depth.shape[1]
+
+    @property
+    def sets(self) -> int:
+        """Sets S kept per core layer."""
+        return self.core[0].k.shape[0]
+
+
+class Own(NamedTuple):
+    """Keys and values that one pass over L tokens made: like Cache, with L in place of T."""
+
+    prelude: tuple[KeyValue, ...]
+    core: tuple[KeyValue, ...]
+    coda: tuple[KeyValue, ...]
+
+
+def zeros(config: ModelConfig, shape: tuple[int, ...], dtype: Any) -> KeyValue:
+    """Empty keys and values of one layer, with leading axes `shape`."""
+    return KeyValue(*(jnp.zeros((*shape, width), dtype) for width in config.key_value_widths))
+
+
+def allocate(config: ModelConfig, policy: CachePolicy, sets: int, batch: int, capacity: int, dtype: Any) -> Cache:
+    """An empty cache with room for `capacity` positions and `sets` core sets per layer."""
+    widths = [stored_width(width) for width in config.key_value_widths]
+
+    def layers(count: int, *lead: int) -> tuple[KeyValue, ...]:
+        shape = (*lead, batch, capacity)
+        return tuple(KeyValue(*(jnp.zeros((*shape, width), dtype) for width in widths)) for _ in range(count))
+
+    return Cache(
+        layers(config.prelude_layers),
+        layers(config.core_layers, sets),
+        layers(config.coda_layers),
+        jnp.zeros(batch, jnp.int32),
+        jnp.zeros((batch, capacity), jnp.int32),
+        policy,
+    )
+
+
+def past_bias(capacity: int, length: Int[Array, "B"]) -> Float32[Array, "B 1 {capacity}"]:
+    """Bias of a cache with room for T = capacity positions: the first `length` are visible."""
+    held = jnp.arange(capacity)[None] < length[:, None]
+    return jnp.where(held, 0.0, HIDDEN)[:, None]
+
+
+def skip_bias(depth: Int[Array, "B T"], i: Int[Array, ""] | Int[Array, "B 1"]) -> Float32[Array, "B 1 T"]:
+    """Bias that hides tokens of `depth` which ran no recurrence i (lookup "skip")."""
+    return jnp.where(depth > i, 0.0, HIDDEN)[:, None]
+
+
+def read_set(layers: tuple[KeyValue, ...], m: Int[Array, ""]) -> tuple[KeyValue, ...]:
+    """Set m of every core layer: KeyValue [B, T, .] each."""
+    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, m, keepdims=False), layers)
+
+
+def held_set(own: tuple[KeyValue, ...], i: Int[Array, ""]) -> tuple[KeyValue, ...]:
+    """What stopped tokens hold at recurrence i of a pass: their last write to set i mod S, else the set below it."""
+    sets = own[0].k.shape[0]
+    return read_set(own, jnp.where(i < sets, jnp.maximum(i - 1, 0), i % sets))
+
+
+def write_set(own: tuple[KeyValue, ...], new: tuple[KeyValue, ...], i: Int[Array, ""]) -> tuple[KeyValue, ...]:
+    """Put `new` [B, L, .] into set i mod S of each layer's [S, B, L, .]."""
+    sets = own[0].k.shape[0]
+    return jax.tree.map(lambda x, y: lax.dynamic_update_index_in_dim(x, y, i % sets, 0), own, new)
+
+
+def write(
+    target: Shaped[Array, "B T W"] | Shaped[Array, "S B T W"],
+    new: Shaped[Array, "... F"],
+    row: Int[Array, "*#tokens"],
+    position: Int[Array, "*#tokens"],
+    sets: Int[Array, "*tokens"] | None = None,
+) -> Shaped[Array, "B T W"] | Shaped[Array, "S B T W"]:
+    """Write tokens into the cache in place; those with row B or a position of T or more are dropped.
+
+    Args:
+      target: of a width W that is at least new's F.
+      new: one row for each token, [*tokens, F]; for an axis S in `target` without `sets`, [S, *tokens, F].
+      row, position: where each token goes.
+      sets: the one set that each goes to.
+    """
+    # One index over the flattened leading axes: with several, compilers for TPU turn the whole cache around first.
+    *lead, B, T, F = target.shape
+    row, position = jnp.broadcast_arrays(row, position)
+    index = jnp.where((row < B) & (position < T), row * T + position, target.size // F)
+    if sets is not None:
+        index = index + sets * (B * T)
+    elif lead:
+        index = index[None] + (B * T) * jnp.arange(lead[0]).reshape(-1, *(1,) * index.ndim)
+    flat = target.reshape(-1, F).at[index].set(_wide(new, target), mode="drop")
+    # Where an axis has one element, compilers may take another order of axes for the same thing and copy between them.
+    # (The barrier: a program that returns an array with a constraint of its own could not take a donated one for it.)
+    kept = with_layout_constraint(flat.reshape(target.shape), Layout(tuple(range(target.ndim))))
+    return lax.optimization_barrier(kept)
+
+
+def _wide(new: Array, target: Array) -> Array:
+    """`new` in the dtype and width of `target`."""
+    return jnp.pad(new.astype(target.dtype), [(0, 0)] * (new.ndim - 1) + [(0, target.shape[-1] - new.shape[-1])])
+
+
+def append(
+    cache: Cache,
+    own: Own,
+    steps: Int[Array, "B L"],
+    ran: Int[Array, ""],
+    start: Int[Array, ""] | Int[Array, "B"],
+    count: Int[Array, "B"],
+) -> Cache:
+    """Write a pass of L tokens behind what each row holds.
+
+    Args:
+      cache: donated by callers that loop.
+      own: what the pass made.
+      steps: recurrences each token ran.
+      ran: recurrences the pass ran: sets from `ran` up were never touched, and take the deepest.
+      start: one position for all rows (a prefill chunk), or one for each (decoding).
+      count: how many of the L tokens are real; the rest is overwritten later and never seen.
+    """
+    sets = cache.sets
+    source = jnp.minimum(jnp.arange(sets), jnp.maximum(ran, 1) - 1)
+
+    def put(target: Array, new: Array, lead: int) -> Array:
+        if jnp.ndim(start) == 0:
+            index: list[Array | int] = [0] * target.ndim
+            index[lead + 1] = start
+            return lax.dynamic_update_slice(target, _wide(new, target), index)
+        rows, columns = jnp.arange(new.shape[lead])[:, None], start[:, None] + jnp.arange(new.shape[lead + 1])[None]
+        return write(target, new, rows, columns)
+
+    def filled(new: Array) -> Array:
+        return new if sets == 1 else jnp.take(new, source, axis=0)
+
+    return dataclasses.replace(
+        cache,
+        prelude=jax.tree.map(lambda t, n: put(t, n, 0), cache.prelude, own.prelude),
+        core=jax.tree.map(lambda t, n: put(t, filled(n), 1), cache.core, own.core),
+        coda=jax.tree.map(lambda t, n: put(t, n, 0), cache.coda, own.coda),
+        depth=put(cache.depth[..., None], steps[..., None], 0)[..., 0],
+        length=start + count if jnp.ndim(start) else jnp.where(count > 0, start + count, cache.length),
+    )
+
+
+def grow(cache: Cache, sets: int, capacity: int) -> Cache:
+    """A copy with at least `sets` core sets and room for `capacity` positions; the cache itself if it has both.
+
+    New sets hold what the deepest old one does, as if the tokens had been written with room for them.
+    """
+    if sets <= cache.sets and capacity <= cache.capacity:
+        return cache
+    room = max(capacity - cache.capacity, 0)
+
+    def longer(x: Array, axis: int) -> Array:
+        return jnp.pad(x, [(0, room if a == axis else 0) for a in range(x.ndim)])
+
+    def deeper(x: Array) -> Array:
+        return jnp.take(longer(x, 2), jnp.minimum(jnp.arange(max(sets, cache.sets)), cache.sets - 1), axis=0)
+
+    return dataclasses.replace(
+        cache,
+        prelude=jax.tree.map(lambda x: longer(x, 1), cache.prelude),
+        core=jax.tree.map(deeper, cache.core),
+        coda=jax.tree.map(lambda x: longer(x, 1), cache.coda),
+        depth=longer(cache.depth, 1),
+    )

@@ -1,0 +1,197 @@
+"""Counts from the shape alone: parameters, FLOPs at any depth, cache bytes, and what chips can do at best."""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rdlm.config import CachePolicy, InputError, ModelConfig
+from rdlm.model.cache import stored_width
+
+
+class Chip(NamedTuple):
+    """What a chip can do at best, from its datasheet.
+
+    flops: bf16 FLOP/s. memory: HBM bytes/s. interconnect: bytes/s it receives over all its links to other chips.
+    gib: GiB of HBM that a program may use, as the compiler counts them.
+    """
+
+    flops: float
+    memory: float
+    interconnect: float
+    gib: float
+
+
+CHIPS = {
+    "TPU v4": Chip(275e12, 1228e9, 300e9, 32),
+    "TPU v5 lite": Chip(197e12, 819e9, 200e9, 15.75),
+    "TPU v5": Chip(459e12, 2765e9, 600e9, 95),
+    "TPU v6 lite": Chip(918e12, 1638e9, 448e9, 31.25),
+    "TPU7x": Chip(2307e12, 7380e9, 1200e9, 94.75),
+}
+"""Chips by `device_kind`."""
+
+ALIASES = {"TPU v5e": "TPU v5 lite", "TPU v5p": "TPU v5", "TPU v6e": "TPU v6 lite"}
+
+
+def chip(device_kind: str) -> Chip | None:
+    """The chip called `device_kind`, if it is known here."""
+    return CHIPS.get(ALIASES.get(device_kind, device_kind))
+
+
+def datasheet(device_kind: str) -> Chip:
+    """The chip called `device_kind`.
+
+    Raises:
+      InputError: a chip that is not known here.
+    """
+    found = chip(device_kind)
+    if found is None:
+        raise InputError(f"{device_kind}: its datasheet is not known; known are {', '.join(CHIPS)}")
+    return found
+
+
+def block_matrices(config: ModelConfig) -> int:
+    """Elements of one block's matrices."""
+    D, F, H, K, Q = config.embed_dim, config.mlp_dim, config.num_heads, config.kv_heads, config.head_dim
+    return D * (H + 2 * K) * Q + H * Q * D + 3 * D * F
+
+
+def block_parameters(config: ModelConfig) -> int:
+    """Parameters of one block: its matrices, four norms and the bias on queries and keys."""
+    bias = 2 * config.num_heads * config.head_dim if config.qk_bias else 0
+    return block_matrices(config) + 4 * config.embed_dim + bias
+
+
+def parameters(config: ModelConfig) -> int:
+    """All parameters, a tied embedding counted once (3,564,976,800 for huginn_3p5b)."""
+    D = config.embed_dim
+    blocks = config.prelude_layers + config.core_layers + config.coda_layers
+    embeddings = config.rows * D * (1 if config.tie_embeddings else 2)
+    return blocks * block_parameters(config) + 2 * D * D + embeddings + D
+
+
+def core_parameters(config: ModelConfig) -> int:
+    """Parameters of the core blocks, without the adapter (1,581,592,320 for huginn_3p5b)."""
+    return config.core_layers * block_parameters(config)
+
+
+def materialised_parameters(config: ModelConfig, r: float) -> float:
+    """Parameters of the unrolled model as the paper counts them: the core r (or r on average) times, adapter once."""
+    return parameters(config) + (r - 1) * core_parameters(config)
+
+
+def effective_depth(config: ModelConfig, r: int) -> int:
+    """Layers a token passes at r recurrences (132 for huginn_3p5b at r = 32)."""
+    return config.prelude_layers + r * config.core_layers + config.coda_layers
+
+
+def _layer_flops(config: ModelConfig, keys: float) -> float:
+    return 2 * block_matrices(config) + 4 * keys * config.num_heads * config.head_dim
+
+
+def core_flops(config: ModelConfig, keys: float) -> float:
+    """Forward FLOPs of one recurrence for one token that attends to `keys` positions, the unsplit adapter included."""
+    return config.core_layers * _layer_flops(config, keys) + 4 * config.embed_dim**2
+
+
+def outer_flops(config: ModelConfig, keys: float) -> float:
+    """Forward FLOPs of prelude, coda and head for one token."""
+    layers = config.prelude_layers + config.coda_layers
+    return layers * _layer_flops(config, keys) + 2 * config.rows * config.embed_dim
+
+
+def forward_flops(config: ModelConfig, r: float, keys: float) -> float:
+    """Forward FLOPs per token at r recurrences over `keys` attended positions (the full length, for full attention)."""
+    return outer_flops(config, keys) + r * core_flops(config, keys)
+
+
+def check_flops(config: ModelConfig, keys: float) -> float:
+    """FLOPs of one look of an exit rule that reads logits: coda and head for one token."""
+    return config.coda_layers * _layer_flops(config, keys) + 2 * config.rows * config.embed_dim
+
+
+class Cost(NamedTuple):
+    """What a token costs on average.
+
+    iterations: recurrences. flops_per_token: forward FLOPs, looks of the exit rule included. equivalent_parameters:
+    of the unrolled model, as the paper counts them (the core as often as it runs).
+    """
+
+    iterations: float
+    flops_per_token: float
+    equivalent_parameters: float
+
+
+def cost(config: ModelConfig, iterations: float, length: int, looks: float = 0.0) -> Cost:
+    """The price of a token that runs so many recurrences, in a sequence of `length`.
+
+    Attention is counted in full over the length, as the paper counts it. Each look of a rule at logits costs coda and
+    head (`check_flops`), and so does the readout at the end, although it could reuse the last look's.
+    """
+    spent = forward_flops(config, iterations, length) + looks * check_flops(config, length)
+    return Cost(iterations, spent, materialised_parameters(config, iterations))
+
+
+def sweep_flops(config: ModelConfig, depths: tuple[int, ...], length: int) -> float:
+    """FLOPs per token of a whole depth curve: the deepest point, and coda and head at every other."""
+    return forward_flops(config, depths[-1], length) + (len(depths) - 1) * check_flops(config, length)
+
+
+def check_bytes(config: ModelConfig, itemsize: int) -> int:
+    """Bytes of weights that such a look streams; against `core_bytes`, its price when decoding waits for memory."""
+    return (config.coda_layers * block_matrices(config) + config.rows * config.embed_dim) * itemsize
+
+
+def core_bytes(config: ModelConfig, itemsize: int) -> int:
+    """Bytes of weights that one recurrence streams: core blocks and the state's half of the adapter."""
+    return (config.core_layers * block_matrices(config) + config.embed_dim**2) * itemsize
+
+
+def training_flops(config: ModelConfig, n: float, k: float, length: float) -> float:
+    """Model FLOPs per token of a training step: n forward recurrences, k forward and backward (3x), the rest 3x.
+
+    Attention is counted in full (not causal) and recomputation not at all, as the paper counts its MFU: 190e9 for
+    huginn_3p5b at n = 25, k = 8, length 4096.
+    """
+    return (n + 3 * k) * core_flops(config, length) + 3 * outer_flops(config, length)
+
+
+def key_value_bytes(config: ModelConfig, itemsize: int) -> int:
+    """Bytes of one token's keys and values in one set of one layer (21,120 for huginn_3p5b in bf16)."""
+    return sum(config.key_value_widths) * itemsize
+
+
+def cache_bytes(
+    config: ModelConfig, policy: CachePolicy, num_steps: int, batch: int, capacity: int, itemsize: int
+) -> int:
+    """Bytes of the keys and values that `rdlm.model.cache.allocate` makes (depths and lengths not counted)."""
+    slots = config.prelude_layers + config.core_layers * policy.sets(num_steps) + config.coda_layers
+    return slots * batch * capacity * sum(map(stored_width, config.key_value_widths)) * itemsize
+
+
+def matmul_peak() -> float:
+    """FLOP/s of one device at its best: the datasheet's for known TPUs, the measured ones otherwise."""
+    known = chip(jax.devices()[0].device_kind)
+    return known.flops if known else measured_matmul_peak()
+
+
+def measured_matmul_peak(repeats: int = 20) -> float:
+    """FLOP/s of a 1024^3 f32 matrix product on the default device: the fastest of `repeats`, compilation left out."""
+    return 2 * 1024**3 / min(matmul_seconds(repeats))
+
+
+def matmul_seconds(repeats: int) -> list[float]:
+    """Seconds of each of `repeats` 1024^3 f32 matrix products, one after the other, compilation left out."""
+    a = jnp.ones((1024, 1024))
+    multiply = jax.jit(lambda a: a @ a)
+    multiply(a).block_until_ready()
+    found = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        multiply(a).block_until_ready()
+        found.append(time.perf_counter() - start)
+    return found

@@ -1,0 +1,338 @@
+"""The tokenizer: any local tokenizer.json, with its special ids, the bytes of its tokens and its identity."""
+
+from __future__ import annotations
+
+import codecs
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import tokenizers
+
+from rdlm.config import InputError
+from rdlm.tokenizer import chat, training
+
+_LONG = 2**19  # characters; longer texts are encoded in pieces of about so many
+_ENCODED_AT_ONCE = 2**22  # characters
+_LINE_START = re.compile(r"\n(?=[^\W_])")
+
+
+class Tokenizer:
+    """Encodes and decodes text; knows its special ids, the bytes of every token, and its own identity (`hash`).
+
+    Text that looks like a special token is ordinary text when encoded: only ids make special tokens.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, config: dict[str, Any], where: str = "tokenizer") -> None:
+        """Wrap a loaded `tokenizers.Tokenizer` and the content of its tokenizer_config.json.
+
+        Raises:
+          InputError: the config names no eos_token, or a token that is not in the vocabulary.
+        """
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = True  # i.e. "<|end_text|>" inside a document is nine harmless pieces of text
+        self._backend, self._config = backend, config
+        self.eos_id = self._special("eos_token", where)
+        self.bos_id = self._special("bos_token", where) if config.get("bos_token") else self.eos_id
+        self.pad_id = self._special("pad_token", where) if config.get("pad_token") else self.eos_id
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int, special_ids: Literal["first", "last"] = "first") -> Tokenizer:
+        """Learn a byte-level BPE of exactly `vocab_size` entries, special tokens included. Deterministic.
+
+        Args:
+          texts: to learn from.
+          vocab_size: entries.
+          special_ids: "first": ids 0 to 5; "last": the last 32 ids, as the reference, some of them reserved (65504 to
+            65535 of 65536).
+
+        Raises:
+          InputError: `vocab_size` cannot hold 256 bytes and the special tokens, or the texts are too few to fill it.
+        """
+        return cls(*training.train(texts, vocab_size, special_ids))
+
+    @classmethod
+    def bytes_only(cls) -> Tokenizer:
+        """One token per byte and no training: ids 0 to 255 in byte order, then the reference's 32 special tokens."""
+        return cls(*training.bytes_only())
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Tokenizer:
+        """Read tokenizer.json and tokenizer_config.json from a local folder, ours or anyone's.
+
+        Where no bos_token is named, as in many folders, documents begin with the eos_token.
+
+        Raises:
+          InputError: a file is missing or not what its name says, or names no eos_token.
+        """
+        place = Path(folder)
+        text = _read(place, "tokenizer.json")
+        try:
+            backend = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the library raises bare Exception
+            raise InputError(f"{folder}/tokenizer.json: not a tokenizer ({error}); copy it again") from error
+        name = "tokenizer_config.json"
+        if not (place / name).exists() and (place / "special_tokens_map.json").exists():
+            name = "special_tokens_map.json"  # older folders have only this one
+        try:
+            config = json.loads(_read(place, name))
+        except json.JSONDecodeError as error:
+            raise InputError(f"{folder}/{name}: not JSON ({error}); copy it again") from error
+        if not isinstance(config, dict):
+            raise InputError(f"{folder}/{name}: expected an object, found {type(config).__name__}")
+        if (place / "chat_template.jinja").exists():  # where newer folders keep it
+            config["chat_template"] = _read(place, "chat_template.jinja")
+        return cls(backend, config, where=f"{folder}/{name}")
+
+    def save(self, folder: str | Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json, readable by Hugging Face tools.
+
+        Raises:
+          InputError: the folder cannot be written.
+        """
+        folder = Path(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "tokenizer.json").write_text(self._backend.to_str(pretty=True), encoding="utf-8")
+            text = json.dumps(self._config, indent=2, ensure_ascii=False) + "\n"
+            (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"{folder}: cannot be written ({error.strerror or error})") from error
+
+    def encode(self, text: str, bos: bool = True, eos: bool = False) -> np.ndarray:
+        """Token ids of `text`, int32 [n], with bos_id before and eos_id after it if asked.
+
+        Raises:
+          InputError: `text` is not valid Unicode (it holds a lone surrogate).
+        """
+        return self.encode_batch([text], bos, eos)[0]
+
+    def encode_batch(self, texts: Sequence[str], bos: bool = True, eos: bool = False) -> list[np.ndarray]:
+        """`encode` of every text, on all cores; long texts piece by piece, which changes nothing but memory."""
+        pieces = [(i, piece) for i, text in enumerate(texts) for piece in self._pieces_of(text)]
+        found: list[list[np.ndarray]] = [[] for _ in texts]
+        while pieces:
+            size, count = 0, 0
+            while count < len(pieces) and (not count or size < _ENCODED_AT_ONCE):
+                size, count = size + len(pieces[count][1]), count + 1
+            try:
+                encodings = self._backend.encode_batch_fast([p for _, p in pieces[:count]], add_special_tokens=False)
+            except TypeError as error:  # raised for lone surrogates as well as for things that are not str
+                raise InputError(f"text: cannot be encoded ({error}); give valid Unicode strings") from error
+            for (i, _), encoding in zip(pieces[:count], encodings, strict=True):
+                found[i].append(np.array(encoding.ids, np.int32))
+            del pieces[:count]
+        before, after = [np.array([self.bos_id], np.int32)] * bos, [np.array([self.eos_id], np.int32)] * eos
+        return [np.concatenate([*before, *parts, *after, np.zeros(0, np.int32)]) for parts in found]
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]], reply: bool = True) -> np.ndarray:
+        """A conversation as the tokenizer's chat template writes it, int32 [n].
+
+        Without a template of its own a tokenizer uses the reference's (`chat.REFERENCE`, spec section 7): every message
+        is header, role, header end, two line breaks, stripped content, end of turn; the first follows the begin token.
+        Special tokens spelled out in a message stay text.
+
+        Args:
+          messages: {"role": "system" | "user" | "assistant", "content": ...}.
+          reply: end with the assistant's header, for the model to go on; False: end with the end token.
+
+        Raises:
+          InputError: no messages, one without role or content, a template that refuses them, or a tokenizer without
+            the special tokens of the template.
+        """
+        return self.encode_conversation(messages, reply)[0]
+
+    def encode_conversation(
+        self, messages: Sequence[Mapping[str, str]], reply: bool = True
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """`encode_chat` and, bool [n], which of its tokens the assistant says: those in `{% generation %}` blocks."""
+        return self.encode_written(self.write_chat(messages, reply))
+
+    def write_chat(self, messages: Sequence[Mapping[str, str]], reply: bool = True) -> str:
+        """`encode_chat` as text, for whoever passes text on: only `encode_written` reads special tokens out of it.
+
+        Special tokens that a message spells out carry a mark that keeps them text.
+        """
+        return chat.render(
+            self._config.get("chat_template"),
+            messages,
+            add_generation_prompt=reply,
+            bos_token=str(self._backend.id_to_token(self.bos_id)),
+            eos_token=str(self._backend.id_to_token(self.eos_id)),
+            special=list(self.special_ids),
+        )
+
+    def encode_written(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of a text that begins as `write_chat` wrote it, and which of them the assistant says."""
+        ids: list[int] = []
+        scored: list[bool] = []
+        for special, run, spans in chat.runs(text, list(self.special_ids)):
+            if special:
+                ids.append(self.special_ids[run])
+                scored.append(bool(spans))
+                continue
+            encoding = self._backend.encode(run, add_special_tokens=False)
+            ids += encoding.ids
+            scored += [any(start < b and end > a for a, b in spans) for start, end in encoding.offsets]
+        return np.array(ids, np.int32), np.array(scored, bool)
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        """Text of token ids. Bytes that are not UTF-8 become U+FFFD; ids outside the vocabulary are left out."""
+        kept = [i for i in map(int, ids) if self._is_text(i, skip_special)]
+        if self._pieces is None:
+            return self._backend.decode(kept, skip_special_tokens=False)
+        return b"".join(self._pieces[i] for i in kept).decode("utf-8", "replace")
+
+    def decode_stream(self, skip_special: bool = True) -> DecodeStream:
+        """A decoder for ids that arrive one at a time."""
+        return DecodeStream(self, skip_special)
+
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        """Largest id + 1: the number of entries, unless the vocabulary has holes."""
+        return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    @functools.cached_property
+    def special_ids(self) -> dict[str, int]:
+        """Id of every special token by its text."""
+        added = self._backend.get_added_tokens_decoder()
+        special = {token.content: i for i, token in sorted(added.items()) if token.special}
+        for i in (self.bos_id, self.eos_id, self.pad_id):  # special by their role, however they were added
+            special.setdefault(str(self._backend.id_to_token(i)), i)
+        return special
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """sha256 (hex) of what decides how text becomes ids and back: equal hashes, interchangeable tokenizers.
+
+        Layout of the file, padding, truncation and the post-processor, which `encode` never uses, do not count.
+        """
+        tree = json.loads(self._backend.to_str())
+        for unused in ("padding", "truncation", "post_processor"):
+            tree.pop(unused, None)
+        canonical = json.dumps([tree, self.bos_id, self.eos_id, self.pad_id], sort_keys=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    @functools.cached_property
+    def token_bytes(self) -> np.ndarray:
+        """Bytes of text each token stands for, int32 [vocab_size]; special tokens have 0.
+
+        The bytes of a text are the sum over its tokens, so bits per byte = nats / ln 2 / sum of `token_bytes[labels]`.
+
+        Raises:
+          InputError: the tokenizer is not byte-level, so that the sum would not be exact.
+        """
+        if self._pieces is None:
+            raise InputError("tokenizer: bits per byte need a byte-level tokenizer (its decoder must be ByteLevel)")
+        lengths = np.array([len(piece) for piece in self._pieces], np.int32)
+        lengths[list(self.special_ids.values())] = 0
+        return lengths
+
+    @functools.cached_property
+    def _pieces(self) -> list[bytes] | None:
+        """The bytes of every token (special tokens: of their text), or None if the tokenizer is not byte-level."""
+        decoder = json.loads(self._backend.to_str())["decoder"] or {}
+        if "ByteLevel" not in [decoder.get("type"), *(d["type"] for d in decoder.get("decoders", []))]:
+            return None
+        added = {token.content for token in self._backend.get_added_tokens_decoder().values()}
+        byte_of = {character: byte for byte, character in enumerate(training.characters_of_bytes())}
+        pieces = [b""] * self.vocab_size
+        for token, i in self._backend.get_vocab(with_added_tokens=True).items():
+            plain = token in added or not all(c in byte_of for c in token)
+            pieces[i] = token.encode() if plain else bytes(byte_of[c] for c in token)
+        return pieces
+
+    def _pieces_of(self, text: str) -> Iterator[str]:
+        """`text`, if it is long, cut at line starts where the tokenizer itself always cuts."""
+        start = 0
+        while self._may_cut and len(text) - start > _LONG:
+            at = next((m.end() for m in _LINE_START.finditer(text, start + _LONG) if self._cuts(text, m.end())), None)
+            if at is None:
+                break
+            yield text[start:at]
+            start = at
+        yield text[start:] if start else text
+
+    def _cuts(self, text: str, at: int) -> bool:
+        first = max(at - 100, 0)
+        words = self._backend.pre_tokenizer.pre_tokenize_str(text[first : at + 100])
+        return any(begin == at - first for _, (begin, _) in words)
+
+    @functools.cached_property
+    def _may_cut(self) -> bool:
+        # Only where a piece is encoded alone as it is within the text: nothing is put in front of it or normalised.
+        tree = json.loads(self._backend.to_str())
+        plain = tree["normalizer"] is None and self._pieces is not None and self._backend.pre_tokenizer is not None
+        prefix = '"add_prefix_space": true' in json.dumps(tree["pre_tokenizer"])
+        return plain and not prefix and not any("\n" in token["content"].strip("\n") for token in tree["added_tokens"])
+
+    def _is_text(self, i: int, skip_special: bool) -> bool:
+        # A model whose embedding is padded can name ids beyond the vocabulary: they stand for nothing.
+        return 0 <= i < self.vocab_size and not (skip_special and i in self._special_set)
+
+    @functools.cached_property
+    def _special_set(self) -> frozenset[int]:
+        return frozenset(self.special_ids.values())
+
+    def _special(self, name: str, where: str) -> int:
+        token = _content(self._config.get(name))
+        if not isinstance(token, str):
+            raise InputError(f"{where}: names no {name}; add one that is in the vocabulary")
+        found = self._backend.token_to_id(token)
+        if found is None:
+            raise InputError(f"{where}: {name} = {token!r} is not in the vocabulary of tokenizer.json")
+        return found
+
+
+def _read(folder: Path, name: str) -> str:
+    try:
+        return (folder / name).read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise InputError(f"{folder}: no {name} there; give a folder that holds a saved tokenizer") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{folder}/{name}: cannot be read ({error})") from error
+
+
+def _content(token: Any) -> Any:
+    """A token as tokenizer_config.json writes it: text, or an object with its text under `content`."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+class DecodeStream:
+    """Turns ids into text as they arrive; a character split over tokens comes out whole, with its last token.
+
+    What `push` and the final `end` return, joined, is exactly `Tokenizer.decode` of the ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True) -> None:
+        self._tokenizer, self._skip_special = tokenizer, skip_special
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._ids: list[int] = []  # only for tokenizers that are not byte-level
+        self._sent = ""
+
+    def push(self, token: int) -> str:
+        """Text completed by this token, possibly empty."""
+        if not self._tokenizer._is_text(token, self._skip_special):
+            return ""
+        if self._tokenizer._pieces is not None:
+            return self._utf8.decode(self._tokenizer._pieces[token])
+        self._ids.append(token)
+        return self._fresh(hold="\ufffd")
+
+    def end(self) -> str:
+        """What is left when no token follows: U+FFFD for a character that was never completed, or nothing."""
+        return self._utf8.decode(b"", final=True) + (self._fresh() if self._ids else "")
+
+    def _fresh(self, hold: str | None = None) -> str:
+        # Other decoders look at neighbouring tokens, so decode all of them and return what is new.
+        text = self._tokenizer.decode(self._ids, skip_special=False)
+        if hold and text.endswith(hold):
+            return ""
+        fresh, self._sent = text[len(self._sent) :], text
+        return fresh

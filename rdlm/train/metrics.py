@@ -1,0 +1,132 @@
+"""Numbers of a run: JSONL always, TensorBoard when asked, and one live line on the terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from rdlm.config import InputError, RunConfig
+from rdlm.perf import flops
+from rdlm.runtime import duration
+
+
+class MetricsWriter:
+    """Appends one JSON object per step to metrics.jsonl, so that a killed run has lost nothing it had printed."""
+
+    def __init__(self, folder: Path, start_step: int, tensorboard: bool = False):
+        """Open `folder`/metrics.jsonl, dropping what a lost stretch of the run wrote from `start_step` on.
+
+        Raises:
+          InputError: tensorboard without the extra `log`.
+        """
+        self.path = folder / "metrics.jsonl"
+        kept = [line for line in _complete_lines(self.path) if json.loads(line)["step"] < start_step]
+        temporary = self.path.with_suffix(".jsonl.partial")
+        temporary.write_text("".join(kept))
+        temporary.replace(self.path)
+        self.file = self.path.open("a")
+        self.events = None
+        if tensorboard:
+            try:
+                from tensorboardX import SummaryWriter
+            except ImportError as error:
+                raise InputError("tensorboard = True: needs the extra `log` (pip install 'rdlm[log]')") from error
+            self.events = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step)
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """Append {"step": step, **values}."""
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.flush()
+        if self.events is not None:
+            for name, value in values.items():
+                if isinstance(value, (int, float)):
+                    self.events.add_scalar(name, value, step)
+
+    def sync(self) -> None:
+        """Bring everything written so far to the disk, or to the bucket mounted there, which a flush does not reach."""
+        os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        """Flush and close."""
+        self.file.close()
+        if self.events is not None:
+            self.events.close()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Every row of `folder`/metrics.jsonl; a line cut short by a kill is dropped."""
+    return [json.loads(line) for line in _complete_lines(folder / "metrics.jsonl")]
+
+
+def _complete_lines(path: Path) -> list[str]:
+    if not path.exists():
+        return []
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+
+
+def device_memory() -> dict[str, int]:
+    """Bytes in use and at the peak so far on the fullest device of this process; empty where devices do not tell."""
+    stats = [found for device in jax.local_devices() if (found := device.memory_stats())]
+    names = {"hbm_bytes": "bytes_in_use", "hbm_peak_bytes": "peak_bytes_in_use"}
+    return {
+        name: max(s[key] for s in stats) for name, key in names.items() if stats and all(key in s for s in stats)
+    }  # fmt: skip
+
+
+RECENT = 100
+"""Steps whose times the percentiles are about."""
+
+
+class Meter:
+    """Speed of the recent steps, compilation and evaluation left out."""
+
+    def __init__(self, config: RunConfig, peak: float):
+        """`peak`: FLOP/s of all devices."""
+        self.config, self.peak = config, peak
+        self.tokens = config.data.batch_size * config.data.sequence_length
+        self.start = time.monotonic()
+        self.last: float | None = None
+        self.step_seconds: float | None = None
+        self.utilisation = 0.0
+        self.recent: deque[float] = deque(maxlen=RECENT)
+
+    def restart(self) -> None:
+        """Do not count the time since the last step."""
+        self.last = None
+
+    def measure(self, n: int, k: int) -> dict[str, float]:
+        """Speed of the step that just ended and ran (n, k), time per step lately (median, 95 %), and memory."""
+        now = time.monotonic()
+        seconds, self.last = (None if self.last is None else now - self.last), now
+        if seconds is None:
+            return {"seconds": round(now - self.start, 3)}
+        work = flops.training_flops(self.config.model, n, k, self.config.data.sequence_length) * self.tokens
+        mfu = work / seconds / self.peak
+        keep = 0.0 if self.step_seconds is None else 0.95
+        self.step_seconds = keep * (self.step_seconds or 0.0) + (1 - keep) * seconds
+        self.utilisation = keep * self.utilisation + (1 - keep) * mfu
+        self.recent.append(seconds)
+        p50, p95 = np.percentile(self.recent, (50, 95)).tolist()
+        return {
+            "tokens_per_second": self.tokens / seconds,
+            "mfu": mfu,
+            "step_seconds_p50": p50,
+            "step_seconds_p95": p95,
+            "seconds": round(now - self.start, 3),
+            **device_memory(),
+        }
+
+    def line(self, step: int, values: dict[str, Any]) -> str:
+        """What the progress line says."""
+        text = f"loss {values['loss']:.3f}  r {values['n']:g}+{values['k']:g}"
+        if self.step_seconds:
+            left = duration((self.config.steps - step) * self.step_seconds)
+            text += f"  {self.tokens / self.step_seconds:,.0f} tok/s  MFU {self.utilisation:.0%}  ETA {left}"
+        return text

@@ -1,0 +1,71 @@
+"""Decoding compiled for a real TPU: nothing turns or copies the cache. Needs libtpu; proves no numerics."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import SingleDeviceSharding
+
+from rdlm import exits
+from rdlm.config import CachePolicy, preset
+from rdlm.decode.lanes import advance, empty_lanes
+from rdlm.decode.loop import decode_tokens, progress_shapes
+from rdlm.decode.requests import as_requests
+from rdlm.model import cast, init_params
+from rdlm.perf import flops, hlo
+
+pytest.importorskip("libtpu")
+pytestmark = pytest.mark.slow
+
+# The published model's ragged width, with fewer and thinner layers. At 1,024 positions the compiler would rather have
+# positions last, as at full size.
+SHAPE = {"embed_dim": 1056, "num_heads": 11, "mlp_dim": 512, "vocab_size": 512, "padded_vocab_size": None}
+CONFIG = dataclasses.replace(
+    preset("huginn_3p5b").model, **SHAPE, prelude_layers=1, core_layers=2, coda_layers=1, compute_dtype="bfloat16"
+)
+B, T, R, POLICY = 16, 1024, 32, CachePolicy(4)
+SET = B * T * 1056 * 2  # bytes of one set of one layer's keys
+
+
+@pytest.fixture(scope="module")
+def place():
+    return SingleDeviceSharding(hlo.tpu_devices("v5e:2x2")[0])
+
+
+def lowered(place, lanes):
+    """Adaptive decoding with a KL exit at mixed depths, in lock-step or in lanes."""
+    params = jax.eval_shape(lambda: cast(init_params(CONFIG, jax.random.key(0)), jnp.bfloat16))
+    request = as_requests(CONFIG, [[1]] * B, 16, num_steps=R, exit_rule=exits.kl())[0]
+
+    numbers = jnp.int32(0), jnp.int32(0)
+    if lanes:
+        state = jax.eval_shape(lambda r: empty_lanes(CONFIG, r, POLICY, 4, T, 64, jnp.bfloat16), request)
+        params, *rest = hlo.specs((params, state, jnp.ones(B, bool), *numbers), place)
+        return advance.lower(params, CONFIG, *rest, width=4, every=4, warm_start=False)
+    progress = progress_shapes(params, CONFIG, request, POLICY, 4, T)
+    params, *rest = hlo.specs((params, progress, request, *numbers), place)
+    return decode_tokens.lower(params, CONFIG, *rest, False)
+
+
+@pytest.mark.parametrize("lanes", [False, True], ids=["lock-step", "lanes"])
+def test_no_program_copies_the_cache(place, lanes):
+    program = hlo.compile_program(lowered(place, lanes))
+    core = 4 * SET
+    assert not program.copies(core), "a whole layer of the cache is copied"
+    assert program.shared >= flops.cache_bytes(CONFIG, POLICY, R, B, T, 2), "the cache is not updated in place"
+    assert program.peak <= flops.datasheet(hlo.tpu_devices("v5e:2x2")[0].device_kind).gib * 2**30
+
+
+def test_control_a_cache_with_ragged_columns_is_copied(place, monkeypatch):
+    monkeypatch.setattr("rdlm.model.cache.stored_width", lambda width: width)
+    jax.clear_caches()
+    program = hlo.compile_program(lowered(place, lanes=False))
+    jax.clear_caches()
+    assert sum(program.copies(4 * SET).values()) >= 2
+
+
+def test_an_unknown_topology_is_one_line():
+    with pytest.raises(ValueError, match="topology = 'v9z:1x1'") as error:
+        hlo.tpu_devices("v9z:1x1")
+    assert "\n" not in str(error.value)

@@ -1,0 +1,127 @@
+"""experiments/convert_huggingface.py, both ways, with its checks and its refusals."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import experiment_scripts
+import jax
+import numpy as np
+import pytest
+from golden_cases import GOLDEN, model
+from safetensors.numpy import load_file
+
+from rdlm.checkpoint import load_checkpoint
+from rdlm.config import ModelConfig
+from rdlm.hf import load_huggingface, save_huggingface
+from rdlm.model import cast, init_params
+from rdlm.tokenizer import Tokenizer
+
+SCRIPT = Path(__file__).parents[2] / "experiments/convert_huggingface.py"
+TINY = ModelConfig(
+    vocab_size=300, embed_dim=12, num_heads=2, mlp_dim=10, prelude_layers=1, core_layers=1, coda_layers=1,
+    max_length=16, mean_recurrence=2, backprop_depth=1, tie_embeddings=False, param_dtype="bfloat16",
+)  # fmt: skip
+
+fresh = jax.jit(init_params, static_argnums=0)
+
+
+script = experiment_scripts.script("convert_huggingface")
+
+
+def convert(monkeypatch, *arguments):
+    """The script's main with these arguments; returns its exit code."""
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+    return script.main()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    Tokenizer.train([SCRIPT.read_text()], 300).save(folder)
+    return folder
+
+
+def test_there_and_back_keeps_every_bit(tmp_path, monkeypatch, tokenizer, capsys):
+    source = tmp_path / "source"
+    save_huggingface(source, cast(fresh(TINY, jax.random.key(0)), "bfloat16"), TINY)
+    for file in tokenizer.iterdir():
+        (source / file.name).write_bytes(file.read_bytes())
+    assert convert(monkeypatch, source, tmp_path / "run", "--verify") == 0
+    assert convert(monkeypatch, tmp_path / "run", tmp_path / "back", "--verify") == 0
+    printed = capsys.readouterr().out
+    assert printed.count("verify: passed") == 2
+    for word in ("max |logit difference| 0,", "KL", "top-1", "top-5"):
+        assert printed.count(word) == 2
+    params, config = load_checkpoint(tmp_path / "run")
+    assert config == TINY
+    assert params["wte"].dtype == "bfloat16"
+    assert Tokenizer.load(tmp_path / "run/tokenizer").hash == Tokenizer.load(tokenizer).hash
+    before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "back/model.safetensors")
+    assert before.keys() == after.keys()
+    for name in before:
+        assert before[name].dtype == after[name].dtype
+        assert before[name].tobytes() == after[name].tobytes(), name
+    for name in ("config.json", *(file.name for file in tokenizer.iterdir())):
+        assert (source / name).read_text() == (tmp_path / "back" / name).read_text()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "run", "source"]
+
+
+@pytest.mark.parametrize("name", ["A2", "G_gqa"])
+def test_golden_models_convert_without_a_tokenizer(name, tmp_path, monkeypatch, capsys):
+    assert convert(monkeypatch, GOLDEN / name, tmp_path / "run", "--verify") == 0
+    assert "no tokenizer" in capsys.readouterr().out
+    params, config = load_checkpoint(tmp_path / "run")
+    assert config == model(name)[1]
+    jax.tree.map(np.testing.assert_array_equal, params, model(name)[0])
+
+
+def test_verify_notices_a_difference(tmp_path, monkeypatch, capsys):
+    def damaged(folder, step=None):
+        params, config = load_huggingface(folder) if Path(folder) == GOLDEN / "A2" else load_checkpoint(folder)
+        if Path(folder) != GOLDEN / "A2":
+            params = params | {"ln_f": {"scale": params["ln_f"]["scale"] * 1.01}}
+        return params, config
+
+    monkeypatch.setattr(script, "load", damaged)
+    assert convert(monkeypatch, GOLDEN / "A2", tmp_path / "run", "--verify") == 1
+    assert "verify: FAILED" in capsys.readouterr().out
+    assert convert(monkeypatch, GOLDEN / "A2", tmp_path / "again", "--verify", "--threshold", "1000") == 0
+
+
+def run(*arguments, **environment):
+    import os
+
+    return subprocess.run(
+        [sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True, check=False,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"} | environment,
+    )  # fmt: skip
+
+
+def test_wrong_input_is_one_line_and_exit_code_2(tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/thesis.tex").write_text("x")
+    wrong = tmp_path / "wrong"
+    wrong.mkdir()
+    (wrong / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    for arguments, word in [
+        ((tmp_path / "nowhere", tmp_path / "out"), "no such folder"),
+        (("organisation/name", tmp_path / "out"), "hub"),
+        ((tmp_path / "full", tmp_path / "out"), "neither"),
+        ((wrong, tmp_path / "out"), "model_type"),
+        ((GOLDEN / "A2", tmp_path / "full"), "not an empty folder"),
+        ((GOLDEN / "A2", GOLDEN / "A2"), "same folder"),
+        ((GOLDEN / "A2", tmp_path / "out", "--step", "3"), "--step"),
+    ]:
+        done = run(*arguments)
+        assert done.returncode == 2, (arguments, done.stderr)
+        assert done.stderr.count("\n") == 1, done.stderr
+        assert word in done.stderr
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_hub_name_without_the_library_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ValueError, match="install huggingface_hub"):
+        convert(monkeypatch, "organisation/name", tmp_path / "out")

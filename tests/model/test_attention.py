@@ -1,0 +1,171 @@
+"""Attention with its hand-written backward pass against plain softmax attention differentiated by JAX."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rdlm.model.attention import HIDDEN, attend, attend_flash, attend_past, causal_bias
+
+B, H, Q = 2, 4, 8
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+def softmax_attention(q, k, v, visible):
+    """The textbook formula in float32; visible bool [B or 1, L, T]. q [B,L,H,Q], k [B,T,Hk,Q], v [B,T,K,Q]."""
+    k, v = (jnp.repeat(x, H // x.shape[2], axis=2) for x in (k, v))
+    scores = jnp.einsum("blhq,bthq->bhlt", q, k) / Q**0.5
+    p = jax.nn.softmax(jnp.where(visible[:, None], scores, -jnp.inf), axis=-1)
+    return jnp.einsum("bhlt,bthq->blhq", p, v).reshape(*q.shape[:2], -1)
+
+
+def random(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def inputs(L, key_heads=H, value_heads=H):
+    return random(1, B, L, H, Q), random(2, B, L, key_heads, Q), random(3, B, L, value_heads, Q)
+
+
+def segments(L):
+    """Three documents of different lengths per row, then padding in the first."""
+    cuts = np.array([[0.2, 0.5, 0.9], [0.4, 0.45, 1.0]])
+    return (1 + (np.arange(L)[None, :, None] >= cuts[:, None] * L).sum(-1)) % 4
+
+
+def sees(ids, L, window=10_000):
+    """visible [B or 1, L, L]: itself, and the window - 1 tokens before it in its document; padding is in none."""
+    ids = np.ones((1, L), int) if ids is None else ids
+    t, p = np.arange(L)[:, None], np.arange(L)[None, :]
+    same = (ids[:, :, None] == ids[:, None, :]) & (ids[:, None, :] > 0)
+    return (t == p) | ((p < t) & (p > t - window) & same)
+
+
+def both(ours, reference, arguments):
+    """Output and gradients (of one random projection, to every argument) of two functions, in one program."""
+
+    def with_gradients(attention, arguments):
+        def projected(arguments):
+            out = attention(*arguments)
+            return jnp.sum(out * random(9, *out.shape)), out
+
+        grads, out = jax.grad(projected, has_aux=True)(arguments)
+        return [out, *grads]
+
+    return jax.jit(lambda a: (with_gradients(ours, a), with_gradients(reference, a)))(tuple(arguments))
+
+
+def assert_same(ours, reference):
+    for a, b in zip(ours, reference, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
+
+
+# Queries go in blocks of at least 64 and at least an eighth of the row. These make one block, a full one, one and a
+# rest of one token, and seven of 73 and a rest.
+@pytest.mark.parametrize("L", [1, 5, 64, 65, 577])
+@pytest.mark.parametrize("packed", [False, True])
+def test_attend_is_softmax_attention_with_its_gradients(L, packed):
+    ids = segments(L) if packed else None
+    bias, visible = causal_bias(None if ids is None else jnp.asarray(ids), L), sees(ids, L)
+    assert_same(*both(lambda *a: attend(*a, bias), lambda *a: softmax_attention(*a, visible), inputs(L)))
+
+
+@pytest.mark.parametrize(("key_heads", "value_heads"), [(4, 2), (2, 2), (1, 1)])
+def test_attend_with_fewer_key_heads(key_heads, value_heads):
+    # A bias on keys is per query head, so keys may have all heads while values are shared (spec section 1).
+    ids, given = segments(70), inputs(70, key_heads, value_heads)
+    bias, visible = causal_bias(jnp.asarray(ids), 70), sees(ids, 70)
+    ours, reference = both(lambda *a: attend(*a, bias), lambda *a: softmax_attention(*a, visible), given)
+    assert_same(ours, reference)
+    if value_heads == 2:  # control: another assignment of query heads to value heads is another function
+        swapped = jax.jit(softmax_attention)(given[0], given[1], given[2][:, :, ::-1], visible)
+        assert np.abs(swapped - reference[0]).max() > 0.1
+
+
+@pytest.mark.parametrize(("L", "T", "heads"), [(1, 7, 4), (5, 1, 4), (6, 33, 2)])
+def test_attend_past_is_one_softmax_over_both_parts(L, T, heads):
+    own, past = inputs(L, heads, heads), (random(4, B, T, heads, Q), random(5, B, T, heads, Q))
+    held = np.arange(T)[None, None] < np.array([T, T // 2])[:, None, None]  # the second row's cache is half empty
+    own_bias, past_bias = causal_bias(None, L), jnp.where(held, 0.0, HIDDEN)
+    visible = np.concatenate([np.broadcast_to(held, (B, L, T)), np.broadcast_to(sees(None, L), (B, L, L))], -1)
+
+    def ours(q, k, v, past_k, past_v):
+        return attend_past(q, (k, v, own_bias), (past_k, past_v, past_bias))
+
+    def joined(q, k, v, past_k, past_v):
+        return softmax_attention(q, jnp.concatenate([past_k, k], 1), jnp.concatenate([past_v, v], 1), visible)
+
+    assert_same(*both(ours, joined, (*own, *past)))
+
+
+def test_attend_past_with_an_empty_cache_is_attend():
+    nothing = (jnp.zeros((B, 3, H, Q)), jnp.zeros((B, 3, H, Q)), jnp.full((B, 1, 3), HIDDEN))
+    bias = causal_bias(None, 6)
+    assert_same(*both(lambda q, k, v: attend_past(q, (k, v, bias), nothing), lambda *a: attend(*a, bias), inputs(6)))
+
+
+def test_large_scores_stay_finite():
+    bias = causal_bias(jnp.asarray(segments(65)), 65)
+    q, k, v = inputs(65)
+    ours, _ = both(lambda *a: attend(*a, bias), lambda *a: attend(*a, bias), (q * 1e3, k * 1e3, v))
+    assert all(np.isfinite(x).all() for x in ours)
+
+
+def test_bfloat16_is_close_to_float32():
+    # Tokens after the first 128 through the cached path, all through the other.
+    bias = causal_bias(jnp.asarray(segments(130)), 130)
+    given = [jnp.asarray(x, jnp.bfloat16) for x in inputs(130)]
+
+    def cached(q, k, v):
+        own, past = (slice(None), slice(128, None)), (slice(None), slice(None, 128))
+        return attend_past(q[own], (k[own], v[own], bias[:, 128:, 128:]), (k[past], v[past], bias[:, 128:, :128]))
+
+    ours, ours_cached = both(lambda *a: attend(*a, bias), cached, given)
+    wide = [x.astype(jnp.float32) for x in given]
+    exact, exact_cached = both(lambda *a: attend(*a, bias), cached, wide)
+    for a, b in zip(ours + ours_cached, exact + exact_cached, strict=True):
+        assert a.dtype == jnp.bfloat16
+        assert np.linalg.norm(a.astype(jnp.float32) - b) / np.linalg.norm(b) < 0.01
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_control_a_wrong_mask_shows(later):
+    # Letting one query see one token too many, a later one or another document's, moves the result.
+    visible, too_many = sees(segments(20), 20), sees(segments(20), 20)
+    too_many[0, 10, 12 if later else 0] = True
+    out = jax.jit(attend)(*inputs(20), causal_bias(jnp.asarray(segments(20)), 20))
+    right, wrong = (jax.jit(softmax_attention)(*inputs(20), v) for v in (visible, too_many))
+    assert np.abs(out - right).max() < 1e-5
+    assert np.abs(out - wrong).max() > 0.01
+
+
+@pytest.mark.parametrize("window", [1, 3, 8, 20])
+def test_a_window_of_tokens(window):
+    L, ids = 20, segments(20)
+    out = jax.jit(attend)(*inputs(L), causal_bias(jnp.asarray(ids), L, window))
+    assert np.abs(out - jax.jit(softmax_attention)(*inputs(L), sees(ids, L, window))).max() < 1e-5
+    if window < 8:  # of the longest document
+        assert np.abs(out - jax.jit(softmax_attention)(*inputs(L), sees(ids, L, window + 1))).max() > 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "window"), [(96, None), (128, None), (128, 50)])
+def test_the_fused_kernel_is_softmax_attention_with_its_gradients(width, window):
+    """The TPU kernel interpreted on the CPU, at both head widths of the large presets, over packed documents."""
+    L, heads = 256, 2
+    q, k, v = (random(i, 1, L, heads, width) for i in (1, 2, 3))
+    ids = jnp.asarray(segments(L)[:1], jnp.int32)
+    read = random(4, 1, L, heads * width) * (np.asarray(ids) > 0)[..., None]  # nobody reads padding
+    bias = causal_bias(ids, L, window)
+
+    def fused(*x):
+        return (attend_flash(*x, ids, window, interpret=True) * read).sum()
+
+    flash = jax.value_and_grad(fused, argnums=(0, 1, 2))
+    plain = jax.value_and_grad(lambda *x: (attend(*x, bias) * read).sum(), argnums=(0, 1, 2))
+    found, expected = flash(q, k, v), plain(q, k, v)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+    wrong = flash(q, k, np.roll(v, 1, axis=1))
+    assert abs(wrong[0] - expected[0]) > 1e-2

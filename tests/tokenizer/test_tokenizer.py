@@ -1,0 +1,431 @@
+"""The tokenizer: exact, deterministic, and never fooled by text that looks like a special token."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import models, pre_tokenizers
+
+from rdlm.config import InputError
+from rdlm.tokenizer import SPECIAL_TOKENS, Tokenizer
+
+TREES = ["ash", "birch", "cedar", "elm", "hazel", "hornbeam", "maple", "oak", "pine", "rowan", "willow", "yew"]
+TEXTS = [
+    f"{tree} {i}: the café at {tree}stead, near {TREES[i % 7]}ford, sells {i * 7} kinds of green and black tea\n"
+    "🙂🇫🇷, naïve & 日本語\n\n"
+    for i, tree in enumerate(TREES * 4)
+]
+TOKENIZER = Tokenizer.train(TEXTS, 384)
+BYTES = Tokenizer.bytes_only()
+UNICODE = st.text(st.characters(exclude_categories=["Cs"]))  # everything but lone surrogates
+
+
+# Training
+
+
+@pytest.mark.parametrize("size", [263, 300, 384])
+def test_vocabulary_has_exactly_the_size_asked_for(size):
+    tokenizer = Tokenizer.train(TEXTS, size)
+    assert tokenizer.vocab_size == size == len(tokenizer._backend.get_vocab())
+
+
+def test_training_is_deterministic():
+    again, other = Tokenizer.train(iter(TEXTS), 384), Tokenizer.train(TEXTS[:-6], 384)
+    assert again._backend.to_str() == TOKENIZER._backend.to_str()
+    assert again.hash == TOKENIZER.hash != other.hash
+
+
+@pytest.mark.parametrize(("size", "match"), [(100, "at least 262"), (10_000, "yield only")])
+def test_a_size_that_cannot_be_reached_is_refused(size, match):
+    with pytest.raises(InputError, match=match) as caught:
+        Tokenizer.train(TEXTS, size)
+    assert "\n" not in str(caught.value)
+
+
+def test_special_tokens_are_the_references():
+    assert list(TOKENIZER.special_ids) == list(SPECIAL_TOKENS)
+    assert (TOKENIZER.bos_id, TOKENIZER.eos_id, TOKENIZER.pad_id) == (0, 1, 5)
+
+
+# Encoding and decoding
+
+
+@given(UNICODE)
+def test_any_text_survives_the_round_trip_and_its_bytes_are_counted(text):
+    ids = TOKENIZER.encode(text, bos=True, eos=True)
+    assert ids.dtype == np.int32
+    assert TOKENIZER.decode(ids) == text
+    assert TOKENIZER.token_bytes[ids].sum() == len(text.encode())
+
+
+def test_begin_and_end_are_added_as_asked():
+    plain = TOKENIZER.encode("oak", bos=False)
+    np.testing.assert_array_equal(TOKENIZER.encode("oak"), [0, *plain])
+    np.testing.assert_array_equal(TOKENIZER.encode("oak", eos=True), [0, *plain, 1])
+    assert [len(ids) for ids in TOKENIZER.encode_batch(["", "oak"], eos=True)] == [2, len(plain) + 2]
+
+
+def test_text_that_looks_like_a_special_token_stays_text():
+    text = "a<|end_text|>b<|begin_text|><|pad|>"
+    ids = TOKENIZER.encode(text, bos=False)
+    assert not set(ids) & set(TOKENIZER.special_ids.values())
+    assert TOKENIZER.decode(ids) == text
+    assert TOKENIZER.decode([1], skip_special=False) == "<|end_text|>"  # control: the real one, same spelling
+    assert TOKENIZER.decode([1]) == ""
+
+
+def test_ids_outside_the_vocabulary_stand_for_nothing():
+    a = int(TOKENIZER.encode("a", bos=False)[0])
+    assert TOKENIZER.decode([a, 384, 70_000, -100, a]) == "aa"
+
+
+def test_a_lone_surrogate_is_refused():
+    with pytest.raises(InputError, match="Unicode"):
+        TOKENIZER.encode("\ud800")
+
+
+def test_token_bytes_are_those_of_each_single_token():
+    alone = [len(TOKENIZER._pieces[i]) for i in range(384)]
+    expected = [0 if i in TOKENIZER.special_ids.values() else n for i, n in enumerate(alone)]
+    np.testing.assert_array_equal(TOKENIZER.token_bytes, expected)
+    assert sum(n == 1 for n in expected) == 256  # every byte has its token
+
+
+# Streaming
+
+
+def streamed(tokenizer, ids, skip_special=True):
+    stream = tokenizer.decode_stream(skip_special)
+    return [stream.push(int(i)) for i in ids] + [stream.end()]
+
+
+@given(st.lists(st.integers(-1, 400), max_size=40), st.booleans())
+def test_streamed_pieces_join_to_the_decoded_text_for_any_ids(ids, skip_special):
+    # Arbitrary ids are mostly invalid UTF-8: replacement characters must agree too.
+    assert "".join(streamed(TOKENIZER, ids, skip_special)) == TOKENIZER.decode(ids, skip_special)
+
+
+@given(UNICODE)
+def test_a_character_split_over_tokens_comes_out_whole(text):
+    pieces = streamed(TOKENIZER, TOKENIZER.encode(text))
+    assert "".join(pieces) == text
+    assert "".join(pieces).count("\ufffd") == text.count("\ufffd")
+    assert pieces[-1] == ""
+
+
+def test_an_emoji_arrives_with_its_last_token():
+    ids = TOKENIZER.encode("🦉", bos=False)
+    assert len(ids) > 1  # control: it is split
+    assert streamed(TOKENIZER, ids) == [""] * (len(ids) - 1) + ["🦉", ""]
+    assert streamed(TOKENIZER, ids[:-1])[-1] == "\ufffd"  # cut short: said at the end, not lost
+
+
+# Identity, saving and loading
+
+
+def test_a_saved_tokenizer_loads_equal(tmp_path):
+    TOKENIZER.save(tmp_path / "new" / "folder")
+    loaded = Tokenizer.load(tmp_path / "new" / "folder")
+    assert loaded.hash == TOKENIZER.hash
+    assert loaded.special_ids == TOKENIZER.special_ids
+    np.testing.assert_array_equal(loaded.token_bytes, TOKENIZER.token_bytes)
+    np.testing.assert_array_equal(loaded.encode(TEXTS[0]), TOKENIZER.encode(TEXTS[0]))
+    # Other readers of the file add the begin token by default, as `encode` does.
+    foreign = tokenizers.Tokenizer.from_file(str(tmp_path / "new" / "folder" / "tokenizer.json"))
+    assert foreign.encode(TEXTS[0]).ids == TOKENIZER.encode(TEXTS[0]).tolist()
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A saved tokenizer and a function that rewrites one of its two files."""
+    TOKENIZER.save(tmp_path)
+
+    def rewrite(name, change):
+        tree = json.loads((tmp_path / name).read_text())
+        tree = change(tree) or tree
+        (tmp_path / name).write_text(json.dumps(tree))
+        return tmp_path
+
+    return rewrite
+
+
+def _drop_a_merge(tree):
+    tree["model"]["merges"].pop()
+
+
+def _pad_and_truncate(tree):
+    tree["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    tree["post_processor"] = None
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "same"),
+    [
+        ("tokenizer.json", _pad_and_truncate, True),
+        ("tokenizer_config.json", lambda tree: {**tree, "chat_template": "x", "model_max_length": 9}, True),
+        ("tokenizer.json", _drop_a_merge, False),
+        ("tokenizer.json", lambda tree: {**tree, "normalizer": {"type": "NFC"}}, False),
+        ("tokenizer_config.json", lambda tree: {**tree, "eos_token": "<|end_turn|>"}, False),
+    ],
+)
+def test_the_hash_changes_with_the_tokenization_and_with_nothing_else(saved, name, change, same):
+    loaded = Tokenizer.load(saved(name, change))
+    assert (loaded.hash == TOKENIZER.hash) == same
+    if same:
+        np.testing.assert_array_equal(loaded.encode(TEXTS[0]), TOKENIZER.encode(TEXTS[0]))
+
+
+def test_tokens_of_the_config_may_be_objects_and_a_missing_pad_is_the_end_token(saved):
+    loaded = Tokenizer.load(
+        saved(
+            "tokenizer_config.json", lambda t: {"bos_token": {"content": t["bos_token"]}, "eos_token": t["eos_token"]}
+        )
+    )
+    assert (loaded.bos_id, loaded.eos_id, loaded.pad_id) == (0, 1, 1)
+
+
+def test_folders_of_others_may_name_no_begin_token_and_keep_their_names_elsewhere(saved, tmp_path):
+    loaded = Tokenizer.load(saved("tokenizer_config.json", lambda t: {"bos_token": None, "eos_token": t["eos_token"]}))
+    assert (loaded.bos_id, loaded.eos_id) == (1, 1)  # documents begin with the end of the one before
+    (tmp_path / "tokenizer_config.json").rename(tmp_path / "special_tokens_map.json")
+    assert Tokenizer.load(tmp_path).hash == loaded.hash
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "match"),
+    [
+        ("tokenizer.json", None, "no tokenizer.json"),
+        ("tokenizer_config.json", None, "no tokenizer_config.json"),
+        ("tokenizer.json", '{"version": "1.0"', "tokenizer.json: not a tokenizer"),
+        ("tokenizer.json", "{}", "tokenizer.json: not a tokenizer"),
+        ("tokenizer.json", b"\xff\xfe\x00", "tokenizer.json: cannot be read"),
+        ("tokenizer_config.json", "{", "tokenizer_config.json: not JSON"),
+        ("tokenizer_config.json", "[]", "expected an object"),
+        ("tokenizer_config.json", '{"bos_token": "<|begin_text|>"}', "names no eos_token"),
+        (
+            "tokenizer_config.json",
+            '{"bos_token": "<s>", "eos_token": "<|end_text|>"}',
+            "'<s>' is not in the vocabulary",
+        ),
+    ],
+)
+def test_a_bad_folder_is_refused_in_one_line(tmp_path, name, text, match):
+    TOKENIZER.save(tmp_path)
+    (tmp_path / name).unlink()
+    if text is not None:
+        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(InputError, match=match) as caught:
+        Tokenizer.load(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_a_folder_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        TOKENIZER.save(tmp_path / "file")
+    with pytest.raises(InputError, match="cannot be read"):
+        Tokenizer.load(tmp_path / "file")
+
+
+# Tokenizers of others
+
+
+@pytest.fixture
+def word_level(tmp_path):
+    vocab = {"<s>": 0, "</s>": 1, "[UNK]": 2, "the": 3, "oak": 4}
+    backend = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
+    return Tokenizer.load(tmp_path)
+
+
+def test_a_tokenizer_that_is_not_byte_level_encodes_decodes_and_streams(word_level):
+    ids = word_level.encode("the oak the", eos=True)
+    np.testing.assert_array_equal(ids, [0, 3, 4, 3, 1])
+    assert word_level.decode(ids) == "the oak the"  # its begin and end are special by their role alone
+    assert streamed(word_level, ids) == ["", "the", " oak", " the", "", ""]
+
+
+def test_it_refuses_to_guess_bytes(word_level):
+    with pytest.raises(InputError, match="byte-level"):
+        word_level.token_bytes  # noqa: B018
+
+
+def test_a_token_added_by_hand_counts_its_own_bytes(saved):
+    def add(tree):
+        token = {**tree["added_tokens"][0], "id": 384, "content": "Héron", "special": False}
+        tree["added_tokens"].append(token)
+
+    tokenizer = Tokenizer.load(saved("tokenizer.json", add))
+    ids = tokenizer.encode("Héron oak", bos=False)
+    assert ids[0] == 384
+    assert tokenizer.token_bytes[384] == 6
+    assert tokenizer.decode(ids) == "".join(streamed(tokenizer, ids)) == "Héron oak"
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 2**32))
+def test_batches_encode_like_single_texts(seed):
+    texts = random.Random(seed).sample(TEXTS, 3)
+    for text, ids in zip(texts, TOKENIZER.encode_batch(texts), strict=True):
+        np.testing.assert_array_equal(ids, TOKENIZER.encode(text))
+
+
+def test_chat_follows_the_reference_template():
+    chat = [
+        {"role": "system", "content": " Be brief. "},
+        {"role": "user", "content": "<|end_turn|> 1+1?"},
+        {"role": "assistant", "content": "2"},
+    ]
+    written = (
+        "<|begin_text|><|begin_header|>system<|end_header|>\n\nBe brief.<|end_turn|>"
+        "<|begin_header|>user<|end_header|>\n\n<|end_turn|> 1+1?<|end_turn|>"
+        "<|begin_header|>Huginn<|end_header|>\n\n2<|end_turn|>"
+    )
+    ids = TOKENIZER.encode_chat(chat)
+    assert TOKENIZER.decode(ids, skip_special=False) == written + "<|begin_header|>Huginn<|end_header|>\n\n"
+    closed = TOKENIZER.encode_chat(chat, reply=False)
+    assert TOKENIZER.decode(closed, skip_special=False) == written + "<|end_text|>"
+    end_turn = TOKENIZER.special_ids["<|end_turn|>"]
+    assert (ids == end_turn).sum() == 3, "a special token spelled out by a user stays text"
+
+
+def test_the_assistants_words_and_the_end_of_its_turn_are_what_it_says():
+    chat = [
+        {"role": "user", "content": "1+1?"},
+        {"role": "assistant", "content": " 2 é🙂 <|end_turn|>"},
+        {"role": "user", "content": "sure?"},
+        {"role": "assistant", "content": "yes"},
+    ]
+    ids, said = TOKENIZER.encode_conversation(chat, reply=False)
+    np.testing.assert_array_equal(ids, TOKENIZER.encode_chat(chat, reply=False))
+    assert TOKENIZER.decode(ids[said], skip_special=False) == "2 é🙂 <|end_turn|><|end_turn|>yes<|end_turn|>"
+    assert not TOKENIZER.encode_conversation(chat[:1])[1].any()
+
+
+def direct(messages, reply):
+    """The rules of spec section 7, written down without a template."""
+    special, text = TOKENIZER.special_ids, lambda words: TOKENIZER.encode(words, bos=False).tolist()
+    ids, said = [TOKENIZER.bos_id], [False]
+    for message in messages:
+        ours = message["role"] == "assistant"
+        head = [special["<|begin_header|>"], *text("Huginn" if ours else message["role"]), special["<|end_header|>"]]
+        head += text("\n\n")
+        body = [*text(message["content"].strip()), special["<|end_turn|>"]]
+        ids += head + body
+        said += [False] * len(head) + [ours] * len(body)
+    tail = [special["<|begin_header|>"], *text("Huginn"), special["<|end_header|>"], *text("\n\n")]
+    tail = tail if reply else [TOKENIZER.eos_id]
+    return ids + tail, said + [False] * len(tail)
+
+
+PIECES = [*"ab 1.\n", "é", "<|end_turn|>", "<|begin_header|>", "{{", "{% if %}", "<"]
+WORDS = st.lists(st.sampled_from(PIECES), max_size=12).map("".join)
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["user", "system", "assistant"]), WORDS), min_size=1, max_size=5), st.booleans()
+)
+def test_the_template_renders_the_rules_of_the_reference_for_any_conversation(turns, reply):
+    messages = [{"role": role, "content": words} for role, words in turns]
+    ids, said = TOKENIZER.encode_conversation(messages, reply)
+    expected, ours = direct(messages, reply)
+    assert ids.tolist() == expected
+    assert said.tolist() == ours
+
+
+@pytest.mark.parametrize("where", ["tokenizer_config.json", "list", "chat_template.jinja"])
+def test_a_template_of_the_folder_is_used(saved, tmp_path, where):
+    template = (
+        "{%- for m in messages %}\n{{ m.role | upper }}: "
+        "{% generation %}{{ m.content }}{% endgeneration %}{{ eos_token }}{% endfor %}"
+    )
+    if where == "chat_template.jinja":
+        (tmp_path / where).write_text(template)
+        saved("tokenizer_config.json", lambda tree: tree)
+    else:
+        value = template if where != "list" else [{"name": "default", "template": template}]
+        saved("tokenizer_config.json", lambda tree: {**tree, "chat_template": value})
+    tokenizer = Tokenizer.load(tmp_path)
+    ids, said = tokenizer.encode_conversation([{"role": "user", "content": "tea"}])
+    assert tokenizer.decode(ids, skip_special=False) == "USER: tea<|end_text|>"
+    assert tokenizer.decode(ids[said]).strip() == "tea"  # a token that only begins before it counts as well
+    tokenizer.save(tmp_path / "again")
+    np.testing.assert_array_equal(
+        Tokenizer.load(tmp_path / "again").encode_chat([{"role": "user", "content": "tea"}]), ids
+    )
+
+
+@pytest.mark.parametrize(
+    ("template", "match"),
+    [
+        ("{% for %}", "chat template: "),
+        ("{{ raise_exception('roles must alternate') }}", "chat template: roles must alternate"),
+        ("{{ messages.__class__.__mro__ }}", "chat template: "),
+    ],
+)
+def test_a_template_that_is_wrong_or_refuses_is_one_line(saved, template, match):
+    tokenizer = Tokenizer.load(saved("tokenizer_config.json", lambda tree: {**tree, "chat_template": template}))
+    with pytest.raises(InputError, match=match) as caught:
+        tokenizer.encode_chat([{"role": "user", "content": "x"}])
+    assert "\n" not in str(caught.value)
+
+
+# The reference's ids, bytes only, long texts
+
+
+def test_special_ids_come_last_as_in_the_reference():
+    tokenizer = Tokenizer.train(TEXTS, 384, "last")
+    names = list(tokenizer.special_ids)
+    assert (tokenizer.vocab_size, len(names)) == (384, 32)
+    assert names[:6] == list(SPECIAL_TOKENS)
+    # Of 65,536 entries these are the published 65504, 65505, ... 65509.
+    assert [tokenizer.special_ids[name] for name in names] == list(range(352, 384))
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (352, 353, 357)
+    text = TEXTS[0] + "<|end_text|>"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.token_bytes[tokenizer.encode(text)].sum() == len(text.encode())
+
+
+@given(UNICODE)
+def test_bytes_only_gives_the_bytes_themselves(text):
+    assert BYTES.encode(text, bos=False).tolist() == list(text.encode())
+    assert BYTES.decode(BYTES.encode(text, eos=True)) == text
+
+
+def test_bytes_only_has_the_ids_after_the_bytes():
+    assert (BYTES.vocab_size, BYTES.bos_id, BYTES.eos_id) == (288, 256, 257)
+
+
+@settings(max_examples=40)
+@given(
+    st.lists(st.sampled_from([*TEXTS[:4], "a\n", "\n", "\nb c", " \n 1", "é\t\n", "<|end_text|>"]), max_size=30),
+    st.integers(1, 60),
+)
+def test_long_texts_encode_in_pieces_as_they_do_whole(parts, long):
+    text = "".join(parts)
+    for tokenizer in (TOKENIZER, BYTES):
+        whole = tokenizer._backend.encode(text, add_special_tokens=False).ids
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("rdlm.tokenizer.tokenizer._LONG", long)
+            patch.setattr("rdlm.tokenizer.tokenizer._ENCODED_AT_ONCE", 2 * long)
+            assert tokenizer.encode(text, bos=False).tolist() == whole
+            assert "".join(tokenizer._pieces_of(text)) == text
+
+
+def test_a_long_text_is_cut(monkeypatch, word_level):
+    monkeypatch.setattr("rdlm.tokenizer.tokenizer._LONG", 50)
+    assert len(list(TOKENIZER._pieces_of("".join(TEXTS)))) > 20
+    assert len(list(word_level._pieces_of("".join(TEXTS)))) == 1  # unknown rules: left whole
+
+
+@pytest.mark.parametrize("messages", [[], [{"role": "user"}], [{"role": 1, "content": "x"}]])
+def test_chat_refuses_what_is_no_conversation(messages):
+    with pytest.raises(InputError, match="messages"):
+        TOKENIZER.encode_chat(messages)
