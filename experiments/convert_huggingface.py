@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from rdlm.config import DataConfig, InputError, RunConfig, differences
+from rdlm.config import DataConfig, InputError, RunConfig, differences, one_line
 from rdlm.runtime import parse_arguments, run_command
 
 if TYPE_CHECKING:
@@ -101,8 +101,7 @@ def local_folder(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except Exception as error:  # its own errors, and those of the HTTP library beneath it
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{name}: no such folder, and not to be had from the hub ({reason})") from error
+        raise InputError(f"{name}: no such folder, and not to be had from the hub ({one_line(error)})") from error
 
 
 def load(folder: Path, step: int | None = None) -> tuple[Any, ModelConfig]:

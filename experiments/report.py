@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from rdlm.config import RunConfig
-from rdlm.runtime import parse_arguments, run_command, write_whole
+from rdlm.runtime import parse_arguments, run_command, write_output
 
 if TYPE_CHECKING:
     from rdlm.report.page import Html
@@ -42,7 +42,7 @@ def main() -> int:
     found = sections(args.run_dir, run, saved_steps(args.run_dir)[-1], meta)
     page = document(f"{args.run_dir.resolve().name}: report", found)
     path = args.run_dir / "report.html" if args.out is None else args.out.expanduser()
-    print(f"page: {write_whole(path, page)} ({len(page.encode()) / 1e6:.1f} MB)")
+    print(f"page: {write_output(path, page)} ({len(page.encode()) / 1e6:.1f} MB)")
     return 0
 
 

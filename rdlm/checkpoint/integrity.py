@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from rdlm.config import InputError
+from rdlm.config import InputError, one_line
 
 
 @contextlib.contextmanager
@@ -23,7 +23,7 @@ def naming(path: Any, way_out: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"checkpoint {path}: damaged or of another shape ({first_line(error)}); {way_out}") from error
+        raise InputError(f"checkpoint {path}: damaged or of another shape ({one_line(error)}); {way_out}") from error
 
 
 @contextlib.contextmanager
@@ -33,12 +33,6 @@ def reading() -> Iterator[None]:
     sys.unraisablehook = lambda late: None if "Event loop is closed" in str(late.exc_value) else previous(late)
     yield
     sys.unraisablehook = previous  # not after an exception: they come later
-
-
-def first_line(error: Exception) -> str:
-    """The first line of what an error says, at most 200 characters; its type where it says nothing."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
 
 
 def as_mapping(meta: Any) -> dict[str, Any]:

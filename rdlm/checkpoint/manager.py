@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
-from rdlm.checkpoint.integrity import as_mapping, bit_sum, first_line, reading, wrong_sum
+from rdlm.checkpoint.integrity import as_mapping, bit_sum, reading, wrong_sum
 from rdlm.checkpoint.run_folder import saved_steps, write_config
-from rdlm.config import InputError, RunConfig
+from rdlm.config import InputError, RunConfig, one_line
 from rdlm.model import Params
 from rdlm.runtime import RunError, exchange, is_first
 
@@ -131,7 +131,7 @@ class Checkpoints:
             for partial in directory.glob("*" + _PARTIAL):  # it is of no use, and the disk may be full of it
                 shutil.rmtree(partial, ignore_errors=True)
             raise SaveError(
-                f"run folder {self.folder}: a checkpoint could not be saved ({first_line(error)}); nothing saved is "
+                f"run folder {self.folder}: a checkpoint could not be saved ({one_line(error)}); nothing saved is "
                 f"lost, the newest is {max(saved_steps(self.folder), default='none')}; make room, then run the same "
                 "command again"
             ) from error
@@ -160,7 +160,7 @@ class Checkpoints:
                 with reading():
                     found = self._read(step, params, optimizer)
             except Exception as error:  # whatever it is: all processes must hear of it
-                problem = f"damaged or of another shape ({first_line(error)})"
+                problem = f"damaged or of another shape ({one_line(error)})"
             problem = next(filter(None, exchange(problem)), "")
             if found is not None and not problem:  # sums are over all processes: only once none of them has failed
                 problem = wrong_sum(found.meta, params=found.params, optimizer=found.optimizer)

@@ -14,14 +14,13 @@ from rdlm.checkpoint.integrity import as_mapping, naming, wrong_sum
 from rdlm.config import InputError, ModelConfig, RunConfig, from_json, to_json
 from rdlm.model import Params, init_params
 from rdlm.optim import AverageState, average_of, optimizer
+from rdlm.runtime import write_atomically
 from rdlm.tokenizer import Tokenizer
 
 
 def write_config(folder: Path, run: RunConfig) -> None:
-    """Write `folder`/config.json, whole or not at all."""
-    partial = folder / "config.json.partial"
-    partial.write_text(to_json(run))
-    partial.replace(folder / "config.json")
+    """Write `folder`/config.json."""
+    write_atomically(folder / "config.json", to_json(run))
 
 
 def read_config(folder: Path) -> RunConfig:

@@ -1,6 +1,6 @@
 """Frozen, validated configuration: no JAX, no defaults hidden elsewhere."""
 
-from rdlm.config.errors import InputError, did_you_mean, require
+from rdlm.config.errors import InputError, did_you_mean, one_line, require
 from rdlm.config.json import differences, from_json, to_json
 from rdlm.config.model import CachePolicy, ExitName, ModelConfig, Sampling, Speculative, check_threshold
 from rdlm.config.presets import PRESETS, preset
@@ -45,6 +45,7 @@ __all__ = [
     "did_you_mean",
     "differences",
     "from_json",
+    "one_line",
     "preset",
     "require",
     "to_json",

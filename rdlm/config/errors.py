@@ -13,6 +13,11 @@ class InputError(ValueError):
     """
 
 
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line of at most 200 characters; its type where it says nothing."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """' Did you mean X?' for the closest of `known`, or their list when nothing is close."""
     known = list(known)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import fsspec
 
-from rdlm.config import InputError
+from rdlm.config import InputError, one_line
 from rdlm.data.manifest import read_manifest
 from rdlm.runtime.files import complete_folder
 
@@ -42,6 +42,5 @@ def local_copy(folder: str, cache: str) -> Path:
     except FileNotFoundError as error:
         raise InputError(f"{folder}: not prepared data (no manifest.json there)") from error
     except Exception as error:  # every file system has its own
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"{folder}: cannot be copied ({reason})") from error
+        raise InputError(f"{folder}: cannot be copied ({one_line(error)})") from error
     return final

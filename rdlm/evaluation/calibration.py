@@ -39,7 +39,7 @@ from rdlm.config import InputError, ModelConfig, did_you_mean, require
 from rdlm.exits import ExitRule
 from rdlm.model import Params, forward
 from rdlm.perf import flops
-from rdlm.runtime import write_whole
+from rdlm.runtime import write_output
 
 FILE = "calibrated_exits.json"
 
@@ -341,7 +341,7 @@ def save(run_folder: str | Path, found: Calibrated) -> Path:
     """
     known = read(run_folder) | {found.rule: found}
     text = json.dumps({rule: dataclasses.asdict(x) for rule, x in known.items()}, indent=1)
-    return write_whole(Path(run_folder) / FILE, text + "\n")
+    return write_output(Path(run_folder) / FILE, text + "\n")
 
 
 def read(run_folder: str | Path) -> dict[str, Calibrated]:

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from rdlm.config import InputError
+from rdlm.config import InputError, one_line
 
 _ITEM = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8}
 
@@ -38,10 +38,9 @@ def tpu_devices(topology: str) -> list[Any]:
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
     except Exception as error:  # libtpu raises what it likes
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"topology = {topology!r}: cannot compile for it ({reason}); install the extra 'aot', and write one such "
-            "as v5e:2x2, v5e:16x16 or v5p:4x4x4"
+            f"topology = {topology!r}: cannot compile for it ({one_line(error)}); install the extra 'aot', and "
+            "write one such as v5e:2x2, v5e:16x16 or v5p:4x4x4"
         ) from error
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rdlm.config import InputError
+from rdlm.runtime import write_output
 
 # Okabe and Ito's palette: told apart with every kind of colour vision.
 BLACK, BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, YELLOW = (
@@ -34,22 +36,17 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def save_figure(figure: Any, path: Path, dpi: int = 120) -> Path:
-    """Write `figure` to `path`, whole or not at all.
+    """Write `figure` to `path` as PNG, atomically.
 
     Raises:
       InputError: the file cannot be written.
     """
-    partial = path.with_suffix(".partial.png")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with warnings.catch_warnings():
-            # A script that the font lacks shows as boxes; nothing the reader can do about it here.
-            warnings.filterwarnings("ignore", message="Glyph .* missing from")
-            figure.savefig(partial, dpi=dpi)
-        partial.replace(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
-    return path
+    content = io.BytesIO()
+    with warnings.catch_warnings():
+        # A script that the font lacks shows as boxes; nothing the reader can do about it here.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure.savefig(content, format="png", dpi=dpi)
+    return write_output(path, content.getvalue())
 
 
 def depth_axis(axes: Any, depths: Sequence[int], label: str = "recurrences r (log scale)") -> None:

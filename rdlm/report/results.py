@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rdlm.runtime import write_whole
+from rdlm.runtime import write_output
 
 
 def write_result(path: Path, found: Mapping[str, Any], units: Mapping[str, str]) -> Path:
@@ -24,10 +24,9 @@ def write_result(path: Path, found: Mapping[str, Any], units: Mapping[str, str])
     Raises:
       InputError: the file cannot be written.
     """
-    return write_whole(
+    return write_output(
         path,
         compact({"command": command(), "commit": commit(), **_plain(found), "units": dict(units)}),
-        make_folder=True,
     )
 
 
@@ -41,7 +40,7 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     table = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
     table.writeheader()
     table.writerows({name: "" if x is None else x for name, x in _plain(row).items()} for row in rows)
-    return write_whole(path, out.getvalue(), make_folder=True)
+    return write_output(path, out.getvalue())
 
 
 def compact(tree: Any) -> str:

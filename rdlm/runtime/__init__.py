@@ -12,9 +12,9 @@ from rdlm.runtime.cli import (
     run_command,
 )
 from rdlm.runtime.compile_cache import compiled_programs, keep_compiled_programs
-from rdlm.runtime.files import complete_folder, write_whole
+from rdlm.runtime.files import complete_folder, write_atomically, write_output
 from rdlm.runtime.processes import RunError, StartError, exchange, is_first, on_tpu, start, together
-from rdlm.runtime.progress import Bar, Progress, duration
+from rdlm.runtime.progress import Progress, duration
 from rdlm.runtime.versions import versions
 
 __all__ = [
@@ -23,7 +23,6 @@ __all__ = [
     "EXIT_FAILED",
     "EXIT_PREEMPTED",
     "EXIT_WRONG_INPUT",
-    "Bar",
     "Progress",
     "RunError",
     "StartError",
@@ -41,5 +40,6 @@ __all__ = [
     "start",
     "together",
     "versions",
-    "write_whole",
+    "write_atomically",
+    "write_output",
 ]

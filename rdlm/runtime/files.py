@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -11,35 +12,49 @@ from pathlib import Path
 from rdlm.config import InputError
 
 
-def write_whole(path: Path, text: str, make_folder: bool = False) -> Path:
-    """Write `text` to `path`, with its folder if `make_folder`; returns the path.
+def write_atomically(path: Path, content: str | bytes) -> Path:
+    """Write `content` to `path` so that the file is complete, or as it was before; returns the path.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    partial = _partial(path)
+    try:
+        with partial.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())  # the name must not outlive the content
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def write_output(path: Path, content: str | bytes) -> Path:
+    """Write a file that the user asked for, atomically and with its folder; returns the path.
 
     Raises:
       InputError: it cannot be written.
     """
-    partial = path.with_name(path.name + ".partial")
     try:
-        if make_folder:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return write_atomically(path, content)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
-    return path
 
 
 @contextlib.contextmanager
 def complete_folder(final: Path) -> Iterator[Path]:
-    """Yield a new folder beside `final` to fill; it takes the name `final` when the block ends without an error.
+    """Yield a new folder beside `final` to fill; it is renamed to `final` when the block ends without an error.
 
-    So nobody ever sees a half-written `final`, and processes that build the same folder at once do not disturb each
-    other: each fills its own, the first to finish gives the name, the others drop theirs. On an error the temporary
-    folder is removed; a killed process leaves a hidden `.NAME.partial-*` behind, which nothing reads.
+    So `final` is never seen half-written. Several processes may build the same folder at once: each fills its own, the
+    first to finish renames it, the others delete theirs. On an error the temporary folder is deleted; a killed process
+    leaves a hidden `.NAME.partial-*` behind, which nothing reads.
 
     Raises:
       InputError: the disk refuses (permissions, space, a file where a folder should be).
     """
-    partial = final.parent / f".{final.name}.partial-{uuid.uuid4().hex[:12]}"
+    partial = _partial(final)
     try:
         partial.mkdir(parents=True)
         yield partial
@@ -55,3 +70,8 @@ def complete_folder(final: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _partial(final: Path) -> Path:
+    """A new hidden name beside `final`."""
+    return final.parent / f".{final.name}.partial-{uuid.uuid4().hex[:12]}"

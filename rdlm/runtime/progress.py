@@ -1,94 +1,125 @@
-"""How far long work is: one line for steps, a bar for bytes."""
+"""One progress display for all long work, counted in steps or in bytes of input."""
 
 from __future__ import annotations
 
+import atexit
 import sys
 import time
 from collections.abc import Callable
-from typing import TextIO
+from typing import Literal
 
-import rich.console
 import rich.progress
+from rich.console import Console
+from rich.progress import TextColumn
 
-_SECONDS = 15  # between lines where there is no terminal
-
-
-class Bar:
-    """Progress in bytes of input. Use as a context manager."""
-
-    def __init__(self, title: str, total: int, done: int, say: Callable[[str], None]) -> None:
-        """`done` of `total` bytes were there before; `say` prints a line."""
-        self._title, self._total, self._before, self._done, self._say = title, max(total, 1), done, done, say
-        self._start = self._last = time.monotonic()
-        self._live: rich.progress.Progress | None = None
-        if sys.stderr.isatty():
-            columns = (
-                rich.progress.TextColumn("{task.description}"),
-                rich.progress.BarColumn(),
-                rich.progress.DownloadColumn(),
-                rich.progress.TransferSpeedColumn(),
-                rich.progress.TextColumn("ETA"),
-                rich.progress.TimeRemainingColumn(),
-            )
-            self._live = rich.progress.Progress(*columns, console=rich.console.Console(stderr=True))
-            self._task = self._live.add_task(title, total=self._total, completed=done)
-
-    def __enter__(self) -> Bar:
-        if self._live:
-            self._live.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.set(self._total)
-        if self._live:
-            self._live.stop()
-
-    def add(self, n: int) -> None:
-        """`n` more bytes were read."""
-        self.set(self._done + n)
-
-    def set(self, done: int) -> None:
-        """`done` bytes are read in all."""
-        self._done = min(done, self._total)
-        if self._live:
-            self._live.update(self._task, completed=self._done)
-        elif (now := time.monotonic()) - self._last >= _SECONDS:
-            self._last = now
-            rate = (self._done - self._before) / (now - self._start)
-            left = f", about {(self._total - self._done) / rate:,.0f} s left" if rate > 0 else ""
-            self._say(f"{self._title}: {self._done / self._total:.0%}, {rate / 1e6:.1f} MB/s{left}")
+_SECONDS = 10.0  # between plain lines
 
 
 class Progress:
-    """One line that rewrites itself on a terminal, and a plain line every ten seconds elsewhere."""
+    """Progress on stderr: one live line on a terminal, elsewhere a plain line every ten seconds.
 
-    def __init__(self, total: int, out: TextIO | None = None, quiet: bool = False):
-        """`total`: steps in all. `quiet`: show nothing, another process does."""
-        self.total, self.out, self.quiet = total, out or sys.stderr, quiet
-        self.live = self.out.isatty()
-        self.printed = 0.0
+    As a context manager it ends the live line, whichever way the block ends.
+    """
 
-    def update(self, step: int, text: str, last: bool = False) -> None:
-        """Show that `step` steps are done."""
-        if self.quiet:
-            return
+    def __init__(
+        self,
+        total: int,
+        title: str = "",
+        *,
+        done: int = 0,
+        unit: Literal["steps", "bytes"] = "steps",
+        say: Callable[[str], None] | None = None,
+        quiet: bool = False,
+    ) -> None:
+        """Show nothing yet.
+
+        Args:
+          total: steps or bytes in all.
+          title: of the work; shown with bytes.
+          done: how many of `total` were done by an earlier process.
+          unit: "bytes" adds the rate and the time left.
+          say: prints a plain line where there is no terminal; None: to stderr.
+          quiet: show nothing, because another process does.
+        """
+        self.total, self.done, self._before, self._bytes = total, done, done, unit == "bytes"
+        self._title, self._say, self._quiet = title, say or _to_stderr, quiet
+        self._start = time.monotonic()
+        self._shown = self._start if self._bytes else 0.0
+        self._live: rich.progress.Progress | None = None
+        if sys.stderr.isatty() and not quiet:
+            console = Console(stderr=True)
+            self._live = rich.progress.Progress(
+                *_columns(self._bytes), console=console, auto_refresh=False, redirect_stdout=False
+            )
+            self._task = self._live.add_task(title, total=max(total, 1), completed=done, text="")
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None and self._bytes:
+            self.update(self.total)
+        self._end()
+
+    def update(self, done: int, text: str = "", last: bool = False) -> None:
+        """Show that `done` steps or bytes are done, `text` beside it; `last` ends the display."""
+        self.done = done
         now = time.monotonic()
-        if now - self.printed < (0.1 if self.live else 10.0) and not last:
+        if self._quiet or (now - self._shown < (0.1 if self._live else _SECONDS) and not last):
             return
-        self.printed = now
-        line = f"step {step:>{len(str(self.total))}}/{self.total}  {text}"
-        self.out.write(f"\r\x1b[2K{line[:160]}" if self.live else line + "\n")
-        if last and self.live:
-            self.out.write("\n")
-        self.out.flush()
+        self._shown = now
+        if self._live is None:
+            self._say(self._plain(done, text))
+            return
+        if not self._live.live.is_started:
+            self._live.start()
+            atexit.register(self._live.stop)  # the cursor is hidden while it runs
+        self._live.update(self._task, completed=done, text=text, refresh=True)
+        if last:
+            self._end()
+
+    def advance(self, n: int) -> None:
+        """`n` more are done."""
+        self.update(self.done + n)
 
     def say(self, text: str) -> None:
         """Print a line that stays."""
-        if self.quiet:
+        if self._quiet:
             return
-        self.out.write(f"\r\x1b[2K{text}\n" if self.live else text + "\n")
-        self.out.flush()
+        if self._live is None:
+            self._say(text)
+        else:
+            self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _end(self) -> None:
+        if self._live is not None and self._live.live.is_started:
+            self._live.update(self._task, completed=self.done, refresh=True)
+            self._live.stop()
+
+    def _plain(self, done: int, text: str) -> str:
+        if not self._bytes:
+            return f"step {done:>{len(str(self.total))}}/{self.total}  {text}"
+        rate = (done - self._before) / max(time.monotonic() - self._start, 1e-9)
+        left = f", about {(self.total - done) / rate:,.0f} s left" if rate > 0 else ""
+        return f"{self._title}: {done / max(self.total, 1):.0%}, {rate / 1e6:.1f} MB/s{left}"
+
+
+def _columns(in_bytes: bool) -> list[rich.progress.ProgressColumn]:
+    text = TextColumn("{task.fields[text]}", markup=False)
+    if not in_bytes:
+        return [TextColumn("step {task.completed:.0f}/{task.total:.0f}"), rich.progress.BarColumn(bar_width=20), text]
+    return [
+        TextColumn("{task.description}", markup=False),
+        rich.progress.BarColumn(),
+        rich.progress.DownloadColumn(),
+        rich.progress.TransferSpeedColumn(),
+        TextColumn("ETA"),
+        rich.progress.TimeRemainingColumn(),
+    ]
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:

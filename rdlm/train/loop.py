@@ -26,8 +26,18 @@ from rdlm.model import Params
 from rdlm.optim import optimizer, schedule
 from rdlm.perf import flops
 from rdlm.perf.flops import matmul_peak
-from rdlm.runtime import EXIT_ALARM, EXIT_DONE, EXIT_PREEMPTED, compiled_programs, exchange, is_first, together
-from rdlm.runtime.progress import Progress
+from rdlm.runtime import (
+    EXIT_ALARM,
+    EXIT_DONE,
+    EXIT_PREEMPTED,
+    Progress,
+    compiled_programs,
+    complete_folder,
+    exchange,
+    is_first,
+    together,
+    write_atomically,
+)
 from rdlm.tokenizer import Tokenizer
 from rdlm.train.faults import Faults, describe, modules, saved_faults
 from rdlm.train.metrics import Meter, MetricsWriter
@@ -352,9 +362,8 @@ class Trainer:
     def _open_folder(self, step: int) -> MetricsWriter:
         """Make the run folder complete, to go on from `step`."""
         if not (self.folder / "tokenizer").exists():
-            partial = self.folder / "tokenizer.partial"
-            self.tokenizer.save(partial)
-            partial.rename(self.folder / "tokenizer")
+            with complete_folder(self.folder / "tokenizer") as partial:
+                self.tokenizer.save(partial)
         write_config(self.folder, self.config)
         return MetricsWriter(self.folder, step, self.config.tensorboard)
 
@@ -378,7 +387,8 @@ def as_text(curve: DepthCurve) -> str:
 
 def write_curve(path: Path, curve: DepthCurve) -> None:
     """Write {"1": nats, "2": nats, ...}."""
-    path.write_text(json.dumps({str(r): x for r, x in zip(curve.depths, curve.nats, strict=True)}, indent=2) + "\n")
+    nats = {str(r): x for r, x in zip(curve.depths, curve.nats, strict=True)}
+    write_atomically(path, json.dumps(nats, indent=2) + "\n")
 
 
 def train(config: RunConfig) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 
 from rdlm.config import InputError, RunConfig
 from rdlm.perf import flops
-from rdlm.runtime import duration
+from rdlm.runtime import duration, write_atomically
 
 
 class MetricsWriter:
@@ -28,9 +28,7 @@ class MetricsWriter:
         """
         self.path = folder / "metrics.jsonl"
         kept = [line for line in _complete_lines(self.path) if json.loads(line)["step"] < start_step]
-        temporary = self.path.with_suffix(".jsonl.partial")
-        temporary.write_text("".join(kept))
-        temporary.replace(self.path)
+        write_atomically(self.path, "".join(kept))
         self.file = self.path.open("a")
         self.events = None
         if tensorboard:

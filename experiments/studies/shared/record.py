@@ -11,7 +11,7 @@ from typing import Any
 
 from rdlm.config import InputError
 from rdlm.report.results import compact
-from rdlm.runtime import write_whole
+from rdlm.runtime import write_output
 
 # Student's t at 97.5 % for 1, 2, ... degrees of freedom.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -41,7 +41,7 @@ def remembered(path: Path, made_by: dict[str, Any], make: Callable[[], dict[str,
                 )
         return known["result"]
     result = make()
-    write_whole(path, compact({"made_by": made_by, "result": result}), make_folder=True)
+    write_output(path, compact({"made_by": made_by, "result": result}))
     return result
 
 

@@ -19,7 +19,6 @@ import multiprocessing.connection
 import os
 import shutil
 import threading
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -27,11 +26,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rdlm.config import InputError, from_json, to_json
+from rdlm.config import InputError, from_json, one_line, to_json
 from rdlm.data.manifest import Manifest, Recipe, first_difference, read_manifest
 from rdlm.data.prepare.documents import Part, read
 from rdlm.data.prepare.shards import Shard, build_shard, digest, finish
-from rdlm.runtime.progress import Bar
+from rdlm.runtime import Progress, write_atomically
 from rdlm.tokenizer import Tokenizer
 
 
@@ -92,7 +91,7 @@ def build(
                 _give_name(unfinished, target)
     except OSError as error:
         raise InputError(
-            f"{target}: cannot be written ({error.strerror or str(error).splitlines()[0]}); free space or fix "
+            f"{target}: cannot be written ({error.strerror or one_line(error)}); free space or fix "
             "permissions, and run the same command again: complete shards are kept"
         ) from error
     except concurrent.futures.process.BrokenProcessPool as error:
@@ -176,7 +175,7 @@ def _check_settings(folder: Path, target: Path, corpus: Corpus, recipe: Recipe, 
                 f"{target}: {folder.name} beside it is an unfinished preparation, whose settings differ "
                 f"({different}); finish that one, or delete {folder}"
             )
-    _write_whole(path, json.dumps(settings, indent=2).encode())
+    write_atomically(path, json.dumps(settings, indent=2))
     for left in folder.glob(".partial-*"):  # of a process that was killed
         shutil.rmtree(left, ignore_errors=True)
     (folder / "work").mkdir(exist_ok=True)
@@ -227,12 +226,12 @@ def _write_shard(context: _Context, number: int, part: Part) -> None:
     documents = read(part, recipe.reading, advance=advance, skipped=skipped)
     duplicates = np.load(folder / "work" / f"duplicates-{number:05d}.npy") if recipe.deduplicate else None
     shard = build_shard(folder, number, documents, recipe, tokenizer, duplicates=duplicates, skipped=skipped)
-    _write_whole(folder / "work" / f"shard-{number:05d}.json", to_json(shard).encode())
+    write_atomically(folder / "work" / f"shard-{number:05d}.json", to_json(shard))
 
 
 def _write_digests(context: _Context, number: int, part: Part) -> None:
     found = b"".join(digest(text)[:16] for text in read(part, context.recipe.reading, advance=context.advance))
-    _write_whole(_digests(context.folder, number), found)
+    write_atomically(_digests(context.folder, number), found)
 
 
 def _digests(folder: Path, number: int) -> Path:
@@ -248,15 +247,6 @@ def _find_duplicates(folder: Path, count: int) -> None:
     again[first] = False
     for number, mine in enumerate(np.split(again, np.cumsum([len(f) for f in found])[:-1])):
         np.save(folder / "work" / f"duplicates-{number:05d}.npy", np.flatnonzero(mine))
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 # Processes
@@ -292,16 +282,16 @@ class _Crew:
         before = total - sum(part.size for _, part in todo)
         if len(todo) < len(parts):
             self.say(f"{title}: {len(parts) - len(todo)} of {len(parts)} parts are there already")
-        with Bar(title, total, before, self.say) as bar:
+        with Progress(total, title, done=before, unit="bytes", say=self.say) as bar:
             if self.pool is None:
                 for number, part in todo:
-                    work(self.context._replace(advance=bar.add), number, part)
+                    work(self.context._replace(advance=bar.advance), number, part)
                 return
             self.counter.value = 0
             waiting = {self.pool.submit(_in_worker, work, number, part) for number, part in todo}
             while waiting:
                 finished, waiting = concurrent.futures.wait(waiting, 0.25, concurrent.futures.FIRST_COMPLETED)
-                bar.set(before + self.counter.value)
+                bar.update(before + self.counter.value)
                 for future in finished:
                     future.result()
 

