@@ -15,6 +15,7 @@ from rdlm.config import InputError, ModelConfig
 from rdlm.model import (
     Params,
     check_ids,
+    coda,
     compute_dtype,
     context,
     core_step,
@@ -26,7 +27,6 @@ from rdlm.model import (
     split_steps,
     typed_key,
 )
-from rdlm.model import decode as coda
 from rdlm.model.blocks import Context
 from rdlm.recurrence import Step, Weights, checkpoints, initial_state, unroll, unroll_for_training
 from rdlm.remat import PLAIN, Plan

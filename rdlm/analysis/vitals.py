@@ -28,7 +28,7 @@ from jaxtyping import Bool, Float, Float32
 
 from rdlm.config import ModelConfig
 from rdlm.losses import IGNORED, as_batch, head_losses, setup
-from rdlm.model import Params, decode
+from rdlm.model import Params, coda
 
 COLLAPSED = 0.9
 """Token correlation: 0.02 to 0.64 in healthy runs, above 0.98 in collapsed ones."""
@@ -74,7 +74,7 @@ def course(params: Params, config: ModelConfig, batch: Any, key: Array) -> Cours
         return (new, jnp.where(i == 0, new, first)), seen
 
     def loss(s: Array) -> Array:
-        (y, _), _ = decode(params, config, s, ctx)
+        (y, _), _ = coda(params, config, s, ctx)
         return head_losses(params, config, y, labelled.labels).sum()
 
     (last, first), (correlation, rms, residual) = lax.scan(body, (s, s), jnp.arange(config.mean_recurrence))

@@ -24,8 +24,8 @@ from rdlm.decode.loop import Progress, WarmStart, token_keys
 from rdlm.decode.requests import Request
 from rdlm.decode.sampling import choose, known_only, stops
 from rdlm.exits import Observation
-from rdlm.model import Params, context, core_step, decode, embed, head, inject, noisy
-from rdlm.model.cache import Cache, KeyValue, allocate, past_bias, skip_bias, write
+from rdlm.model import Params, coda, context, core_step, embed, head, inject, noisy
+from rdlm.model.cache import Cache, KeyValue, allocate, cached_bias, skip_bias, write
 from rdlm.recurrence import initial_state
 
 Rows = tuple[KeyValue, ...]
@@ -142,11 +142,11 @@ def _tick(params, config: ModelConfig, p: Lanes) -> Lanes:
     """One recurrence for every iterating lane, and a look of the exit rule at those that are due."""
     cache, lane = p.cache, jnp.arange(p.busy.size)
     m = p.ran % cache.sets
-    ctx = context(config, cache.length[:, None], None, past_bias(cache.capacity, cache.length))
+    ctx = context(config, cache.length[:, None], None, cached_bias(cache.capacity, cache.length))
     mine = ctx
     if cache.policy.lookup == "skip":
-        assert ctx.past_bias is not None
-        mine = ctx._replace(past_bias=ctx.past_bias + skip_bias(cache.depth, p.ran[:, None]))
+        assert ctx.cached_bias is not None
+        mine = ctx._replace(cached_bias=ctx.cached_bias + skip_bias(cache.depth, p.ran[:, None]))
     past = jax.tree.map(lambda x: x[0] if cache.sets == 1 else _windows(x, m, lane), cache.core)
     s = p.s
     if config.test_time_noise:
@@ -188,7 +188,7 @@ def _look(params, config: ModelConfig, p: Lanes, ctx) -> tuple[Any, Array]:
     def evaluate(state: Any, due: Array) -> tuple[Any, Array]:
         logits = None
         if rule.needs_logits:
-            (y, _), _ = decode(params, config, p.s, ctx, p.cache.coda)
+            (y, _), _ = coda(params, config, p.s, ctx, p.cache.coda)
             logits = head(params, config, y)
         new, value = exits.update(rule, state, Observation(p.s, logits, p.ran[:, None]))
         return exits.seen_only(due[:, None], new, state), exits.exits(rule, value)[:, 0] & due
@@ -208,8 +208,8 @@ def _flush(params, config: ModelConfig, p: Lanes, *, width: int, warm_start) -> 
     lane = jnp.where(lane < B, (lane + first) % B, B)
     row = jnp.minimum(lane, B - 1)
     position, ran, s = p.cache.length[row], p.ran[row], p.s[row]
-    ctx = context(config, position[:, None], None, past_bias(p.cache.capacity, position))
-    (y, z), coda = decode(params, config, s, ctx, jax.tree.map(lambda x: x[row], p.cache.coda))
+    ctx = context(config, position[:, None], None, cached_bias(p.cache.capacity, position))
+    (y, z), coda_kv = coda(params, config, s, ctx, jax.tree.map(lambda x: x[row], p.cache.coda))
     logits = known_only(head(params, config, y)[:, 0], config.vocab_size)
     request, count = jax.tree.map(lambda x: x[row], p.request), p.count[row]
     token = choose(logits, p.present[row], request.sampling, token_keys(request, count))
@@ -218,14 +218,14 @@ def _flush(params, config: ModelConfig, p: Lanes, *, width: int, warm_start) -> 
     index = (wrote * B + row[None]) * p.cache.capacity + position[None]
     core = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1])[index], p.cache.core)
     done = stops(token, request.sampling) | (count + 1 >= p.most[row])
-    left = _Exit(core, jax.tree.map(lambda x: x[:, 0], coda), ran, token, done)
+    left = _Exit(core, jax.tree.map(lambda x: x[:, 0], coda_kv), ran, token, done)
     warm = {"normalized": z, "raw": s}.get(warm_start)
     return lane, left, _enter(params, config, p.cache, row, request, token, position + 1, warm)
 
 
 def _enter(params, config: ModelConfig, cache: Cache, row, request: Request, token, position, warm) -> _Entry:
     """The next token [W] of the lanes `row`, at its position: prelude, injected input, initial state."""
-    ctx = context(config, position[:, None], None, past_bias(cache.capacity, position))
+    ctx = context(config, position[:, None], None, cached_bias(cache.capacity, position))
     e, own = embed(params, config, token[:, None], ctx, jax.tree.map(lambda x: x[row], cache.prelude))
     s = warm
     if s is None:

@@ -27,7 +27,7 @@ from rdlm.model import (
     context,
     typed_key,
 )
-from rdlm.model.cache import Cache, allocate, append, grow, past_bias
+from rdlm.model.cache import Cache, allocate, append, cached_bias, grow
 from rdlm.recurrence import initial_state
 
 PREFILL_EXITS = ("per_token", "together", "never")
@@ -69,7 +69,7 @@ def run_pass(
     if state is None:
         state = initial_state(key, positions, config.embed_dim, dtype, init_scale)
     ctx = context(
-        config, positions, valid.astype(jnp.int32), None if first else past_bias(cache.capacity, cache.length)
+        config, positions, valid.astype(jnp.int32), None if first else cached_bias(cache.capacity, cache.length)
     )
     done = adaptive_pass(
         params, config, tokens, positions, ctx, jnp.asarray(state, dtype), valid,

@@ -19,8 +19,7 @@ from jax import Array
 
 from rdlm.config import InputError, ModelConfig
 from rdlm.exits import ExitRule
-from rdlm.model import Params, check_ids, check_rule, compute_dtype, forward, head, start, stepping
-from rdlm.model import decode as coda
+from rdlm.model import Params, check_ids, check_rule, coda, compute_dtype, forward, head, start, stepping
 from rdlm.recurrence import check_depths, checkpoints, initial_state
 
 Pair = tuple[Sequence[int] | np.ndarray, Sequence[int] | np.ndarray]

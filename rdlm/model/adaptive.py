@@ -21,7 +21,7 @@ from rdlm.exits import ExitRule, Observation
 from rdlm.model.attention import HIDDEN
 from rdlm.model.blocks import Context
 from rdlm.model.cache import Cache, Own, held_set, read_set, skip_bias, write_set, zeros
-from rdlm.model.network import Layers, Params, core_step, decode, embed, head, inject
+from rdlm.model.network import Layers, Params, coda, core_step, embed, head, inject
 from rdlm.model.noise import noisy
 from rdlm.recurrence import unroll_until
 
@@ -79,7 +79,7 @@ def adaptive_pass(
 
     Args:
       tokens, positions: the text.
-      ctx: from `context`; its past_bias shows the cached tokens.
+      ctx: from `context`; its cached_bias shows the cached tokens.
       s0: states to begin with.
       valid: False for padding, which never iterates.
       num_steps: most recurrences: scalar, [B] or [B, L], at least 1.
@@ -108,8 +108,8 @@ def adaptive_pass(
         return jnp.take_along_axis(x, last[:, None, None], axis=1)
 
     def read(s: Array, held: Any, update: Array | None, narrow: bool) -> tuple[Array, Array, Any]:
-        (y, z), coda = decode(params, config, s, ctx, None if cache is None else cache.coda, held, update)
-        return head(params, config, at_last(y) if narrow else y), z, coda
+        (y, z), coda_kv = coda(params, config, s, ctx, None if cache is None else cache.coda, held, update)
+        return head(params, config, at_last(y) if narrow else y), z, coda_kv
 
     def look(c: _Loop, i: Array, due: Array) -> _Loop:
         """Show the rule every token that is due; stop those that exit."""
@@ -123,11 +123,11 @@ def adaptive_pass(
 
     def evaluate(c: _Loop, i: Array, due: Array) -> _Loop:
         assert rule is not None
-        logits, coda, fresh, looks = None, c.coda, c.fresh, c.looks
+        logits, coda_kv, fresh, looks = None, c.coda, c.fresh, c.looks
         if rule.needs_logits:
             # Only rows with a token that is due: what a stopped token shows in the coda must not depend on other rows.
             asked = jnp.any(due, axis=1, keepdims=True)
-            logits, _, coda = read(c.s, c.coda, ~c.fresh & asked, by_last)
+            logits, _, coda_kv = read(c.s, c.coda, ~c.fresh & asked, by_last)
             fresh = c.fresh | asked
             looks = c.looks + due
         shown = Observation(at_last(c.s) if by_last else c.s, logits, i)
@@ -136,7 +136,7 @@ def adaptive_pass(
             value = jnp.where(valid, value, 0).sum(-1, keepdims=True) / valid.sum(-1, keepdims=True)
         stop = jnp.broadcast_to(exits.exits(rule, value), (B, L)) & due
         rule_state = shown_only(state, c.rule, due)
-        return c._replace(rule=rule_state, active=c.active & ~stop, coda=coda, fresh=fresh, looks=looks)
+        return c._replace(rule=rule_state, active=c.active & ~stop, coda=coda_kv, fresh=fresh, looks=looks)
 
     def shown_only(new: Any, old: Any, due: Array) -> Any:
         return exits.seen_only(at_last(due[..., None])[..., 0] if by_last else due, new, old)
@@ -148,8 +148,8 @@ def adaptive_pass(
             hide = jnp.where(c.active, 0.0, HIDDEN)[:, None]
             mine = mine._replace(bias=mine.bias + jnp.where(jnp.eye(L, dtype=bool), 0.0, hide))
             if cache is not None:
-                assert mine.past_bias is not None  # a cache comes with what it shows
-                mine = mine._replace(past_bias=mine.past_bias + skip_bias(cache.depth, i))
+                assert mine.cached_bias is not None  # a cache comes with what it shows
+                mine = mine._replace(cached_bias=mine.cached_bias + skip_bias(cache.depth, i))
         past = None if cache is None else read_set(cache.core, i % cache.sets)
         s = c.s if key is None else noisy(params, config, c.s, i, key, positions)
         s, own = core_step(params, config, s, injected, mine, past, held_set(c.core, i), c.active)
@@ -180,8 +180,8 @@ def adaptive_pass(
         fresh=jnp.zeros((B, L), bool),
     )
     c, ran = unroll_until(step, lambda c, i: ~jnp.any(c.active), start, jnp.max(most), begin)
-    logits, z, coda = read(c.s, None, None, last_only)
-    return Pass(logits, z, c.s, c.steps, ran, Own(prelude, c.core, coda), c.looks)
+    logits, z, coda_kv = read(c.s, None, None, last_only)
+    return Pass(logits, z, c.s, c.steps, ran, Own(prelude, c.core, coda_kv), c.looks)
 
 
 def _per_token(value: Any, tokens: Array) -> Array:

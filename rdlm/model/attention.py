@@ -1,7 +1,7 @@
 """Attention over explicit keys and values. The one file that knows which kernel runs where.
 
 `bias` says who sees whom: 0 where a query may look, a large negative number where it may not. It is built once per
-pass (`causal_bias`, `past_bias`) and shared by every layer and recurrence.
+pass (`causal_bias`, `cached_bias`) and shared by every layer and recurrence.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from jaxtyping import Float, Float32, Int
 
 from rdlm.remat import KEPT, keep
 
-Own = tuple[Float[Array, "B L Hk Q"], Float[Array, "B L K Q"], Float32[Array, "#B L L"]]
+New = tuple[Float[Array, "B L Hk Q"], Float[Array, "B L K Q"], Float32[Array, "#B L L"]]
 """Keys, values and bias of the L tokens of a pass; Hk is H or K."""
-Past = tuple[Float[Array, "B T Hk Q"], Float[Array, "B T K Q"], Float32[Array, "#B #L T"]]
+Cached = tuple[Float[Array, "B T Hk Q"], Float[Array, "B T K Q"], Float32[Array, "#B #L T"]]
 """The same of the T tokens in a cache."""
 
 HIDDEN = -1e30
@@ -128,25 +128,25 @@ def attend_flash(
     return _heads_last(kernel(q, k, v, segments).astype(out_dtype))
 
 
-def attend_past(q: Float[Array, "B L H Q"], own: Own, past: Past) -> Float[Array, "B L H*Q"]:
+def attend_cached(q: Float[Array, "B L H Q"], new_kv: New, cached_kv: Cached) -> Float[Array, "B L H*Q"]:
     """Attention over this pass's tokens and over cached ones, in one softmax and without joining their arrays.
 
     Args:
       q: its dtype is that of the result.
-      own, past: (k, v, bias) as in `attend`, of the L tokens of the pass and of the T tokens in the cache.
+      new_kv, cached_kv: (k, v, bias) as in `attend`, of the L tokens of the pass and of the T tokens in the cache.
     """
     if q.shape[1] > FEW_QUERIES:
-        return _past_by_heads(q, own, past)
-    return jax.lax.platform_dependent(q, own, past, cpu=_past_by_heads, default=_past_flat)
+        return _cached_by_heads(q, new_kv, cached_kv)
+    return jax.lax.platform_dependent(q, new_kv, cached_kv, cpu=_cached_by_heads, default=_cached_flat)
 
 
 FEW_QUERIES = 8
 """Queries per row up to which reading cached keys and values as they lie beats turning them heads first."""
 
 
-def _past_by_heads(q: Array, own: Own, past: Past) -> Array:
+def _cached_by_heads(q: Array, new_kv: New, cached_kv: Cached) -> Array:
     parts = []
-    for k, v, bias in (past, own):
+    for k, v, bias in (cached_kv, new_kv):
         wide_q, k, v = _heads_first(q, k, v)
         parts.append((_scores(wide_q, k, bias[:, None]), v))
 
@@ -156,7 +156,7 @@ def _past_by_heads(q: Array, own: Own, past: Past) -> Array:
     return _heads_last(_one_softmax(parts, mix).astype(q.dtype))
 
 
-def _past_flat(q: Array, own: Own, past: Past) -> Array:
+def _cached_flat(q: Array, new_kv: New, cached_kv: Cached) -> Array:
     """The same from keys and values [B, T, K*Q] as the cache keeps them, on a TPU.
 
     A query per head is spread over the width, zero outside its head, so that plain matrix products serve all heads at
@@ -165,7 +165,7 @@ def _past_flat(q: Array, own: Own, past: Past) -> Array:
     """
     B, L, H, Q = q.shape
     parts = []
-    for k, v, bias in (past, own):
+    for k, v, bias in (cached_kv, new_kv):
         spread = jnp.einsum("blhq,hk->bkqlh", q * q.dtype.type(Q**-0.5), _serves(H, k.shape[2], q.dtype))
         scores = jnp.einsum("btd,bdn->bnt", _flat(k), spread.reshape(B, -1, L * H), preferred_element_type=jnp.float32)
         parts.append((scores.reshape(B, L, H, -1) + bias[:, :, None], v))

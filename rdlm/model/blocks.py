@@ -16,7 +16,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Float32, Int
 
 from rdlm.config import ModelConfig
-from rdlm.model.attention import attend, attend_flash, attend_past
+from rdlm.model.attention import attend, attend_cached, attend_flash
 from rdlm.model.cache import KeyValue
 from rdlm.remat import keep
 
@@ -26,14 +26,14 @@ class Context(NamedTuple):
 
     cos, sin: f32 [B or 1, L, 1, Q/2], rotary tables of the tokens of this pass.
     bias: f32 [B or 1, L, L], who sees whom among them; None where `segments` say it.
-    past_bias: f32 [B, L or 1, T], which cached tokens they see; None without a cache.
+    cached_bias: f32 [B, L or 1, T], which cached tokens they see; None without a cache.
     segments: int32 [B or 1, L], for the fused kernel.
     """
 
     cos: Array
     sin: Array
     bias: Array | None
-    past_bias: Array | None = None
+    cached_bias: Array | None = None
     segments: Array | None = None
 
 
@@ -164,8 +164,8 @@ class SelfAttention(nn.Module):
         self,
         x: Float[Array, "B L D"],
         ctx: Context,
-        past: KeyValue | None,
-        held: KeyValue | None,
+        cached_kv: KeyValue | None,
+        frozen_kv: KeyValue | None,
         active: Bool[Array, "B L"] | None,
     ) -> tuple[Float[Array, "B L D"], KeyValue]:
         """(What attention adds, keys and values [B, L, .] of these tokens).
@@ -173,8 +173,8 @@ class SelfAttention(nn.Module):
         Args:
           x: normed input.
           ctx: rotary tables and biases.
-          past: keys and values of cached tokens, seen as far as ctx.past_bias allows.
-          held, active: where active is False, a token's keys and values are those of `held`, not new ones.
+          cached_kv: keys and values of cached tokens, seen as far as ctx.cached_bias allows.
+          frozen_kv, active: where active is False, a token's keys and values are those of `frozen_kv`, not new ones.
         """
         cfg, dtype = self.config, x.dtype
         B, L, D = x.shape
@@ -184,7 +184,7 @@ class SelfAttention(nn.Module):
         # Columns are grouped by key head: G query heads, then their key, then their value. So the one matrix the
         # reference calls Wqkv (its optimizer scales updates per tensor) still splits over devices by whole heads.
         qkv = linear(x, weight(self, "qkv", (D, K * (G + 2) * Q), std, ("embed", "heads"), dtype))
-        if past is not None:
+        if cached_kv is not None:
             qkv = jax.lax.optimization_barrier(qkv)  # or a TPU compiler splits the matrix by heads: a padded copy of it
         q, k, v = jax.lax.split(qkv.reshape(B, L, K, G + 2, Q), (G, 1, 1), axis=3)
         q, k, v = q.reshape(B, L, H, Q), k[..., 0, :], v[..., 0, :]
@@ -193,21 +193,21 @@ class SelfAttention(nn.Module):
             q, k = q + bias[None, None, 0], jnp.repeat(k, G, axis=2) + bias[None, None, 1]
         cos, sin = jax.lax.stop_gradient((ctx.cos, ctx.sin))  # or a loop's backward pass works out theirs
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        own = KeyValue(k.reshape(B, L, -1), v.reshape(B, L, -1))
-        if held is not None and active is not None:
-            own = jax.tree.map(lambda new, old: jnp.where(active[..., None], new, old), own, held)
-        own_k, own_v = own.k.reshape(B, L, -1, Q), own.v.reshape(B, L, K, Q)
+        new_kv = KeyValue(k.reshape(B, L, -1), v.reshape(B, L, -1))
+        if frozen_kv is not None and active is not None:
+            new_kv = jax.tree.map(lambda new, old: jnp.where(active[..., None], new, old), new_kv, frozen_kv)
+        new_k, new_v = new_kv.k.reshape(B, L, -1, Q), new_kv.v.reshape(B, L, K, Q)
         if ctx.bias is None:
             assert ctx.segments is not None
-            mixed = attend_flash(q, own_k, own_v, ctx.segments, cfg.attention_window)
-        elif past is None or ctx.past_bias is None:
-            mixed = attend(q, own_k, own_v, ctx.bias)
+            mixed = attend_flash(q, new_k, new_v, ctx.segments, cfg.attention_window)
+        elif cached_kv is None or ctx.cached_bias is None:
+            mixed = attend(q, new_k, new_v, ctx.bias)
         else:
-            T = past.k.shape[1]  # and the cache may be wider than what it holds
-            past_k = past.k[..., : own.k.shape[-1]].reshape(B, T, -1, Q)
-            past_v = past.v[..., : own.v.shape[-1]].reshape(B, T, K, Q)
-            mixed = attend_past(q, (own_k, own_v, ctx.bias), (past_k, past_v, ctx.past_bias))
-        return linear(mixed, weight(self, "proj", (H * Q, D), out_std, ("heads", "embed"), dtype)), own
+            T = cached_kv.k.shape[1]  # and the cache may be wider than what it holds
+            cached_k = cached_kv.k[..., : new_kv.k.shape[-1]].reshape(B, T, -1, Q)
+            cached_v = cached_kv.v[..., : new_kv.v.shape[-1]].reshape(B, T, K, Q)
+            mixed = attend_cached(q, (new_k, new_v, ctx.bias), (cached_k, cached_v, ctx.cached_bias))
+        return linear(mixed, weight(self, "proj", (H * Q, D), out_std, ("heads", "embed"), dtype)), new_kv
 
 
 class GatedMLP(nn.Module):
@@ -242,11 +242,11 @@ class SandwichBlock(nn.Module):
         self,
         x: Float[Array, "B L D"],
         ctx: Context,
-        past: KeyValue | None = None,
-        held: KeyValue | None = None,
+        cached_kv: KeyValue | None = None,
+        frozen_kv: KeyValue | None = None,
         active: Bool[Array, "B L"] | None = None,
     ) -> tuple[Float[Array, "B L D"], KeyValue]:
-        """(The residual stream behind the block, own keys and values). Arguments as in `SelfAttention`."""
-        mixed, own = self.attn(self.norm_1(x), ctx, past, held, active)
+        """(The residual stream behind the block, new keys and values). Arguments as in `SelfAttention`."""
+        mixed, new_kv = self.attn(self.norm_1(x), ctx, cached_kv, frozen_kv, active)
         x = self.norm_2(keep(mixed + x))
-        return self.norm_4(keep(self.mlp(self.norm_3(x)) + x)), own
+        return self.norm_4(keep(self.mlp(self.norm_3(x)) + x)), new_kv

@@ -100,7 +100,7 @@ def allocate(config: ModelConfig, policy: CachePolicy, sets: int, batch: int, ca
     )
 
 
-def past_bias(capacity: int, length: Int[Array, "B"]) -> Float32[Array, "B 1 {capacity}"]:
+def cached_bias(capacity: int, length: Int[Array, "B"]) -> Float32[Array, "B 1 {capacity}"]:
     """Bias of a cache with room for T = capacity positions: the first `length` are visible."""
     held = jnp.arange(capacity)[None] < length[:, None]
     return jnp.where(held, 0.0, HIDDEN)[:, None]

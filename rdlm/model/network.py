@@ -82,24 +82,24 @@ def context(
     config: ModelConfig,
     positions: Int[Array, "L"] | Int[Array, "B L"],
     segment_ids: Int[Array, "B L"] | None,
-    past_bias: Float32[Array, "B 1 T"] | None = None,
+    cached_bias: Float32[Array, "B 1 T"] | None = None,
     flash: bool = False,
 ) -> Context:
     """What all layers of a pass share: rotary tables of positions, and who sees whom.
 
-    past_bias: f32 [B, 1, T], the cached tokens there are; token t of the cache has position t.
+    cached_bias: f32 [B, 1, T], the cached tokens there are; token t of the cache has position t.
     flash: for the fused kernel, which takes the segments themselves; lengths it cannot serve get a bias all the same.
     """
     window, by_row = config.attention_window, positions if positions.ndim == 2 else positions[None]
-    if past_bias is not None and window is not None:
-        near = jnp.arange(past_bias.shape[-1])[None, None] > by_row[..., None] - window
-        past_bias = past_bias + jnp.where(near, 0.0, HIDDEN)
+    if cached_bias is not None and window is not None:
+        near = jnp.arange(cached_bias.shape[-1])[None, None] > by_row[..., None] - window
+        cached_bias = cached_bias + jnp.where(near, 0.0, HIDDEN)
     cos, sin = rotary_tables(by_row, config)
     L = positions.shape[-1]
     if flash and fits_flash(L):
         segments = jnp.ones((1, L), jnp.int32) if segment_ids is None else segment_ids
-        return Context(cos, sin, None, past_bias, segments)
-    return Context(cos, sin, causal_bias(segment_ids, L, window), past_bias)
+        return Context(cos, sin, None, cached_bias, segments)
+    return Context(cos, sin, causal_bias(segment_ids, L, window), cached_bias)
 
 
 def positions_of(
@@ -120,15 +120,15 @@ def embed(
     config: ModelConfig,
     tokens: Int[Array | np.ndarray, "B L"] | Float[Array, "B L {config.embed_dim}"],
     ctx: Context,
-    past: Layers | None = None,
+    cached_kv: Layers | None = None,
     plan: Plan = PLAIN,
 ) -> tuple[Float[Array, "B L {config.embed_dim}"], Layers]:
-    """Prelude: tokens -> (e, own keys and values per layer).
+    """Prelude: tokens -> (e, new keys and values per layer).
 
     Input vectors may take the place of tokens; `vectors` makes those of tokens.
     """
     x = vectors(params, config, tokens, plan) if jnp.issubdtype(tokens.dtype, jnp.integer) else jnp.asarray(tokens)
-    return _blocks(params, config, "prelude", config.prelude_layers, x, ctx, past, plan=plan)
+    return _blocks(params, config, "prelude", config.prelude_layers, x, ctx, cached_kv, plan=plan)
 
 
 def vectors(
@@ -152,36 +152,36 @@ def core_step(
     s: Float[Array, "B L D"],
     injected: Float[Array, "B L D"],
     ctx: Context,
-    past: Layers | None = None,
-    held: Layers | None = None,
+    cached_kv: Layers | None = None,
+    frozen_kv: Layers | None = None,
     active: Bool[Array, "B L"] | None = None,
     plan: Plan = PLAIN,
 ) -> tuple[Float[Array, "B L D"], Layers]:
-    """One recurrence, A[s; e] and the core blocks: s -> (new s, own keys and values per core layer).
+    """One recurrence, A[s; e] and the core blocks: s -> (new s, new keys and values per core layer).
 
-    `injected` is `inject(params, config, e)`. `past`, `held` and `active` as in `rdlm.model.blocks.SelfAttention`.
+    `injected` is `inject(params, config, e)`; `cached_kv`, `frozen_kv`, `active`: as in `blocks.SelfAttention`.
     """
     x = linear(s, plan.fetch("adapter", params["adapter"])[0].astype(s.dtype)) + injected
-    return _blocks(params, config, "core", config.core_layers, x, ctx, past, held, active, plan)
+    return _blocks(params, config, "core", config.core_layers, x, ctx, cached_kv, frozen_kv, active, plan)
 
 
-def decode(
+def coda(
     params: Params,
     config: ModelConfig,
     s: Float[Array, "B L D"],
     ctx: Context,
-    past: Layers | None = None,
-    held: Layers | None = None,
+    cached_kv: Layers | None = None,
+    frozen_kv: Layers | None = None,
     active: Bool[Array, "B L"] | None = None,
     plan: Plan = PLAIN,
 ) -> tuple[tuple[Float[Array, "B L D"], Float[Array, "B L D"]], Layers]:
-    """Coda: s -> ((y, z), own keys and values); z = ln_f(s) are the reference's latent states, y goes to the head.
+    """Coda: s -> ((y, z), new keys and values); z = ln_f(s) are the reference's latent states, y goes to the head.
 
     ln_f serves twice.
     """
     z = _norm(params["ln_f"], config, s)
-    y, own = _blocks(params, config, "coda", config.coda_layers, z, ctx, past, held, active, plan)
-    return (_norm(params["ln_f"], config, y), z), own
+    y, new_kv = _blocks(params, config, "coda", config.coda_layers, z, ctx, cached_kv, frozen_kv, active, plan)
+    return (_norm(params["ln_f"], config, y), z), new_kv
 
 
 def head(
@@ -198,7 +198,7 @@ def readout(
     params: Params, config: ModelConfig, s: Float[Array, "B L D"], ctx: Context
 ) -> tuple[Float32[Array, "B L {config.rows}"], Float[Array, "B L D"]]:
     """s -> (logits, latents z), without a cache."""
-    (y, z), _ = decode(params, config, s, ctx)
+    (y, z), _ = coda(params, config, s, ctx)
     return head(params, config, y), z
 
 
@@ -213,19 +213,20 @@ def _norm(params: Params, config: ModelConfig, x: Array) -> Array:
 
 
 def _blocks(
-    params: Params, config: ModelConfig, part: str, count: int, x: Array, ctx: Context, past=None, held=None,
+    params: Params, config: ModelConfig, part: str, count: int, x: Array, ctx: Context, cached_kv=None, frozen_kv=None,
     active=None, plan: Plan = PLAIN,
 ) -> tuple[Array, Layers]:  # fmt: skip
-    """The blocks part_0, part_1, ... in turn: x [B, L, D] -> (x, own keys and values per block)."""
-    own = []
+    """The blocks part_0, part_1, ... in turn: x [B, L, D] -> (x, new keys and values per block)."""
+    new_kv = []
     for j in range(count):
         name = f"{part}_{j}"
 
         def block(stored: Params, x: Array, name: str = name, j: int = j) -> tuple[Array, KeyValue]:
             whole = {"params": plan.fetch(name, stored)}
-            out: Any = SandwichBlock(config).apply(whole, x, ctx, past and past[j], held and held[j], active)
+            layer_kv = cached_kv and cached_kv[j], frozen_kv and frozen_kv[j]
+            out: Any = SandwichBlock(config).apply(whole, x, ctx, *layer_kv, active)
             return out
 
         x, kv = plan.layer(block)(params[name], x)
-        own.append(kv)
-    return x, tuple(own)
+        new_kv.append(kv)
+    return x, tuple(new_kv)

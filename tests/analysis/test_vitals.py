@@ -142,18 +142,18 @@ def test_no_alarm_for_a_settled_state_or_without_vitals():
 # The paper's failed runs, replayed. Their architectures are not options of the library: tests build them.
 
 
-def bare_block(self, x, ctx, past=None, held=None, active=None):
+def bare_block(self, x, ctx, cached_kv=None, frozen_kv=None, active=None):
     """No norm before attention and MLP, one after each."""
-    mixed, own = self.attn(x, ctx, past, held, active)
+    mixed, new_kv = self.attn(x, ctx, cached_kv, frozen_kv, active)
     x = self.norm_2(mixed + x)
-    return self.norm_4(self.mlp(x) + x), own
+    return self.norm_4(self.mlp(x) + x), new_kv
 
 
-def pre_norm_block(self, x, ctx, past=None, held=None, active=None):
+def pre_norm_block(self, x, ctx, cached_kv=None, frozen_kv=None, active=None):
     """Norms before attention and MLP alone: nothing bounds the sum."""
-    mixed, own = self.attn(self.norm_1(x), ctx, past, held, active)
+    mixed, new_kv = self.attn(self.norm_1(x), ctx, cached_kv, frozen_kv, active)
     x = mixed + x
-    return self.mlp(self.norm_3(x)) + x, own
+    return self.mlp(self.norm_3(x)) + x, new_kv
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rdlm.model.attention import HIDDEN, attend, attend_flash, attend_past, causal_bias
+from rdlm.model.attention import HIDDEN, attend, attend_cached, attend_flash, causal_bias
 
 B, H, Q = 2, 4, 8
 
@@ -84,14 +84,14 @@ def test_attend_with_fewer_key_heads(key_heads, value_heads):
 
 
 @pytest.mark.parametrize(("L", "T", "heads"), [(1, 7, 4), (5, 1, 4), (6, 33, 2)])
-def test_attend_past_is_one_softmax_over_both_parts(L, T, heads):
+def test_attend_cached_is_one_softmax_over_both_parts(L, T, heads):
     own, past = inputs(L, heads, heads), (random(4, B, T, heads, Q), random(5, B, T, heads, Q))
     held = np.arange(T)[None, None] < np.array([T, T // 2])[:, None, None]  # the second row's cache is half empty
-    own_bias, past_bias = causal_bias(None, L), jnp.where(held, 0.0, HIDDEN)
+    own_bias, cached_bias = causal_bias(None, L), jnp.where(held, 0.0, HIDDEN)
     visible = np.concatenate([np.broadcast_to(held, (B, L, T)), np.broadcast_to(sees(None, L), (B, L, L))], -1)
 
     def ours(q, k, v, past_k, past_v):
-        return attend_past(q, (k, v, own_bias), (past_k, past_v, past_bias))
+        return attend_cached(q, (k, v, own_bias), (past_k, past_v, cached_bias))
 
     def joined(q, k, v, past_k, past_v):
         return softmax_attention(q, jnp.concatenate([past_k, k], 1), jnp.concatenate([past_v, v], 1), visible)
@@ -99,10 +99,10 @@ def test_attend_past_is_one_softmax_over_both_parts(L, T, heads):
     assert_same(*both(ours, joined, (*own, *past)))
 
 
-def test_attend_past_with_an_empty_cache_is_attend():
+def test_attend_cached_with_an_empty_cache_is_attend():
     nothing = (jnp.zeros((B, 3, H, Q)), jnp.zeros((B, 3, H, Q)), jnp.full((B, 1, 3), HIDDEN))
     bias = causal_bias(None, 6)
-    assert_same(*both(lambda q, k, v: attend_past(q, (k, v, bias), nothing), lambda *a: attend(*a, bias), inputs(6)))
+    assert_same(*both(lambda q, k, v: attend_cached(q, (k, v, bias), nothing), lambda *a: attend(*a, bias), inputs(6)))
 
 
 def test_large_scores_stay_finite():
@@ -119,7 +119,7 @@ def test_bfloat16_is_close_to_float32():
 
     def cached(q, k, v):
         own, past = (slice(None), slice(128, None)), (slice(None), slice(None, 128))
-        return attend_past(q[own], (k[own], v[own], bias[:, 128:, 128:]), (k[past], v[past], bias[:, 128:, :128]))
+        return attend_cached(q[own], (k[own], v[own], bias[:, 128:, 128:]), (k[past], v[past], bias[:, 128:, :128]))
 
     ours, ours_cached = both(lambda *a: attend(*a, bias), cached, given)
     wide = [x.astype(jnp.float32) for x in given]

@@ -11,7 +11,7 @@ from oracle import random_params
 from rdlm import exits
 from rdlm.config import CachePolicy, ModelConfig
 from rdlm.decode import generate
-from rdlm.model.attention import HIDDEN, _past_by_heads, _past_flat
+from rdlm.model.attention import HIDDEN, _cached_by_heads, _cached_flat
 from rdlm.model.cache import stored_width, write
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -48,10 +48,10 @@ def test_attention_over_a_flat_cache_is_attention(H, K, V, L):
     own = k, v, jnp.where(jnp.tril(jnp.ones((L, L), bool)), 0.0, HIDDEN)[None]
     seen = jnp.arange(T)[None, None] < jnp.array([3, 0, 7])[:, None, None]
     past = past_k, past_v, jnp.where(seen, 0.0, HIDDEN)
-    right = _past_by_heads(q, own, past)
-    np.testing.assert_allclose(_past_flat(q, own, past), right, atol=1e-6)
+    right = _cached_by_heads(q, own, past)
+    np.testing.assert_allclose(_cached_flat(q, own, past), right, atol=1e-6)
     later = past_k, past_v, jnp.where(jnp.roll(seen, 1, axis=-1), 0.0, HIDDEN)
-    assert np.abs(_past_flat(q, own, later) - right).max() > 1e-3, "what is seen must matter"
+    assert np.abs(_cached_flat(q, own, later) - right).max() > 1e-3, "what is seen must matter"
 
 
 def test_columns_that_fill_tiles():

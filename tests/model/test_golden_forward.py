@@ -104,10 +104,10 @@ def half_rotation(x, cos, sin):
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1)
 
 
-def decode_without_second_norm(params, config, s, ctx, past=None, held=None, active=None):
+def coda_without_second_norm(params, config, s, ctx, cached_kv=None, frozen_kv=None, active=None):
     z = network._norm(params["ln_f"], config, s)
-    y, own = network._blocks(params, config, "coda", config.coda_layers, z, ctx, past, held, active)
-    return (y, z), own
+    y, new_kv = network._blocks(params, config, "coda", config.coda_layers, z, ctx, cached_kv, frozen_kv, active)
+    return (y, z), new_kv
 
 
 def off(name="A", case="forward", r=4):
@@ -127,7 +127,7 @@ def test_control_rotary_convention(monkeypatch):
 
 
 def test_control_second_norm(monkeypatch):
-    monkeypatch.setattr(network, "decode", decode_without_second_norm)
+    monkeypatch.setattr(network, "coda", coda_without_second_norm)
     assert off() > 100
 
 

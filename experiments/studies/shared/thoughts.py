@@ -16,8 +16,8 @@ from jax import Array
 
 from rdlm.config import ModelConfig
 from rdlm.losses import cross_entropy
-from rdlm.model import Params, context, core_step, decode, embed, head, inject, vectors
-from rdlm.model.cache import past_bias
+from rdlm.model import Params, coda, context, core_step, embed, head, inject, vectors
+from rdlm.model.cache import cached_bias
 from rdlm.tasks.instance import IGNORED
 
 
@@ -33,8 +33,8 @@ def once(params: Params, model: ModelConfig, x: Array, ctx: Any, past: Any = (No
     """
     e, prelude = embed(params, model, x, ctx, past[0])
     s, core = core_step(params, model, jnp.zeros_like(x), inject(params, model, e), ctx, past[1])
-    (y, _), coda = decode(params, model, s, ctx, past[2])
-    return head(params, model, y), y, (prelude, core, coda)
+    (y, _), coda_kv = coda(params, model, s, ctx, past[2])
+    return head(params, model, y), y, (prelude, core, coda_kv)
 
 
 def chain(
@@ -68,7 +68,7 @@ def chain(
         token = jax.lax.dynamic_index_in_dim(tokens, jnp.minimum(T + 1 + done, L - 1), 1) if forced else likeliest
         x = jnp.where(j <= thoughts, jnp.zeros_like(y) if empty else y, vectors(params, model, token))
         at = T + 1 + j
-        ctx = context(model, where[at][None], None, past_bias(L, jnp.full(B, at)))
+        ctx = context(model, where[at][None], None, cached_bias(L, jnp.full(B, at)))
         logits, y, own = once(params, model, x, ctx, room)
         room = jax.tree.map(lambda all, new: jax.lax.dynamic_update_slice_in_dim(all, new, at, 1), room, own)
         return (room, logits, y), logits[:, 0]
