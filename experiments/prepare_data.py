@@ -25,7 +25,8 @@ from rdlm.config import Packing, require
 from rdlm.runtime import parse_arguments, run_command
 
 if TYPE_CHECKING:
-    from rdlm.data import Corpus, Manifest, Recipe
+    from rdlm.data import Manifest, Recipe
+    from rdlm.data.prepare import Corpus
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +90,8 @@ class Args:
 
 def main() -> int:
     args = parse_arguments(Args, prog="prepare_data.py", description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
-    from rdlm.data import Reading, Recipe, build
+    from rdlm.data import Reading, Recipe
+    from rdlm.data.prepare import build
     from rdlm.tokenizer import Tokenizer
 
     reading = Reading(args.field, args.document, args.bad_documents)
@@ -109,7 +111,7 @@ def main() -> int:
 
 def find_corpus(args: Args, recipe: Recipe) -> Corpus:
     """What the arguments point at."""
-    from rdlm.data import Corpus, find, parts
+    from rdlm.data.prepare import Corpus, cut_files, find_files
 
     if args.embedded:
         from rdlm.data.prepare.embedded import embedded_corpus
@@ -121,12 +123,12 @@ def find_corpus(args: Args, recipe: Recipe) -> Corpus:
         builder = dataset(args.tfds, args.tfds_dir, args.manual_dir or None)
         cut = dataset_parts(builder, args.tfds_split, args.field, args.shard_bytes)
         return Corpus(f"{builder.info.full_name}, {args.tfds_split}", str(builder.info.version), cut)
-    files = find(args.paths)
+    files = find_files(args.paths)
     size = sum(file.bytes for file in files)
     names = ", ".join(Path(file.path).name for file in files[:3]) + (", ..." if len(files) > 3 else "")
     say(f"{len(files):,} files, {size / 1e6:,.1f} MB")
     return Corpus(
-        "files", f"{names} ({len(files)} files, {size} bytes)", parts(files, recipe.reading, args.shard_bytes)
+        "files", f"{names} ({len(files)} files, {size} bytes)", cut_files(files, recipe.reading, args.shard_bytes)
     )
 
 

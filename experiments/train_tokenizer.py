@@ -74,17 +74,18 @@ def main() -> int:
 
 def texts(args: Args) -> Iterator[str]:
     """The train documents; messages of conversations one by one."""
-    from rdlm.data import Reading, find, held_out, parts, read
+    from rdlm.data import Reading
+    from rdlm.data.prepare import cut_files, find_files, held_out, read_documents
 
     reading = Reading(args.field, args.document, args.bad_documents)
-    cut = parts(find(args.paths), reading, min(64_000_000, args.max_bytes))
+    cut = cut_files(find_files(args.paths), reading, min(64_000_000, args.max_bytes))
     total = sum(part.size for part in cut)
     every = max(1.0, total / args.max_bytes)  # of so many parts one is learnt from
     chosen = [cut[int(i * every)] for i in range(int(len(cut) / every))] or cut[:1]
     print(f"Learning from {sum(part.size for part in chosen) / 1e6:,.1f} of {total / 1e6:,.1f} MB", file=sys.stderr)
     skipped: Counter[str] = Counter()
     for part in chosen:
-        for document in read(part, reading, skipped=skipped):
+        for document in read_documents(part, reading, skipped=skipped):
             if held_out(document, args.validation_fraction):
                 continue
             yield from [document] if isinstance(document, str) else [str(m.get("content") or "") for m in document]

@@ -68,7 +68,7 @@ def command(monkeypatch, capsys):
 @pytest.fixture(scope="session")
 def nano_data(tmp_path_factory):
     """Where invented text lies prepared, for the preset nano."""
-    from rdlm.data import prepare_embedded
+    from rdlm.data.prepare import prepare_embedded
 
     folder, invent, data = tmp_path_factory.mktemp("nano") / "data", random.Random(0), PRESETS["nano"].data
     words = ["".join(invent.choices("aeioubdglmnrst", k=invent.randint(2, 7))) for _ in range(99)]

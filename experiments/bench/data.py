@@ -52,15 +52,16 @@ class Args:
 
 def main() -> int:
     args = parse_arguments(Args, prog="bench_data.py", description=__doc__)
-    from rdlm.data import Corpus, Recipe, build, find, parts, read
+    from rdlm.data import Recipe
+    from rdlm.data.prepare import Corpus, build, cut_files, find_files, read_documents
     from rdlm.tokenizer import Tokenizer
 
     folder = Path(args.folder)
     folder.mkdir(parents=True, exist_ok=True)
     source = synthetic(folder / f"corpus-{args.megabytes}.jsonl", args.megabytes)
     recipe = Recipe(args.sequence_length, args.packing)
-    cut = parts(find([str(source)]), recipe.reading, 64_000_000)
-    sample = list(read(parts(find([str(source)]), recipe.reading, 5_000_000)[0], recipe.reading))
+    cut = cut_files(find_files([str(source)]), recipe.reading, 64_000_000)
+    sample = list(read_documents(cut_files(find_files([str(source)]), recipe.reading, 5_000_000)[0], recipe.reading))
     tokenizer = Tokenizer.train([str(text) for text in sample], args.vocabulary, "last")
     print(
         f"{load()}; corpus {source.stat().st_size / 1e6:,.0f} MB in {len(cut)} parts, {args.vocabulary:,} BPE entries"

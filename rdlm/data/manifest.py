@@ -6,14 +6,25 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rdlm.config import InputError, Packing, from_json, require, to_json
-from rdlm.data.prepare.documents import Reading
 
 FORMAT_VERSION = 2
 """Raised whenever folders written before must not be read any more."""
 _AGAIN = "delete the folder and prepare the data again"
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How files become documents."""
+
+    field: str = "text"
+    """Field of a JSON line, a parquet row or a TFDS example; its value is text, or a list of chat messages."""
+    document: Literal["file", "line", "blank_line"] = "file"
+    """What is one document in a text file: the file, each line, or what stands between blank lines."""
+    bad_documents: Literal["refuse", "skip"] = "refuse"
+    """Text that is not UTF-8, lines that are not JSON, a missing field: stop, or leave out and count."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,8 +20,9 @@ from rdlm.config import InputError
 from rdlm.data.loader import Batch, Example, PackedData, check_sources, my_rows, stack
 from rdlm.data.manifest import Manifest
 from rdlm.data.packing import Document, Row, mix
-from rdlm.data.prepare.documents import Part, Text, parts, read
-from rdlm.data.prepare.find_files import find
+from rdlm.data.prepare.documents import read_documents
+from rdlm.data.prepare.input_files import find_files
+from rdlm.data.prepare.parts import Part, Text, cut_files
 from rdlm.data.prepare.shards import DOCUMENT_STRIDE, encode, held_out
 from rdlm.runtime import exchange
 from rdlm.tokenizer import Tokenizer
@@ -54,7 +55,7 @@ class StreamedData:
         """Find the files; reading begins with the first batch.
 
         Args:
-          paths: files, folders, globs or URLs (see `documents.find`).
+          paths: files, folders, globs or URLs (see `input_files.find_files`).
           sample: any split of a prepared part of them.
           batch_size: B, rows of a step over all processes.
           seed: of the order of parts, and of rows within a window.
@@ -72,11 +73,11 @@ class StreamedData:
                 f"data.stream: {sample.folder} was prepared with packing = {manifest.recipe.packing}; a stream can "
                 "only be packed by concatenate_and_split"
             )
-        files = find(paths)
-        cut = parts(files, manifest.recipe.reading, part_bytes)
-        if len(cut) < process_count:
+        files = find_files(paths)
+        all_parts = cut_files(files, manifest.recipe.reading, part_bytes)
+        if len(all_parts) < process_count:
             raise InputError(
-                f"data.stream: {len(cut)} parts are too few for {process_count} processes; prepare the data"
+                f"data.stream: {len(all_parts)} parts are too few for {process_count} processes; prepare the data"
             )
         self._sample, self._process, self._processes = sample, process_index, process_count
         self.batch_size, self.sequence_length = batch_size, manifest.recipe.sequence_length
@@ -84,7 +85,7 @@ class StreamedData:
         tokens = sum(file.bytes for file in files) / max(manifest.train.bytes, 1) * manifest.train.tokens
         self.steps_per_epoch = max(1, round(tokens / self.sequence_length / batch_size))
         """Estimated from the size of the files and the sample's tokens per byte."""
-        mine = [(number, part) for number, part in enumerate(cut) if number % process_count == process_index]
+        mine = [(number, part) for number, part in enumerate(all_parts) if number % process_count == process_index]
         documents = _Documents(mine, manifest, Tokenizer.load(sample.folder / "tokenizer"), seed)
         rows = _Rows(documents, self.sequence_length)
         self._rows = iter(WindowShuffleIterDataset(rows, window_size=window, seed=seed))
@@ -177,7 +178,7 @@ class _DocumentIterator(grain.DatasetIterator):
             i = index_shuffle(i, max_index=len(data.mine) - 1, seed=order, rounds=4)
         number, part = data.mine[i]
         if self._texts is None:
-            self._texts = read(part, recipe.reading)
+            self._texts = read_documents(part, recipe.reading)
             self._at = 0
             for _ in range(self._document):
                 next(self._texts, None)

@@ -11,7 +11,8 @@ import numpy as np
 
 from rdlm.checkpoint import load_tokenizer, read_config, read_meta
 from rdlm.config import DataConfig, InputError, RunConfig
-from rdlm.data import Chain, open_validation, prepared_folder
+from rdlm.data import Chain, open_validation
+from rdlm.data.prepare import prepared_folder
 from rdlm.tasks import IGNORED, Expression, PointerChasing, Reachability, Task, WordProblem, batch
 from rdlm.tasks.instance import TEST_STREAM
 from rdlm.tokenizer import Tokenizer

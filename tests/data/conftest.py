@@ -7,7 +7,7 @@ import random
 import pytest
 
 from rdlm.config import DataConfig, InputError
-from rdlm.data import prepare_embedded
+from rdlm.data.prepare import prepare_embedded
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from rdlm.data import Corpus, Recipe, build, find, parts
+from rdlm.data import Recipe
+from rdlm.data.prepare import Corpus, build, cut_files, find_files
 from rdlm.data.prepare.beam import build_with_beam
 from rdlm.tokenizer import Tokenizer
 
@@ -17,7 +18,7 @@ RECIPE = Recipe(32, "best_fit", 0.2)
 def corpus(tmp_path):
     path = tmp_path / "texts.jsonl"
     path.write_text("".join(json.dumps({"text": f"{i} " + "word " * (i % 30)}) + "\n" for i in range(200)))
-    return Corpus("files", path.name, parts(find([str(path)]), RECIPE.reading, 3000))
+    return Corpus("files", path.name, cut_files(find_files([str(path)]), RECIPE.reading, 3000))
 
 
 def contents(folder):

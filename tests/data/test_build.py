@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rdlm.data import Corpus, PackedData, Reading, Recipe, best_fit, build, find, held_out, parts, read_manifest
+from rdlm.data import PackedData, Reading, Recipe, best_fit, read_manifest
+from rdlm.data.prepare import Corpus, build, cut_files, find_files, held_out
 from rdlm.data.prepare.shards import DOCUMENT_STRIDE, digest
 from rdlm.data.records import RowFiles
 from rdlm.tokenizer import Tokenizer
@@ -41,7 +42,7 @@ def source(tmp_path):
 
 
 def corpus_of(path, part_bytes=4000, reading=RECIPE.reading):
-    return Corpus("files", path.name, parts(find([str(path)]), reading, part_bytes))
+    return Corpus("files", path.name, cut_files(find_files([str(path)]), reading, part_bytes))
 
 
 @pytest.fixture

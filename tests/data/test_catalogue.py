@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import tensorflow_datasets as tfds
 
-from rdlm.data import Corpus, Reading, Recipe, build, read
+from rdlm.data import Reading, Recipe
+from rdlm.data.prepare import Corpus, build, read_documents
 from rdlm.data.prepare import tfds as catalogue
 from rdlm.tokenizer import Tokenizer
 
@@ -42,7 +43,7 @@ def test_a_dataset_of_the_catalogue_is_made_from_files_put_there_by_hand(stories
     _, builder = stories
     cut = catalogue.dataset_parts(builder, "test", "context", 2000)
     assert len(cut) > 1  # control: it is cut
-    found = [text for part in cut for text in read(part, Reading(field="context"))]
+    found = [text for part in cut for text in read_documents(part, Reading(field="context"))]
     assert sorted(found) == sorted(" ".join(story) for story in STORIES)
     recipe = Recipe(32, validation_fraction=0.2, reading=Reading(field="context"))
     corpus = Corpus("story_cloze", "1.0.0", cut)
@@ -114,7 +115,7 @@ def test_a_wrong_split_or_field_is_refused(stories, split, field, message, one_l
 def test_a_field_that_is_no_text_is_refused(stories, one_line):
     [part] = catalogue.dataset_parts(stories[1], "test", "label", 10**9)
     with one_line("example 0: field 'label' is .*neither text nor"):
-        list(read(part, Reading(field="label")))
+        list(read_documents(part, Reading(field="label")))
 
 
 def test_damaged_files_are_reported(manual, tmp_path, one_line):
@@ -123,4 +124,4 @@ def test_damaged_files_are_reported(manual, tmp_path, one_line):
     file = next(Path(part.paths[0]).glob("*test.array_record*"))
     file.write_bytes(file.read_bytes()[:500])
     with one_line("cannot be read .*delete it to make it again"):
-        list(read(part, Reading(field="context")))
+        list(read_documents(part, Reading(field="context")))

@@ -10,16 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rdlm.data import Reading, find, parts, read
-from rdlm.data.prepare.documents import Part
+from rdlm.data import Reading
+from rdlm.data.prepare import cut_files, find_files, read_documents
+from rdlm.data.prepare.parts import Part
 
 LINES = st.lists(st.sampled_from(["", " ", "a", "bc", "déf 🙂", "x" * 30, "\t"]), max_size=30)
 ENDS = st.sampled_from(["\n", "\r\n"])
 
 
 def everything(paths, reading, part_bytes=10**9, skipped=None):
-    cut = parts(find([str(path) for path in paths]), reading, part_bytes)
-    return [document for part in cut for document in read(part, reading, skipped=skipped)]
+    cut = cut_files(find_files([str(path) for path in paths]), reading, part_bytes)
+    return [document for part in cut for document in read_documents(part, reading, skipped=skipped)]
 
 
 def paragraphs(lines):
@@ -42,7 +43,7 @@ def test_a_file_cut_anywhere_gives_every_document_once(tmp_path_factory, lines, 
     reading = Reading(document=document)
     assert everything([path], reading, part_bytes) == expected
     if path.stat().st_size > part_bytes:  # control: it was cut
-        assert len(parts(find([str(path)]), reading, part_bytes)) > 1
+        assert len(cut_files(find_files([str(path)]), reading, part_bytes)) > 1
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), max_size=12), st.integers(1, 60))
@@ -89,17 +90,17 @@ def test_a_folder_is_searched_in_order_and_small_files_share_a_part(tmp_path):
     (tmp_path / "b").mkdir()
     for name, text in {"b/1.txt": "one", "a.txt": "zero", ".hidden.txt": "no", "b/2.md": "two", "c.pdf": "no"}.items():
         (tmp_path / name).write_text(text)
-    cut = parts(find([str(tmp_path)]), Reading(), 10**6)
+    cut = cut_files(find_files([str(tmp_path)]), Reading(), 10**6)
     assert len(cut) == 1
-    assert list(read(cut[0], Reading())) == ["zero", "one", "two"]
-    assert len(parts(find([str(tmp_path)]), Reading(), 4)) == 3  # too small to share
+    assert list(read_documents(cut[0], Reading())) == ["zero", "one", "two"]
+    assert len(cut_files(find_files([str(tmp_path)]), Reading(), 4)) == 3  # too small to share
 
 
 def test_progress_adds_up_to_the_input(tmp_path):
     path = write(tmp_path, "a.jsonl")
-    for part in parts(find([str(path)]), Reading(), 500):
+    for part in cut_files(find_files([str(path)]), Reading(), 500):
         read_bytes = []
-        list(read(part, Reading(), advance=read_bytes.append))
+        list(read_documents(part, Reading(), advance=read_bytes.append))
         assert abs(sum(read_bytes) - part.size) < 200  # a part ends with the line that begins in it
 
 
@@ -171,11 +172,11 @@ def test_what_is_not_there_is_named_in_one_line(tmp_path, path, message, one_lin
     (tmp_path / "b.pdf").write_text("b")
     (tmp_path / "empty").mkdir()
     with one_line(message):
-        find([path if "://" in path else str(tmp_path / path)])
+        find_files([path if "://" in path else str(tmp_path / path)])
 
 
 def test_a_document_too_large_for_memory_is_refused(tmp_path, monkeypatch, one_line):
-    monkeypatch.setattr("rdlm.data.prepare.documents._LARGEST", 2**20)
+    monkeypatch.setattr("rdlm.data.prepare.documents._MAX_BYTES", 2**20)
     (tmp_path / "a.txt").write_text("line of text\n" * 100_000)
     with one_line("byte 0: a document of more than 1 MiB; cut it, or .*--document line"):
         everything([tmp_path / "a.txt"], Reading())
@@ -186,4 +187,4 @@ def test_a_document_too_large_for_memory_is_refused(tmp_path, monkeypatch, one_l
 
 def test_a_file_that_is_gone_is_named(tmp_path, one_line):
     with one_line("gone.txt: cannot be read"):
-        list(read(Part("text", (str(tmp_path / "gone.txt"),), 3), Reading()))
+        list(read_documents(Part("text", (str(tmp_path / "gone.txt"),), 3), Reading()))

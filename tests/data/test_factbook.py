@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import tensorflow_datasets as tfds
 
-from rdlm.data import held_out
-from rdlm.data.prepare import factbook
+from rdlm.data.prepare import factbook, held_out
 
 
 @pytest.fixture(scope="session")

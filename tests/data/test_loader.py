@@ -8,7 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rdlm.data import IGNORED, PackedData, Row, prepare_embedded, read_manifest
+from rdlm.data import IGNORED, PackedData, Row, read_manifest
+from rdlm.data.prepare import prepare_embedded
 from rdlm.data.records import RowFile, token_dtype, write_rows
 from rdlm.tokenizer import Tokenizer
 

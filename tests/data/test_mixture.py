@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rdlm.config import DataConfig, InputError
-from rdlm.data import Corpus, Mixture, PackedData, Recipe, build, find, open_data, open_validation, parts
+from rdlm.data import Mixture, PackedData, Recipe, open_data, open_validation
+from rdlm.data.prepare import Corpus, build, cut_files, find_files
 from rdlm.tokenizer import Tokenizer
 
 BYTES = Tokenizer.bytes_only()
@@ -20,7 +21,7 @@ SIZES = {"a": 40, "b": 15, "c": 90}
 def prepared(folder, name, count, tokenizer=BYTES, length=16):
     source = folder / f"{name}.jsonl"
     source.write_text("".join(json.dumps({"text": f"{name} {i} " + "x" * (i % 40)}) + "\n" for i in range(count)))
-    corpus = Corpus("files", source.name, parts(find([str(source)]), Recipe(length).reading, 500))
+    corpus = Corpus("files", source.name, cut_files(find_files([str(source)]), Recipe(length).reading, 500))
     build(folder / name, corpus, Recipe(length, validation_fraction=0.3), tokenizer, processes=1, say=print)
     return folder / name
 
@@ -133,8 +134,8 @@ def test_resuming_with_other_data_or_weights_is_refused_and_says_what_differs(mi
         PackedData(folders[0], sequence_length=16, batch_size=4).restore(5, state)
     recipe = Recipe(16, "best_fit", 0.3)
     source = folders[0].parent / "a.jsonl"
-    build(tmp_path / "a", Corpus("files", source.name, parts(find([str(source)]), recipe.reading, 500)), recipe, BYTES,
-          processes=1, say=print)  # fmt: skip
+    corpus = Corpus("files", source.name, cut_files(find_files([str(source)]), recipe.reading, 500))
+    build(tmp_path / "a", corpus, recipe, BYTES, processes=1, say=print)
     one = PackedData(folders[0], sequence_length=16, batch_size=4)
     with one_line('has changed since the checkpoint: packing = "best_fit", not "concatenate_and_split"'):
         PackedData(tmp_path / "a", sequence_length=16, batch_size=4).restore(5, one.state(5))

@@ -11,22 +11,9 @@ import pytest
 
 import rdlm
 from rdlm.config import PRESETS, DataConfig, InputError
-from rdlm.data import (
-    Corpus,
-    Document,
-    PackedData,
-    Reading,
-    Recipe,
-    StreamedData,
-    best_fit,
-    build,
-    concatenate_and_split,
-    find,
-    held_out,
-    open_data,
-    parts,
-)
+from rdlm.data import Document, PackedData, Reading, Recipe, StreamedData, best_fit, concatenate_and_split, open_data
 from rdlm.data.loader import Example, stack
+from rdlm.data.prepare import Corpus, build, cut_files, find_files, held_out
 from rdlm.tokenizer import Tokenizer
 from rdlm.train import Trainer
 
@@ -101,7 +88,7 @@ def sources(tmp_path):
         path = tmp_path / f"{name}.jsonl"
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         recipe = Recipe(32, validation_fraction=0.3)
-        corpus = Corpus("files", path.name, parts(find([str(path)]), recipe.reading, 2000))
+        corpus = Corpus("files", path.name, cut_files(find_files([str(path)]), recipe.reading, 2000))
         build(tmp_path / name, corpus, recipe, BYTES, processes=1, say=print)
         made.append(str(tmp_path / name))
     return made, str(tmp_path / "*.jsonl")
@@ -198,7 +185,7 @@ def test_a_large_document_is_prepared_in_pieces_and_needs_no_validation(tmp_path
     (tmp_path / "large.txt").write_text(line * (3_000_000 // len(line)))
     (tmp_path / "small.txt").write_text("small")
     recipe = Recipe(1024, validation_fraction=0.0, reading=Reading())
-    corpus = Corpus("files", "large", parts(find([str(tmp_path)]), recipe.reading, 10**6))
+    corpus = Corpus("files", "large", cut_files(find_files([str(tmp_path)]), recipe.reading, 10**6))
     manifest = build(tmp_path / "out", corpus, recipe, BYTES, processes=1, say=print)
     assert manifest.train.tokens == manifest.train.bytes + 4
     config = DataConfig(prepared=(str(tmp_path / "out"),), sequence_length=1024, batch_size=1)

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rdlm.data import Document, concatenate_and_split, held_out, prepare_embedded, prepared_folder, read_manifest
+from rdlm.data import Document, concatenate_and_split, read_manifest
+from rdlm.data.prepare import held_out, prepare_embedded, prepared_folder
 from rdlm.data.records import RowFiles
 from rdlm.runtime.files import complete_folder
 from rdlm.tokenizer import Tokenizer
@@ -164,7 +165,8 @@ def test_two_processes_may_prepare_at_once(tmp_path):
     program = (
         "import sys, importlib\n"
         "from rdlm.config import DataConfig\n"
-        "from rdlm.data import prepare_embedded, read_manifest\n"
+        "from rdlm.data import read_manifest\n"
+        "from rdlm.data.prepare import prepare_embedded\n"
         "texts = [f'{i} ' + ' '.join(dir(str)[i % 9::9] + dir(int)[i % 7::7]) for i in range(200)]\n"
         "importlib.import_module('rdlm.data.prepare.embedded')._documents = lambda data: texts\n"
         "print('ready', flush=True); sys.stdin.readline()\n"

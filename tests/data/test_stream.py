@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rdlm.config import DataConfig
-from rdlm.data import Corpus, PackedData, Recipe, StreamedData, build, find, held_out, open_data, parts, prefetch
+from rdlm.data import PackedData, Recipe, StreamedData, open_data, prefetch
+from rdlm.data.prepare import Corpus, build, cut_files, find_files, held_out
 from rdlm.tokenizer import Tokenizer
 
 BYTES = Tokenizer.bytes_only()
@@ -25,7 +26,7 @@ def source(tmp_path_factory):
     base = tmp_path_factory.mktemp("stream")
     for name, texts in (("0.jsonl", TEXTS[:60]), ("1.jsonl", TEXTS[60:])):
         (base / name).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    corpus = Corpus("files", "sample", parts(find([str(base / "0.jsonl")]), RECIPE.reading, 10**6))
+    corpus = Corpus("files", "sample", cut_files(find_files([str(base / "0.jsonl")]), RECIPE.reading, 10**6))
     build(base / "sample", corpus, RECIPE, BYTES, processes=1, say=print)
     return base
 
@@ -156,7 +157,7 @@ def test_what_does_not_fit_is_refused(stream, source, tmp_path, one_line):
     with one_line('has changed since the checkpoint: field = "text", not "body"'):
         stream().restore(0, state)
     recipe = Recipe(16, "best_fit", 0.2)
-    corpus = Corpus("files", "sample", parts(find([str(source / "0.jsonl")]), recipe.reading, 10**6))
+    corpus = Corpus("files", "sample", cut_files(find_files([str(source / "0.jsonl")]), recipe.reading, 10**6))
     build(tmp_path / "fit", corpus, recipe, BYTES, processes=1, say=print)
     config = DataConfig(
         prepared=(str(tmp_path / "fit"),), stream=(str(source / "*.jsonl"),), sequence_length=16, batch_size=4

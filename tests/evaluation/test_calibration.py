@@ -14,7 +14,7 @@ import rdlm
 from rdlm import exits
 from rdlm.checkpoint import save_parameters
 from rdlm.config import DataConfig, InputError, ModelConfig, RunConfig
-from rdlm.data import prepare_embedded
+from rdlm.data.prepare import prepare_embedded
 from rdlm.evaluation import calibration
 from rdlm.evaluation.calibration import Scorer, calibrate, least_rows, load, loosest, p_value, read, save, thresholds
 from rdlm.tokenizer import Tokenizer

@@ -14,7 +14,8 @@ import pytest
 import rdlm
 from rdlm.checkpoint import save_parameters
 from rdlm.config import DataConfig, ModelConfig, RunConfig
-from rdlm.data import Corpus, Reading, Recipe, build, find, parts
+from rdlm.data import Reading, Recipe
+from rdlm.data.prepare import Corpus, build, cut_files, find_files
 from rdlm.perf import flops
 from rdlm.report import (
     plot_contraction,
@@ -65,7 +66,7 @@ def prepared(base, fraction):
     for i, text in enumerate(TEXTS):
         (base / f"texts/{i}.txt").write_text(text)
     recipe, tokenizer = Recipe(24, validation_fraction=fraction, reading=Reading()), Tokenizer.bytes_only()
-    corpus = Corpus("files", "texts", parts(find([str(base / "texts")]), recipe.reading, 10**6))
+    corpus = Corpus("files", "texts", cut_files(find_files([str(base / "texts")]), recipe.reading, 10**6))
     build(base / "data", corpus, recipe, tokenizer, processes=1, say=lambda line: None)
     data = DataConfig(prepared=(str(base / "data"),), tokenizer_size=tokenizer.vocab_size, sequence_length=24,
                       batch_size=2)  # fmt: skip

@@ -19,7 +19,7 @@ import pytest
 from fake_place import ROOT, SETTINGS, TOOLS, Place, copy_of_repository, executable, link_tools, tool_or_skip
 
 from rdlm.config import PRESETS
-from rdlm.data import prepare_embedded
+from rdlm.data.prepare import prepare_embedded
 
 STEPS = 60
 COMMAND = [

@@ -1,1 +1,22 @@
-"""Making prepared data: finding and reading documents, tokenising, packing into shards."""
+"""Making prepared data, used by commands: finding and reading documents, encoding, packing into shards."""
+
+from rdlm.data.prepare.build import Corpus, build
+from rdlm.data.prepare.documents import read_documents
+from rdlm.data.prepare.embedded import prepare_embedded, prepared_folder
+from rdlm.data.prepare.input_files import InputFile, find_files
+from rdlm.data.prepare.parts import Part, cut_files
+from rdlm.data.prepare.shards import build_shard, held_out
+
+__all__ = [
+    "Corpus",
+    "InputFile",
+    "Part",
+    "build",
+    "build_shard",
+    "cut_files",
+    "find_files",
+    "held_out",
+    "prepare_embedded",
+    "prepared_folder",
+    "read_documents",
+]

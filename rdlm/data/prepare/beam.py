@@ -17,7 +17,8 @@ import fsspec
 from rdlm.config import InputError, from_json, to_json
 from rdlm.data.manifest import Manifest, Recipe
 from rdlm.data.prepare.build import Corpus
-from rdlm.data.prepare.documents import Part, read
+from rdlm.data.prepare.documents import read_documents
+from rdlm.data.prepare.parts import Part
 from rdlm.data.prepare.shards import Shard, build_shard, finish
 from rdlm.tokenizer import Tokenizer
 
@@ -86,7 +87,7 @@ class _ShardWork:
                 (Path(local) / name).write_text(text, encoding="utf-8")
             tokenizer = Tokenizer.load(local)
         skipped: Counter[str] = Counter()
-        documents = read(part, self.recipe.reading, skipped=skipped)
+        documents = read_documents(part, self.recipe.reading, skipped=skipped)
         shard = build_shard(self.target, number, documents, self.recipe, tokenizer, skipped=skipped)
         fs, root = fsspec.core.url_to_fs(self.target)
         fs.makedirs(f"{root}/.work", exist_ok=True)

@@ -28,7 +28,8 @@ import numpy as np
 
 from rdlm.config import InputError, from_json, one_line, to_json
 from rdlm.data.manifest import Manifest, Recipe, first_difference, read_manifest
-from rdlm.data.prepare.documents import Part, read
+from rdlm.data.prepare.documents import read_documents
+from rdlm.data.prepare.parts import Part
 from rdlm.data.prepare.shards import Shard, build_shard, digest, finish
 from rdlm.runtime import Progress, write_atomically
 from rdlm.tokenizer import Tokenizer
@@ -223,14 +224,15 @@ class _Context(NamedTuple):
 def _write_shard(context: _Context, number: int, part: Part) -> None:
     folder, recipe, tokenizer, advance = context
     skipped: Counter[str] = Counter()
-    documents = read(part, recipe.reading, advance=advance, skipped=skipped)
+    documents = read_documents(part, recipe.reading, advance=advance, skipped=skipped)
     duplicates = np.load(folder / "work" / f"duplicates-{number:05d}.npy") if recipe.deduplicate else None
     shard = build_shard(folder, number, documents, recipe, tokenizer, duplicates=duplicates, skipped=skipped)
     write_atomically(folder / "work" / f"shard-{number:05d}.json", to_json(shard))
 
 
 def _write_digests(context: _Context, number: int, part: Part) -> None:
-    found = b"".join(digest(text)[:16] for text in read(part, context.recipe.reading, advance=context.advance))
+    documents = read_documents(part, context.recipe.reading, advance=context.advance)
+    found = b"".join(digest(text)[:16] for text in documents)
     write_atomically(_digests(context.folder, number), found)
 
 

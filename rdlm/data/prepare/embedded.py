@@ -11,7 +11,7 @@ from rdlm.config import DataConfig, InputError
 from rdlm.data.manifest import Recipe, read_manifest
 from rdlm.data.prepare import factbook
 from rdlm.data.prepare.build import Corpus
-from rdlm.data.prepare.documents import Part
+from rdlm.data.prepare.parts import Part
 from rdlm.data.prepare.shards import build_shard, finish, held_out
 from rdlm.runtime import Progress, complete_folder
 from rdlm.tokenizer import Tokenizer

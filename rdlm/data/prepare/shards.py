@@ -30,7 +30,7 @@ from rdlm.data.manifest import (
     write_manifest,
 )
 from rdlm.data.packing import Document, pack
-from rdlm.data.prepare.documents import Text
+from rdlm.data.prepare.parts import Text
 from rdlm.data.records import token_dtype, write_rows
 from rdlm.tokenizer import Tokenizer
 
@@ -96,7 +96,7 @@ def build_shard(
       recipe: how to split and pack.
       tokenizer: encodes text, or whole conversations by its chat template.
       duplicates: int [n], ascending: positions of documents to leave out.
-      skipped: what `documents.read` counts while `documents` is consumed.
+      skipped: what `documents.read_documents` counts while `documents` is consumed.
 
     Raises:
       InputError: a document cannot be read or encoded.

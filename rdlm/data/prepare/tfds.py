@@ -15,7 +15,7 @@ import tensorflow_datasets as tfds
 
 from rdlm.config import InputError, did_you_mean, one_line
 from rdlm.data.prepare import factbook
-from rdlm.data.prepare.documents import Part, Text, text_of
+from rdlm.data.prepare.parts import Part, Text, text_of
 
 # Builders whose names exist only once their module is imported.
 _MODULES = ("text", "question_answering", "translate", "summarization")
