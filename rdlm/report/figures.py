@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import warnings
 from collections.abc import Sequence
@@ -18,6 +19,11 @@ BLACK, BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, YELLOW = (
 GREY, GRID = "#555555", "#DDDDDD"
 COLOURS = "viridis"
 """Map of all continuous colours: even in lightness, so it reads in grey as well."""
+
+
+def can_draw() -> bool:
+    """Whether matplotlib, the extra `plots`, is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def new_figure(width: float, height: float) -> Any:
