@@ -11,7 +11,7 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Float32, Int, Int32
 
-from rdlm.config import InputError, ModelConfig
+from rdlm.config import IGNORED, InputError, ModelConfig
 from rdlm.model import (
     Params,
     check_ids,
@@ -30,9 +30,6 @@ from rdlm.model import (
 from rdlm.model.blocks import Context
 from rdlm.recurrence import Step, Weights, checkpoints, initial_state, unroll, unroll_for_training
 from rdlm.remat import PLAIN, Plan
-
-IGNORED = -100
-"""Label that is not scored."""
 
 
 class Batch(NamedTuple):

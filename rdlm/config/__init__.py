@@ -5,6 +5,7 @@ from rdlm.config.json import differences, from_json, to_json
 from rdlm.config.model import CachePolicy, ExitName, ModelConfig, Sampling, Speculative, check_threshold
 from rdlm.config.presets import PRESETS, preset
 from rdlm.config.run import (
+    IGNORED,
     AlarmConfig,
     CheckpointConfig,
     DataConfig,
@@ -21,6 +22,7 @@ from rdlm.config.run import (
 )
 
 __all__ = [
+    "IGNORED",
     "PRESETS",
     "AlarmConfig",
     "CachePolicy",

@@ -28,6 +28,9 @@ Gather = Literal["once", "weights_once", "each"]
 
 Packing = Literal["concatenate_and_split", "best_fit", "document_start"]
 
+IGNORED = -100
+"""Label of a position that is not scored."""
+
 
 @dataclasses.dataclass(frozen=True)
 class RecurrenceConfig:

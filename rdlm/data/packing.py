@@ -13,10 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rdlm.config import Packing
+from rdlm.config import IGNORED, Packing
 
-IGNORED = -100
-"""Label of a position that is not scored."""
 _OPEN_ROWS = 256  # rows that `best_fit` keeps open: more hardly fill better
 
 

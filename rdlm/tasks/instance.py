@@ -9,10 +9,8 @@ from typing import Any, NamedTuple, Protocol, SupportsIndex
 import numpy as np
 from jaxtyping import Int, Int32
 
-from rdlm.config import InputError, require
+from rdlm.config import IGNORED, InputError, require
 
-IGNORED = -100
-"""Label that is not scored."""
 TEST_STREAM = 1_000_000
 """Stream of test instances; seeds of training are below."""
 
