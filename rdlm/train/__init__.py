@@ -1,6 +1,17 @@
-"""Training: one compiled step for every depth (step), the loop around it (loop), and when to stop (stopping)."""
+"""Training.
 
-from rdlm.train.loop import Trainer, train, write_curve
+step         one optimizer step, compiled once for every depth
+loop         `Trainer`: the loop, checkpoints, validation, resume and rollback
+folder       the run folder
+reporter     metrics, progress line and skipped updates of every step
+metrics      metrics.jsonl and speed
+faults       updates that are not finite
+preemption   SIGTERM
+roofline     time and memory of a step on other hardware
+"""
+
+from rdlm.train.folder import write_curve
+from rdlm.train.loop import Trainer, train
 from rdlm.train.step import (
     TrainState,
     depth_weight,

@@ -1,20 +1,27 @@
-"""Steps whose loss or gradient is not finite: skipped in the compiled step, counted here. When they do not end, the run
-goes back to its newest good checkpoint and on with the data behind the bad ones; when that does not help, it stops.
+"""Steps whose loss, gradient or update is not finite.
+
+The compiled step skips them and this module counts them. After `faults.patience` in a row the run rolls back to its
+newest good checkpoint and continues with the data after the bad batches; if that does not help, it stops.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-_BACKWARD = ("coda", "ln_f", "core", "adapter", "prelude", "wte")  # the order in which gradients reach the modules
+from rdlm.model import Params
+
+Tree = TypeVar("Tree")
+
+_BACKWARD = ("coda", "ln_f", "core", "adapter", "prelude", "wte")  # in the order of the backward pass
 
 
-def modules(params: Any) -> list[str]:
+def modules(params: Params) -> list[str]:
     """Names of the top-level modules, in the order in which the backward pass reaches them."""
 
     def place(name: str) -> tuple[int, int]:
@@ -24,23 +31,23 @@ def modules(params: Any) -> list[str]:
     return sorted(params, key=place)
 
 
-def first_bad(grads: Any) -> Array:
-    """Index in `modules` of the first one with a gradient that is not finite, -1 when there is none: int32 scalar."""
+def first_bad(grads: Params) -> Array:
+    """Index in `modules` of the first one with a gradient that is not finite, -1 if there is none: int32 scalar."""
     finite = [jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(grads[name])]).all() for name in modules(grads)]
     bad = ~jnp.stack(finite)
     return jnp.where(bad.any(), jnp.argmax(bad).astype(jnp.int32), -1)
 
 
-def unless(skip: Array, new: Any, old: Any) -> Any:
+def unless(skip: Array, new: Tree, old: Tree) -> Tree:
     """`new` where `skip` (bool scalar) is false, else `old`, bit for bit."""
     return jax.tree.map(lambda n, o: jnp.where(skip, o, n), new, old)
 
 
 class Faults(NamedTuple):
-    """What a run remembers of skipped updates. Saved with every checkpoint, so that a resumed run does the same.
+    """Skipped updates of a run. Every checkpoint holds this, so that a resumed run behaves the same.
 
-    skipped: in all. streak: in a row, up to now. first: the first of them, in words. last: step of the last of them.
-    shift: step s reads batch s + shift of the data. origin: step that the run went back to, -1: it never did.
+    skipped: total. streak: in a row, up to now. first: description of the first in the row. last: step of the last one.
+    shift: step s reads batch s + shift of the data. origin: step of the last rollback, -1 if there was none.
     """
 
     skipped: int = 0
@@ -50,8 +57,8 @@ class Faults(NamedTuple):
     shift: int = 0
     origin: int = -1
 
-    def after(self, step: int, values: dict[str, Any], limit: int, names: list[str]) -> Faults:
-        """After `step` with these metrics. Once `limit` is reached nothing changes it: what follows is thrown away."""
+    def after(self, step: int, values: Mapping[str, Any], limit: int, names: list[str]) -> Faults:
+        """After `step` with these metrics. From `limit` in a row on nothing counts: those steps are thrown away."""
         if self.streak >= limit:
             return self
         if not values["skipped"]:
@@ -61,16 +68,16 @@ class Faults(NamedTuple):
 
     @property
     def next_batch(self) -> int:
-        """Where the data go on after going back: behind the last bad batch, and the one that was under way then."""
+        """First batch after a rollback: after the last bad one, and after the one that was already running then."""
         return self.last + 2 + self.shift
 
-    def back_at(self, step: int) -> Faults:
-        """After going back to `step`."""
+    def after_rollback(self, step: int) -> Faults:
+        """After a rollback to `step`."""
         return self._replace(streak=0, first="", shift=self.next_batch - step, origin=step)
 
 
-def describe(step: int, values: dict[str, Any], names: list[str]) -> str:
-    """A skipped step in words."""
+def describe(step: int, values: Mapping[str, Any], names: list[str]) -> str:
+    """One line about a skipped step."""
     bad = values["first_bad"]
     where = f"first gradient not finite (backward order): {names[bad]}" if bad >= 0 else "every gradient is finite"
     return (
@@ -79,6 +86,6 @@ def describe(step: int, values: dict[str, Any], names: list[str]) -> str:
     )
 
 
-def saved_faults(meta: dict[str, Any]) -> Faults:
-    """What a checkpoint knows of skipped updates; those of before it was kept: nothing."""
+def saved_faults(meta: Mapping[str, Any]) -> Faults:
+    """The skipped updates that a checkpoint's meta holds; none in checkpoints that are older than this count."""
     return Faults(**meta.get("faults", {}))

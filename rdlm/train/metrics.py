@@ -1,4 +1,4 @@
-"""Numbers of a run: JSONL always, TensorBoard when asked, and one live line on the terminal."""
+"""Metrics of a run (JSONL, optionally TensorBoard) and its speed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,10 @@ from rdlm.runtime import duration, write_atomically
 
 
 class MetricsWriter:
-    """Appends one JSON object per step to metrics.jsonl, so that a killed run has lost nothing it had printed."""
+    """Appends one JSON object per step to metrics.jsonl, flushed at once: a killed run loses no row."""
 
     def __init__(self, folder: Path, start_step: int, tensorboard: bool = False):
-        """Open `folder`/metrics.jsonl, dropping what a lost stretch of the run wrote from `start_step` on.
+        """Open `folder`/metrics.jsonl, dropping rows from `start_step` on, which the run is about to write again.
 
         Raises:
           InputError: tensorboard without the extra `log`.
@@ -38,7 +39,7 @@ class MetricsWriter:
                 raise InputError("tensorboard = True: needs the extra `log` (pip install 'rdlm[log]')") from error
             self.events = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step)
 
-    def write(self, step: int, values: dict[str, Any]) -> None:
+    def write(self, step: int, values: Mapping[str, object]) -> None:
         """Append {"step": step, **values}."""
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         self.file.flush()
@@ -48,7 +49,7 @@ class MetricsWriter:
                     self.events.add_scalar(name, value, step)
 
     def sync(self) -> None:
-        """Bring everything written so far to the disk, or to the bucket mounted there, which a flush does not reach."""
+        """Force everything written so far to disk, or to a mounted bucket, which a flush alone does not reach."""
         os.fsync(self.file.fileno())
 
     def close(self) -> None:
@@ -70,20 +71,19 @@ def _complete_lines(path: Path) -> list[str]:
 
 
 def device_memory() -> dict[str, int]:
-    """Bytes in use and at the peak so far on the fullest device of this process; empty where devices do not tell."""
+    """Bytes in use, and their peak so far, on the fullest device of this process; empty on devices without counters."""
     stats = [found for device in jax.local_devices() if (found := device.memory_stats())]
     names = {"hbm_bytes": "bytes_in_use", "hbm_peak_bytes": "peak_bytes_in_use"}
-    return {
-        name: max(s[key] for s in stats) for name, key in names.items() if stats and all(key in s for s in stats)
-    }  # fmt: skip
+    known = {name: key for name, key in names.items() if stats and all(key in s for s in stats)}
+    return {name: max(s[key] for s in stats) for name, key in known.items()}
 
 
 RECENT = 100
-"""Steps whose times the percentiles are about."""
+"""Steps over which the percentiles are taken."""
 
 
 class Meter:
-    """Speed of the recent steps, compilation and evaluation left out."""
+    """Speed of recent steps, without compilation and evaluation."""
 
     def __init__(self, config: RunConfig, peak: float):
         """`peak`: FLOP/s of all devices."""
@@ -100,7 +100,7 @@ class Meter:
         self.last = None
 
     def measure(self, n: int, k: int) -> dict[str, float]:
-        """Speed of the step that just ended and ran (n, k), time per step lately (median, 95 %), and memory."""
+        """Speed of the step that just ended, with depth (n, k); median and 95th percentile of step times; memory."""
         now = time.monotonic()
         seconds, self.last = (None if self.last is None else now - self.last), now
         if seconds is None:
@@ -121,8 +121,8 @@ class Meter:
             **device_memory(),
         }
 
-    def line(self, step: int, values: dict[str, Any]) -> str:
-        """What the progress line says."""
+    def line(self, step: int, values: Mapping[str, float]) -> str:
+        """Text of the progress line."""
         text = f"loss {values['loss']:.3f}  r {values['n']:g}+{values['k']:g}"
         if self.step_seconds:
             left = duration((self.config.steps - step) * self.step_seconds)

@@ -1,10 +1,9 @@
-"""When a run stops early: SIGTERM, and how all processes learn of it."""
+"""Preemption: SIGTERM asks a run to stop, and all its processes agree on the step at which they do."""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
-from typing import Any
+from types import FrameType
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +15,13 @@ from rdlm import sharding
 
 
 class Preemption:
-    """SIGTERM sets a flag instead of killing; the loop polls it, saves, and exits with code 75."""
+    """SIGTERM sets `requested` instead of killing; the loop reads it, saves, and exits with code 75."""
 
     def __init__(self):
         self.requested = False
         self.previous = signal.signal(signal.SIGTERM, self._note)
 
-    def _note(self, *_: Any) -> None:
+    def _note(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
 
     def restore(self) -> None:
@@ -31,23 +30,24 @@ class Preemption:
 
 
 class Stop:
-    """Whether to stop: SIGTERM came to any of the processes. All of them get the same answer at the same call.
+    """Whether to stop: SIGTERM came to any process. All processes get the same answer at the same call.
 
-    Among several processes a call asks the devices and returns the answer to the call before, which they have
-    computed while the step ran: nobody waits. Alone it is the flag itself.
+    With several processes a call starts a reduction over the devices and returns the result of the previous call, which
+    was computed while the step ran, so no call blocks. A single process reads the flag itself.
     """
 
-    def __init__(self, requested: Callable[[], bool], mesh: Mesh):
-        """`requested`: whether it came to this process."""
-        self.requested, self.mesh = requested, mesh
-        self.asked: Array | None = None
+    def __init__(self, preemption: Preemption, mesh: Mesh):
+        """`preemption`: of this process."""
+        self.preemption, self.mesh = preemption, mesh
+        self.answer: Array | None = None
         self.any = jax.jit(jnp.any, out_shardings=sharding.replicated(mesh))
 
     def __call__(self) -> bool:
-        """Call it at the same places on every process."""
+        """To be called at the same places on every process."""
+        requested = self.preemption.requested
         if jax.process_count() == 1:
-            return self.requested()
-        before = self.asked
-        mine = np.full(len(self.mesh.local_devices), self.requested())
-        self.asked = self.any(jax.make_array_from_process_local_data(sharding.per_device(self.mesh), mine))
-        return before is not None and bool(before)
+            return requested
+        previous = self.answer
+        mine = np.full(len(self.mesh.local_devices), requested)
+        self.answer = self.any(jax.make_array_from_process_local_data(sharding.per_device(self.mesh), mine))
+        return previous is not None and bool(previous)

@@ -119,7 +119,7 @@ def test_faults_count_in_a_row_and_remember_the_first():
         "first gradient not finite (backward order): core_0"
     )
     # Batches 12 and 13 (of steps 2 and 3) were bad, 14 was under way.
-    back = faults.back_at(1)
+    back = faults.after_rollback(1)
     assert 1 + back.shift == 15
     assert (back.streak, back.skipped, back.origin) == (0, 3, 1)
 
@@ -234,13 +234,13 @@ def test_a_run_goes_back_and_on_behind_the_bad_data_and_stops_when_that_does_not
     # Steps 4 and 5 are bad, 6 is as well: back to 3, and on with batch 7 instead of 3. One bad batch, 9, is skipped.
     code, lines, read = run("bad", {4, 5, 6, 9})
     assert code == 0
-    said = [line for line in lines if "skipped" in line or "going back" in line]
+    said = [line for line in lines if "skipped" in line or "rollback" in line]
     assert [line.split(":")[0] for line in said] == [
-        "update skipped, 1 in a row", "update skipped, 2 in a row", "going back to step 3", "update skipped, 1 in a row"
+        "update skipped, 1 in a row", "update skipped, 2 in a row", "rollback to step 3", "update skipped, 1 in a row"
     ]  # fmt: skip
     assert "loss nan" in said[0]
     assert "n = " in said[0]
-    assert "going on with batch 7" in said[2]
+    assert "continues with batch 7" in said[2]
     rows = [row for row in read_metrics(tmp_path / "bad") if "loss" in row]
     assert [row["step"] for row in rows] == list(range(9))
     assert [row["skipped"] for row in rows] == [0, 0, 0, 2, 2, 3, 3, 3, 3]
@@ -259,7 +259,7 @@ def test_a_run_goes_back_and_on_behind_the_bad_data_and_stops_when_that_does_not
         assert (newest["skipped"], newest["shift"], newest["origin"]) == (3, 4, 3)
 
     # Bad to the end: one attempt, then a diagnosis.
-    with pytest.raises(InputError, match=r"again after going back to step 3 .* the first was step 3: loss nan") as end:
+    with pytest.raises(InputError, match=r"again after a rollback to step 3 .* the first was step 3: loss nan") as end:
         run("hopeless", set(range(4, 100)))
     assert "depth n = " in str(end.value)
     assert "first gradient not finite (backward order): coda_0" in str(end.value)

@@ -1,0 +1,123 @@
+"""The run folder as training writes it: who may use it, what makes it complete, and when the run in it is finished."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from pathlib import Path
+
+import jax
+
+from rdlm.checkpoint import Checkpoints, read_config, write_config
+from rdlm.config import InputError, RunConfig, differences
+from rdlm.evaluation.depth import DepthCurve
+from rdlm.runtime import complete_folder, exchange, is_first, write_atomically
+from rdlm.tokenizer import Tokenizer
+from rdlm.train.metrics import MetricsWriter
+
+MAY_CHANGE = (
+    "steps", "tensorboard", "run_dir", "mesh.", "checkpoint.", "faults.", "evaluation.", "alarms.",
+    "recurrence.remat", "data.folder",
+)  # fmt: skip
+"""Fields that a resumed run may change: its length, its name, and the hardware it runs on."""
+
+
+class RunFolder:
+    """The folder of a run: config.json, metrics.jsonl, checkpoints/, tokenizer/ and, at the end, loss_by_depth.json."""
+
+    def __init__(self, config: RunConfig):
+        """Create the folder if needed.
+
+        Raises:
+          InputError: it holds another run, is not a run folder, or cannot be created.
+        """
+        self.config, self.path = config, Path(config.folder)
+        if (self.path / "config.json").exists():
+            self._check_same_run()
+        elif self.path.exists() and not (self.path.is_dir() and not any(self.path.iterdir())):
+            raise InputError(f"run folder {self.path}: exists and is not a run folder; choose another --run-dir")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"run folder {self.path}: cannot be created ({error.strerror})") from error
+
+    def _check_same_run(self) -> None:
+        own_depths = self.config.recurrence.draw == "microbatch"  # then other microbatches are another run
+        free = MAY_CHANGE if own_depths else (*MAY_CHANGE, "data.microbatches")
+        for name, (old, new) in differences(read_config(self.path), self.config).items():
+            if not name.startswith(free):
+                raise InputError(
+                    f"run folder {self.path}: holds a run with {name} = {old!r}, not {new!r}; choose another --run-dir"
+                )
+
+    def check_tokenizer(self, tokenizer: Tokenizer, prepared: Path) -> None:
+        """Refuse data in `prepared` whose tokenizer is not the one that the run began with. Raises InputError."""
+        saved = self.path / "tokenizer"
+        if saved.exists() and Tokenizer.load(saved).hash != tokenizer.hash:
+            raise InputError(
+                f"{saved}: the run has another tokenizer than {prepared}; restore that data, or start a new run"
+            )
+
+    def check_shared(self) -> None:
+        """Refuse a folder that every host has for itself: each would save only its own part of the state.
+
+        Raises:
+          InputError: a process does not see a file that process 0 wrote.
+        """
+        if jax.process_count() == 1:
+            return
+        token = exchange(secrets.token_hex(8))[0]
+        note = self.path / ".shared"
+        if is_first():
+            note.write_text(token)
+        exchange("written")
+        seen = exchange(str(note.exists() and note.read_text() == token))
+        if is_first():
+            note.unlink()
+        if "False" in seen:
+            raise InputError(
+                f"run folder {self.path}: process {seen.index('False')} does not see what process 0 wrote there; "
+                "use a folder that all hosts share (tpu_setup/mount.sh mounts a bucket as runs/)"
+            )
+
+    def begin(self) -> None:
+        """Write config.json if there is none. From then on the same command resumes, whenever the run is killed."""
+        if is_first() and not (self.path / "config.json").exists():
+            write_config(self.path, self.config)
+
+    def open(self, tokenizer: Tokenizer, step: int) -> MetricsWriter | None:
+        """Write tokenizer and config, and open the metrics for rows from `step` on; None on all but the first process.
+
+        Raises:
+          InputError: see `MetricsWriter`.
+        """
+        if not is_first():
+            return None
+        if not (self.path / "tokenizer").exists():
+            with complete_folder(self.path / "tokenizer") as partial:
+                tokenizer.save(partial)
+        write_config(self.path, self.config)
+        return MetricsWriter(self.path, step, self.config.tensorboard)
+
+    def is_finished(self, checkpoints: Checkpoints) -> bool:
+        """Whether the last step is saved, and loss_by_depth.json was written after it for the configured depths."""
+        curve = self.path / "loss_by_depth.json"
+        if checkpoints.latest != self.config.steps or not curve.is_file():
+            return False
+        try:
+            depths = [int(r) for r in json.loads(curve.read_text())]
+        except (ValueError, TypeError):
+            return False
+        newer = curve.stat().st_mtime >= checkpoints.saved_at(self.config.steps)
+        return newer and depths == list(self.config.evaluation.depths)
+
+    def finish(self, curve: DepthCurve) -> None:
+        """Write loss_by_depth.json, which marks the run as finished."""
+        if is_first():
+            write_curve(self.path / "loss_by_depth.json", curve)
+
+
+def write_curve(path: Path, curve: DepthCurve) -> None:
+    """Write {"1": nats, "2": nats, ...}."""
+    nats = {str(r): x for r, x in zip(curve.depths, curve.nats, strict=True)}
+    write_atomically(path, json.dumps(nats, indent=2) + "\n")
