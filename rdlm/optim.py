@@ -1,64 +1,68 @@
-"""Optimizers and learning-rate schedules (spec section 4), as optax transformations.
+"""Optimizers and learning-rate schedules as optax transformations (docs/model.md, Optimizer).
 
-`optimizer` is what a training run uses: clip by global norm, then adamw, ELLISAdam or Muon, with weight decay on
-matrices and embeddings only, and perhaps a moving average of the weights. `ellis_adam` is the public reference's own
-Adam variant, usable alone.
+`optimizer` is the one of a training run: clip by global norm, then AdamW, ELLISAdam or Muon, with weight decay on
+matrices and embeddings only, and optionally a moving average of the weights. `ellis_adam`, the Adam variant of the
+public reference, can be used alone.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jaxtyping import Float32
+from jaxtyping import Float32, PyTree
 
 from rdlm.config import InputError, OptimizerConfig
 
 UNDECAYED = ("scale", "qk_bias")
-"""Last path component of the parameters without weight decay: norm weights and biases."""
+"""Last path component of parameters without weight decay: norm weights and biases."""
+
+Count = int | float | Array
+"""Steps counted from 0, as schedules take them."""
 
 
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Learning rate f32 of optimizer step `count`, counted from 0 as optax does, for a run of `steps` = M steps.
 
-    The reference counts from 1 (spec section 4), so this is its formula at step = count + 1: the first update already
-    has learning_rate / warmup_steps. With W = warmup_steps and C = cooldown_steps:
+    The reference counts from 1, so this is its formula at step = count + 1: the first update already has
+    learning_rate / warmup_steps. With W = warmup_steps and C = cooldown_steps:
 
       step < W: base * step / W, for every shape;
       trapezoid: max(base * (M - step) / C, min) for step > M - C, else base;
       cosine, linear: from base at step W down to min at step M.
 
-    Ramps that do not fit the run (W + C > M for the trapezoid) are shrunk in proportion until they meet, so that a
-    shortened run still reaches its peak; cosine and linear runs shorter than W only warm up.
+    If a trapezoid's ramps do not fit (W + C > M), both shrink in proportion until they meet, so that a shortened run
+    still reaches its peak. Cosine and linear runs shorter than W only warm up.
 
     Raises:
       InputError: steps below 1, or min_learning_rate above learning_rate.
     """
     if steps < 1:
-        raise InputError(f"steps = {steps!r}: a schedule needs at least 1 step")
-    base, least = config.learning_rate, config.min_learning_rate
-    if least > base:
-        raise InputError(f"optimizer.min_learning_rate = {least!r}: must be at most learning_rate = {base!r}")
+        raise InputError(f"steps = {steps!r}: a schedule needs at floor 1 step")
+    base, floor = config.learning_rate, config.min_learning_rate
+    if floor > base:
+        raise InputError(f"optimizer.min_learning_rate = {floor!r}: must be at most learning_rate = {base!r}")
     W, C = float(config.warmup_steps), float(config.cooldown_steps)
     if config.schedule == "trapezoid" and steps < W + C:
         W, C = W * steps / (W + C), C * steps / (W + C)
 
-    def rate(count: Any) -> Array:
+    def rate(count: Count) -> Array:
         step = jnp.asarray(count, jnp.float32) + 1
         done = jnp.clip((step - W) / max(steps - W, 1.0), 0.0, 1.0)  # share of the time after the warm-up
         if config.schedule == "trapezoid":
             after = jnp.full_like(step, base)
             if C > 0:
-                after = jnp.where(step > steps - C, jnp.maximum(base * (steps - step) / C, least), base)
+                after = jnp.where(step > steps - C, jnp.maximum(base * (steps - step) / C, floor), base)
         elif config.schedule == "cosine":
-            after = least + 0.5 * (1 + jnp.cos(math.pi * done)) * (base - least)
+            after = floor + 0.5 * (1 + jnp.cos(math.pi * done)) * (base - floor)
         elif config.schedule == "linear":
-            after = base - done * (base - least)
+            after = base - done * (base - floor)
         else:
             raise InputError(f"optimizer.schedule = {config.schedule!r}: must be trapezoid, cosine or linear")
         return jnp.where(step < W, base * step / max(W, 1e-9), after)
@@ -66,51 +70,51 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return rate
 
 
-def decay_mask(params: Any) -> Any:
-    """True where weight decay applies: matrices and embeddings, not norm weights and biases (spec section 4)."""
+def decay_mask(params: PyTree) -> PyTree:
+    """True where weight decay applies: matrices and embeddings, not norm weights and biases."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in UNDECAYED, params)
 
 
 def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
     """Scale all gradients by min(1, limit / (norm + 1e-6)), norm being their joint L2 norm in f32.
 
-    As the reference does it; `optax.clip_by_global_norm` lacks the 1e-6. A norm that is not finite makes every update
-    not finite, for the training loop to notice.
+    The 1e-6 is the reference's; `optax.clip_by_global_norm` does without. A norm that is not finite makes every update
+    not finite, so that the training step skips it.
     """
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
         factor = jnp.minimum(1.0, limit / (global_norm(updates) + 1e-6))
         return jax.tree.map(lambda g: (g * factor).astype(g.dtype), updates), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def global_norm(tree: Any) -> Float32[Array, ""]:
-    """L2 norm over all leaves, accumulated in f32."""
-    return jnp.sqrt(sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)))
+def global_norm(tree: PyTree) -> Float32[Array, ""]:
+    """L2 norm over all leaves, in f32 for leaves of any dtype."""
+    return optax.tree.norm(optax.tree.cast(tree, jnp.float32))
 
 
 class EllisAdamState(NamedTuple):
-    """count: int32, calls so far; mu, nu: f32 moments, shaped like the parameters.
+    """count: int32, updates so far; mu, nu: f32 moments, shaped like the parameters.
 
     steps: () or, with tensor_wise_finite_check, an int32 scalar per parameter: its own updates so far.
     """
 
     count: Array  # type: ignore[assignment]
-    mu: Any
-    nu: Any
-    steps: Any
+    mu: PyTree
+    nu: PyTree
+    steps: PyTree
 
 
 def ellis_adam(
-    learning_rate: float | Callable[[Any], Any],
+    learning_rate: optax.ScalarOrSchedule,
     *,
     peak_learning_rate: float | None = None,
     b1: float = 0.9,
     b2: float = 0.95,
     eps: float = 1e-6,
     weight_decay: float = 0.0,
-    mask: Any = None,
+    mask: PyTree | Callable[[PyTree], PyTree] = None,
     update_clipping: bool = True,
     atan_adam: bool = True,
     running_init: bool = True,
@@ -119,30 +123,31 @@ def ellis_adam(
     tensor_wise_finite_check: bool = False,
     tensor_wise_gradient_normalization: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """ELLISAdam, the optimizer of the public reference, with its launch flags as defaults (spec section 4).
+    """ELLISAdam, the optimizer of the public reference, with its launch flags as defaults (docs/model.md, Optimizer).
 
     Per tensor, with g the gradient, t its update counted from 1 and lr the scheduled rate:
 
       m, v: moving averages of g and g^2;   eta = lr / (1 - b1^t)
       p <- p * decay - eta * atan2(m, sqrt(v / (1 - b2^t)))
 
-    Moments are f32 whatever the parameters are. The reference leaves a parameter without gradient (k = 0: prelude,
-    adapter, core) out of its step; here such gradients are zeros and take part, so that moments decay.
+    Moments are always f32. The reference skips a parameter that has no gradient (k = 0: prelude, adapter, core); here
+    its gradient is zero and takes part, so its moments decay.
 
     Args:
       learning_rate: a float, or a schedule of the step counted from 0.
-      peak_learning_rate: what `decouple_wd` divides the rate by; None is learning_rate, which must then be a float.
-      b1, b2, eps: as in Adam. eps also bounds v below when update_clipping is on.
-      weight_decay: with decouple_wd the share of a weight lost per step at the peak rate; else multiplied by the rate.
-      mask: where weight decay applies: a tree of bools or a function of the parameters that makes it; None: everywhere.
-      update_clipping: v is floored at eps^2 for good, and the rate divided by max(1, rms(g / sqrt(v))) per tensor.
+      peak_learning_rate: divisor of the rate with `decouple_wd`; None: learning_rate, which must then be a float.
+      b1, b2, eps: as in Adam. With update_clipping, eps^2 is also the lower bound of v.
+      weight_decay: with decouple_wd, the share of a weight lost per step at the peak rate; else multiplied by the rate.
+      mask: where weight decay applies: a tree of bools, or a function of the parameters that returns one; None:
+        everywhere.
+      update_clipping: keep v >= eps^2, and divide the rate of a tensor by max(1, rms(g / sqrt(v))).
       atan_adam: atan2 as above, which needs no eps; else m / (sqrt(v / (1 - b2^t)) + eps).
       running_init: moments start at the first g and g^2 instead of at zero. (Bias correction still applies, as in the
         reference, so the first update is 2.2 lr.)
       decouple_wd: decay by 1 - lr / peak * weight_decay; else by 1 - lr * weight_decay.
       eps_adjustment: without atan_adam, m / sqrt(v / (1 - b2^t) + eps^2).
-      tensor_wise_finite_check: a tensor whose gradient is not finite is left alone in that step.
-      tensor_wise_gradient_normalization: gradients are divided by their own norm first.
+      tensor_wise_finite_check: skip the update of a tensor whose gradient is not finite.
+      tensor_wise_gradient_normalization: divide each gradient by its own norm first.
 
     Raises:
       InputError: decouple_wd with a schedule and no peak_learning_rate.
@@ -153,13 +158,15 @@ def ellis_adam(
     if peak is None and decouple_wd and weight_decay:
         raise InputError("ellis_adam: peak_learning_rate = None: decouple_wd needs it when learning_rate is a schedule")
 
-    def init(params: Any) -> EllisAdamState:
+    def init(params: PyTree) -> EllisAdamState:
         zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
         steps = jax.tree.map(lambda p: jnp.zeros((), jnp.int32), params) if tensor_wise_finite_check else ()
         return EllisAdamState(jnp.zeros((), jnp.int32), zeros, jax.tree.map(jnp.copy, zeros), steps)
 
-    def one(g: Array, p: Array, m: Array, v: Array, t: Array, lr: Array, decayed: Any) -> tuple[Array, Array, Array]:
-        """(update, m, v) of one tensor at its t-th update; all f32 but the update, which has p's dtype."""
+    def one(
+        g: Array, p: Array, m: Array, v: Array, t: Array, lr: Array, decayed: bool | Array
+    ) -> tuple[Array, Array, Array]:
+        """(update in p's dtype, m and v in f32) of one tensor at its t-th update."""
         g, wide = g.astype(jnp.float32), p.astype(jnp.float32)
         if tensor_wise_gradient_normalization:
             g = g / jnp.sqrt(jnp.sum(g * g))
@@ -179,7 +186,9 @@ def ellis_adam(
         decay = (lr / peak if decouple_wd and peak is not None else lr) * weight_decay
         return (-eta * step - jnp.where(decayed, decay, 0.0) * wide).astype(p.dtype), m, v
 
-    def update(grads: Any, state: EllisAdamState, params: Any = None, **extra: Any) -> tuple[Any, EllisAdamState]:
+    def update(
+        grads: PyTree, state: EllisAdamState, params: PyTree = None, **extra: object
+    ) -> tuple[PyTree, EllisAdamState]:
         del extra
         if params is None:
             raise InputError("ellis_adam: update needs params, for their decay")
@@ -192,9 +201,9 @@ def ellis_adam(
             good = jax.tree.map(lambda g: jnp.all(jnp.isfinite(g)), grads)
             steps = jax.tree.map(lambda t, ok: t + ok, steps, good)
             grads = jax.tree.map(lambda g, ok: jnp.where(ok, g, 0), grads, good)
-        turns = steps if tensor_wise_finite_check else jax.tree.map(lambda p: count, params)
+        own_steps = steps if tensor_wise_finite_check else jax.tree.map(lambda p: count, params)
         new = jax.tree.map(
-            lambda g, p, m, v, t, d: one(g, p, m, v, t, lr, d), grads, params, state.mu, state.nu, turns, decayed
+            lambda g, p, m, v, t, d: one(g, p, m, v, t, lr, d), grads, params, state.mu, state.nu, own_steps, decayed
         )
         updates, mu, nu = jax.tree.transpose(jax.tree.structure(params), jax.tree.structure((0, 0, 0)), new)
         if tensor_wise_finite_check:
@@ -212,47 +221,50 @@ def _correction(b: float, t: Array) -> Array:
 
 
 MATRICES = ("qkv", "proj", "fc", "adapter")
-"""Last path component of the parameters that Muon orthogonalises; their last two axes are input and output."""
+"""Last path component of the parameters that Muon orthogonalises. Their last two axes are input and output."""
 
 
 def muon(
-    learning_rate: float | Callable[[Any], Any],
+    learning_rate: optax.ScalarOrSchedule,
     *,
     b1: float = 0.9,
     b2: float = 0.95,
     eps: float = 1e-8,
     weight_decay: float = 0.0,
-    mask: Any = None,
+    mask: PyTree | Callable[[PyTree], PyTree] = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Muon for the matrices of blocks and adapter, AdamW for embeddings, head, norms and biases.
 
-    A matrix moves by its momentum (decay 0.95, Nesterov) made orthogonal by five Newton-Schulz iterations
-    (`optax.contrib.scale_by_muon`), times 0.2 sqrt(max(rows, columns)): about as far, root mean square, as AdamW would
-    move it, so that one learning rate serves both (arXiv 2502.16982). The stacked matrices of `fc` and `adapter` are
-    made orthogonal one by one; `qkv` is one matrix, as the reference stores it.
+    A matrix moves by its Nesterov momentum (decay 0.95), orthogonalised by five Newton-Schulz iterations, times
+    0.2 sqrt(max(rows, columns)). Its root mean square is then about that of an AdamW update, so one learning rate
+    serves both (arXiv 2502.16982). The two matrices stacked in `fc` and `adapter` are orthogonalised separately; `qkv`
+    is one matrix, as the reference stores it.
+
+    `optax.contrib.muon` is not used: its AdamW half has no mask for weight decay, and shares Muon's `nesterov` flag.
 
     Args:
       learning_rate: a float, or a schedule of the step counted from 0.
       b1, b2, eps: of AdamW.
       weight_decay: multiplied by the rate, for both.
-      mask: where it applies: a tree of bools or a function of the parameters that makes it; None: everywhere.
+      mask: where it applies: a tree of bools, or a function of the parameters that returns one; None: everywhere.
     """
 
-    def labels(params: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(
-            lambda path, _: "muon" if path[-1].key in MATRICES else "adamw", params
-        )  # fmt: skip
+    def labels(params: PyTree) -> PyTree:
+        def label(path: jax.tree_util.KeyPath, _: Array) -> str:
+            return "muon" if path[-1].key in MATRICES else "adamw"
 
-    def axes(updates: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(label, params)
+
+    def axes(updates: PyTree) -> PyTree:
         return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(-2, -1), updates)
 
-    def like_adamw(updates: Any, params: Any = None) -> Any:
+    def scale_as_adamw(updates: PyTree, params: PyTree = None) -> PyTree:
         del params
         return jax.tree.map(lambda u: 0.2 * max(u.shape[-2:]) ** 0.5 * u, updates)
 
     matrices = optax.chain(
         optax.contrib.scale_by_muon(weight_dimension_numbers=axes),
-        optax.stateless(like_adamw),
+        optax.stateless(scale_as_adamw),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
@@ -264,24 +276,24 @@ class AverageState(NamedTuple):
     """count: int32, updates so far. average: f32, shaped like the parameters; zeros before the first update."""
 
     count: Array  # type: ignore[assignment]
-    average: Any
+    average: PyTree
 
 
 def averaged(decay: float) -> optax.GradientTransformation:
-    """Keeps the exponential moving average of the parameters; last in a chain, it changes no update.
+    """Keep an exponential moving average of the parameters. Goes last in a chain; updates pass unchanged.
 
-    After update t the average is sum_i decay^(t-i) p_i / sum_i decay^(t-i) over the parameters p_1 .. p_t that the
-    updates led to: it starts at the first of them and owes nothing to the initialisation.
+    After update t the average is sum_i decay^(t-i) p_i / sum_i decay^(t-i), where p_i are the parameters after update
+    i. The initialisation p_0 is not part of it.
     """
 
-    def init(params: Any) -> AverageState:
+    def init(params: PyTree) -> AverageState:
         return AverageState(jnp.zeros((), jnp.int32), jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params))
 
-    def update(updates: Any, state: AverageState, params: Any = None) -> tuple[Any, AverageState]:
+    def update(updates: PyTree, state: AverageState, params: PyTree = None) -> tuple[PyTree, AverageState]:
         if params is None:
             raise InputError("averaged: update needs params, to average them")
         count = state.count + 1
-        share = (1 - decay) / _correction(decay, count)  # 1 at the first update, 1 - decay in the long run
+        share = (1 - decay) / _correction(decay, count)  # 1 at the first update, later close to 1 - decay
 
         def one(average: Array, p: Array, u: Array) -> Array:
             return average + share * ((p + u).astype(p.dtype).astype(jnp.float32) - average)
@@ -291,49 +303,45 @@ def averaged(decay: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def average_of(state: Any) -> Any:
-    """The averaged parameters in an optimizer state (arrays, or whatever stands for them), or None where none is kept.
-
-    They are the `AverageState.average` that `optimizer` puts there when ema_decay is set.
-    """
-    found = [x for x in jax.tree.leaves(state, is_leaf=_is_average) if _is_average(x)]
-    return found[0].average if found else None
-
-
-def _is_average(x: Any) -> bool:
-    return isinstance(x, AverageState)
+def average_of(state: PyTree) -> PyTree:
+    """The averaged parameters in an optimizer state (arrays, shapes or shardings); None without `ema_decay`."""
+    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, AverageState))
+    return next((x.average for x in leaves if isinstance(x, AverageState)), None)
 
 
 def optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """The optimizer of a run of `steps` steps: clip by global norm, then `config.name` under `schedule`.
 
-    Weight decay follows `decay_mask`. adamw (optax) and muon multiply it by the rate; ELLISAdam takes it as the share
-    lost per step at the peak rate (decouple_wd), as launched by the reference. With `config.ema_decay` the state also
-    holds the moving average of the parameters (`average_of`).
+    Weight decay follows `decay_mask`. AdamW and Muon multiply it by the rate; for ELLISAdam it is the share lost per
+    step at the peak rate (decouple_wd), as in the reference's launch. With `config.ema_decay` the state also holds the
+    moving average of the parameters (`average_of`).
 
     Raises:
       InputError: see `schedule`.
     """
-    rate = schedule(config, steps)
-    common: dict[str, Any] = {
-        "b1": config.b1, "b2": config.b2, "eps": config.eps, "weight_decay": config.weight_decay, "mask": decay_mask
-    }  # fmt: skip
-    if config.name == "adamw":
-        main = optax.adamw(rate, **common)
-    elif config.name == "muon":
-        main = muon(rate, **common)
-    elif config.name == "ellis_adam":
-        main = ellis_adam(rate, peak_learning_rate=config.learning_rate, **common)
-    else:
+    named: dict[str, Callable[..., optax.GradientTransformation]] = {
+        "adamw": optax.adamw,
+        "muon": muon,
+        "ellis_adam": functools.partial(ellis_adam, peak_learning_rate=config.learning_rate),
+    }
+    if config.name not in named:
         raise InputError(f"optimizer.name = {config.name!r}: must be adamw, ellis_adam or muon")
+    main = named[config.name](
+        schedule(config, steps),
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mask=decay_mask,
+    )
     keep = [averaged(config.ema_decay)] if config.ema_decay else []
     return optax.chain(clip_by_global_norm(config.clip_norm), main, *keep)
 
 
-def module_norms(tree: Any) -> dict[str, Float32[Array, ""]]:
+def module_norms(tree: PyTree) -> dict[str, Float32[Array, ""]]:
     """L2 norm of each part of a tree shaped like the parameters (parameters, gradients, updates).
 
-    Parts: embedding (with an untied head), prelude, adapter, core, coda, each without norms; norms: all of theirs.
+    Parts: embedding (with an untied head), prelude, adapter, core, coda, all without norm weights; norms: those.
     """
     parts: dict[str, list[Array]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
