@@ -14,6 +14,7 @@ from rdlm.train.folder import write_curve
 from rdlm.train.loop import Trainer, train
 from rdlm.train.step import (
     TrainState,
+    apply_gradients,
     depth_weight,
     draw_depth,
     gradients,
@@ -27,6 +28,7 @@ from rdlm.train.step import (
 __all__ = [
     "TrainState",
     "Trainer",
+    "apply_gradients",
     "depth_weight",
     "draw_depth",
     "gradients",

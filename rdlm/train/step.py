@@ -31,7 +31,7 @@ class TrainState(NamedTuple):
     optimizer: Any
 
 
-def step_keys(seed: int, step: Array) -> tuple[Array, Array]:
+def step_keys(seed: int | Array, step: Array) -> tuple[Array, Array]:
     """(key of the depth draw, key of the initial states) of a step: functions of (seed, step) on every host."""
     depth, state = jax.random.split(jax.random.fold_in(jax.random.key(seed), step))
     return depth, state
@@ -171,22 +171,27 @@ def train_step(
     state: TrainState,
     batch: dict[str, Array],
     layout: Layout | None = None,
-):
-    """One optimizer step: (new state, metrics of it as scalars). `layout`: see `gradients`.
-
-    Where loss, gradient norm or update norm is not finite, parameters and optimizer state stay as they were: `skipped`
-    is 1, and `first_bad` the index of the module in `faults.modules`.
-    """
+) -> tuple[TrainState, dict[str, Array]]:
+    """One optimizer step: (new state, metrics of it as scalars). `layout`: see `gradients`."""
     value, grads, (n, k) = gradients(run, state.params, batch, state.step, layout)
+    state, metrics = apply_gradients(run, tx, state, value, grads)
+    return state, {"loss": value, "n": n, "k": k} | metrics
+
+
+def apply_gradients(
+    run: RunConfig, tx: optax.GradientTransformation, state: TrainState, value: Array, grads: Params
+) -> tuple[TrainState, dict[str, Array]]:
+    """The second half of a step, after any loss `value` and its gradient: (new state, metrics of the update).
+
+    If loss, gradient norm or update norm is not finite, parameters and optimizer state stay as they were: `skipped` is
+    1, and `first_bad` is the index of the module in `faults.modules`.
+    """
     updates, opt = tx.update(grads, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
     norm, update_norm = optax.tree.norm(grads), optax.tree.norm(updates)
     skip = ~(jnp.isfinite(value) & jnp.isfinite(norm) & jnp.isfinite(update_norm))
     params, opt = unless(skip, (params, opt), (state.params, state.optimizer))
     metrics = {
-        "loss": value,
-        "n": n,
-        "k": k,
         "grad_norm": norm,
         "update_norm": update_norm,
         "learning_rate": schedule(run.optimizer, run.steps)(updates_done(state.optimizer)),
