@@ -1,6 +1,7 @@
 # make quickstart   install, train a small model on real text, show what depth buys; again: resumes, or shows it again
 # make test         install for development, then every check that CI runs
 # make lint         the checks alone, without the tests
+# make docs         build the documentation site into site/
 # make format       apply what ruff can fix
 # make reproduce    rerun the experiments behind experiments/studies/results/ (hours); what runs/ holds already is read again
 # make constraints  write down the versions that are installed, after `make test` has passed with them
@@ -10,7 +11,7 @@ BIN := .venv/bin
 RUN := runs/quickstart
 PROMPT := Geography
 
-.PHONY: help quickstart test reproduce lint format constraints install install-dev
+.PHONY: help quickstart test reproduce lint docs format constraints install install-dev
 
 help:
 	@sed -n '/^$$/q; s/^# //p' Makefile
@@ -59,6 +60,10 @@ lint: install-dev
 	$(BIN)/mypy rdlm experiments
 	$(BIN)/lint-imports --no-logo
 
+# Nothing is fetched; a dangling link or anchor is an error.
+docs: install-dev
+	$(BIN)/mkdocs build --quiet
+
 format: install-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -78,7 +83,7 @@ REQUIREMENTS := pyproject.toml constraints.txt requirements-corpus.txt
 	$(call install,plots)
 
 .venv/.installed-dev: $(REQUIREMENTS)
-	$(call install,aot$(comma)dev$(comma)eval$(comma)hf$(comma)log$(comma)plots)
+	$(call install,aot$(comma)dev$(comma)docs$(comma)eval$(comma)hf$(comma)log$(comma)plots)
 	@touch .venv/.installed
 
 comma := ,
