@@ -169,7 +169,7 @@ def name_of(args: Args, row: Row) -> str:
 
     rule = exits.named(args.exit, args.threshold)
     assert rule is not None  # the row has one
-    return f"{args.exit}({float(rule.threshold):g}), r <= {row.depth}"
+    return f"{args.exit}({rule.threshold:g}), r <= {row.depth}"
 
 
 def record(config: Any, row: Row, name: str) -> dict[str, Any]:

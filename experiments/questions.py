@@ -120,7 +120,7 @@ def ask(args: Args, path: Path, questions: list[Choice] | list[Cloze]) -> int:
             params, config, tokenizer, questions, depths[-1:], **options, exit_rule=rule,
             progress=bar(asked, f"answers, exit {args.exit}"),
         )  # fmt: skip
-        rows.append(row(config, f"{args.exit} < {float(rule.threshold):g}", stopped, 0, questions))
+        rows.append(row(config, f"{args.exit} < {rule.threshold:g}", stopped, 0, questions))
         assert stopped.steps is not None  # a rule's steps are kept
         result["prompt_steps"] = steps_of(grouped(questions, stopped.steps, args.least))
     result["rows"] = rows

@@ -43,9 +43,13 @@ def test_dtypes_and_results_are_checked():
     assert exits.divergence(log_p, log_p).shape == (3,)
     with pytest.raises(TypeCheckError, match="parameter 'log_q'"):
         exits.divergence(log_p, log_p.astype(jnp.bfloat16))
-    scalar = exits.ExitRule(0.1, "scalar", init=lambda *_: (), update=lambda rule, state, seen: ((), jnp.float32(1)))
+
+    class Scalar(exits.Fixed):
+        def update(self, previous, seen):
+            return (), jnp.float32(1)
+
     with pytest.raises(TypeCheckError, match=r"return value.*exits\.update"):
-        exits.update(scalar, (), exits.Observation(jnp.ones((1, 2, 3)), None, jnp.int32(1)))
+        exits.update(Scalar(1), (), exits.Observation(jnp.ones((1, 2, 3)), None, jnp.int32(1)))
 
 
 def modules():

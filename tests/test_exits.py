@@ -175,7 +175,7 @@ def test_twice_of_equal_rules_is_one_program():
 
 @pytest.mark.parametrize("gate", [-0.1, float("nan"), np.array([0.1, -1.0])], ids=str)
 def test_bad_gates_are_refused(gate):
-    with pytest.raises(InputError, match=r"exits\.gated_kl: gate: threshold"):
+    with pytest.raises(InputError, match=r"exits\.gated_kl: gate_threshold"):
         exits.gated_kl(gate_threshold=gate)
     with pytest.raises(InputError, match=r"exits\.gated_kl: threshold"):
         exits.gated_kl(gate)
@@ -187,12 +187,12 @@ TINY = ModelConfig(
 
 
 def test_the_rule_of_the_docstring_runs():
-    # "A rule of your own is one call": the code a user reads there, executed as it stands.
-    code = textwrap.dedent(exits.__doc__.split("every array):")[1])
+    # "A rule of your own is one small class": the code a user reads there, executed as it stands.
+    code = textwrap.dedent(exits.__doc__.split("L):")[1])
     assert len(code.strip().splitlines()) <= 10
     names = {"jnp": jnp, "ExitRule": exits.ExitRule}
     exec(code, names)
-    rule = names["norm_diff"]
+    rule = names["NormDiff"]()
     states, logits = draws()
     norms = np.linalg.norm(states, axis=-1)
     np.testing.assert_allclose(values(rule, states, logits), np.abs(np.diff(norms, axis=0)), rtol=1e-4, atol=1e-6)
@@ -219,6 +219,8 @@ def test_bad_fixed_depths_are_refused(r):
 
 
 def test_a_rule_that_reads_logits_must_say_so():
-    rule = exits.ExitRule(0.1, "mine", init=exits.kl().init, update=exits.kl().update)
+    class Mine(exits.KL):
+        needs_logits = False
+
     with pytest.raises(InputError, match="needs_logits"):
-        values(rule, *draws())
+        values(Mine(0.1), *draws())

@@ -160,26 +160,25 @@ def exits_table(params: Params, config: ModelConfig, tokens: np.ndarray, new: in
     return rows
 
 
-def random_depth(mean: float) -> ExitRule:
-    """Every token stops after a number of recurrences drawn from its own initial state: geometric, of that mean."""
-    return ExitRule(
-        1.0, f"random_depth({mean})", _draw_depth, _reached, lambda rule, value: value >= rule.threshold_for(value)
-    )
+class RandomDepth(exits.Reached):
+    """Every token stops after a number of recurrences drawn from its own initial state: geometric, of mean 12."""
 
+    threshold: exits.Threshold = 1.0
 
-def _draw_depth(rule: ExitRule, s0: jax.Array, vocab: int) -> jax.Array:
-    # The initial state is noise keyed by request and position; its digits far behind the point are uniform.
-    uniform = jnp.mod(jnp.abs(s0[..., 0].astype(jnp.float32)) * 1000, 1.0)
-    return jnp.ceil(jnp.log1p(-uniform * 0.999) / jnp.log1p(-1 / 12.0))
+    def init(self, s0: jax.Array, vocab: int) -> jax.Array:
+        """The drawn depth."""
+        # The initial state is noise keyed by request and position; digits far behind its decimal point are uniform.
+        uniform = jnp.mod(jnp.abs(s0[..., 0].astype(jnp.float32)) * 1000, 1.0)
+        return jnp.ceil(jnp.log1p(-uniform * 0.999) / jnp.log1p(-1 / 12.0))
 
-
-def _reached(rule: ExitRule, depth: jax.Array, seen: exits.Observation) -> tuple[jax.Array, jax.Array]:
-    return depth, (seen.step >= depth).astype(jnp.float32)
+    def update(self, depth: jax.Array, seen: exits.Observation) -> tuple[jax.Array, jax.Array]:
+        """1 once the depth is reached."""
+        return depth, (seen.step >= depth).astype(jnp.float32)
 
 
 def lanes_table(params: Params, config: ModelConfig, tokens: np.ndarray, o: Options) -> list[Row]:
     """The engine against lock-step batches and fixed-depth batches."""
-    rules = {"kl": exits.kl(), "latent_diff": exits.latent_diff(), "random depth": random_depth(12)}
+    rules = {"kl": exits.kl(), "latent_diff": exits.latent_diff(), "random depth": RandomDepth()}
     return [lanes_row(params, config, tokens, o, B, name, rule) for B in o.lanes for name, rule in rules.items()]
 
 

@@ -194,8 +194,8 @@ def _look(params, config: ModelConfig, p: Lanes, ctx) -> tuple[Any, Array]:
         return exits.seen_only(due[:, None], new, state), exits.exits(rule, value)[:, 0] & due
 
     state, wanted = p.rule, due
-    if rule.gate is not None:
-        new, opened = exits.gate(rule, state, Observation(p.s, None, p.ran[:, None]))
+    if rule.gated:
+        new, opened = rule.open_gate(state, Observation(p.s, None, p.ran[:, None]))
         state, wanted = exits.seen_only(due[:, None], new, state), due & opened[:, 0]
     return lax.cond(jnp.any(wanted), evaluate, lambda state, due: (state, jnp.zeros_like(due)), state, wanted)
 

@@ -11,7 +11,6 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Int32
 
-from rdlm import exits
 from rdlm.config import InputError, ModelConfig, Sampling
 from rdlm.decode.passes import PREFILL_EXITS, next_power
 from rdlm.decode.sampling import SamplingArrays, as_arrays, per_row
@@ -85,7 +84,7 @@ def as_requests(
     if keys.ndim > 1 or (keys.ndim == 1 and len(keys) != B):
         raise InputError(f"key: expected one key or {B}, got shape {keys.shape}")
     # Thresholds (and weights) always have a row each, so that one for all and one per prompt share a compiled program.
-    rule = None if exit_rule is None else exits.by_row(exit_rule, B)
+    rule = None if exit_rule is None else exit_rule.by_row(B)
     request = Request(
         jnp.asarray(depth), jnp.asarray(least), jnp.full(B, check_every, jnp.int32),
         jnp.full(B, init_scale, jnp.float32),

@@ -114,9 +114,9 @@ def adaptive_pass(
     def look(c: _Loop, i: Array, due: Array) -> _Loop:
         """Show the rule every token that is due; stop those that exit."""
         assert rule is not None  # nobody looks without one
-        if rule.gate is None:
+        if not rule.gated:
             return evaluate(c, i, due)
-        state, opened = exits.gate(rule, c.rule, Observation(at_last(c.s) if by_last else c.s, None, i))
+        state, opened = rule.open_gate(c.rule, Observation(at_last(c.s) if by_last else c.s, None, i))
         c = c._replace(rule=shown_only(state, c.rule, due))
         wanted = due & opened
         return jax.lax.cond(jnp.any(wanted), lambda c: evaluate(c, i, wanted), lambda c: c, c)

@@ -85,7 +85,7 @@ def check_rule(rule: Any, batch: int, min_steps: Any = 0, check_every: Any = 1) 
     if rule is not None and not isinstance(rule, ExitRule):
         raise InputError(f"exit_rule = {rule!r}: must be a rule such as rdlm.exits.kl()")
     if rule is not None:
-        for leaf in jax.tree.leaves((rule.threshold, rule.gate_threshold)):
+        for leaf in rule.thresholds():
             check_shape("exit_rule: threshold", leaf, (), (batch,))
     for name, value, least in (("min_steps", min_steps, 0), ("check_every", check_every, 1)):
         if not isinstance(value, jax.core.Tracer) and np.min(value) < least:

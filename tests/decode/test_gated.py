@@ -4,7 +4,6 @@ The oracle evaluates the KL at the checks that the gate opens, and takes differe
 closer than 1e-3 (relative) to a threshold follow the model, as in test_adaptive.py, and may be at most 1 %.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -158,15 +157,18 @@ def test_one_exit_for_a_prompt(name):
 def ungated(refresh):
     """Gated KL written as a rule that looks at logits every time; `refresh`: which looks the next one compares with."""
 
-    def update(rule, previous, seen):
-        state, log_p = previous
-        moved = jnp.linalg.norm(seen.state - state, axis=-1) / jnp.linalg.norm(seen.state, axis=-1)
-        opened = moved < GATES[:, None]
-        new = jax.nn.log_softmax(seen.logits)
-        value = jnp.where(opened, jnp.sum(jnp.exp(log_p) * (log_p - new), axis=-1), jnp.inf)
-        return (seen.state, jnp.where(refresh(opened)[..., None], new, log_p)), value
+    class Ungated(exits.GatedKL):
+        gated = False
 
-    return ExitRule(LIMITS, "ungated", init=exits.gated_kl().init, update=update, needs_logits=True)
+        def update(self, previous, seen):
+            state, log_p = previous
+            moved = jnp.linalg.norm(seen.state - state, axis=-1) / jnp.linalg.norm(seen.state, axis=-1)
+            opened = moved < GATES[:, None]
+            new = jax.nn.log_softmax(seen.logits)
+            value = jnp.where(opened, jnp.sum(jnp.exp(log_p) * (log_p - new), axis=-1), jnp.inf)
+            return (seen.state, jnp.where(refresh(opened)[..., None], new, log_p)), value
+
+    return Ungated(LIMITS)
 
 
 def test_control_differences_between_checks_instead_of_evaluations():
@@ -183,13 +185,14 @@ def test_control_differences_between_checks_instead_of_evaluations():
 def test_a_shut_gate_never_looks_and_an_open_one_always():
     looks = []
 
-    def counted(rule, previous, seen):
-        jax.debug.callback(lambda step: looks.append(int(step)), seen.step)
-        return exits.gated_kl().update(rule, previous, seen)
+    class Counted(exits.GatedKL):
+        def update(self, previous, seen):
+            jax.debug.callback(lambda step: looks.append(int(step)), seen.step)
+            return super().update(previous, seen)
 
     def steps(gate):
         looks.clear()
-        rule = dataclasses.replace(exits.gated_kl(LIMITS, np.full(B, gate, np.float32)), update=counted)
+        rule = Counted(LIMITS, np.full(B, gate, np.float32))
         found = parallel(rule, "latest", EVERY_CHECK)[1]
         jax.effects_barrier()
         return found, sorted(looks)
@@ -222,10 +225,17 @@ def test_what_a_look_costs():
 
 def test_a_row_is_not_asked_when_its_neighbour_is():
     # A rule on the last bits of the logits, two layers of coda, and tokens that stopped between two looks of their row.
-    fine = ExitRule(
-        0.15, "fine", init=lambda rule, s0, vocab: (),
-        update=lambda rule, previous, seen: ((), jnp.mod(1e3 * jnp.abs(seen.logits).sum(-1), 1)), needs_logits=True,
-    )  # fmt: skip
+    class Fine(ExitRule):
+        threshold: float = 0.15
+        needs_logits = True
+
+        def init(self, s0, vocab):
+            return ()
+
+        def update(self, previous, seen):
+            return (), jnp.mod(1e3 * jnp.abs(seen.logits).sum(-1), 1)
+
+    fine = Fine()
     most = inputs()[3]
 
     def first_row(min_steps, every):

@@ -13,6 +13,7 @@ from experiment_scripts import script
 
 import rdlm
 from experiments.studies.shared import halting
+from experiments.studies.shared import rules as learnt
 from experiments.studies.shared.comparison import S3
 from experiments.studies.shared.exiting import Reader, Watched, alone, stopped, watched
 from experiments.studies.shared.training import small_run, training_batch
@@ -185,8 +186,8 @@ def test_layer_drop_of_a_shared_core_is_a_shallower_draw(params, words, at):
 def rules(width):
     weights = {"w": jax.random.normal(jax.random.key(3), (width,)) / 2, "bias": jnp.float32(-1.5)}
     return {
-        "classifier": lambda t: exits.classifier(weights, t),
-        "halting": lambda t: exits.halting(weights, t),
+        "classifier": lambda t: learnt.classifier(weights, t),
+        "halting": lambda t: learnt.halting(weights, t),
     }, weights
 
 
@@ -201,14 +202,14 @@ def test_learnt_rules_and_their_rows(name):
     states = np.random.default_rng(2).normal(size=(5, 2, 3, 8)).astype(np.float32)
     made, weights = rules(8)
     expected = values(name, weights, states)
-    for rule in (made[name](0.5), exits.by_row(made[name](0.5), 2)):
+    for rule in (made[name](0.5), made[name](0.5).by_row(2)):
         state = exits.init(rule, jnp.zeros((2, 3, 8)), 7)
         for i, s in enumerate(states):
             state, value = exits.update(rule, state, Observation(jnp.asarray(s), None, jnp.int32(i + 1)))
             np.testing.assert_allclose(value, expected[i], rtol=1e-4, atol=1e-6)
             np.testing.assert_array_equal(exits.exits(rule, value), np.asarray(value) >= 0.5)
     # Rows may carry other heads and thresholds.
-    rule = exits.by_row(made[name](np.array([0.1, 0.9])), 2)
+    rule = made[name](np.array([0.1, 0.9])).by_row(2)
     rule = dataclasses.replace(rule, weights=jax.tree.map(lambda x: x.at[1].multiply(-1), rule.weights))
     value = exits.update(
         rule, exits.init(rule, jnp.zeros((2, 3, 8)), 7), Observation(jnp.asarray(states[0]), None, jnp.int32(1))
@@ -221,7 +222,7 @@ def test_learnt_rules_and_their_rows(name):
 
 def test_margin():
     logits = np.log(np.array([[[0.7, 0.1, 0.2], [0.3, 0.4, 0.3]]], np.float32))
-    rule = exits.margin(0.3)
+    rule = learnt.margin(0.3)
     _, value = exits.update(rule, (), Observation(jnp.zeros((1, 2, 4)), logits, jnp.int32(1)))
     np.testing.assert_allclose(value, [[0.5, 0.1]], rtol=1e-4)
     assert np.asarray(exits.exits(rule, value)).tolist() == [[True, False]]

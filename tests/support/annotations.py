@@ -8,6 +8,7 @@ CHECKED = (
     "rdlm.recurrence",
     "experiments.studies.shared.equilibrium",
     "rdlm.exits",
+    "experiments.studies.shared.rules",
     "rdlm.model.cache",
     "rdlm.perf.flops",
     "rdlm.model.blocks",

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from experiments.studies.shared import rules
 from rdlm import exits
 from rdlm.config import ModelConfig
 from rdlm.evaluation.difficulty import setup
@@ -72,7 +73,7 @@ def alone(rule: ExitRule, seen: Watched) -> tuple[Array, Array]:
 
 
 LEARNT = ("classifier", "halting")
-"""Rules of `rdlm.exits` that read a head."""
+"""Rules that read a head."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Reader:
         """The rule of `rdlm.exits` called `name`, or "twice NAME"."""
         if name.startswith("twice "):
             return exits.twice(self.rule(name.removeprefix("twice "), threshold))
-        make: Callable[..., ExitRule] = getattr(exits, name)
+        make: Callable[..., ExitRule] = getattr(rules, name, None) or getattr(exits, name)
         return make(self.head, np.float32(threshold)) if name in LEARNT else make(np.float32(threshold))
 
     def stopped(self, rule: ExitRule) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,6 +1,6 @@
 """Learning when to stop: halting heads and exit classifiers on the latent state, and cores that are used to skipping.
 
-A head is {"w": f32 [D], "bias": f32}; `rdlm.exits.halting` and `rdlm.exits.classifier` read it. A model with a head is
+A head is {"w": f32 [D], "bias": f32}; `rules.halting` and `rules.classifier` read it. A model with a head is
 {"model": parameters, "exit": head}.
 """
 
@@ -16,9 +16,9 @@ import optax
 from jax import Array
 
 from experiments.studies.shared.comparison import Contestant, answers_by_depth
+from experiments.studies.shared.rules import unit
 from rdlm.config import ModelConfig
 from rdlm.evaluation.difficulty import setup, started
-from rdlm.exits import unit
 from rdlm.losses import IGNORED, cross_entropy
 from rdlm.model import Params, init_params, readout
 from rdlm.model.blocks import Context

@@ -298,5 +298,5 @@ def _generated(served: Any, rule: ExitRule | None) -> Effort:
     steps = [*served.prompt_steps.tolist(), *served.steps[1:]]
     n, iterations = len(steps), float(sum(steps))
     # A rule without a gate looks after every recurrence; looks of a gated one are not counted while decoding.
-    looks = iterations if rule is not None and rule.needs_logits and rule.gate is None else 0.0
+    looks = iterations if rule is not None and rule.needs_logits and not rule.gated else 0.0
     return Effort(n, iterations, looks, float(n) * n)
