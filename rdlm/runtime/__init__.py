@@ -12,8 +12,9 @@ from rdlm.runtime.cli import (
     run_command,
 )
 from rdlm.runtime.compile_cache import compiled_programs, keep_compiled_programs
+from rdlm.runtime.errors import RunError, StartError
 from rdlm.runtime.files import complete_folder, write_atomically, write_output
-from rdlm.runtime.processes import RunError, StartError, exchange, is_first, on_tpu, start, together
+from rdlm.runtime.processes import exchange, is_first, on_tpu, start, together
 from rdlm.runtime.progress import Progress, duration
 from rdlm.runtime.versions import versions
 

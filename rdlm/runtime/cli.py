@@ -10,15 +10,14 @@ import os
 import re
 import signal
 import sys
-import time
 import traceback
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from rdlm.config import InputError
-from rdlm.runtime import lifelines
-from rdlm.runtime.processes import RunError, client, is_first
+from rdlm.runtime.errors import RunError
+from rdlm.runtime.processes import is_alone, leave
 
 EXIT_DONE, EXIT_FAILED, EXIT_WRONG_INPUT, EXIT_ALARM, EXIT_PREEMPTED = 0, 1, 2, 3, 75
 
@@ -109,42 +108,43 @@ def _flags(cls: Any, prefix: str = "--") -> Iterator[str]:
 
 
 def run_command(main: Callable[[], int | None]) -> None:
-    """Run a script's `main` and exit: 0 done, 75 preempted and saved, 2 wrong input with one line on stderr.
+    """Run a script's `main` and exit: 0 done, 75 preempted and saved, 3 stopped by an alarm and saved.
 
-    3: training stopped by an alarm, and saved (`alarms.action`).
-
-    1 with one line: other processes are missing, the disk is full: worth another try. Anything else is a bug and keeps
-    its traceback.
+    2: wrong input, with one line on stderr. 1: with one line, another process is missing or the disk is full, and the
+    same command may succeed later; with a traceback, a bug. Of several processes, those that JAX aborts because
+    another one is lost end with 134.
     """
     try:
         code = main()
     except (InputError, RunError) as error:
-        message = " ".join(str(error).split())
-        print(f"error: {message}", file=sys.stderr)
-        _exit(EXIT_WRONG_INPUT if isinstance(error, InputError) else EXIT_FAILED, message)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        leave(EXIT_WRONG_INPUT if isinstance(error, InputError) else EXIT_FAILED)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output went away (`| head`): nothing to tell
+        sys.stderr.close()  # the reader of our output is gone (`| head`)
         sys.exit(141)
     except Exception:
-        if client() is None:
+        if is_alone():
             raise
-        lifelines.await_news()  # what failed may be talking to a process that is gone
         traceback.print_exc()
-        _exit(EXIT_FAILED, traceback.format_exc().strip().splitlines()[-1])
+        print(
+            "error: this process failed, perhaps because another one is gone; the same command on all of them goes on "
+            "from the newest checkpoint",
+            file=sys.stderr,
+        )
+        leave(EXIT_FAILED)
     sys.exit(code or EXIT_DONE)
 
 
 @contextlib.contextmanager
 def leaving_on_sigterm() -> Iterator[None]:
-    """While nothing unsaved is under way yet: SIGTERM ends the process at once, with the code of a preempted run."""
+    """Until a run has something to save: SIGTERM ends the process at once, with the exit code of a preempted run."""
 
-    def end(*_: Any) -> None:
-        why = "preempted before training began; run the same command to go on"
-        os.write(2, f"{why}\n".encode())  # sys.stderr may be someone else's at the moment, or in use
-        lifelines.leave(EXIT_PREEMPTED, why)
+    def end(*_: object) -> None:
+        # sys.stderr may be redirected, or in use, when the signal comes.
+        os.write(2, b"preempted before training began; run the same command to go on\n")
         os._exit(EXIT_PREEMPTED)
 
     previous = signal.signal(signal.SIGTERM, end)
@@ -152,15 +152,3 @@ def leaving_on_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
-
-
-def _exit(code: int, why: str) -> typing.NoReturn:
-    """Leave after an error. Among several processes at once: an orderly end would wait minutes for the others."""
-    if client() is not None:
-        lifelines.leave(code, why)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        if is_first():  # the others lose their connection with it, and should have said their own word before
-            time.sleep(1)
-        os._exit(code)
-    sys.exit(code)

@@ -10,9 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-import rdlm.runtime.processes as processes
+import rdlm.runtime.roll_call as rolls
 from rdlm.config import InputError
 from rdlm.runtime import StartError, exchange, start, together
+from rdlm.runtime.processes import HEARTBEAT_SECONDS
+from rdlm.runtime.roll_call import roll_call
 
 
 @pytest.fixture
@@ -22,12 +24,12 @@ def address():
         return f"localhost:{free.getsockname()[1]}"
 
 
-def roll_call(address, greetings, count, timeout=30):
-    """What becomes of each process that calls with these greetings: None or its exception."""
+def called(address, greetings, count, timeout=30):
+    """The outcome for each process (index, greeting) that takes part: None or its exception."""
 
     def one(mine):
         try:
-            (processes._lead if mine["process"] == 0 else processes._follow)(address, count, mine, timeout)
+            roll_call(address, count, *mine, timeout)
         except (InputError, StartError) as error:
             return error
         return None
@@ -37,15 +39,15 @@ def roll_call(address, greetings, count, timeout=30):
 
 
 def greeting(process, **changes):
-    return {"process": process, "host": f"host{process}", "code": "c", "agreed": "a"} | changes
+    return process, {"host": f"host{process}", "code": "c", "configuration": "a"} | changes
 
 
 def test_all_arrive_in_any_order(address):
-    assert roll_call(address, [greeting(i) for i in (2, 1, 0, 3)], 4) == [None] * 4
+    assert called(address, [greeting(i) for i in (2, 1, 0, 3)], 4) == [None] * 4
 
 
 def test_the_missing_are_named_on_every_process(address):
-    found = roll_call(address, [greeting(0), greeting(2)], 4, timeout=1)
+    found = called(address, [greeting(0), greeting(2)], 4, timeout=1)
     assert all(isinstance(error, StartError) for error in found)
     for error in found:
         assert str(error).startswith(f"process 1, 3 of 4 did not come to {address} within 1 s")
@@ -55,10 +57,10 @@ def test_the_missing_are_named_on_every_process(address):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [({"code": "other"}, "has another code than process 0 (host0): copy it again (tpu_setup/setup.sh)"),
-     ({"agreed": "other"}, "has another configuration than process 0 (host0): give all the same arguments")],
+     ({"configuration": "other"}, "has another configuration than process 0 (host0): give all the same arguments")],
 )  # fmt: skip
 def test_a_process_that_differs_is_refused_on_every_process(changes, words, address):
-    found = roll_call(address, [greeting(0), greeting(1), greeting(2, **changes)], 3)
+    found = called(address, [greeting(0), greeting(1), greeting(2, **changes)], 3)
     assert all(isinstance(error, InputError) for error in found)
     assert {str(error) for error in found} == {f"process 2 (host2) {words}"}
 
@@ -66,8 +68,8 @@ def test_a_process_that_differs_is_refused_on_every_process(changes, words, addr
 def test_whoever_else_knocks_is_ignored(address):
     host, port = address.split(":")
     with ThreadPoolExecutor(1) as pool:
-        lead = pool.submit(roll_call, address, [greeting(0)], 2)
-        for noise in (b"GET / HTTP/1.1\r\n\r\n", b"[]\n", b'{"process": 7}\n', b""):
+        lead = pool.submit(called, address, [greeting(0)], 2)
+        for noise in (b"GET / HTTP/1.1\r\n\r\n", b"[]\n", b"[7, {}]\n", b'{"process": 7}\n', b""):
             deadline = time.monotonic() + 30
             while time.monotonic() < deadline:
                 try:
@@ -76,22 +78,22 @@ def test_whoever_else_knocks_is_ignored(address):
                     break
                 except ConnectionRefusedError:  # the lead is not there yet
                     time.sleep(0.01)
-        assert roll_call(address, [greeting(1)], 2) == [None]
+        assert called(address, [greeting(1)], 2) == [None]
         assert lead.result() == [None]
 
 
 def test_without_process_0_the_others_say_where_they_asked(address, monkeypatch):
     clock = iter(range(0, 1000, 5))
-    monkeypatch.setattr(processes.time, "monotonic", lambda: next(clock))
-    monkeypatch.setattr(processes.time, "sleep", lambda seconds: None)
-    [error] = roll_call(address, [greeting(1)], 2, timeout=20)
+    monkeypatch.setattr(rolls.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(rolls.time, "sleep", lambda seconds: None)
+    [error] = called(address, [greeting(1)], 2, timeout=20)
     assert isinstance(error, StartError)
     assert str(error).startswith(f"process 1 of 2: no answer from process 0 at {address} within 20 s")
 
 
 def test_a_port_in_use_is_one_line(address):
     with socket.create_server(("", int(address.split(":")[1]))):
-        [error] = roll_call(address, [greeting(0)], 2)
+        [error] = called(address, [greeting(0)], 2)
     assert isinstance(error, StartError)
     assert "cannot be opened" in str(error)
 
@@ -149,19 +151,51 @@ run_command(main)
 """
 
 
-@pytest.mark.slow
-def test_two_processes_talk_and_refuse_together(address):
+FAILS = """
+import sys
+from rdlm.runtime import exchange, run_command, start
+
+def main():
+    start("same")
+    exchange("both are there")
+    if sys.argv[1] == "1":
+        raise ValueError("a bug")
+    exchange("this waits for the other one")
+
+run_command(main)
+"""
+
+
+def two_processes(script, address, words):
+    """Two processes that run `script` together, each with its number and word as arguments."""
     environment = {"RDLM_COORDINATOR": address, "RDLM_PROCESSES": "2", "JAX_PLATFORMS": "cpu"}
-    both = [
+    return [
         subprocess.Popen(
-            [sys.executable, "-c", TOGETHER, str(i), word], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            [sys.executable, "-c", script, str(i), word], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env=os.environ | environment | {"RDLM_PROCESS_ID": str(i)},
         )
-        for i, word in enumerate(["first", "é second"])
+        for i, word in enumerate(words)
     ]  # fmt: skip
-    for i, process in enumerate(both):
+
+
+@pytest.mark.slow
+def test_two_processes_talk_and_refuse_together(address):
+    for i, process in enumerate(two_processes(TOGETHER, address, ["first", "é second"])):
         out, err = process.communicate(timeout=240)
         assert process.returncode == 2, err
         assert json.loads(out.splitlines()[-1]) == ["first", "é second"]
         expected = "error: " + ("process 1: " if i == 0 else "") + "folder = 'x': is full"
         assert err.splitlines()[-1] == expected
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_ends_the_other_within_a_minute(address):
+    waits, fails = two_processes(FAILS, address, ["", ""])
+    _, err = fails.communicate(timeout=240)
+    assert fails.returncode == 1
+    assert "ValueError: a bug" in err
+    failed = time.monotonic()
+    _, err = waits.communicate(timeout=240)
+    assert time.monotonic() - failed < HEARTBEAT_SECONDS + 30, "JAX's heartbeat, on a busy machine"
+    assert waits.returncode not in (0, 2, 75)
+    assert "another task died" in err

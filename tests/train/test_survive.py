@@ -23,6 +23,7 @@ from training_cases import cut_short, losses
 
 from rdlm.checkpoint import load_checkpoint, saved_steps
 from rdlm.config import InputError
+from rdlm.runtime.processes import HEARTBEAT_SECONDS
 from rdlm.train.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -207,16 +208,19 @@ def test_four_devices_then_one_then_eight(runs, whole):
 
 
 @pytest.mark.slow
-def test_when_one_of_two_processes_is_killed_the_other_says_so_and_any_number_goes_on(runs, whole):
+def test_when_one_of_two_processes_is_killed_the_other_ends_and_says_why_and_any_number_goes_on(runs, whole):
     folder = runs.folder / "processes"
     for victim, until in ((1, 12), (0, 24)):
         both = runs.two(folder, "--evaluation.depths", 1)
         when(lambda until=until: rows(folder) >= until, *both)
         assert send(both[victim], signal.SIGKILL)[0] == -signal.SIGKILL
+        killed = time.monotonic()
         code, lines = ended(both[1 - victim])
-        assert code == 1, lines
-        assert lines[-1].startswith(f"error: process {victim} ({socket.gethostname()}) is gone")
-        assert "Traceback" not in "\n".join(lines)
+        assert time.monotonic() - killed < HEARTBEAT_SECONDS + 30, "JAX's heartbeat, on a busy machine"
+        # Either the exchange of gradients fails, or JAX aborts: whichever notices first.
+        words = {1: "perhaps because another one is gone", -signal.SIGABRT: "another task died"}
+        assert code in words, lines
+        assert words[code] in "\n".join(lines)
     alone = runs.start(folder, "--evaluation.depths", 1)
     when(lambda: rows(folder) >= 36, alone)
     assert send(alone, signal.SIGTERM)[0] == 75

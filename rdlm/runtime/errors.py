@@ -1,0 +1,9 @@
+"""Errors that end a run with exit code 1."""
+
+
+class RunError(Exception):
+    """A run cannot go on, for a reason that may pass: the exit code is 1, not 2. The message is one line."""
+
+
+class StartError(RunError):
+    """The processes of a run did not come together."""
