@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import difflib
 import io
 import os
-import re
 import signal
 import sys
 import traceback
-import typing
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from rdlm.config import InputError
 from rdlm.runtime.errors import RunError
@@ -31,80 +27,38 @@ def parse_arguments(
     description: str | None,
     args: Sequence[str] | None = None,
     default: C | None = None,
-    config: Sequence[Any] = (),
+    config: Sequence[object] = (),
 ) -> C:
-    """The command line as an instance of the dataclass `cls`, by tyro; its boxes of errors become one line.
+    """The command line as an instance of the dataclass `cls`, by tyro.
 
     Args:
       cls: dataclass; every field becomes a flag, documented by the docstring below it.
       prog: name of the program in messages, for example "train.py nano".
-      description: what --help says first.
+      description: the first lines of --help.
       args: words of the command line; None: those of the process.
       default: values of fields that are not given.
       config: tyro's markers.
 
     Raises:
-      InputError: an unknown flag (the message suggests the closest), a missing or impossible value.
-      SystemExit: with code 0, after --help.
+      InputError: raised by `cls` itself for an impossible value.
+      SystemExit: with code 0 after --help, with code 2 after tyro's message about an unknown flag, a missing value or
+        one of the wrong type.
     """
     import tyro  # here, so that importing this room costs nothing
 
-    options: dict[str, Any] = {} if default is None else {"default": default}
-    said = io.StringIO()
+    given = tyro.MISSING_NONPROP if default is None else default
+    message = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
-            parsed, unknown = tyro.cli(
-                cls, prog=prog, description=description, args=args, config=tuple(config), return_unknown_args=True,
-                **options,
-            )  # fmt: skip
+        with contextlib.redirect_stderr(message):
+            return tyro.cli(cls, prog=prog, description=description, args=args, config=config, default=given)
     except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise InputError(_one_line(said.getvalue(), prog)) from None
-    if unknown:
-        raise InputError(_unknown(unknown[0], list(_flags(cls)), prog))
-    return parsed
-
-
-def _one_line(box: str, prog: str) -> str:
-    """What tyro says in a box, its body up to the first rule, as one line."""
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
-    rows = [line.strip().strip("│").strip() for line in plain.splitlines()]
-    body: list[str] = []
-    for row in rows[1:]:  # the first is the title
-        if not row.strip("─╭╮╰╯ "):
-            break
-        body.append(row)
-    text = " ".join(body) or " ".join(rows)
-    config = re.match(r"Error parsing [\w.]+: ", text)
-    if config:  # raised by one of our own classes: names field, value and fix
-        return text[config.end() :]
-    return f"{text.removeprefix('Error parsing ').removesuffix('.')} (see {prog} --help)"
-
-
-def _unknown(word: str, flags: Sequence[str], prog: str) -> str:
-    if not word.startswith("-"):
-        return f"{word!r}: one argument too many (see {prog} --help)"
-    flag = "--" + word.lstrip("-").partition("=")[0].replace("_", "-")
-    # `--learning-rate` for `--optimizer.learning-rate` is the commonest slip, so the last part counts as well.
-    inner = {known.rpartition(".")[2].removeprefix("--"): known for known in reversed(flags)}
-    close = difflib.get_close_matches(flag, flags, n=1, cutoff=0.75)
-    close += [inner[name] for name in difflib.get_close_matches(flag.removeprefix("--"), inner, n=1, cutoff=0.75)]
-    hint = f"Did you mean {close[0]}?" if close else f"All fields: {prog} --help"
-    return f"unknown field {word}. {hint}"
-
-
-def _flags(cls: Any, prefix: str = "--") -> Iterator[str]:
-    """Every flag that a dataclass becomes, fields of nested ones included."""
-    import tyro
-
-    hints = typing.get_type_hints(cls, include_extras=True)
-    for field in dataclasses.fields(cls):
-        hint, name = hints[field.name], prefix + field.name.replace("_", "-")
-        if dataclasses.is_dataclass(hint):
-            yield from _flags(hint, name + ".")
-        elif tyro.conf.Positional not in getattr(hint, "__metadata__", ()):
-            yield name
+        error = stop.__context__
+        while error is not None and not isinstance(error, InputError):
+            error = error.__context__
+        if error is not None:  # tyro puts a box around it
+            raise error from None
+        sys.stderr.write(message.getvalue())
+        raise
 
 
 def run_command(main: Callable[[], int | None]) -> None:

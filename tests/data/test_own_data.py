@@ -152,8 +152,6 @@ def test_from_a_folder_of_text_to_prepared_data(command, folder, tmp_path):
         ("prepare_data", ("TEXTS", "--out", "x"), ["--tokenizer", "train_tokenizer.py"]),
         ("prepare_data", ("TEXTS", "--out", "x", "--tokenizer", "nowhere"), ["nowhere", "no tokenizer.json"]),
         ("prepare_data", ("nowhere", "--out", "x", "--tokenizer", "bytes"), ["nowhere: no such file or folder"]),
-        ("prepare_data", ("TEXTS", "--out", "x", "--tokenizer", "bytes", "--pakcing", "best_fit"), ["--packing"]),
-        ("prepare_data", ("TEXTS", "--out", "x", "--tokenizer", "bytes", "--packing", "best"), ["'best'", "best_fit"]),
         ("prepare_data", ("TEXTS", "--out", "gs://b/x", "--tokenizer", "bytes"), ["gs://b/x", "--beam"]),
         (
             "prepare_data",

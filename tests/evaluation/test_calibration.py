@@ -344,7 +344,6 @@ def test_a_task_is_calibrated_on_new_instances(tmp_path, command):
     ("arguments", "words"),
     [
         (("--rules", "klo"), ["rule = 'klo'", "Did you mean 'kl'?"]),
-        (("--rule", "kl"), ["unknown field --rule", "Did you mean --rules?"]),
         (("--epsilon", "0"), ["epsilon = 0.0", "must be in (0, 1)"]),
         (("--epsilon", "1.5"), ["epsilon = 1.5"]),
         (("--delta", "1"), ["delta = 1.0", "must be in (0, 1)"]),

@@ -150,7 +150,6 @@ def test_trajectories_leave_all_six_answers(text_run, command):
         ("depth_sweep", ("--depths", "0", "4"), ["--depths = (0, 4)", "at least 1"]),
         ("depth_sweep", ("--batches", "0"), ["--batches = 0", "at least 1"]),
         ("depth_sweep", ("--size", "60"), ["--size 60", "61 tokens", "max_length"]),
-        ("depth_sweep", ("--rules", "kll"), ["kll", "gated_kl"]),
         ("depth_sweep", ("--step", "3"), ["step = 3", "there are 7"]),
         ("trajectories", ("--depths", "0"), ["--depths = (0,)", "from 1 to --recurrences (128)"]),
         ("trajectories", ("--depths", "200"), ["--depths = (200,)", "(128)"]),

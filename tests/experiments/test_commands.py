@@ -179,18 +179,11 @@ def test_help_names_every_field_and_says_what_it_is(name, command):
         ((), ["preset", "quickstart"]),
         (("nan0",), ["'nan0'", "Did you mean 'nano'?"]),
         (("--steps", "3"), ["preset", "'--steps'"]),
-        (("nano", "extra"), ["'extra'", "--help"]),
-        (("nano", "--optimizer.learning-rte", "3"), ["learning-rte", "Did you mean --optimizer.learning-rate?"]),
-        (("nano", "--learning-rate", "3"), ["--learning-rate", "Did you mean --optimizer.learning-rate?"]),
-        (("nano", "--nonsense=3"), ["--nonsense=3", "--help"]),
-        (("nano", "--steps", "many"), ["--steps", "'many'"]),
-        (("nano", "--steps"), ["--steps"]),
         (("nano", "--steps", "0"), ["steps = 0", "at least 1"]),
         (("nano", "--optimizer.eps", "0"), ["optimizer.eps = 0", "positive"]),
         (("nano", "--optimizer.learning-rate", "inf"), ["optimizer.learning_rate = inf", "finite"]),
         (("nano", "--optimizer.weight-decay", "inf"), ["optimizer.weight_decay = inf", "finite"]),
         (("nano", "--recurrence.loss-power", "nan"), ["recurrence.loss_power = nan", "[-4, 4]"]),
-        (("nano", "--recurrence.remat", "all"), ["--recurrence.remat", "'all'", "'iteration'"]),
         (("nano", "--model.embed-dim", "33"), ["embed_dim = 33", "multiple of num_heads = 2", "try 34"]),
         (("nano", "--model.embed-dim", "30", "--model.num-heads", "10"), ["embed_dim / num_heads = 3", "even"]),
         (("nano", "--model.num-kv-heads", "3"), ["num_kv_heads = 3", "must divide num_heads = 2"]),
@@ -212,15 +205,43 @@ def test_train_refuses_arguments(arguments, words, refused, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("name", "arguments", "words"),
     [
-        ("evaluate", (), ["RUN_DIR"]),
-        ("evaluate", ("RUN", "--depth", "3"), ["--depth", "Did you mean --depths?"]),
+        ("train", ("nano", "extra"), ["extra", "train.py nano --help"]),
+        ("train", ("nano", "--optimizer.learning-rte", "3"), ["learning-rte", "--optimizer.learning-rate FLOAT"]),
+        ("train", ("nano", "--learning-rate", "3"), ["--learning-rate", "--optimizer.learning-rate FLOAT"]),
+        ("train", ("nano", "--nonsense=3"), ["--nonsense=3", "--help"]),
+        ("train", ("nano", "--steps", "many"), ["--steps", "'many'"]),
+        ("train", ("nano", "--steps"), ["--steps"]),
+        ("train", ("nano", "--recurrence.remat", "all"), ["--recurrence.remat", "'all'", "'none'"]),
+        ("evaluate", (), ["RUN_DIR", "evaluate.py --help"]),
+        ("evaluate", ("runs/a", "--depth", "3"), ["--depth", "--depths"]),
+        ("generate", ("runs/a",), ["--prompt"]),
+        ("generate", ("runs/a", "--prompt", "a", "--exits", "kl"), ["--exits", "--exit {"]),
+        ("generate", ("runs/a", "--prompt", "a", "--exit", "kll"), ["--exit", "'kll'", "'kl'"]),
+        ("prepare_data", ("a", "--out", "x", "--tokenizer", "bytes", "--pakcing", "best_fit"), ["--packing"]),
+        ("prepare_data", ("a", "--out", "x", "--tokenizer", "bytes", "--packing", "best"), ["'best'", "best_fit"]),
+        ("calibrate_exits", ("runs/a", "--rule", "kl"), ["--rule", "--rules"]),
+        ("depth_sweep", ("runs/a", "--rules", "kll"), ["kll", "gated_kl"]),
+    ],
+)
+def test_mistakes_of_form_print_the_parsers_message(name, arguments, words, command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = command(name, *arguments)
+    assert (code, out) == (2, "")
+    assert not err.startswith("error: "), "the line of an InputError"
+    message = " ".join(re.sub("[│╭╮╰╯─]", " ", err).split())  # without the box around it
+    for word in words:
+        assert word in message
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "words"),
+    [
         ("evaluate", ("RUN", "--depths", "0", "1"), ["depths = (0, 1)", "at least 1"]),
         ("evaluate", ("RUN", "--batches", "0"), ["--batches = 0", "at least 1"]),
         ("evaluate", ("RUN", "--step", "3"), ["step = 3", "2, 4"]),
         ("evaluate", ("RUN", "--saved", "--step", "2"), ["loss_by_depth_step_2.json", "missing"]),
-        ("generate", ("RUN",), ["--prompt"]),
-        ("generate", ("RUN", "--prompt", "a", "--exits", "kl"), ["--exits", "Did you mean --exit?"]),
-        ("generate", ("RUN", "--prompt", "a", "--exit", "kll"), ["--exit", "'kll'", "'kl'"]),
         ("generate", ("RUN", "--prompt", "a", "--threshold", "-1"), ["threshold = -1", "not be negative"]),
         ("generate", ("RUN", "--prompt", "a", "--exit", "none", "--threshold", "1"), ["--threshold", "none"]),
         ("generate", ("RUN", "--prompt", "a", "--steps", "0"), ["--steps = 0", "at least 1"]),

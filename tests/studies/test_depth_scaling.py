@@ -53,7 +53,6 @@ def test_quick_run(tmp_path, monkeypatch):
     [
         (["--seeds", "-1"], "--seeds = -1: must be in [0, 1000000)"),
         (["--seeds", "1", "1"], "--seeds = (1, 1): must be different seeds"),
-        (["--task", "s4"], "s4"),
     ],
 )
 def test_refusals(tmp_path, words, line):
@@ -63,4 +62,13 @@ def test_refusals(tmp_path, words, line):
     assert done.returncode == 2
     assert line in done.stderr
     assert done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_task_is_refused_by_the_parser(tmp_path):
+    words = [sys.executable, str(SCRIPT), "--task", "s4"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "'s4'" in done.stderr
+    assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
