@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import grain
 import numpy as np
 from grain.experimental import index_shuffle
 
 from rdlm.config import InputError
-from rdlm.data.manifest import first_difference, read_manifest
-from rdlm.data.packing import Row, arrays, mix, padding
+from rdlm.data.manifest import Manifest, first_difference, read_manifest
+from rdlm.data.packing import EMPTY, Row, arrays, mix
 from rdlm.data.records import RowFiles
 
 Batch = dict[str, np.ndarray]
 """tokens, labels, segment_ids, positions, sequence_ids: int32 [B, L] each (see `packing.arrays`)."""
+DataState = dict[str, Any]
+"""JSON that a checkpoint keeps of the data."""
+ENDLESS = 2**62
+"""Length of a dataset that goes through its rows again and again."""
 
 
 class Example(NamedTuple):
-    """A row and the number of the epoch it is seen in, which keys its noise."""
+    """A row and the number of its epoch, which keys its noise."""
 
     row: Row
     epoch: int
@@ -28,8 +34,8 @@ class Example(NamedTuple):
 class PackedData:
     """The rows of one split of a prepared folder, in batches.
 
-    Nothing here remembers where it is: `batch(step)` depends on the arguments alone, so a run resumes at any step on
-    any number of processes with the batches it would have seen.
+    There is no position to keep: `batch(step)` depends on its argument alone, so a run resumes at any step, on any
+    number of processes, with the batches it would have seen.
     """
 
     def __init__(
@@ -52,7 +58,7 @@ class PackedData:
           split: "train" or "validation".
           sequence_length: L, as prepared.
           batch_size: B, rows of a step over all processes.
-          seed: seed of the order of rows.
+          seed: decides the order of rows.
           shuffle: a new order every epoch; False: the order on disk.
           process_index: which slice of B / process_count consecutive rows of each batch to return.
           process_count: slices of a batch.
@@ -76,14 +82,22 @@ class PackedData:
                 f"{folder}: its tokenizer ({manifest.tokenizer_hash[:8]}) is not the model's ({tokenizer_hash[:8]}); "
                 "prepare the data with the model's tokenizer"
             )
-        self.manifest = manifest
-        self.folder, self.split = folder, split
-        self.sequence_length, self.batch_size, self.seed, self.shuffle = sequence_length, batch_size, seed, shuffle
+        self.manifest, self.folder, self.split = manifest, folder, split
+        self.sequence_length, self.batch_size = sequence_length, batch_size
         entry = manifest.split(split)
         self.len_rows = entry.rows
         """Rows of the split."""
         self._files = RowFiles([(folder / shard.file, shard.rows) for shard in entry.shards], manifest.token_dtype)
-        self._mine = my_rows(batch_size, process_index, process_count)
+        self.examples = epochs(self._files, seed, shuffle)
+        """Example [i] of the endless sequence of all epochs, which follow each other without a gap."""
+        self._in_batches = functools.partial(
+            in_batches,
+            manifest=manifest,
+            batch_size=batch_size,
+            process_index=process_index,
+            process_count=process_count,
+        )
+        self._batches = self._in_batches(self.examples)
         if split == "train":
             self._require_rows()
 
@@ -93,39 +107,22 @@ class PackedData:
         return -(-self.len_rows // self.batch_size)
 
     def batch(self, step: int) -> Batch:
-        """The batch of a step, from 0 on: this process's rows.
+        """The batch of a step, from 0 on: the rows of this process.
 
-        Epochs follow each other without a gap: row i of step s is number s * B + i of an endless sequence that goes
-        through all rows once per epoch, so no row is dropped and batches run over the border of epochs.
-
-        Raises:
-          InputError: the split has fewer rows than a batch, or the file is damaged.
-        """
-        first = step_start(step, self.batch_size)
-        return stack(self.rows([first + i for i in self._mine]), self.sequence_length, self.manifest.pad_id)
-
-    def rows(self, places: Sequence[int]) -> list[Example]:
-        """The rows at these places of the endless sequence of all epochs.
+        Row i of step s is example s * B + i, so no row is dropped and a batch may hold rows of two epochs.
 
         Raises:
           InputError: the split has fewer rows than a batch, or a file is damaged.
         """
         self._require_rows()
-        found = [divmod(place, self.len_rows) for place in places]
-        indices = [i for _, i in found]
-        if self.shuffle:
-            seeds = {epoch: self._order_seed(epoch) for epoch in {epoch for epoch, _ in found}}
-            last = self.len_rows - 1
-            indices = [index_shuffle(i, max_index=last, seed=seeds[epoch], rounds=4) for epoch, i in found]
-        rows = self._files.read(indices)
-        return [Example(row, epoch) for row, (epoch, _) in zip(rows, found, strict=True)]
+        return self._batches[checked(step)]
 
-    def state(self, step: int) -> dict[str, Any]:
-        """What a checkpoint keeps of the data: which they are, and how often they have been seen before `step`."""
+    def state(self, step: int) -> DataState:
+        """The part of a checkpoint that describes the data, and how often they have been seen before `step`."""
         return {"sources": [self.manifest.identity()], "epochs": [step * self.batch_size / self.len_rows]}
 
-    def restore(self, step: int, state: dict[str, Any]) -> None:
-        """Check that a run saved with `state` goes on with the same data; the position is the step itself.
+    def restore(self, step: int, state: DataState) -> None:
+        """Check that a run saved with `state` continues with the same data; the position is the step itself.
 
         Raises:
           InputError: another packing, source, tokenizer, ... (the message says which), or other rows.
@@ -136,19 +133,18 @@ class PackedData:
     def batches(self, n: int | None = None) -> Iterator[Batch]:
         """The first `n` batches (None: all) in the order on disk, each row once; for validation.
 
-        The last batch is filled up with padding rows (segment_ids 0, labels -100), which count for nothing.
+        The last batch is filled up with padding rows (segment_ids 0, labels -100), which are not scored.
 
         Raises:
-          InputError: the file is damaged.
+          InputError: a file is damaged.
         """
-        for step in range(self.steps_per_epoch if n is None else min(n, self.steps_per_epoch)):
-            first = step * self.batch_size
-            wanted = [first + i for i in self._mine if first + i < self.len_rows]
-            examples = [Example(row, 0) for row in self._files.read(wanted)]
-            yield stack(examples, self.sequence_length, self.manifest.pad_id, fill=len(self._mine))
-
-    def _order_seed(self, epoch: int) -> int:
-        return int(mix(mix(np.uint64(self.seed)) ^ np.uint64(epoch)) >> np.uint64(32))
+        files, steps = self._files, self.steps_per_epoch
+        padded = grain.MapDataset.range(steps * self.batch_size).map(
+            lambda i: Example(files[i] if i < len(files) else EMPTY, 0)
+        )
+        batches = self._in_batches(padded)
+        for step in range(steps if n is None else min(n, steps)):
+            yield batches[step]
 
     def _require_rows(self) -> None:
         if self.len_rows < self.batch_size:
@@ -158,8 +154,33 @@ class PackedData:
             )
 
 
-def my_rows(batch_size: int, process_index: int, process_count: int) -> range:
-    """Which rows of a batch a process makes: B / process_count consecutive ones.
+def epochs(rows: RowFiles, seed: int, shuffle: bool) -> grain.MapDataset[Example]:
+    """All epochs of `rows`, one after the other, each shuffled by its own permutation."""
+
+    def example(place: int) -> Example:
+        epoch, i = divmod(place, len(rows))
+        return Example(rows[shuffled(i, len(rows), seed, epoch) if shuffle else i], epoch)
+
+    return grain.MapDataset.range(ENDLESS).map(example)
+
+
+def shuffled(i: int, length: int, seed: int, epoch: int) -> int:
+    """Where a permutation of `length` numbers, another one in every epoch, puts `i`."""
+    key = int(mix(mix(np.uint64(seed)) ^ np.uint64(epoch)) >> np.uint64(32))
+    return index_shuffle(i, max_index=length - 1, seed=key, rounds=4)
+
+
+def in_batches(
+    examples: grain.MapDataset[Example], manifest: Manifest, batch_size: int, process_index: int, process_count: int
+) -> grain.MapDataset[Batch]:
+    """Examples as batches; at [step] the rows of one process (see `local_rows`)."""
+    local = local_rows(batch_size, process_index, process_count)
+    stacked = functools.partial(stack, sequence_length=manifest.recipe.sequence_length, pad_id=manifest.pad_id)
+    return examples.batch(local, drop_remainder=True, batch_fn=stacked)[process_index::process_count]
+
+
+def local_rows(batch_size: int, process_index: int, process_count: int) -> int:
+    """How many rows of a batch a process makes: B / process_count consecutive ones.
 
     Raises:
       InputError: they do not divide.
@@ -168,26 +189,24 @@ def my_rows(batch_size: int, process_index: int, process_count: int) -> range:
         raise InputError(f"data.batch_size = {batch_size}: must be a positive multiple of {process_count} processes")
     if not 0 <= process_index < process_count:
         raise InputError(f"process_index = {process_index}: must be in [0, {process_count})")
-    local = batch_size // process_count
-    return range(process_index * local, (process_index + 1) * local)
+    return batch_size // process_count
 
 
-def step_start(step: int, batch_size: int) -> int:
-    """Number of the first row of a step."""
+def checked(step: int) -> int:
+    """`step`, which must not be negative."""
     if step < 0:
         raise ValueError(f"step = {step}: must not be negative")
-    return int(step) * batch_size
+    return int(step)
 
 
-def stack(examples: Sequence[Example], sequence_length: int, pad_id: int, *, fill: int = 0) -> Batch:
-    """Rows as a batch, up to `fill` rows with padding (segment_ids 0, labels -100)."""
-    parts = [arrays(row, sequence_length, pad_id=pad_id, epoch=epoch) for row, epoch in examples]
-    parts += [padding(sequence_length, pad_id=pad_id)] * (fill - len(parts))
-    return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+def stack(examples: Sequence[Example], sequence_length: int, pad_id: int) -> Batch:
+    """Rows as a batch."""
+    rows = [arrays(row, sequence_length, pad_id=pad_id, epoch=epoch) for row, epoch in examples]
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def check_sources(state: dict[str, Any], data: Sequence[PackedData]) -> None:
-    """Compare what a checkpoint says of its data with the data that are there.
+def check_sources(state: DataState, data: Sequence[PackedData]) -> None:
+    """Compare the data that a checkpoint describes with the data on disk.
 
     Raises:
       InputError: naming the first difference.

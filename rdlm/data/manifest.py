@@ -12,7 +12,7 @@ from rdlm.config import InputError, Packing, from_json, require, to_json
 
 FORMAT_VERSION = 2
 """Raised whenever folders written before must not be read any more."""
-_AGAIN = "delete the folder and prepare the data again"
+PREPARE_AGAIN = "prepare the data again, into another folder"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,22 +169,24 @@ def read_manifest(folder: str | Path, *, checksums: bool = False) -> Manifest:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise InputError(f"{folder}: not prepared data (no manifest.json); prepare it, or delete the folder") from error
+        raise InputError(
+            f"{folder}: not prepared data (no manifest.json); name a folder that prepare_data.py made"
+        ) from error
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); {_AGAIN}") from error
+        raise InputError(f"{path}: cannot be read ({error}); {PREPARE_AGAIN}") from error
     try:
         version = json.loads(text).get("format_version")
     except (json.JSONDecodeError, AttributeError) as error:
-        raise InputError(f"{path}: not a manifest ({error}); {_AGAIN}") from error
+        raise InputError(f"{path}: not a manifest ({error}); {PREPARE_AGAIN}") from error
     if version != FORMAT_VERSION:
-        raise InputError(f"{path}: format version {version}, this rdlm reads version {FORMAT_VERSION}; {_AGAIN}")
+        raise InputError(f"{path}: format version {version}, this rdlm reads version {FORMAT_VERSION}; {PREPARE_AGAIN}")
     manifest = from_json(Manifest, text, str(path))
     for entry in manifest.files:
         file = folder / entry.name
         if not file.is_file():
-            raise InputError(f"{file}: missing; {_AGAIN}")
+            raise InputError(f"{file}: missing; {PREPARE_AGAIN}")
         if file.stat().st_size != entry.bytes:
-            raise InputError(f"{file}: {file.stat().st_size} bytes instead of {entry.bytes}; {_AGAIN}")
+            raise InputError(f"{file}: {file.stat().st_size} bytes instead of {entry.bytes}; {PREPARE_AGAIN}")
         if checksums and file_entry(folder, entry.name) != entry:
-            raise InputError(f"{file}: its checksum differs from the manifest; {_AGAIN}")
+            raise InputError(f"{file}: its checksum differs from the manifest; {PREPARE_AGAIN}")
     return manifest

@@ -1,24 +1,20 @@
-"""Several prepared folders mixed by weight; still a pure function of the step."""
+"""Several prepared folders mixed by weight, still as a pure function of the step; and one after the other."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
+import grain
 import numpy as np
 
 from rdlm.config import InputError
-from rdlm.data.loader import Batch, Example, PackedData, check_sources, my_rows, stack, step_start
+from rdlm.data.loader import ENDLESS, Batch, DataState, Example, PackedData, check_sources, checked, in_batches
 
 _CYCLE = 10_000  # rows after which the pattern of sources repeats; weights are met to 1 / 10,000
 
 
 class Mixture:
-    """Rows of several `PackedData`, each source in its own shuffled order and with its own epochs.
-
-    Sources follow each other in a fixed pattern of 10,000 rows that holds each in proportion to its weight, spread
-    evenly. So the source of any row, and which of the source's rows it is, follow from the row's number alone.
-    """
+    """Rows of several `PackedData`, each source in its own shuffled order and with its own epochs."""
 
     def __init__(
         self,
@@ -35,11 +31,6 @@ class Mixture:
           InputError: another number of weights than sources, weights that are not positive or below 1 in 10,000,
             sources with different tokenizers or lengths, or a batch that does not divide over the processes.
         """
-        weights = list(weights) or [float(source.len_rows) for source in sources]
-        if len(weights) != len(sources) or min(weights) <= 0:
-            raise InputError(
-                f"data.weights = {tuple(weights)}: must be one positive number for each of {len(sources)} folders"
-            )
         first = sources[0]
         for source in sources[1:]:
             if source.manifest.tokenizer_hash != first.manifest.tokenizer_hash:
@@ -50,15 +41,15 @@ class Mixture:
             if source.sequence_length != first.sequence_length:
                 raise InputError(f"data.prepared: {source.folder} has rows of {source.sequence_length} tokens")
         self.sources, self.batch_size, self.sequence_length = list(sources), batch_size, first.sequence_length
-        self._mine = my_rows(batch_size, process_index, process_count)
-        self._counts = _shares(weights)
-        if min(self._counts) == 0:
-            raise InputError(f"data.weights = {tuple(weights)}: the smallest is below 1 in {_CYCLE:,} of their sum")
-        # Row j of a source stands at (j + 1/2) / count of the cycle: evenly, and ties go to the earlier source.
-        at = np.concatenate([(np.arange(count) + 0.5) / count for count in self._counts])
-        owner = np.repeat(np.arange(len(sources)), self._counts)
-        self._pattern = owner[np.argsort(at, kind="stable")]
-        self._before = np.stack([np.cumsum(self._pattern == m) - (self._pattern == m) for m in range(len(sources))])
+        self._pattern = _Pattern(list(weights) or [float(source.len_rows) for source in sources], len(sources))
+        examples = [source.examples.map(_fresh_noise(m)) for m, source in enumerate(sources)]
+        self._batches = in_batches(
+            grain.MapDataset.select_from_datasets(examples, self._pattern),
+            first.manifest,
+            batch_size,
+            process_index,
+            process_count,
+        )
 
     @property
     def len_rows(self) -> int:
@@ -71,43 +62,31 @@ class Mixture:
         return -(-self.len_rows // self.batch_size)
 
     def batch(self, step: int) -> Batch:
-        """The batch of a step, from 0 on: this process's rows (see `PackedData.batch`).
+        """The batch of a step, from 0 on: the rows of this process (see `PackedData.batch`).
 
         Raises:
           InputError: a file is damaged.
         """
-        first = step_start(step, self.batch_size)
-        places = [self.place(first + i) for i in self._mine]
-        found: list[Example | None] = [None] * len(places)
-        for m, source in enumerate(self.sources):
-            mine = [i for i, (owner, _) in enumerate(places) if owner == m]
-            for i, (row, epoch) in zip(mine, source.rows([places[i][1] for i in mine]), strict=True):
-                # Documents of several sources may have equal numbers: their noise must differ all the same.
-                found[i] = Example(row, epoch + (m << 32))
-        examples = [example for example in found if example is not None]
-        return stack(examples, self.sequence_length, self.sources[0].manifest.pad_id)
+        return self._batches[checked(step)]
 
     def place(self, number: int) -> tuple[int, int]:
         """(source, place in the source's endless sequence of epochs) of a row."""
-        cycle, i = divmod(number, _CYCLE)
-        m = int(self._pattern[i])
-        return m, cycle * self._counts[m] + int(self._before[m, i])
+        return self._pattern[number]
 
     def seen(self, step: int) -> list[float]:
         """How many epochs of each source the steps before `step` have seen."""
-        cycle, i = divmod(step_start(step, self.batch_size), _CYCLE)
-        counts = zip(self._counts, self._before[:, i], self.sources, strict=True)
-        return [(cycle * count + int(before)) / source.len_rows for count, before, source in counts]
+        counts = self._pattern.before(checked(step) * self.batch_size)
+        return [count / source.len_rows for count, source in zip(counts, self.sources, strict=True)]
 
-    def state(self, step: int) -> dict[str, Any]:
+    def state(self, step: int) -> DataState:
         """See `PackedData.state`."""
         return {
             "sources": [source.manifest.identity() for source in self.sources],
-            "pattern": self._counts,
+            "pattern": self._pattern.counts,
             "epochs": self.seen(step),
         }
 
-    def restore(self, step: int, state: dict[str, Any]) -> None:
+    def restore(self, step: int, state: DataState) -> None:
         """See `PackedData.restore`.
 
         Raises:
@@ -115,14 +94,57 @@ class Mixture:
         """
         del step
         check_sources(state, self.sources)
-        if state["pattern"] != self._counts:
+        counts = self._pattern.counts
+        if state["pattern"] != counts:
+            raise InputError(f"data.weights: in {_CYCLE:,} rows {counts} of each, not {state['pattern']} as before")
+
+
+class _Pattern(grain.transforms.DatasetSelectionMap):
+    """Which source each row comes from, and which of the source's rows it is.
+
+    Sources follow each other in a fixed cycle of 10,000 rows, which holds each in proportion to its weight, spread
+    evenly: so the proportions hold at every prefix.
+    """
+
+    def __init__(self, weights: Sequence[float], sources: int) -> None:
+        if len(weights) != sources or min(weights) <= 0:
             raise InputError(
-                f"data.weights: in {_CYCLE:,} rows {self._counts} of each, not {state['pattern']} as before"
+                f"data.weights = {tuple(weights)}: must be one positive number for each of {sources} folders"
             )
+        exact = np.array(weights, np.float64) / sum(weights) * _CYCLE
+        counts = np.floor(exact).astype(int)
+        # Largest remainders are rounded up, until the counts add up to a cycle.
+        counts[np.argsort(counts - exact, kind="stable")[: _CYCLE - counts.sum()]] += 1
+        if counts.min() == 0:
+            raise InputError(f"data.weights = {tuple(weights)}: the smallest is below 1 in {_CYCLE:,} of their sum")
+        self.counts: list[int] = counts.tolist()
+        """Rows of each source in a cycle."""
+        # Row j of a source stands at (j + 1/2) / count of the cycle, ties in the order of the sources.
+        at = np.concatenate([(np.arange(count) + 0.5) / count for count in counts])
+        self._owner = np.repeat(np.arange(sources), counts)[np.argsort(at, kind="stable")]
+        owned = self._owner == np.arange(sources)[:, None]
+        self._before = np.cumsum(owned, axis=1) - owned
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        m = int(self._owner[index % _CYCLE])
+        return m, self.before(index)[m]
+
+    def before(self, number: int) -> list[int]:
+        """How many of the rows before this one come from each source."""
+        cycle, i = divmod(number, _CYCLE)
+        return [cycle * count + int(before) for count, before in zip(self.counts, self._before[:, i], strict=True)]
+
+
+def _fresh_noise(m: int) -> Callable[[Example], Example]:
+    """Documents of several sources may have equal numbers: key the noise of source m by other epochs."""
+    return lambda example: example._replace(epoch=example.epoch + (m << 32))
 
 
 class Chain:
-    """Validation batches of several folders, one folder after the other."""
+    """Validation batches of several folders."""
 
     def __init__(self, sources: Sequence[PackedData]) -> None:
         self.sources = list(sources)
@@ -143,22 +165,7 @@ class Chain:
         Raises:
           InputError: a file is damaged.
         """
-        left = self.steps_per_epoch if n is None else n
         running = [source.batches() for source in self.sources]
-        while running and left:
-            for batches in list(running):
-                batch = next(batches, None)
-                if batch is None:
-                    running.remove(batches)
-                elif left:
-                    left -= 1
-                    yield batch
-
-
-def _shares(weights: Sequence[float]) -> list[int]:
-    """Rows of each source in a cycle: proportional, whole, adding up; the largest remainders are rounded up."""
-    exact = np.array(weights, np.float64) / sum(weights) * _CYCLE
-    counts = np.floor(exact).astype(int)
-    for i in np.argsort(counts - exact, kind="stable")[: _CYCLE - int(counts.sum())]:
-        counts[i] += 1
-    return [int(count) for count in counts]
+        turns = sorted((i, m) for m, source in enumerate(self.sources) for i in range(source.steps_per_epoch))
+        for _, m in turns[:n]:
+            yield next(running[m])

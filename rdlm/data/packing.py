@@ -41,6 +41,8 @@ class Row:
     """bool [n]: which tokens count as labels; None: all."""
 
 
+EMPTY = Row(np.zeros(0, np.int32), np.zeros((0, 3), np.int64))
+"""A row of padding alone: nothing attended, nothing scored."""
 _Piece = tuple[Document, int, int]  # document, offset, length
 
 
@@ -169,11 +171,6 @@ def arrays(row: Row, sequence_length: int, *, pad_id: int, epoch: int = 0) -> di
         "positions": positions[:-1],
         "sequence_ids": sequences[:-1],
     }
-
-
-def padding(sequence_length: int, *, pad_id: int) -> dict[str, np.ndarray]:
-    """`arrays` of a row without tokens: nothing attended, nothing scored."""
-    return arrays(Row(np.zeros(0, np.int32), np.zeros((0, 3), np.int64)), sequence_length, pad_id=pad_id)
 
 
 def sequence_ids(document: np.ndarray, offset: np.ndarray, epoch: int) -> np.ndarray:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import queue
-import threading
+import itertools
+from collections import deque
 from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -13,37 +14,15 @@ T = TypeVar("T")
 def prefetch(batch_fn: Callable[[int], T], start_step: int = 0, size: int = 2) -> Generator[T, None, None]:
     """Yield batch_fn(start_step), batch_fn(start_step + 1), ... without end, up to `size` of them made in advance.
 
-    The thread starts with the first `next`. It ends when the iterator is closed (`close()`, or when it is garbage
-    collected), and when `batch_fn` raises: the consumer gets that exception at the step where it happened.
+    The thread starts with the first `next` and ends with the iterator: when it is closed or garbage collected, or when
+    `batch_fn` raises, which the consumer sees at the step where it happened.
     """
-    ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(max(size, 1))
-    closed = threading.Event()
-
-    def put(item: tuple[T | None, BaseException | None]) -> bool:
-        while not closed.is_set():
-            try:
-                ready.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-            return True
-        return False
-
-    def work() -> None:
-        step = start_step
-        try:
-            while put((batch_fn(step), None)):
-                step += 1
-        except BaseException as error:  # handed over, whatever it is
-            put((None, error))
-
-    thread = threading.Thread(target=work, name="prefetch", daemon=True)
-    thread.start()
+    pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
     try:
-        while True:
-            batch, error = ready.get()
-            if error is not None:
-                raise error
-            yield batch  # type: ignore[misc]
+        ahead = deque(pool.submit(batch_fn, start_step + i) for i in range(size + 1))
+        for step in itertools.count(start_step + size + 1):
+            batch = ahead.popleft().result()
+            ahead.append(pool.submit(batch_fn, step))
+            yield batch
     finally:
-        closed.set()
-        thread.join()
+        pool.shutdown(cancel_futures=True)

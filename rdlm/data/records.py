@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 from array_record.python import array_record_module
 
-from rdlm.config import InputError
+from rdlm.config import InputError, one_line
+from rdlm.data.manifest import PREPARE_AGAIN
 from rdlm.data.packing import Row
 
 _MASKED = 2**31
@@ -29,9 +30,8 @@ def token_dtype(vocab_size: int) -> str:
 
 def to_bytes(row: Row, dtype: str) -> bytes:
     """The record of a row."""
-    masked = row.scored is not None
-    header = np.uint32(len(row.chunks) | _MASKED * masked).astype("<u4")
-    tail = np.packbits(row.scored).tobytes() if row.scored is not None else b""
+    header = np.uint32(len(row.chunks) | (0 if row.scored is None else _MASKED)).astype("<u4")
+    tail = b"" if row.scored is None else np.packbits(row.scored).tobytes()
     return header.tobytes() + row.chunks.astype("<u4").tobytes() + row.tokens.astype(_on_disk(dtype)).tobytes() + tail
 
 
@@ -71,73 +71,65 @@ def write_rows(path: Path, rows: Iterable[Row], dtype: str) -> int:
 
 
 class RowFile:
-    """Random access to the rows of one file; safe to share between threads.
-
-    Raises:
-      InputError: the file is missing, is not an array_record file, or holds another number of rows than `count`.
-    """
+    """Random access to the rows of one file; safe to share between threads."""
 
     def __init__(self, path: Path, dtype: str, count: int) -> None:
+        """Open a file of `count` rows.
+
+        Raises:
+          InputError: it is missing, is not an array_record file, or holds another number of rows.
+        """
         self._path, self._dtype = path, dtype
-        if not path.is_file():
-            raise InputError(f"{path}: missing; delete {path.parent} and prepare the data again")
         try:
-            # No read-ahead and few buffers: shuffled rows are read one by one.
+            # No read-ahead and a small buffer: shuffled rows are read one by one.
             self._reader = array_record_module.ArrayRecordReader(
                 str(path), options="readahead_buffer_size:0,max_parallelism:0", file_reader_buffer_size=2**15
             )
             found = self._reader.num_records()
         except RuntimeError as error:
-            raise self._damaged(error) from error
+            raise self._damaged(one_line(error)) from error
         if found != count:
             raise self._damaged(f"{found} rows instead of {count}")
 
-    def read(self, indices: Sequence[int]) -> list[Row]:
-        """The rows with these numbers, in this order.
+    def __getitem__(self, index: int) -> Row:
+        """Row `index`.
 
         Raises:
-          InputError: the file is damaged there (every record carries a checksum).
+          InputError: the file is damaged there (every record has a checksum).
         """
         try:
-            records = self._reader.read([int(i) for i in indices])
+            [record] = self._reader.read([index])
         except RuntimeError as error:
-            raise self._damaged(error) from error
-        return [from_bytes(record, self._dtype) for record in records]
+            raise self._damaged(one_line(error)) from error
+        return from_bytes(record, self._dtype)
 
-    def _damaged(self, reason: object) -> InputError:
-        line = str(reason).splitlines()[0]
-        return InputError(f"{self._path}: damaged ({line}); delete {self._path.parent} and prepare the data again")
+    def _damaged(self, reason: str) -> InputError:
+        return InputError(f"{self._path}: damaged ({reason}); {PREPARE_AGAIN}")
 
 
 class RowFiles:
-    """Random access to rows that go on from file to file; files are opened when first needed, 256 at most at once."""
+    """Random access to the rows of several files, numbered from file to file.
+
+    Files are opened when first needed, 256 at most at once. (grain's `ArrayRecordDataSource` keeps every file open, and
+    its errors do not name the damaged one.)
+    """
 
     def __init__(self, files: Sequence[tuple[Path, int]], dtype: str) -> None:
         """`files`: each with its number of rows."""
         self._ends = list(itertools.accumulate(count for _, count in files))
         self._open = functools.lru_cache(256)(lambda i: RowFile(files[i][0], dtype, files[i][1]))
-        for path, _ in files:
-            if not path.is_file():
-                raise InputError(f"{path}: missing; delete {path.parent} and prepare the data again")
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    def read(self, indices: Sequence[int]) -> list[Row]:
-        """The rows with these numbers, in this order.
+    def __getitem__(self, index: int) -> Row:
+        """Row `index`.
 
         Raises:
-          InputError: a file is damaged there, or holds another number of rows than it should.
+          InputError: its file is damaged there, or holds another number of rows than it should.
         """
-        wanted: dict[int, list[int]] = {}
-        for place, index in enumerate(indices):
-            wanted.setdefault(bisect.bisect_right(self._ends, index), []).append(place)
-        rows: list[Row | None] = [None] * len(indices)
-        for i, places in wanted.items():
-            first = self._ends[i - 1] if i else 0
-            for place, row in zip(places, self._open(i).read([indices[p] - first for p in places]), strict=True):
-                rows[place] = row
-        return [row for row in rows if row is not None]
+        i = bisect.bisect_right(self._ends, index)
+        return self._open(i)[index - (self._ends[i - 1] if i else 0)]
 
 
 def _on_disk(dtype: str) -> np.dtype:

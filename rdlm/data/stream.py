@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 import grain
 import numpy as np
-from grain.experimental import WindowShuffleIterDataset, index_shuffle
+from grain.experimental import WindowShuffleIterDataset
 
 from rdlm.config import InputError
-from rdlm.data.loader import Batch, Example, PackedData, check_sources, my_rows, stack
+from rdlm.data.loader import Batch, Example, PackedData, check_sources, local_rows, shuffled, stack
 from rdlm.data.manifest import Manifest
-from rdlm.data.packing import Document, Row, mix
+from rdlm.data.packing import Document, Row
 from rdlm.data.prepare.documents import read_documents
 from rdlm.data.prepare.input_files import find_files
 from rdlm.data.prepare.parts import Part, Text, cut_files
@@ -81,7 +81,7 @@ class StreamedData:
             )
         self._sample, self._process, self._processes = sample, process_index, process_count
         self.batch_size, self.sequence_length = batch_size, manifest.recipe.sequence_length
-        self._count = len(my_rows(batch_size, process_index, process_count))
+        self._count = local_rows(batch_size, process_index, process_count)
         tokens = sum(file.bytes for file in files) / max(manifest.train.bytes, 1) * manifest.train.tokens
         self.steps_per_epoch = max(1, round(tokens / self.sequence_length / batch_size))
         """Estimated from the size of the files and the sample's tokens per byte."""
@@ -173,10 +173,7 @@ class _DocumentIterator(grain.DatasetIterator):
     def _fill(self) -> None:
         data, recipe = self._data, self._data.manifest.recipe
         epoch, i = divmod(self._part, len(data.mine))
-        order = int(mix(mix(np.uint64(data.seed)) ^ np.uint64(epoch)) >> np.uint64(32))
-        if len(data.mine) > 1:
-            i = index_shuffle(i, max_index=len(data.mine) - 1, seed=order, rounds=4)
-        number, part = data.mine[i]
+        number, part = data.mine[shuffled(i, len(data.mine), data.seed, epoch)]
         if self._texts is None:
             self._texts = read_documents(part, recipe.reading)
             self._at = 0

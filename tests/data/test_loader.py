@@ -180,7 +180,7 @@ def test_ids_beyond_uint16_are_stored_as_int32(tmp_path, tiny_folder):
     for dtype, largest in (("uint16", 2**16 - 1), ("int32", 2**16)):
         row = Row(np.array([0, largest], np.int32), np.array([[0, 0, 2]]))
         assert write_rows(tmp_path / dtype, [row], dtype) == 1
-        assert RowFile(tmp_path / dtype, dtype, 1).read([0])[0].tokens.tolist() == [0, largest]
+        assert RowFile(tmp_path / dtype, dtype, 1)[0].tokens.tolist() == [0, largest]
 
 
 # Errors

@@ -85,8 +85,8 @@ def test_every_row_of_every_source_is_seen_once_per_epoch_of_its_own(mix):
     for m, source in enumerate(mixture.sources):
         own = [place for owner, place in places if owner == m]
         assert own == list(range(len(own)))  # every source goes on without a gap
-        rows = [source.rows([place])[0].row.tokens.tobytes() for place in own[: source.len_rows]]
-        on_disk = [e.tobytes() for e in (source.rows([p])[0].row.tokens for p in range(source.len_rows))]
+        rows = [source.examples[place].row.tokens.tobytes() for place in own[: source.len_rows]]
+        on_disk = [source.examples[place].row.tokens.tobytes() for place in range(source.len_rows)]
         assert Counter(rows) == Counter(on_disk)
     step = 20_000 // mixture.batch_size
     counts = np.bincount([owner for owner, _ in places])

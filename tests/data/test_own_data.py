@@ -13,6 +13,7 @@ import rdlm
 from rdlm.config import PRESETS, DataConfig, InputError
 from rdlm.data import Document, PackedData, Reading, Recipe, StreamedData, best_fit, concatenate_and_split, open_data
 from rdlm.data.loader import Example, stack
+from rdlm.data.packing import EMPTY
 from rdlm.data.prepare import Corpus, build, cut_files, find_files, held_out
 from rdlm.tokenizer import Tokenizer
 from rdlm.train import Trainer
@@ -42,7 +43,7 @@ def test_the_loss_of_packed_rows_is_that_of_documents_alone():
     mean = jax.jit(lambda batch: rdlm.loss(params, model, batch, steps=(2, 2), key=jax.random.key(1)))
 
     def loss(rows):  # always of 12 rows, the last of padding: compiled once
-        batch = stack([Example(row, 0) for row in rows], 39, 0, fill=12)
+        batch = stack([Example(row, 0) for row in [*rows, *[EMPTY] * (12 - len(rows))]], 39, 0)
         return float(mean({name: jnp.asarray(value) for name, value in batch.items()}))
 
     try:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rdlm.data import IGNORED, Document, Row, best_fit, concatenate_and_split, document_start, sequence_ids
-from rdlm.data.packing import arrays, mix, pack, padding
+from rdlm.data.packing import EMPTY, arrays, mix, pack
 from rdlm.data.records import from_bytes, to_bytes
 
 PAD = 5
@@ -135,7 +135,7 @@ def test_sequence_ids_are_pinned():
 
 
 def test_a_padding_row_is_empty():
-    row = padding(6, pad_id=PAD)
+    row = arrays(EMPTY, 6, pad_id=PAD)
     assert row["tokens"].tolist() == [PAD] * 6
     assert row["labels"].tolist() == [IGNORED] * 6
     assert all(not row[name].any() for name in ("segment_ids", "positions", "sequence_ids"))

@@ -9,7 +9,7 @@ from rdlm.data import prefetch
 
 
 def threads():
-    return [t for t in threading.enumerate() if t.name == "prefetch" and t.is_alive()]
+    return [t for t in threading.enumerate() if t.name.startswith("prefetch") and t.is_alive()]
 
 
 def test_batches_come_in_order_from_the_step_asked_for():

@@ -23,7 +23,8 @@ module = importlib.import_module("rdlm.data.prepare.embedded")  # the package's 
 def rows_of(folder, split):
     manifest = read_manifest(folder)
     entry = manifest.split(split)
-    return RowFiles([(folder / s.file, s.rows) for s in entry.shards], manifest.token_dtype).read(range(entry.rows))
+    files = RowFiles([(folder / s.file, s.rows) for s in entry.shards], manifest.token_dtype)
+    return [files[i] for i in range(len(files))]
 
 
 def siblings(folder):
