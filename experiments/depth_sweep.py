@@ -16,7 +16,6 @@ runs/quickstart 11.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -74,7 +73,7 @@ def main() -> int:
     from rdlm.checkpoint import load_checkpoint, saved_steps
     from rdlm.evaluation.held_out import held_out  # JAX takes seconds to import
     from rdlm.perf.flops import forward_flops, sweep_flops
-    from rdlm.report import write_result, write_table
+    from rdlm.report import picture_line, plot_sweep, write_result, write_table
 
     data = held_out(args.run_dir, args.step, args.size)
     if data.length > read_max_length(args.run_dir):
@@ -93,13 +92,8 @@ def main() -> int:
     }  # fmt: skip
     print(f"numbers: {write_result(path, found, UNITS)}")
     print(f"table:   {write_table(path.with_suffix('.csv'), rows)}")
-    if importlib.util.find_spec("matplotlib") is None:
-        print("picture: none, matplotlib is not installed (pip install 'rdlm[plots]')")
-        return 0
-    from rdlm.report import plot_sweep
-
     title = f"{args.run_dir.resolve().name}, step {step}: {data.what}, {tokens:,} scored tokens"
-    print(f"picture: {plot_sweep(path.with_suffix('.png'), title, rows, quality(data))}")
+    print(picture_line(lambda: plot_sweep(path.with_suffix(".png"), title, rows, quality(data))))
     return 0
 
 

@@ -14,7 +14,6 @@ Exit codes: 0 done, 2 wrong input.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,7 +59,7 @@ def main() -> int:
         raise InputError("--saved: shows the depths that were evaluated; leave out --depths, or --saved")
     from rdlm.checkpoint import load_tokenizer, read_config, saved_steps
     from rdlm.evaluation.held_out import validation  # JAX takes seconds to import
-    from rdlm.report import CURVE, read_curve
+    from rdlm.report import CURVE, picture_line, plot_loss_by_depth, read_curve
 
     run, tokenizer = read_config(args.run_dir), load_tokenizer(args.run_dir, args.step)
     newest = saved_steps(args.run_dir)[-1]
@@ -78,7 +77,8 @@ def main() -> int:
         curve = evaluate(args, step, args.depths or run.evaluation.depths, data, tokenizer)
         write(args.run_dir, name, curve)
     show(f"{args.run_dir}, step {step}{', averaged weights' if args.ema else ''}", curve, args.batches, run)
-    picture(args.run_dir, name)
+    print(f"numbers: {args.run_dir / name}")
+    print(picture_line(lambda: plot_loss_by_depth(args.run_dir, name)))
     return 0
 
 
@@ -160,17 +160,6 @@ def show(what: str, curve: DepthCurve, batches: int | None, run: RunConfig) -> N
         )  # fmt: skip
         before = nats
     Console(highlight=False).print(table)
-
-
-def picture(run_dir: Path, name: str) -> None:
-    """Draw the curve if matplotlib is there, and say where everything is."""
-    from rdlm.report import plot_loss_by_depth
-
-    print(f"numbers: {run_dir / name}")
-    if importlib.util.find_spec("matplotlib") is None:
-        print("picture: none, matplotlib is not installed (pip install 'rdlm[plots]')")
-    else:
-        print(f"picture: {plot_loss_by_depth(run_dir, name)}")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ Prints tables; writes RUN/analysis/questions_NAME.json, .csv, .png and questions
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -290,12 +289,9 @@ def pictures(
     nothing: dict[str, float], new: dict[str, dict[str, list[np.ndarray]]] | None,
 ) -> None:  # fmt: skip
     """Draw what there is, if matplotlib is there."""
-    if importlib.util.find_spec("matplotlib") is None:
-        print("picture: none, matplotlib is not installed (pip install 'rdlm[plots]')")
-        return
     import numpy as np
 
-    from rdlm.report import plot_accuracy, plot_steps
+    from rdlm.report import picture_line, plot_accuracy, plot_steps
 
     labels = {"sum": "likelihood", "per_character": "likelihood per character", "greedy": "greedy"}
     ways = [name for name, value in rows[0].items() if isinstance(value, dict)]
@@ -303,13 +299,14 @@ def pictures(
         labels[w]: [(x[w]["accuracy"], x[w]["low"], x[w]["high"]) for x in rows[: len(depths)]] for w in ways
     }  # fmt: skip
     what = f"{title}: {len(questions)} questions of {base.stem.removeprefix('questions_')}"
-    print(f"picture: {plot_accuracy(base.with_suffix('.png'), what, depths, curves, nothing)}")
+    print(picture_line(lambda: plot_accuracy(base.with_suffix(".png"), what, depths, curves, nothing)))
     if new is not None:
         first = next(iter(new.values()))
         steps = {name: {way: np.concatenate(groups[name]) for way, groups in new.items()} for name in first}
         kept = dict(list(steps.items())[:9])  # more panels than that say less
         path = base.with_name(f"{base.stem}_steps.png")
-        print(f"picture: {plot_steps(path, f'{title}: recurrences of new tokens', kept, depths[-1])}")
+        heading = f"{title}: recurrences of new tokens"
+        print(picture_line(lambda: plot_steps(path, heading, kept, depths[-1])))
 
 
 if __name__ == "__main__":

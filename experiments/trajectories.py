@@ -6,7 +6,7 @@
 
 Captures the states of one text for 128 recurrences from several initial states and writes to RUN/analysis/trajectories/
 
-    paths          every token's path in its own principal components; fixed point, orbit, slider or unsettled
+    paths          every token's path in its own principal components; fixed point, orbit, drift or unsettled
     distance       distance to the limit (the deepest state) by recurrence, every token
     heatmap        the same over the text: which tokens need long
     independence   do different initial states lead to the same limit?
@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -132,6 +131,7 @@ class Writer:
 
     def __init__(self, args: Args, step: int, text: Text) -> None:
         """Nothing is written yet."""
+        from rdlm.report import can_draw
         from rdlm.runtime.progress import Progress
 
         self.folder = args.run_dir / "analysis" / "trajectories"
@@ -140,7 +140,7 @@ class Writer:
             "run": str(args.run_dir), "step": step, "text": text.what, "tokens": text.names,
             "recurrences": args.recurrences,
         }  # fmt: skip
-        self.draws = importlib.util.find_spec("matplotlib") is not None
+        self.draws = can_draw()
         self.progress, self.done = Progress(6), 0
 
     def start(self, what: str) -> None:
@@ -200,7 +200,7 @@ def paths(text: Text, states: np.ndarray, out: Writer) -> str:
         rows.append({"position": i, "token": name} | found._asdict() | {"settled_after": int(settled[i])} | share)
         note = f", period {found.period:.1f}" if found.kind == "orbit" else f", settled after {settled[i]}"
         panels.append({
-            "token": name, "position": i, "kind": found.kind, "note": note if found.kind != "slider" else "",
+            "token": name, "position": i, "kind": found.kind, "note": note if found.kind != "drift" else "",
             "coordinates": coordinates, "explained": explained,
         })  # fmt: skip
     counts = collections.Counter(row["kind"] for row in rows)

@@ -22,7 +22,6 @@ has not been run: experiments/README.md.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -217,6 +216,7 @@ def main() -> int:
 
     reuse_freed_memory()
     from experiments.studies.shared.comparison import S3, Trials, beside_earlier, compete, summary
+    from rdlm.report import can_draw
     from rdlm.report.results import write_result
 
     runs, results = check_comparison(args)
@@ -247,7 +247,7 @@ def main() -> int:
     }  # fmt: skip
     path = write_result(results / "baselines.json", {"methods": found}, units)
     print(f"numbers: {path}")
-    if importlib.util.find_spec("matplotlib"):
+    if can_draw():
         picture(path.with_suffix(".png"), found)
         print(f"picture: {path.with_suffix('.png')}")
     return 0

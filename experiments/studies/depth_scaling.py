@@ -22,13 +22,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from experiments.studies.shared.record import processor_seconds, rounded
 from experiments.studies.shared.training import check_seeds, small_run, train
 from rdlm.config import InputError, ModelConfig, RunConfig, differences
+from rdlm.report import can_draw
 from rdlm.report.results import command, commit, compact
 from rdlm.runtime import parse_arguments, run_command
 from rdlm.tasks import Addition, Expression, PointerChasing, Reachability, Task, WordProblem, batch
@@ -169,7 +169,7 @@ def main() -> int:
     print(f"{len(failed)} of {len(rows)} seeds below {LEARNT} on {first}: {failed}")
     path.write_text(compact(found | {"seeds": rows}))
     print(f"numbers: {path}")
-    if importlib.util.find_spec("matplotlib"):
+    if can_draw():
         picture(path.with_suffix(".png"), args.task, recipe, rows)
         print(f"picture: {path.with_suffix('.png')}")
     return 0

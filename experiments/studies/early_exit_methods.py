@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -415,6 +414,7 @@ def main() -> int:
 
     reuse_freed_memory()
     from experiments.studies.shared.comparison import S3, beside_earlier, compete, summary
+    from rdlm.report import can_draw
     from rdlm.report.results import write_result
 
     runs, results = check_comparison(args)
@@ -445,7 +445,7 @@ def main() -> int:
     path = write_result(results / "early_exit_methods.json", head | {"methods": found}, units)
     print(show(rows, found))
     print(f"numbers: {path}")
-    if importlib.util.find_spec("matplotlib"):
+    if can_draw():
         picture(path.with_suffix(".png"), found, protocol, model)
         print(f"picture: {path.with_suffix('.png')}")
     return 0

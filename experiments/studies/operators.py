@@ -23,7 +23,6 @@ experiments/README.md.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -239,6 +238,7 @@ def main() -> int:
 
     reuse_freed_memory()
     from experiments.studies.shared.comparison import S3, Trials, beside_earlier, compete, summary
+    from rdlm.report import can_draw
     from rdlm.report.results import write_result
 
     runs, results = check_comparison(args)
@@ -268,7 +268,7 @@ def main() -> int:
     head = {"learning_rate": RATE, "depths": protocol.depths}
     path = write_result(results / "operators.json", head | {"methods": found}, units)
     print(f"numbers: {path}")
-    if importlib.util.find_spec("matplotlib"):
+    if can_draw():
         picture(path.with_suffix(".png"), found, protocol.depths)
         print(f"picture: {path.with_suffix('.png')}")
     return 0

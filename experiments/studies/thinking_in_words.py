@@ -33,7 +33,6 @@ Numbers, and what has not been run: experiments/README.md.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -373,6 +372,7 @@ def main() -> int:
     reuse_freed_memory()
     from experiments.studies.shared.comparison import Trials, beside_earlier, compete, summary, training_flops
     from rdlm.perf import flops
+    from rdlm.report import can_draw
     from rdlm.report.results import write_result
 
     runs, results = check_comparison(args)
@@ -418,7 +418,7 @@ def main() -> int:
     }  # fmt: skip
     path = write_result(results / "thinking_in_words.json", {"methods": found}, units)
     print(f"numbers: {path}")
-    if importlib.util.find_spec("matplotlib"):
+    if can_draw():
         picture(path.with_suffix(".png"), found)
         print(f"picture: {path.with_suffix('.png')}")
     return 0

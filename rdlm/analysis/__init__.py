@@ -1,11 +1,11 @@
 """Understand a model: one file per question.
 
-capture        the states behind a text, after every recurrence and core layer
-paths          does a token come to rest, go round, or drift?
+capture        the states of a text after every recurrence and core layer
+paths          does a token's path reach a fixed point, an orbit, or does it drift?
 independence   do different initial states lead to the same limit?
-contraction    what does a recurrence do to small differences?
-lens           what would it have said after i recurrences?
-vitals         what goes wrong in the latent states while a run trains
+contraction    does a recurrence shrink small differences?
+lens           what does the model predict after each recurrence?
+vitals         is the recurrence healthy during training?
 """
 
 from rdlm.analysis.capture import Captured, Recurrence, capture, recurrence_of

@@ -1,4 +1,4 @@
-"""The states behind a text: after every recurrence and, on request, after every core layer within each."""
+"""The latent states of a text after every recurrence and, on request, after every core layer."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from rdlm.recurrence import trajectory
 class Recurrence(NamedTuple):
     """A model as functions of its latent state alone, with the text closed over.
 
-    s0: [B, L, D]. step(s, i) -> next state: one recurrence, i int32 from 0. layers(s, i) -> [C, B, L, D], what each of
-    the C core layers makes within it, the last of which is the next state. read(s) -> logits f32 [B, L, V].
+    s0: [B, L, D]. step(s, i) -> next state: one recurrence, i int32 from 0. layers(s, i) -> [C, B, L, D]: the outputs
+    of the C core layers; the last is the next state. read(s) -> logits f32 [B, L, V].
     """
 
     s0: Array
@@ -87,13 +87,13 @@ def _capture(params: Params, config: ModelConfig, tokens: Array, r: int, layers:
 def capture(
     params: Params, config: ModelConfig, tokens: ArrayLike, r: int, *, layers: bool = False, **given: Any
 ) -> Captured:
-    """Every state of `tokens` int [B, L] up to r recurrences, in one compiled program of static shapes.
+    """Every state of `tokens` int [B, L] up to r recurrences.
 
     Args:
       params, config: the model.
       tokens: int [B, L].
       r: recurrences, at least 1.
-      layers: also keep what every core layer makes: r * core_layers times as much.
+      layers: also keep the output of every core layer; takes core_layers times more memory.
       given: state, key, segment_ids, positions, as in `rdlm.forward`.
 
     Raises:

@@ -36,8 +36,8 @@ def from_starts(
 def spread(states: Float[Array | np.ndarray, "depths N L D"]) -> Float64[np.ndarray, "depths L"]:
     """Mean distance between all pairs of N states, over that of the starts.
 
-    1 at r = 0; what remains at the end of the path is the share of the start that the limit remembers. Distances are
-    relative to the mean length of the states at r = 1 and beyond, and of the starts at r = 0.
+    1 at r = 0. The value at the end is the share of the initial difference that the limit keeps. Distances at each r
+    are relative to the mean length of the states there.
     """
     states = np.asarray(states, np.float64)
     N = states.shape[1]

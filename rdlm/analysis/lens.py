@@ -1,4 +1,4 @@
-"""Logit lens: what would the model have said after i recurrences?"""
+"""Logit lens: what does the model predict after each recurrence?"""
 
 from __future__ import annotations
 

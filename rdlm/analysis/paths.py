@@ -1,17 +1,18 @@
-"""A token's path through latent space: does it come to rest, go round, or drift? NumPy on captured states.
+"""How a token's path through latent space ends: at a fixed point, in an orbit, or drifting. NumPy on captured states.
 
-Classes, by what the second half of the path (the tail) does, in this order; `Classified` holds the numbers behind each:
+`classify` tests the second half of a path (the tail) for these kinds, in this order:
 
-  fixed point  it rests: the tail's points are within SETTLED of their mean, relative to the state's length; or it is
-               coming to rest: its steps shrink, the mean one of the last quarter of the path being below SHRINKS of
-               that of the quarter before
-  slider       it drifts: a straight line at constant speed explains at least STRAIGHT of the tail's variance
-  orbit        it goes round: with the drift taken out, the tail comes back to where it was p recurrences before, to
-               within RETURNS of its variance, having been away in between; p is the period
+  fixed point  the tail stays within SETTLED of its mean, relative to the length of the state; or its steps still
+               shrink: their mean over the last quarter of the path is below SHRINKS of that over the quarter before
+  drift        a straight line at constant speed explains at least STRAIGHT of the tail's variance (a "slider" in
+               arXiv 2502.05171)
+  orbit        without its drift, the tail returns to where it was p recurrences earlier, to within RETURNS of its
+               variance, after having moved away; p is the period
   unsettled    none of these
 
-A period is found when the tail holds two turns, so a path of 128 recurrences shows periods from 2 to 32. It need not be
-a whole number, but a turn of less than five recurrences comes back closely only after several: 3.5 is found as 7.
+A period is found if the tail holds two turns, so a path of 128 recurrences shows periods from 2 to 32. A period need
+not be a whole number, but a turn of fewer than five recurrences returns closely only after several turns: 3.5 is
+reported as 7.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ SHRINKS = 0.8
 STRAIGHT = 0.5
 RETURNS = 0.2
 SHORTEST = 16
-"""Fewest recurrences of a path that can be classified."""
+"""Minimum number of recurrences of a path that can be classified."""
 
-Kind = Literal["fixed point", "orbit", "slider", "unsettled"]
-KINDS: tuple[Kind, ...] = ("fixed point", "orbit", "slider", "unsettled")
+Kind = Literal["fixed point", "orbit", "drift", "unsettled"]
+KINDS: tuple[Kind, ...] = ("fixed point", "orbit", "drift", "unsettled")
 
 
 class Classified(NamedTuple):
@@ -40,9 +41,8 @@ class Classified(NamedTuple):
     spread: root mean square distance of the tail's points to their mean, over the mean length of the state. shrink:
     mean step of the path's last quarter over that of the quarter before. straight: share of the tail's variance that a
     drift at constant speed explains. returns, period: mean squared distance between points of the drift-free tail that
-    are a period apart, over twice its variance (0: the same place; 1: unrelated), and that period in recurrences; None
-    where the tail never comes back. rate: factor per recurrence by which the distance to the end
-    point falls while it falls (fit of its logarithm), None where it does not.
+    are one period apart, over twice its variance (0: the same place; 1: unrelated), and that period in recurrences;
+    None where the tail never returns. rate: see `rate`.
     """
 
     kind: Kind
@@ -55,7 +55,7 @@ class Classified(NamedTuple):
 
 
 def distances(states: Float[np.ndarray, "depths *tokens D"]) -> Float64[np.ndarray, "depths *tokens"]:
-    """||s_i - s_R|| / ||s_R||. The last one is 0 by definition."""
+    """||s_i - s_R|| / ||s_R||; the last is 0 by definition."""
     states = np.asarray(states, np.float64)
     return np.linalg.norm(states - states[-1], axis=-1) / np.maximum(np.linalg.norm(states[-1], axis=-1), 1e-30)
 
@@ -68,11 +68,11 @@ def settled_after(distance: Float[np.ndarray, "depths *tokens"], within: float =
 
 
 def rate(distance: Float[np.ndarray, "depths"]) -> float | None:
-    """Factor per recurrence of a distance that falls geometrically, by a fit of its logarithm, or None.
+    """Factor per recurrence by which a distance falls, from a fit of its logarithm; None if it does not fall.
 
-    Fitted between a tenth of the distance at r = 1 (before, a path may wait for others) and 1e-5, where rounding in f32
-    begins, and never past the middle of the path, whose end is the limit it is measured from. A distance that does not
-    fall to a tenth by then is fitted as a whole.
+    The fit starts where the distance is a tenth of that at r = 1, because a token may depend on others that settle
+    first. It ends at 1e-5, where f32 rounding begins, or at the middle of the path, because the end of the path is the
+    limit from which distances are measured. A distance that never falls to a tenth is fitted from r = 1.
     """
     distance = np.asarray(distance, np.float64)
     reach = distance[1 : len(distance) // 2 + 1]
@@ -132,14 +132,14 @@ def classify(path: Float[np.ndarray, "depths D"]) -> Classified:
     if spread < SETTLED or shrink < SHRINKS:
         kind = "fixed point"
     elif straight >= STRAIGHT:
-        kind = "slider"
+        kind = "drift"
     elif period is not None:
         kind = "orbit"
     return Classified(kind, spread, shrink, straight, returns, period, rate(distances(path)))
 
 
 def _period(lag: np.ndarray) -> tuple[float | None, float | None]:
-    """(period, D there): the first return below RETURNS after having been away; the minimum's place by a parabola."""
+    """(period, D there) of the first return below RETURNS; a parabola through three lags gives fractional periods."""
     for p in range(2, len(lag) - 1):
         left, here, right = lag[p - 1 : p + 2]
         if here < min(RETURNS, left) and here <= right and lag[1:p].max() > 2 * here:

@@ -1,4 +1,4 @@
-"""The picture of a run: loss against depth, with the depths of training behind it."""
+"""The figure of a run: loss against depth, with the distribution of depths in training behind it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -16,6 +16,9 @@ from rdlm.config import InputError, RunConfig
 from rdlm.perf import flops
 from rdlm.recurrence import sample_steps
 from rdlm.report.figures import BLUE, GREY, new_figure, save_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 CURVE = "loss_by_depth.json"
 _DRAWS = 40_000
@@ -34,7 +37,7 @@ def read_curve(run_folder: str | Path, name: str = CURVE) -> dict[int, float]:
         curve = {int(r): float(nats) for r, nats in tree.items()}
     except FileNotFoundError as error:
         raise InputError(
-            f"{path}: missing; training writes it at its end, `python experiments/evaluate.py {run_folder}` at any time"
+            f"{path}: missing; training writes it at its end, and evaluating the run writes it at any time"
         ) from error
     except (OSError, AttributeError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not a loss by depth ({error}); evaluate the run again") from error
@@ -46,9 +49,9 @@ def read_curve(run_folder: str | Path, name: str = CURVE) -> dict[int, float]:
 
 
 def depth_distribution(run: RunConfig) -> np.ndarray:
-    """Share of training steps with r = n + k recurrences, float64 [most + 1] indexed by r. Deterministic.
+    """Share of training steps with r = n + k recurrences, float64 [max r + 1], indexed by r.
 
-    Sampled from `sample_steps`; with a depth curriculum, what it ends with.
+    Sampled from `sample_steps` with a fixed key. With a depth curriculum: the distribution at its end.
     """
     draw = functools.partial(
         sample_steps,
@@ -61,14 +64,14 @@ def depth_distribution(run: RunConfig) -> np.ndarray:
 
 
 def plot_loss_by_depth(run_folder: str | Path, name: str = CURVE) -> Path:
-    """Draw loss_by_depth.png from loss_by_depth.json: loss against r, with the training distribution of r behind it.
+    """Draw loss against r from loss_by_depth.json, with the training distribution of r behind it.
 
     Args:
       run_folder: holds config.json and the curve.
-      name: file of the curve in it; the picture has the same name with the ending .png.
+      name: file of the curve; the figure gets the same name with the ending .png.
 
     Returns:
-      Path of the picture.
+      Path of the figure.
 
     Raises:
       InputError: matplotlib is missing, not a run folder, no curve there, or the folder cannot be written.
@@ -78,7 +81,7 @@ def plot_loss_by_depth(run_folder: str | Path, name: str = CURVE) -> Path:
     run, curve = read_config(folder), read_curve(folder, name)
     losses = figure.add_subplot()
     share = losses.twinx()
-    losses.set_zorder(share.get_zorder() + 1)  # the line in front of the bars, though the bars' axis was made later
+    losses.set_zorder(share.get_zorder() + 1)  # draw the line in front of the bars
     losses.patch.set_visible(False)
     distribution = depth_distribution(run)
     _draw_distribution(share, distribution)
@@ -90,16 +93,16 @@ def plot_loss_by_depth(run_folder: str | Path, name: str = CURVE) -> Path:
     return save_figure(figure, (folder / name).with_suffix(".png"), dpi=150)
 
 
-def _draw_curve(axes: Any, curve: dict[int, float]) -> None:
+def _draw_curve(axes: Axes, curve: dict[int, float]) -> None:
     depths, nats = list(curve), list(curve.values())
     axes.plot(depths, nats, color=_LINE, marker="o", linewidth=2, markersize=6, label="validation loss")
     low, high = min(nats), max(nats)
-    room = max(high - low, 0.01 * abs(high), 1e-3)
-    axes.set_ylim(low - 0.12 * room, high + 0.25 * room)  # room above for the numbers and the legend
+    span = max(high - low, 0.01 * abs(high), 1e-3)
+    axes.set_ylim(low - 0.12 * span, high + 0.25 * span)  # space above for the numbers and the legend
     if len(depths) <= 10:
-        digits = 3 if room < 10 else 1
+        digits = 3 if span < 10 else 1
         for r, x in curve.items():
-            # To the upper right: a falling line leaves that side free.
+            # A falling line leaves the upper right free.
             axes.annotate(
                 f"{x:.{digits}f}", (r, x), xytext=(3, 7), textcoords="offset points", fontsize=9.5, color=_LINE
             )
@@ -108,24 +111,28 @@ def _draw_curve(axes: Any, curve: dict[int, float]) -> None:
     axes.grid(axis="y", color="#DDDDDD", linewidth=0.7)
 
 
-def _draw_distribution(axes: Any, distribution: np.ndarray) -> None:
+def _draw_distribution(axes: Axes, distribution: np.ndarray) -> None:
     r = np.arange(1, len(distribution))
     mean = float(distribution @ np.arange(len(distribution)))
     axes.bar(
-        r, 100 * distribution[1:], width=0.9, color=_BARS, linewidth=0,
+        r,
+        100 * distribution[1:],
+        width=0.9,
+        color=_BARS,
+        linewidth=0,
         label=f"training steps (mean r = {mean:.1f})",
-    )  # fmt: skip
-    axes.set_ylim(0, min(200 * distribution.max(), 118))  # the bars keep to the lower half
+    )
+    axes.set_ylim(0, min(200 * distribution.max(), 118))  # keep the bars in the lower half
     axes.set_ylabel("share of training steps (%)", color=_BAR_TEXT)
     axes.tick_params(axis="y", colors=_BAR_TEXT)
 
 
-def _draw_depth_axis(axes: Any, curve: dict[int, float], distribution: np.ndarray) -> None:
+def _draw_depth_axis(axes: Axes, curve: dict[int, float], distribution: np.ndarray) -> None:
     reach = int(np.searchsorted(np.cumsum(distribution), 0.999))
-    least, most = min(*curve, 1), max(*curve, reach)
+    low, high = min(*curve, 1), max(*curve, reach)
     axes.set_xscale("log", base=2)
-    axes.set_xlim(least / 2**0.95, most * 2**0.6)
-    ticks = sorted({2**i for i in range(math.floor(math.log2(most)) + 1)} | (set(curve) if len(curve) <= 10 else set()))
+    axes.set_xlim(low / 2**0.95, high * 2**0.6)
+    ticks = sorted({2**i for i in range(math.floor(math.log2(high)) + 1)} | (set(curve) if len(curve) <= 10 else set()))
     axes.set_xticks(ticks, [str(t) for t in ticks])
     axes.minorticks_off()
     axes.set_xlabel("recurrences r of the core (log scale)")

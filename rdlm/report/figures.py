@@ -1,24 +1,28 @@
-"""What all pictures share: figures without a display, colours, token names, and files that appear whole."""
+"""What all figures share: colours, a log axis of recurrences, token labels, and saving. Needs no display."""
 
 from __future__ import annotations
 
 import importlib.util
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rdlm.config import InputError
 from rdlm.runtime import write_output
 
-# Okabe and Ito's palette: told apart with every kind of colour vision.
-BLACK, BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, YELLOW = (
-    "#000000", "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442",
-)  # fmt: skip
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette, which stays distinct under every kind of colour blindness.
+BLACK, BLUE, ORANGE, GREEN = "#000000", "#0072B2", "#E69F00", "#009E73"
+VERMILION, PURPLE, SKY, YELLOW = "#D55E00", "#CC79A7", "#56B4E9", "#F0E442"
 GREY, GRID = "#555555", "#DDDDDD"
 COLOURS = "viridis"
-"""Map of all continuous colours: even in lightness, so it reads in grey as well."""
+"""Colour map of all continuous values: even in lightness, so it also reads in grey."""
+NO_MATPLOTLIB = "none, matplotlib is not installed (pip install 'rdlm[plots]')"
 
 
 def can_draw() -> bool:
@@ -26,8 +30,17 @@ def can_draw() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def new_figure(width: float, height: float) -> Any:
-    """An empty matplotlib figure of so many inches.
+def picture_line(draw: Callable[[], Path]) -> str:
+    """A line for a command to print: where `draw` put its picture, or why there is none.
+
+    Raises:
+      InputError: the picture cannot be written.
+    """
+    return f"picture: {draw() if can_draw() else NO_MATPLOTLIB}"
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches.
 
     Raises:
       InputError: matplotlib is missing.
@@ -41,7 +54,7 @@ def new_figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def save_figure(figure: Any, path: Path, dpi: int = 120) -> Path:
+def save_figure(figure: Figure, path: Path, dpi: int = 120) -> Path:
     """Write `figure` to `path` as PNG, atomically.
 
     Raises:
@@ -49,24 +62,23 @@ def save_figure(figure: Any, path: Path, dpi: int = 120) -> Path:
     """
     content = io.BytesIO()
     with warnings.catch_warnings():
-        # A script that the font lacks shows as boxes; nothing the reader can do about it here.
+        # Characters that the font lacks show as boxes; the reader cannot change that here.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure.savefig(content, format="png", dpi=dpi)
     return write_output(path, content.getvalue())
 
 
-def depth_axis(axes: Any, depths: Sequence[int], label: str = "recurrences r (log scale)") -> None:
-    """A log axis of recurrences with a tick at every one of the `depths`, or at powers of two when they are many."""
-    most = max(depths)
-    ticks = list(depths) if len(depths) <= 10 else [2**i for i in range(most.bit_length())]
+def depth_axis(axes: Axes, depths: Sequence[int], label: str = "recurrences r (log scale)") -> None:
+    """A log axis of recurrences, with a tick at each of `depths` or, if there are more than ten, at powers of two."""
+    ticks = list(depths) if len(depths) <= 10 else [2**i for i in range(max(depths).bit_length())]
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [str(t) for t in ticks])
     axes.minorticks_off()
     axes.set_xlabel(label)
 
 
-def shown(piece: str, most: int = 12) -> str:
-    """A token's text as a label: white space made visible, long ones cut."""
+def shown(piece: str, max_length: int = 12) -> str:
+    """A token's text as a label: white space is made visible, and long texts are cut."""
     text = piece.replace(" ", "·").replace("\n", "↵").replace("\t", "→").replace("\r", "↵") or "∅"
     text = "".join(c if c.isprintable() else "□" for c in text)
-    return text if len(text) <= most else text[: most - 1] + "…"
+    return text if len(text) <= max_length else text[: max_length - 1] + "…"

@@ -1,4 +1,4 @@
-"""Pictures of answers: accuracy against depth, recurrences by category."""
+"""Figures of answers: accuracy against depth, and recurrences by category."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from rdlm.report.figures import BLUE, GREEN, GREY, GRID, PURPLE, VERMILION, depth_axis, new_figure, save_figure
 
 _COLOURS = (BLUE, VERMILION, GREEN, PURPLE)
-_STYLES = ("-", "--", "-.", ":")  # lines differ in grey as well
+_STYLES = ("-", "--", "-.", ":")  # so that lines also differ in grey
 
 
 def plot_accuracy(
@@ -20,11 +20,11 @@ def plot_accuracy(
     curves: Mapping[str, Sequence[tuple[float, float, float]]],
     baselines: Mapping[str, float],
 ) -> Path:
-    """Accuracy against depth with its interval, baselines as thin lines.
+    """Accuracy against depth with its interval; baselines are thin lines.
 
     Args:
       path: the PNG.
-      title: what it says on top.
+      title: heading of the figure.
       depths: recurrences r.
       curves: label: (accuracy, low, high) per depth, as shares.
       baselines: label: share.
@@ -44,9 +44,16 @@ def plot_accuracy(
     for share, those in names.items():
         axes.axhline(share, color=GREY, linewidth=0.8, linestyle=(0, (1, 2)))
         axes.annotate(
-            f"{' = '.join(those)} {share:.1f}", (1, share), xycoords=("axes fraction", "data"), xytext=(4, 0),
-            textcoords="offset points", va="center", fontsize=8.5, color=GREY, annotation_clip=False,
-        )  # fmt: skip
+            f"{' = '.join(those)} {share:.1f}",
+            (1, share),
+            xycoords=("axes fraction", "data"),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8.5,
+            color=GREY,
+            annotation_clip=False,
+        )
     depth_axis(axes, depths)
     axes.set_ylabel("right answers (%), band: 95 % interval")
     axes.grid(axis="y", color=GRID, linewidth=0.7)
@@ -55,14 +62,14 @@ def plot_accuracy(
     return save_figure(figure, path)
 
 
-def plot_steps(path: Path, title: str, steps: Mapping[str, Mapping[str, np.ndarray]], most: int) -> Path:
-    """A histogram of recurrences per category, one outline per way of starting, means in the legends.
+def plot_steps(path: Path, title: str, steps: Mapping[str, Mapping[str, np.ndarray]], max_steps: int) -> Path:
+    """A histogram of recurrences per category, one outline per kind of start, with means in the legends.
 
     Args:
       path: the PNG.
-      title: what it says on top.
-      steps: category: {way: recurrences of all its tokens}.
-      most: largest number of recurrences.
+      title: heading of the figure.
+      steps: category: {kind of start: recurrences of all its tokens}.
+      max_steps: the limit on recurrences.
 
     Raises:
       InputError: matplotlib is missing, or the file cannot be written.
@@ -72,7 +79,7 @@ def plot_steps(path: Path, title: str, steps: Mapping[str, Mapping[str, np.ndarr
     figure = new_figure(4.2 * columns, 2.6 * lines + 0.8)
     panels = figure.subplots(lines, columns, sharex=True, squeeze=False)
     deepest = max(int(x.max(initial=1)) for ways in steps.values() for x in ways.values())
-    bins = np.arange(0.5, min(most, deepest) + 1)
+    bins = np.arange(0.5, min(max_steps, deepest) + 1)
     for panel, (category, ways) in zip(panels.flat, steps.items(), strict=False):
         for (way, values), colour, style in zip(ways.items(), _COLOURS, _STYLES, strict=False):
             share = 100 * np.histogram(values, bins)[0] / max(values.size, 1)

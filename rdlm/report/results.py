@@ -1,4 +1,4 @@
-"""Results as files that say what made them: JSON with command, commit and units, and tables as CSV."""
+"""Result files that say what made them: JSON with command, commit and units, and tables as CSV."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rdlm.runtime import write_output
 
 
 def write_result(path: Path, found: Mapping[str, Any], units: Mapping[str, str]) -> Path:
-    """Write `found` to `path` with `command`, `commit` (where known) and `units`, whole or not at all.
+    """Write `found` to `path` with `command`, `commit` (where known) and `units`, atomically.
 
     Numbers that are not finite become null. Lists of numbers stay on one line.
 
@@ -50,20 +50,20 @@ def compact(tree: Any) -> str:
 
 
 def command() -> str:
-    """This command line, without --runs and --results: where one machine keeps things says nothing about a result."""
+    """This command line, without --runs and --results: the folders of one machine say nothing about a result."""
     script = Path(sys.argv[0])
     words = " ".join(["python", f"{script.parent.name}/{script.name}", *sys.argv[1:]])
     return re.sub(r" --(runs|results)[ =]\S+", "", words)
 
 
 def commit() -> str:
-    """The commit of the code that runs."""
+    """Commit of the running code."""
     done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
 
 
 def _plain(tree: Any) -> Any:
-    """Dicts, lists and Python numbers only, of six digits."""
+    """Dicts, lists and Python numbers only, rounded to six digits."""
     if hasattr(tree, "tolist"):
         tree = tree.tolist()
     if isinstance(tree, Mapping):

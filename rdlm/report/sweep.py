@@ -1,11 +1,11 @@
-"""The picture of a depth sweep: quality against effort, fixed depth and every exit rule."""
+"""The figure of a depth sweep: quality against cost, at fixed depths and with every exit rule."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rdlm.report.figures import (
     BLACK,
@@ -23,19 +23,26 @@ from rdlm.report.figures import (
     save_figure,
 )
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Row = Mapping[str, Any]
 FIXED = "fixed depth"
 _STYLES = {
-    "kl": (BLUE, "o"), "gated_kl": (SKY, "s"), "min_p_kl": (PURPLE, "D"), "entropy_diff": (ORANGE, "v"),
-    "latent_diff": (GREEN, "^"), "cosine": (YELLOW, "P"), "argmax_stability": (VERMILION, "X"),
-}  # fmt: skip
-
-
+    "kl": (BLUE, "o"),
+    "gated_kl": (SKY, "s"),
+    "min_p_kl": (PURPLE, "D"),
+    "entropy_diff": (ORANGE, "v"),
+    "latent_diff": (GREEN, "^"),
+    "cosine": (YELLOW, "P"),
+    "argmax_stability": (VERMILION, "X"),
+}
 _LINEAR = {"nats": 1e-3, "accuracy": 0.1}
 """Differences, in nats or percentage points, below which the lower panels are linear."""
 
 
 def on_front(quality: Sequence[float], effort: Sequence[float]) -> list[bool]:
-    """Which points no other point beats: none has at least its quality for less effort, or more for no more."""
+    """Which points are Pareto optimal: no other has at least the quality for less effort, or more for the same."""
 
     def beaten(i: int) -> bool:
         return any(
@@ -46,14 +53,14 @@ def on_front(quality: Sequence[float], effort: Sequence[float]) -> list[bool]:
     return [not beaten(i) for i in range(len(quality))]
 
 
-def plot_sweep(path: Path, title: str, rows: Sequence[Mapping[str, Any]], quality: str) -> Path:
-    """Draw quality against mean iterations and against FLOPs per token: whole range above, the end of it below.
+def plot_sweep(path: Path, title: str, rows: Sequence[Row], quality: str) -> Path:
+    """Quality against mean recurrences and against FLOPs per token: the whole range above, differences below.
 
     Args:
-      path: of the picture.
-      title: above it.
-      rows: with rule, iterations, flops_per_token, `quality`, and pareto (whether no other row beats it at its FLOPs);
-        those of FIXED by increasing depth.
+      path: the PNG.
+      title: heading of the figure.
+      rows: with rule, iterations (mean recurrences), flops_per_token, `quality` and pareto (see `on_front`); those of
+        FIXED by increasing depth.
       quality: "nats" or "accuracy".
 
     Raises:
@@ -66,7 +73,7 @@ def plot_sweep(path: Path, title: str, rows: Sequence[Mapping[str, Any]], qualit
     deepest = scale * fixed[-1][quality]
     for column, x in enumerate(("iterations", "flops_per_token")):
         for axes, base in ((grid[0, column], 0.0), (grid[1, column], deepest)):
-            _draw(axes, rows, x, lambda row, base=base: scale * row[quality] - base)
+            _draw(axes, rows, x, [scale * row[quality] - base for row in rows])
             axes.grid(color=GRID, linewidth=0.7)
             axes.set_axisbelow(True)
             axes.tick_params(colors=GREY)
@@ -77,7 +84,7 @@ def plot_sweep(path: Path, title: str, rows: Sequence[Mapping[str, Any]], qualit
     for axes in grid[:, 1]:
         _flops_axis(axes, [row["flops_per_token"] for row in rows])
     grid[1, 0].set_xlabel("mean recurrences per token (log scale)")
-    grid[1, 1].set_xlabel("forward MFLOP per token, looks of the rule included (log scale)")
+    grid[1, 1].set_xlabel("forward MFLOP per token, checks of the rule included (log scale)")
     grid[0, 0].set_ylabel(name)
     unit, linear = ("nats", _LINEAR["nats"]) if quality == "nats" else ("percentage points", _LINEAR["accuracy"])
     grid[1, 0].set_ylabel(f"difference from r = {depths[-1]}\n({unit}, log scale beyond ±{linear:g})")
@@ -87,28 +94,21 @@ def plot_sweep(path: Path, title: str, rows: Sequence[Mapping[str, Any]], qualit
     return save_figure(figure, path)
 
 
-def _draw(axes: Any, rows: Sequence[Mapping[str, Any]], x: str, y: Any) -> None:
+def _draw(axes: Axes, rows: Sequence[Row], x: str, y: Sequence[float]) -> None:
+    """A line per rule over row[x], with a marker per row that is filled where the row is Pareto optimal."""
     for rule in dict.fromkeys(row["rule"] for row in rows):
-        mine = sorted((row for row in rows if row["rule"] == rule), key=lambda row: row[x])
-        colour, marker = _STYLES.get(rule, (BLACK, "."))
-        wide = rule == FIXED
-        axes.plot(
-            [row[x] for row in mine], [y(row) for row in mine],
-            color=colour, linewidth=2 if wide else 1, alpha=1 if wide else 0.6, zorder=2,
-        )  # fmt: skip
-        for row in mine:
-            axes.plot(
-                row[x], y(row), linestyle="", marker="o" if wide else marker, markersize=7, zorder=3,
-                markeredgecolor=BLACK if rule == "cosine" else colour, markeredgewidth=1,
-                markerfacecolor=colour if row["pareto"] else "white",
-            )  # fmt: skip
-        axes.plot(
-            [], [], color=colour, marker="o" if wide else marker, label=rule,
-            markeredgecolor=BLACK if rule == "cosine" else colour,
-        )  # fmt: skip
+        points = sorted((row[x], at, row["pareto"]) for row, at in zip(rows, y, strict=True) if row["rule"] == rule)
+        colour, marker = (BLACK, "o") if rule == FIXED else _STYLES.get(rule, (BLACK, "."))
+        width, alpha = (2, 1) if rule == FIXED else (1, 0.6)
+        axes.plot([p[0] for p in points], [p[1] for p in points], color=colour, linewidth=width, alpha=alpha, zorder=2)
+        edge = BLACK if rule == "cosine" else colour  # its yellow is too light for an edge
+        style: dict[str, Any] = {"marker": marker, "markersize": 7, "markeredgecolor": edge, "markeredgewidth": 1}
+        for at_x, at_y, best in points:
+            axes.plot(at_x, at_y, linestyle="", markerfacecolor=colour if best else "white", zorder=3, **style)
+        axes.plot([], [], color=colour, label=rule, **style)
 
 
-def _flops_axis(axes: Any, flops: Sequence[float]) -> None:
+def _flops_axis(axes: Axes, flops: Sequence[float]) -> None:
     """A log axis with ticks at 1, 2, 5, 10, ... MFLOP."""
     axes.set_xscale("log")
     low, high = math.floor(math.log10(min(flops))), math.ceil(math.log10(max(flops)))
@@ -118,8 +118,8 @@ def _flops_axis(axes: Any, flops: Sequence[float]) -> None:
     axes.minorticks_off()
 
 
-def _near_the_end(axes: Any, differences: Sequence[float], quality: str) -> None:
-    """A scale that shows thousandths and whole units alike."""
+def _near_the_end(axes: Axes, differences: Sequence[float], quality: str) -> None:
+    """A symmetric log scale, so that both thousandths and whole units can be read."""
     linear = _LINEAR[quality]
     axes.set_yscale("symlog", linthresh=linear, linscale=0.5)
     low, high = min(*differences, -linear), max(*differences, linear)

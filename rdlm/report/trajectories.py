@@ -1,4 +1,4 @@
-"""Pictures of latent trajectories: paths, distances, convergence over a text, starts, contraction, logit lens."""
+"""Figures of latent states: paths, distances, convergence over a text, starts, contraction, logit lens."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from rdlm.report.figures import (
     shown,
 )
 
-_ROW = 36  # most tokens beside each other in a heat map
-_FLOOR = 1e-7  # distances below are f32 rounding
+_ROW = 36  # maximum tokens per line of a heat map
+_FLOOR = 1e-7  # smaller distances are f32 rounding
 
 
 def plot_paths(path: Path, title: str, panels: Sequence[Mapping[str, Any]]) -> Path:
@@ -37,7 +37,7 @@ def plot_paths(path: Path, title: str, panels: Sequence[Mapping[str, Any]]) -> P
     columns = min(4, len(panels))
     height = math.ceil(len(panels) / columns)
     figure = new_figure(3.1 * columns + 0.9, 2.9 * height + 0.8)
-    from matplotlib.colors import LogNorm
+    from matplotlib.colors import LogNorm  # here and below: only where one is drawn
 
     grid = figure.subplots(height, columns, squeeze=False)
     most = max(len(panel["coordinates"]) for panel in panels)
@@ -52,9 +52,10 @@ def plot_paths(path: Path, title: str, panels: Sequence[Mapping[str, Any]]) -> P
         axes.plot(x[0], y[0], marker="s", color=BLACK, markersize=6, linestyle="", fillstyle="none", label="r = 1")
         axes.plot(x[-1], y[-1], marker="x", color=VERMILION, markersize=7, linestyle="", label=f"r = {len(x)}")
         axes.set_title(
-            f"{shown(panel['token'])}  at {panel['position']}\n{panel['kind']}{panel['note']}", fontsize=9,
+            f"{shown(panel['token'])}  at {panel['position']}\n{panel['kind']}{panel['note']}",
+            fontsize=9,
             parse_math=False,
-        )  # fmt: skip
+        )
         share = [f"{100 * s:.0f} %" for s in panel["explained"][:2]]
         axes.set_xlabel(f"component 1 ({share[0]})", fontsize=8)
         axes.set_ylabel(f"component 2 ({share[1]})", fontsize=8)
@@ -70,7 +71,7 @@ def plot_paths(path: Path, title: str, panels: Sequence[Mapping[str, Any]]) -> P
 
 
 def plot_distance(path: Path, title: str, distance: np.ndarray, tokens: Sequence[str], settled: float) -> Path:
-    """Distance to the limit [R/2 + 1, L] against r, one line per token, with median and the slowest token."""
+    """Distance to the limit [R/2 + 1, L] against r: one line per token, the median, and the slowest token."""
     figure = new_figure(8, 5)
     axes = figure.add_subplot()
     r, distance = np.arange(1, len(distance)), np.maximum(distance[1:], _FLOOR / 3)
@@ -79,9 +80,13 @@ def plot_distance(path: Path, title: str, distance: np.ndarray, tokens: Sequence
     axes.plot(r, np.median(distance, axis=1), color=BLUE, linewidth=2.5, label="median")
     slowest = int(np.log(distance).sum(0).argmax())
     axes.plot(
-        r, distance[:, slowest], color=VERMILION, linewidth=1.8, linestyle="--",
+        r,
+        distance[:, slowest],
+        color=VERMILION,
+        linewidth=1.8,
+        linestyle="--",
         label=f"slowest: {shown(tokens[slowest])} at {slowest}".replace("$", r"\$"),
-    )  # fmt: skip
+    )
     axes.axhline(settled, color=GREY, linewidth=1, linestyle=":", label=f"settled below {settled:g}")
     axes.set_yscale("log")
     depth_axis(axes, [2**i for i in range(len(r).bit_length())])
@@ -93,7 +98,7 @@ def plot_distance(path: Path, title: str, distance: np.ndarray, tokens: Sequence
 
 
 def plot_heatmap(path: Path, title: str, distance: np.ndarray, tokens: Sequence[str]) -> Path:
-    """log10 of the distance to the limit [rows of r, L]: recurrences down, the text from left to right, in lines."""
+    """log10 of the distance to the limit [r, L]: recurrences from top to bottom, tokens from left to right."""
     width = math.ceil(len(tokens) / math.ceil(len(tokens) / _ROW))  # lines of about equal length
     lines = [range(i, min(i + width, len(tokens))) for i in range(0, len(tokens), width)]
     figure = new_figure(0.36 * width + 2.4, (0.16 * len(distance) + 1.25) * len(lines) + 0.8)
@@ -104,9 +109,14 @@ def plot_heatmap(path: Path, title: str, distance: np.ndarray, tokens: Sequence[
         part[:, : len(line)] = values[:, line[0] : line[-1] + 1]
         image = axes.imshow(part, aspect="auto", cmap=COLOURS, vmin=-7, vmax=0, interpolation="none")
         axes.set_xticks(
-            range(len(line)), [shown(tokens[i], 9) for i in line], rotation=60, ha="right", rotation_mode="anchor",
-            fontsize=8, parse_math=False,
-        )  # fmt: skip
+            range(len(line)),
+            [shown(tokens[i], 9) for i in line],
+            rotation=60,
+            ha="right",
+            rotation_mode="anchor",
+            fontsize=8,
+            parse_math=False,
+        )
         depths = [d for d in (1, 2, 4, 8, 16, 32, 64, 128) if d <= len(distance)]
         axes.set_yticks([d - 1 for d in depths], [str(d) for d in depths])
         axes.set_ylabel("recurrences r")
@@ -120,7 +130,7 @@ def plot_heatmap(path: Path, title: str, distance: np.ndarray, tokens: Sequence[
 
 
 def plot_independence(path: Path, title: str, spread: np.ndarray) -> Path:
-    """What remains of the distance between starts, [R+1, L], against r: median, middle 80 % and largest over tokens."""
+    """Distance between paths from different starts, [R+1, L], against r: median, middle 80 % and maximum."""
     figure = new_figure(8, 5)
     axes = figure.add_subplot()
     r, spread = np.arange(1, len(spread)), np.maximum(spread[1:], 1e-9)
@@ -139,10 +149,14 @@ def plot_independence(path: Path, title: str, spread: np.ndarray) -> Path:
 
 
 def plot_contraction(
-    path: Path, title: str, depths: Sequence[int], norm: Sequence[float], radius: Sequence[float],
+    path: Path,
+    title: str,
+    depths: Sequence[int],
+    norm: Sequence[float],
+    radius: Sequence[float],
     rates: Sequence[float | None],
-) -> Path:  # fmt: skip
-    """Left: norm and spectral radius of a recurrence at the state after each depth. Right: the rate of every token."""
+) -> Path:
+    """Left: norm and spectral radius of a recurrence at each depth. Right: the observed rate of every token."""
     figure = new_figure(11, 4.6)
     left, right = figure.subplots(1, 2)
     left.plot(depths, norm, color=ORANGE, marker="s", linewidth=2, label="largest singular value")
@@ -167,10 +181,10 @@ def plot_contraction(
 
 
 def plot_lens(path: Path, title: str, rows: Sequence[Mapping[str, Any]], depths: Sequence[int], right: str) -> Path:
-    """A table: tokens down, depths across, in each cell the likeliest next token, shaded by its probability.
+    """A table of tokens by depths: each cell has the likeliest next token, shaded by its probability.
 
-    rows: dicts with token, position, top (a text per depth), probability (per depth), label (text or None). A cell
-    whose text is the label's has a frame; `right` says what that means.
+    rows: dicts with token, position and, per depth, top (a text), probability and hit. A hit has a frame; `right` says
+    what that means.
     """
     figure = new_figure(1.12 * len(depths) + 3.4, 0.3 * len(rows) + 1.7)
     axes = figure.add_subplot()
@@ -181,9 +195,15 @@ def plot_lens(path: Path, title: str, rows: Sequence[Mapping[str, Any]], depths:
     for i, row in enumerate(rows):
         for j, text in enumerate(row["top"]):
             axes.text(
-                j, i, shown(text), ha="center", va="center", fontsize=8.5, parse_math=False,
+                j,
+                i,
+                shown(text),
+                ha="center",
+                va="center",
+                fontsize=8.5,
+                parse_math=False,
                 color="white" if p[i, j] < 0.55 else "black",
-            )  # fmt: skip
+            )
             if row["hit"][j]:
                 axes.add_patch(
                     Rectangle((j - 0.47, i - 0.43), 0.94, 0.86, fill=False, edgecolor=VERMILION, linewidth=1.6)

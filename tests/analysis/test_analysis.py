@@ -93,10 +93,10 @@ def test_a_spiral_into_a_point_is_a_fixed_point_and_not_an_orbit(factor):
 
 
 @pytest.mark.parametrize("wobble", [0.0, 1.0])
-def test_a_constant_drift_is_a_slider(wobble):
+def test_a_constant_drift_is_named_so(wobble):
     drift = 0.2 * np.arange(R + 1)[:, None] * np.eye(D)[0]
     found = classify(wobble * turning(5) + drift + BASE)
-    assert found.kind == "slider"
+    assert found.kind == "drift"
     assert found.straight > 0.8
     assert (found.period == pytest.approx(5, rel=0.02)) == bool(wobble)  # also found in what is left of it
     assert classify(turning(5) + 0.002 * drift).kind == "orbit"  # a drift that hardly shows changes nothing

@@ -207,7 +207,7 @@ def test_pictures_of_any_kind_of_path_and_token(tmp_path):
             "coordinates": circle * (i + 1),
             "explained": [0.5, 0.5],
         }
-        for i, (name, kind) in enumerate(zip(names, ["orbit", "slider", "unsettled"] * 2, strict=True))
+        for i, (name, kind) in enumerate(zip(names, ["orbit", "drift", "unsettled"] * 2, strict=True))
     ]
     far = np.abs(np.random.default_rng(0).normal(size=(33, 6)))
     rows = [
