@@ -13,9 +13,9 @@ from rdlm.runtime.files import complete_folder
 
 
 def local_copy(folder: str, cache: str) -> Path:
-    """`folder` itself if it is local; of a URL (gs://...) a copy below `cache`, made once and checked.
+    """`folder` itself if it is local; for a URL (gs://...) a copy below `cache`, made once and checked.
 
-    array_record reads local files only: mount a bucket to train on more than fits a host's disk.
+    array_record reads local files only: mount the bucket to train on more data than fit on the disk of a host.
 
     Raises:
       InputError: it cannot be copied, or arrives damaged.
@@ -30,10 +30,7 @@ def local_copy(folder: str, cache: str) -> Path:
         final = Path(cache).expanduser() / name
         if not final.exists():
             with complete_folder(final) as partial:
-                for path in sorted(fs.find(root)):
-                    target = partial / path[len(root) :].lstrip("/")
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    fs.get_file(path, str(target))
+                fs.get(f"{root.rstrip('/')}/", f"{partial}/", recursive=True)
                 read_manifest(partial, checksums=True)
     except InputError:
         raise
@@ -41,6 +38,6 @@ def local_copy(folder: str, cache: str) -> Path:
         raise InputError(f"{folder}: {error}; for gs:// run: pip install 'rdlm[gcs]'") from error
     except FileNotFoundError as error:
         raise InputError(f"{folder}: not prepared data (no manifest.json there)") from error
-    except Exception as error:  # every file system has its own
+    except Exception as error:  # each file system raises its own
         raise InputError(f"{folder}: cannot be copied ({one_line(error)})") from error
     return final

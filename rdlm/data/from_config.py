@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
 from rdlm.config import DataConfig, InputError
 from rdlm.data.fetch import local_copy
@@ -24,40 +24,42 @@ class RunData(NamedTuple):
     """Of the (first) prepared data, for messages."""
 
 
+class _Batches(TypedDict):
+    batch_size: int
+    process_index: int
+    process_count: int
+
+
 def open_data(data: DataConfig, *, seed: int, process_index: int = 0, process_count: int = 1) -> RunData:
     """Open what `data` describes: prepared folders, a stream, or the embedded corpus, prepared on first use.
 
     Args:
       data: the run's data.
-      seed: of the order of rows.
+      seed: decides the order of rows.
       process_index: which slice of every batch this process makes.
-      process_count: of them.
+      process_count: slices of a batch.
 
     Raises:
       InputError: something is missing, damaged, or does not fit the configuration.
     """
-    folders = _folders(data)
+    folders, length = _folders(data), data.sequence_length
     tokenizer = Tokenizer.load(folders[0] / "tokenizer")
     if data.prepared and tokenizer.vocab_size > data.tokenizer_size:
         raise InputError(
             f"data.tokenizer_size = {data.tokenizer_size}: the tokenizer of {folders[0]} has {tokenizer.vocab_size} "
             f"entries; pass --data.tokenizer-size {tokenizer.vocab_size} --model.vocab-size {tokenizer.vocab_size}"
         )
-    slices: dict[str, Any] = {"process_index": process_index, "process_count": process_count}
+    batches = _Batches(batch_size=data.batch_size, process_index=process_index, process_count=process_count)
     train: PackedData | Mixture | StreamedData
     if data.stream:
-        train = StreamedData(
-            data.stream, PackedData(folders[0], "validation", sequence_length=data.sequence_length, batch_size=1),
-            batch_size=data.batch_size, seed=seed, **slices,
-        )  # fmt: skip
+        sample = PackedData(folders[0], "validation", sequence_length=length, batch_size=1)
+        train = StreamedData(data.stream, sample, seed=seed, **batches)
     elif len(folders) == 1:
-        train = PackedData(
-            folders[0], sequence_length=data.sequence_length, batch_size=data.batch_size, seed=seed, **slices
-        )
+        train = PackedData(folders[0], sequence_length=length, seed=seed, **batches)
     else:
-        sources = [PackedData(f, sequence_length=data.sequence_length, batch_size=1, seed=seed) for f in folders]
-        train = Mixture(sources, data.weights, batch_size=data.batch_size, **slices)
-    return RunData(train, _validation(folders, data, tokenizer, **slices), tokenizer, folders[0])
+        sources = [PackedData(folder, sequence_length=length, batch_size=1, seed=seed) for folder in folders]
+        train = Mixture(sources, data.weights, **batches)
+    return RunData(train, _validation(folders, length, tokenizer, batches), tokenizer, folders[0])
 
 
 def open_validation(data: DataConfig, tokenizer: Tokenizer, *, make_with_it: bool = False) -> Chain:
@@ -72,7 +74,8 @@ def open_validation(data: DataConfig, tokenizer: Tokenizer, *, make_with_it: boo
       InputError: as `open_data`, or the data belong to another tokenizer.
     """
     folders = _folders(data, tokenizer if make_with_it else None)
-    return _validation(folders, data, tokenizer)
+    batches = _Batches(batch_size=data.batch_size, process_index=0, process_count=1)
+    return _validation(folders, data.sequence_length, tokenizer, batches)
 
 
 def _folders(data: DataConfig, tokenizer: Tokenizer | None = None) -> list[Path]:
@@ -81,16 +84,11 @@ def _folders(data: DataConfig, tokenizer: Tokenizer | None = None) -> list[Path]
     return [local_copy(folder, data.folder) for folder in data.prepared]
 
 
-def _validation(
-    folders: list[Path], data: DataConfig, tokenizer: Tokenizer, process_index: int = 0, process_count: int = 1
-) -> Chain:
+def _validation(folders: list[Path], length: int, tokenizer: Tokenizer, batches: _Batches) -> Chain:
     sources = [
-        PackedData(
-            folder, "validation", sequence_length=data.sequence_length, batch_size=data.batch_size, shuffle=False,
-            tokenizer_hash=tokenizer.hash, process_index=process_index, process_count=process_count,
-        )
-        for folder in folders
-    ]  # fmt: skip
+        PackedData(f, "validation", sequence_length=length, shuffle=False, tokenizer_hash=tokenizer.hash, **batches)
+        for f in folders
+    ]
     if not any(source.len_rows for source in sources):
         raise InputError(f"{folders[0]}: holds no validation rows; prepare it with a validation fraction above 0")
     return Chain([source for source in sources if source.len_rows])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, NotRequired, TypedDict
 
 import grain
 import numpy as np
@@ -18,10 +18,21 @@ from rdlm.data.records import RowFiles
 
 Batch = dict[str, np.ndarray]
 """tokens, labels, segment_ids, positions, sequence_ids: int32 [B, L] each (see `packing.arrays`)."""
-DataState = dict[str, Any]
-"""JSON that a checkpoint keeps of the data."""
 ENDLESS = 2**62
 """Length of a dataset that goes through its rows again and again."""
+
+
+class DataState(TypedDict):
+    """The part of a checkpoint that describes the data, as JSON."""
+
+    sources: list[dict[str, object]]
+    """Identity of every prepared folder."""
+    epochs: NotRequired[list[float]]
+    """How often each has been seen."""
+    pattern: NotRequired[list[int]]
+    """Of a mixture: rows of each folder in a cycle."""
+    stream: NotRequired[list[str]]
+    """Of a stream: the position of every process."""
 
 
 class Example(NamedTuple):
@@ -29,6 +40,29 @@ class Example(NamedTuple):
 
     row: Row
     epoch: int
+
+
+class Share(NamedTuple):
+    """The part of every batch that a process makes: `rows` consecutive rows."""
+
+    rows: int
+    process_index: int
+    process_count: int
+
+    @classmethod
+    def of(cls, batch_size: int, process_index: int, process_count: int) -> Share:
+        """An equal share for every process.
+
+        Raises:
+          InputError: batch and processes do not divide.
+        """
+        if batch_size < 1 or process_count < 1 or batch_size % process_count:
+            raise InputError(
+                f"data.batch_size = {batch_size}: must be a positive multiple of {process_count} processes"
+            )
+        if not 0 <= process_index < process_count:
+            raise InputError(f"process_index = {process_index}: must be in [0, {process_count})")
+        return cls(batch_size // process_count, process_index, process_count)
 
 
 class PackedData:
@@ -90,14 +124,8 @@ class PackedData:
         self._files = RowFiles([(folder / shard.file, shard.rows) for shard in entry.shards], manifest.token_dtype)
         self.examples = epochs(self._files, seed, shuffle)
         """Example [i] of the endless sequence of all epochs, which follow each other without a gap."""
-        self._in_batches = functools.partial(
-            in_batches,
-            manifest=manifest,
-            batch_size=batch_size,
-            process_index=process_index,
-            process_count=process_count,
-        )
-        self._batches = self._in_batches(self.examples)
+        self._share = Share.of(batch_size, process_index, process_count)
+        self._batches = in_batches(self.examples, manifest, self._share)
         if split == "train":
             self._require_rows()
 
@@ -118,7 +146,7 @@ class PackedData:
         return self._batches[checked(step)]
 
     def state(self, step: int) -> DataState:
-        """The part of a checkpoint that describes the data, and how often they have been seen before `step`."""
+        """What the data are, and how often they have been seen before `step`."""
         return {"sources": [self.manifest.identity()], "epochs": [step * self.batch_size / self.len_rows]}
 
     def restore(self, step: int, state: DataState) -> None:
@@ -142,7 +170,7 @@ class PackedData:
         padded = grain.MapDataset.range(steps * self.batch_size).map(
             lambda i: Example(files[i] if i < len(files) else EMPTY, 0)
         )
-        batches = self._in_batches(padded)
+        batches = in_batches(padded, self.manifest, self._share)
         for step in range(steps if n is None else min(n, steps)):
             yield batches[step]
 
@@ -170,26 +198,11 @@ def shuffled(i: int, length: int, seed: int, epoch: int) -> int:
     return index_shuffle(i, max_index=length - 1, seed=key, rounds=4)
 
 
-def in_batches(
-    examples: grain.MapDataset[Example], manifest: Manifest, batch_size: int, process_index: int, process_count: int
-) -> grain.MapDataset[Batch]:
-    """Examples as batches; at [step] the rows of one process (see `local_rows`)."""
-    local = local_rows(batch_size, process_index, process_count)
+def in_batches(examples: grain.MapDataset[Example], manifest: Manifest, share: Share) -> grain.MapDataset[Batch]:
+    """Examples as batches; at [step] the rows of one process."""
     stacked = functools.partial(stack, sequence_length=manifest.recipe.sequence_length, pad_id=manifest.pad_id)
-    return examples.batch(local, drop_remainder=True, batch_fn=stacked)[process_index::process_count]
-
-
-def local_rows(batch_size: int, process_index: int, process_count: int) -> int:
-    """How many rows of a batch a process makes: B / process_count consecutive ones.
-
-    Raises:
-      InputError: they do not divide.
-    """
-    if batch_size < 1 or process_count < 1 or batch_size % process_count:
-        raise InputError(f"data.batch_size = {batch_size}: must be a positive multiple of {process_count} processes")
-    if not 0 <= process_index < process_count:
-        raise InputError(f"process_index = {process_index}: must be in [0, {process_count})")
-    return batch_size // process_count
+    batches = examples.batch(share.rows, drop_remainder=True, batch_fn=stacked)
+    return batches[share.process_index :: share.process_count]
 
 
 def checked(step: int) -> int:

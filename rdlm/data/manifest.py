@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from rdlm.config import InputError, Packing, from_json, require, to_json
 
@@ -119,7 +119,7 @@ class Manifest:
         """The entry of "train" or "validation"."""
         return {"train": self.train, "validation": self.validation}[name]
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """What a run must find unchanged to go on: every setting and source, and a digest of all rows; flat JSON."""
         recipe = dataclasses.asdict(self.recipe)
         digest = hashlib.sha256(json.dumps([dataclasses.asdict(f) for f in self.files]).encode()).hexdigest()
@@ -133,7 +133,7 @@ class Manifest:
         }
 
 
-def first_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
+def first_difference(old: dict[str, object], new: dict[str, object]) -> str | None:
     """'packing = "best_fit", not "document_start"' for the first field in which two identities differ."""
     for name in new:
         if old.get(name) != new[name]:

@@ -8,7 +8,7 @@ import grain
 import numpy as np
 
 from rdlm.config import InputError
-from rdlm.data.loader import ENDLESS, Batch, DataState, Example, PackedData, check_sources, checked, in_batches
+from rdlm.data.loader import ENDLESS, Batch, DataState, Example, PackedData, Share, check_sources, checked, in_batches
 
 _CYCLE = 10_000  # rows after which the pattern of sources repeats; weights are met to 1 / 10,000
 
@@ -43,13 +43,8 @@ class Mixture:
         self.sources, self.batch_size, self.sequence_length = list(sources), batch_size, first.sequence_length
         self._pattern = _Pattern(list(weights) or [float(source.len_rows) for source in sources], len(sources))
         examples = [source.examples.map(_fresh_noise(m)) for m, source in enumerate(sources)]
-        self._batches = in_batches(
-            grain.MapDataset.select_from_datasets(examples, self._pattern),
-            first.manifest,
-            batch_size,
-            process_index,
-            process_count,
-        )
+        mixed = grain.MapDataset.select_from_datasets(examples, self._pattern)
+        self._batches = in_batches(mixed, first.manifest, Share.of(batch_size, process_index, process_count))
 
     @property
     def len_rows(self) -> int:

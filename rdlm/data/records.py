@@ -70,45 +70,8 @@ def write_rows(path: Path, rows: Iterable[Row], dtype: str) -> int:
     return count
 
 
-class RowFile:
-    """Random access to the rows of one file; safe to share between threads."""
-
-    def __init__(self, path: Path, dtype: str, count: int) -> None:
-        """Open a file of `count` rows.
-
-        Raises:
-          InputError: it is missing, is not an array_record file, or holds another number of rows.
-        """
-        self._path, self._dtype = path, dtype
-        try:
-            # No read-ahead and a small buffer: shuffled rows are read one by one.
-            self._reader = array_record_module.ArrayRecordReader(
-                str(path), options="readahead_buffer_size:0,max_parallelism:0", file_reader_buffer_size=2**15
-            )
-            found = self._reader.num_records()
-        except RuntimeError as error:
-            raise self._damaged(one_line(error)) from error
-        if found != count:
-            raise self._damaged(f"{found} rows instead of {count}")
-
-    def __getitem__(self, index: int) -> Row:
-        """Row `index`.
-
-        Raises:
-          InputError: the file is damaged there (every record has a checksum).
-        """
-        try:
-            [record] = self._reader.read([index])
-        except RuntimeError as error:
-            raise self._damaged(one_line(error)) from error
-        return from_bytes(record, self._dtype)
-
-    def _damaged(self, reason: str) -> InputError:
-        return InputError(f"{self._path}: damaged ({reason}); {PREPARE_AGAIN}")
-
-
 class RowFiles:
-    """Random access to the rows of several files, numbered from file to file.
+    """Random access to the rows of several files, numbered from file to file; safe to share between threads.
 
     Files are opened when first needed, 256 at most at once. (grain's `ArrayRecordDataSource` keeps every file open, and
     its errors do not name the damaged one.)
@@ -116,8 +79,9 @@ class RowFiles:
 
     def __init__(self, files: Sequence[tuple[Path, int]], dtype: str) -> None:
         """`files`: each with its number of rows."""
+        self._files, self._dtype = files, dtype
         self._ends = list(itertools.accumulate(count for _, count in files))
-        self._open = functools.lru_cache(256)(lambda i: RowFile(files[i][0], dtype, files[i][1]))
+        self._reader = functools.lru_cache(256)(_reader)
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -126,10 +90,25 @@ class RowFiles:
         """Row `index`.
 
         Raises:
-          InputError: its file is damaged there, or holds another number of rows than it should.
+          InputError: its file is not an array_record file, holds another number of rows, or is damaged there (every
+            record has a checksum).
         """
         i = bisect.bisect_right(self._ends, index)
-        return self._open(i)[index - (self._ends[i - 1] if i else 0)]
+        path, count = self._files[i]
+        try:
+            [record] = self._reader(path, count).read([index - self._ends[i] + count])
+        except RuntimeError as error:
+            raise InputError(f"{path}: damaged ({one_line(error)}); {PREPARE_AGAIN}") from error
+        return from_bytes(record, self._dtype)
+
+
+def _reader(path: Path, count: int) -> array_record_module.ArrayRecordReader:
+    # No read-ahead and a small buffer: shuffled rows are read one by one.
+    options = "readahead_buffer_size:0,max_parallelism:0"
+    reader = array_record_module.ArrayRecordReader(str(path), options=options, file_reader_buffer_size=2**15)
+    if reader.num_records() != count:
+        raise RuntimeError(f"{reader.num_records()} rows instead of {count}")
+    return reader
 
 
 def _on_disk(dtype: str) -> np.dtype:

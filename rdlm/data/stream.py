@@ -17,7 +17,7 @@ import numpy as np
 from grain.experimental import WindowShuffleIterDataset
 
 from rdlm.config import InputError
-from rdlm.data.loader import Batch, Example, PackedData, check_sources, local_rows, shuffled, stack
+from rdlm.data.loader import Batch, DataState, Example, PackedData, Share, check_sources, shuffled, stack
 from rdlm.data.manifest import Manifest
 from rdlm.data.packing import Document, Row
 from rdlm.data.prepare.documents import read_documents
@@ -81,7 +81,7 @@ class StreamedData:
             )
         self._sample, self._process, self._processes = sample, process_index, process_count
         self.batch_size, self.sequence_length = batch_size, manifest.recipe.sequence_length
-        self._count = local_rows(batch_size, process_index, process_count)
+        self._count = Share.of(batch_size, process_index, process_count).rows
         tokens = sum(file.bytes for file in files) / max(manifest.train.bytes, 1) * manifest.train.tokens
         self.steps_per_epoch = max(1, round(tokens / self.sequence_length / batch_size))
         """Estimated from the size of the files and the sample's tokens per byte."""
@@ -107,14 +107,11 @@ class StreamedData:
         self._states.pop(self._next - _STATES, None)
         return stack(examples, self.sequence_length, self._sample.manifest.pad_id)
 
-    def state(self, step: int) -> dict[str, Any]:
+    def state(self, step: int) -> DataState:
         """What a checkpoint keeps to go on at `step`, one of the last 64. All processes must call it together."""
-        return {
-            "sources": [self._sample.manifest.identity()],
-            "stream": exchange(self._states[step]),
-        }
+        return {"sources": [self._sample.manifest.identity()], "stream": exchange(self._states[step])}
 
-    def restore(self, step: int, state: dict[str, Any]) -> None:
+    def restore(self, step: int, state: DataState) -> None:
         """Go on at `step` from its `state`.
 
         Raises:

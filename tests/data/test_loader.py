@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from rdlm.data import IGNORED, PackedData, Row, read_manifest
 from rdlm.data.prepare import prepare_embedded
-from rdlm.data.records import RowFile, token_dtype, write_rows
+from rdlm.data.records import RowFiles, token_dtype, write_rows
 from rdlm.tokenizer import Tokenizer
 
 NAMES = ["tokens", "labels", "segment_ids", "positions", "sequence_ids"]
@@ -180,7 +180,7 @@ def test_ids_beyond_uint16_are_stored_as_int32(tmp_path, tiny_folder):
     for dtype, largest in (("uint16", 2**16 - 1), ("int32", 2**16)):
         row = Row(np.array([0, largest], np.int32), np.array([[0, 0, 2]]))
         assert write_rows(tmp_path / dtype, [row], dtype) == 1
-        assert RowFile(tmp_path / dtype, dtype, 1)[0].tokens.tolist() == [0, largest]
+        assert RowFiles([(tmp_path / dtype, 1)], dtype)[0].tokens.tolist() == [0, largest]
 
 
 # Errors
@@ -246,9 +246,10 @@ def test_a_file_that_is_no_array_record_is_refused(load, tiny_folder, content, o
 
 def test_a_file_with_another_number_of_rows_is_refused(tiny_folder, one_line):
     rows = read_manifest(tiny_folder).train.rows
-    RowFile(tiny_folder / "train-00000.array_record", "uint16", rows)  # control
+    path = tiny_folder / "train-00000.array_record"
+    RowFiles([(path, rows)], "uint16")[0]  # control
     with one_line(f"damaged \\({rows} rows instead of {rows + 1}\\)"):
-        RowFile(tiny_folder / "train-00000.array_record", "uint16", rows + 1)
+        RowFiles([(path, rows + 1)], "uint16")[0]
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
