@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from rdlm.config import DataConfig, InputError, RunConfig, differences, one_line
-from rdlm.runtime import parse_arguments, run_command
+from rdlm.runtime import complete_folder, parse_arguments, run_command
 
 if TYPE_CHECKING:
     import numpy as np
@@ -137,15 +136,11 @@ def write_run(folder: Path, params: Any, config: ModelConfig, source: Path) -> N
         raise InputError(f"{folder}: exists and is not an empty folder; choose another")
     data = DataConfig(tokenizer_size=config.vocab_size, sequence_length=min(256, config.max_length))
     run = RunConfig(model=config, data=data, steps=1, run_dir=str(folder))
-    fresh = folder.resolve().with_name(f".{folder.resolve().name}.writing-{os.getpid()}")
-    try:
-        copy_tokenizer(source, fresh / "tokenizer")
-        identity = tokenizer_hash(fresh / "tokenizer")
+    with complete_folder(folder.resolve()) as partial:
+        copy_tokenizer(source, partial / "tokenizer")
+        identity = tokenizer_hash(partial / "tokenizer")
         meta = {"config": dataclasses.asdict(run), "tokenizer": identity, "step": 0, "source": str(source)}
-        save_parameters(fresh, params, run, json.loads(json.dumps(meta)))
-        fresh.rename(folder)  # so that the folder appears whole or not at all
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+        save_parameters(partial, params, run, json.loads(json.dumps(meta)))
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

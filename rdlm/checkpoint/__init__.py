@@ -1,9 +1,9 @@
-"""Run folders: what a training run leaves behind and everything else starts from. The only room that imports orbax.
+"""Run folders: written by training, read by everything else. The only room that imports orbax.
 
     config.json   metrics.jsonl   tokenizer/   checkpoints/STEP/{params,optimizer,meta}   loss_by_depth.json
 
-`meta` is JSON: the full config, the tokenizer's hash, the step, the state of the data, and sums of all stored bits.
-Every reader adds the bits up again: a flipped bit is as much damage as a file cut short.
+`meta` is JSON: the full config, the tokenizer's hash, the step, the state of the data, and a checksum of the arrays.
+Every reader compares the checksum, so that a flipped bit is found as well as a file cut short.
 """
 
 import logging
@@ -19,7 +19,7 @@ from rdlm.checkpoint.run_folder import (
     write_config,
 )
 
-# Orbax tells every detail of every save at level INFO and WARNING, and at ERROR the traceback of what it raises anyway.
+# Orbax logs every detail of every save as INFO or WARNING, and as ERROR the traceback of exceptions that it raises too.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 __all__ = [

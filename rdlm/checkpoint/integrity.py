@@ -1,22 +1,27 @@
-"""What is read back is what was saved: one line for whatever goes wrong, and sums of all stored bits."""
+"""Checks that a checkpoint is read as it was saved: a checksum of all arrays, and one line for every error."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import PyTree
 
 from rdlm.config import InputError, one_line
 
+Meta = dict[str, Any]
+"""JSON beside the arrays: config, tokenizer (its hash), step, data, faults, sums, source."""
+
 
 @contextlib.contextmanager
-def naming(path: Any, way_out: str) -> Iterator[None]:
-    """Name the checkpoint, and the way out, in whatever goes wrong while reading it."""
+def naming(path: Path, way_out: str) -> Iterator[None]:
+    """Turn every error of the block into one line with the checkpoint's `path` and the `way_out`."""
     try:
         with reading():
             yield
@@ -28,23 +33,23 @@ def naming(path: Any, way_out: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def reading() -> Iterator[None]:
-    """After the first failure, reads still under way report to an event loop that is gone: nothing to tell anyone."""
+    """After a failure, do not print the errors of Orbax's other reads, whose event loop is closed by then."""
     previous = sys.unraisablehook
     sys.unraisablehook = lambda late: None if "Event loop is closed" in str(late.exc_value) else previous(late)
     yield
-    sys.unraisablehook = previous  # not after an exception: they come later
+    sys.unraisablehook = previous  # only on success: after an exception those errors come later
 
 
-def as_mapping(meta: Any) -> dict[str, Any]:
-    """`meta`, which must be an object of JSON."""
+def as_mapping(meta: PyTree) -> Meta:
+    """`meta`, checked to be a JSON object."""
     if not isinstance(meta, dict):
-        raise ValueError(f"an object was saved, this is a {type(meta).__name__}")
+        raise ValueError(f"meta must be a JSON object, not a {type(meta).__name__}")
     return meta
 
 
 @jax.jit
-def bit_sum(tree: Any) -> Array:
-    """All bits of all arrays as unsigned words, added up modulo 2^32: the same on any mesh, in any order of adding."""
+def bit_sum(tree: PyTree) -> Array:
+    """Checksum: the bits of all arrays as unsigned words, added modulo 2^32. The mesh makes no difference."""
     words = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
     sums = [
         jnp.sum(jax.lax.bitcast_convert_type(x, words[x.dtype.itemsize]), dtype=jnp.uint32)
@@ -53,14 +58,14 @@ def bit_sum(tree: Any) -> Array:
     return jnp.sum(jnp.stack(sums), dtype=jnp.uint32)
 
 
-def wrong_sum(meta: dict[str, Any], **trees: Any) -> str:
-    """Which of the trees is not what was saved; "" when all are, or when it was saved before sums were kept."""
+def wrong_sum(meta: Meta, **trees: PyTree) -> str:
+    """Names the tree that differs from what was saved; "" if none does, or if `meta` has no checksums (old runs)."""
     for name, tree in trees.items():
         if "sums" in meta and int(bit_sum(tree)) != meta["sums"][name]:
-            return f"damaged (other bits in {name} than were saved)"
+            return f"damaged (the bits of {name} differ from those saved)"
     return ""
 
 
-def as_abstract(tree: Any, shardings: Any) -> Any:
-    """Shapes and dtypes of `tree` with `shardings`, as restore targets."""
+def as_abstract(tree: PyTree, shardings: PyTree) -> PyTree:
+    """Shapes and dtypes of `tree` with `shardings`: what to restore into."""
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(jnp.shape(x), x.dtype, sharding=s), tree, shardings)

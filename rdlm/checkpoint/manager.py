@@ -1,4 +1,4 @@
-"""Saving and restoring a training run, in the background and among several processes."""
+"""Save and restore a training run, in the background and on several processes."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
+from jaxtyping import PyTree
 
-from rdlm.checkpoint.integrity import as_mapping, bit_sum, reading, wrong_sum
+from rdlm.checkpoint.integrity import Meta, as_mapping, bit_sum, reading, wrong_sum
 from rdlm.checkpoint.run_folder import saved_steps, write_config
 from rdlm.config import InputError, RunConfig, one_line
 from rdlm.model import Params
@@ -24,25 +25,28 @@ _PARTIAL = ".orbax-checkpoint-tmp"
 
 
 class SaveError(RunError):
-    """A checkpoint could not be written. One line; with room made the same command goes on, so the exit code is 1."""
+    """A checkpoint could not be written. After making room the same command goes on, so the exit code is 1."""
 
 
 class Restored(NamedTuple):
-    """What was read back of a checkpoint."""
+    """A checkpoint that was read."""
 
     step: int
     params: Params
-    optimizer: Any
-    meta: dict[str, Any]
+    optimizer: PyTree
+    meta: Meta
 
 
 class Checkpoints:
-    """Saves and restores a training run's state, in the background. Use as a context manager."""
+    """Saves and restores the state of a training run. Saving runs in the background. Use as a context manager."""
 
     def __init__(self, folder: Path, keep: int, handlers: dict[str, ocp.CheckpointHandler] | None = None):
-        """Open `folder`/checkpoints, keeping the newest `keep`. `handlers`: other than orbax's own, per item.
+        """Open `folder`/checkpoints and delete unfinished checkpoints in it.
 
-        What an earlier process did not finish writing is removed.
+        Args:
+          folder: the run folder.
+          keep: how many checkpoints to keep; older ones are deleted.
+          handlers: how to save an item, where the default of Orbax does not fit.
 
         Raises:
           InputError: the folder cannot be made or written.
@@ -52,7 +56,7 @@ class Checkpoints:
             path.mkdir(parents=True, exist_ok=True)
             probe = path / ".writable"
             probe.touch()
-            probe.unlink(missing_ok=True)  # other processes do the same
+            probe.unlink(missing_ok=True)  # another process may have deleted it
         except OSError as error:
             raise InputError(f"run folder {folder}: cannot be written ({error.strerror})") from error
         options = ocp.CheckpointManagerOptions(
@@ -63,27 +67,27 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *exception: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             self.wait()
         except SaveError:
             if kind is None:
                 raise
         finally:
-            with contextlib.suppress(Exception):  # what went wrong has been said
+            with contextlib.suppress(Exception):  # reported by `wait` already
                 self.manager.close()
 
     def wait(self) -> None:
-        """Return when everything saved so far is complete on disk.
+        """Return when all checkpoints saved so far are complete on disk.
 
         Raises:
-          SaveError: it could not be written.
+          SaveError: one of them could not be written.
         """
         with self._saving():
             self.manager.wait_until_finished()
 
     def check(self) -> None:
-        """Say at once, not at the next save, that the last one failed in the background. Costs nothing.
+        """Raise now, not at the next save, if the last checkpoint failed in the background. Takes no time.
 
         Raises:
           SaveError: it could not be written.
@@ -92,7 +96,7 @@ class Checkpoints:
             self.wait()
 
     def saved_at(self, step: int) -> float:
-        """When `step` was completed, in seconds as files tell it."""
+        """Modification time of the checkpoint of `step`, in seconds."""
         return Path(self.manager.directory / str(step)).stat().st_mtime
 
     @property
@@ -100,11 +104,11 @@ class Checkpoints:
         """Step of the newest complete checkpoint."""
         return self.manager.latest_step()
 
-    def save(self, step: int, params: Params, optimizer: Any, meta: dict[str, Any]) -> None:
-        """Save under `step`; returns when the arrays are copied, and writes in the background.
+    def save(self, step: int, params: Params, optimizer: PyTree, meta: Meta) -> None:
+        """Save a checkpoint; returns when the arrays are copied, while they are written in the background.
 
         Raises:
-          SaveError: the one before, or the beginning of this one, could not be written.
+          SaveError: this checkpoint, or the one before, could not be written.
         """
         if step == self.latest:
             return
@@ -126,9 +130,9 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # where all the other arrays' failures would go
+            logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # the same failure for every other array
             directory = Path(self.manager.directory)
-            for partial in directory.glob("*" + _PARTIAL):  # it is of no use, and the disk may be full of it
+            for partial in directory.glob("*" + _PARTIAL):  # the disk may be full
                 shutil.rmtree(partial, ignore_errors=True)
             raise SaveError(
                 f"run folder {self.folder}: a checkpoint could not be saved ({one_line(error)}); nothing saved is "
@@ -137,20 +141,21 @@ class Checkpoints:
             ) from error
 
     def restore(
-        self, params: Any, optimizer: Any, say: Callable[[str], None], good: Callable[[dict[str, Any]], bool]
+        self, params: PyTree, optimizer: PyTree, say: Callable[[str], None], good: Callable[[Meta], bool]
     ) -> Restored | None:
-        """The newest checkpoint that is whole on all processes and `good`; None when nothing is saved.
+        """The newest checkpoint that is undamaged on all processes and `good`; None if there is none.
 
-        Newer ones are set aside as STEP.damaged or STEP.abandoned and said, one line each: they neither shadow what
-        is used nor stand in the way of its successors. All processes must call this together; they use the same step.
+        Newer checkpoints are renamed to STEP.damaged or STEP.abandoned, so that they are not mistaken for the newest
+        and new ones can take their place; one line is printed for each. All processes must call this together, and use
+        the same step.
 
         Args:
           params, optimizer: shapes, dtypes and shardings.
-          say: gets the lines.
-          good: of a checkpoint's meta: whether to go on from it.
+          say: prints a line.
+          good: given a checkpoint's meta, whether training may go on from it.
 
         Raises:
-          InputError: none of them can be read; nothing is set aside then.
+          InputError: none of the checkpoints can be read; nothing is renamed then.
         """
         aside: list[tuple[int, str, str]] = []
         steps = json.loads(exchange(json.dumps(sorted(self.manager.all_steps(), reverse=True)))[0])
@@ -159,10 +164,10 @@ class Checkpoints:
             try:
                 with reading():
                     found = self._read(step, params, optimizer)
-            except Exception as error:  # whatever it is: all processes must hear of it
+            except Exception as error:  # of any kind: all processes must know
                 problem = f"damaged or of another shape ({one_line(error)})"
             problem = next(filter(None, exchange(problem)), "")
-            if found is not None and not problem:  # sums are over all processes: only once none of them has failed
+            if found is not None and not problem:  # the checksum needs all processes, so all must have read it
                 problem = wrong_sum(found.meta, params=found.params, optimizer=found.optimizer)
             if problem or found is None:
                 aside.append((step, "damaged", problem))
@@ -174,13 +179,13 @@ class Checkpoints:
         if any(suffix == "damaged" for _, suffix, _ in aside):
             raise InputError(
                 f"checkpoint {self.manager.directory}/{aside[0][0]}: {aside[0][2]}; none of {sorted(steps)} can be "
-                "used: put a whole one back, or choose another --run-dir"
+                "used: put an undamaged one back, or choose another --run-dir"
             )
         self._set_aside(aside, say, "a fresh start")
         return None
 
-    def _read(self, step: int, params: Any, optimizer: Any) -> Restored:
-        """This process's part of a checkpoint, without waiting for the others: one may find it damaged, one not."""
+    def _read(self, step: int, params: PyTree, optimizer: PyTree) -> Restored:
+        """This process's part of a checkpoint. Does not wait for others, which may have found it damaged."""
         path, index = Path(self.manager.directory) / str(step), jax.process_index()
         alone = ocp.options.MultiprocessingOptions(primary_host=index, active_processes={index})
         arrays = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
@@ -194,9 +199,9 @@ class Checkpoints:
             meta = as_mapping(reader.restore(path / "meta"))
         return Restored(step, restored[0], restored[1], meta)
 
-    def _set_aside(self, those: list[tuple[int, str, str]], say: Callable[[str], None], instead: str) -> None:
-        """Rename checkpoints (step, suffix, why)."""
-        for step, suffix, why in those:
+    def _set_aside(self, rejected: list[tuple[int, str, str]], say: Callable[[str], None], instead: str) -> None:
+        """Rename checkpoints, given as (step, suffix, reason)."""
+        for step, suffix, why in rejected:
             path, number = Path(self.manager.directory) / str(step), 1
             name = f"{step}.{suffix}"
             if is_first():
@@ -205,19 +210,17 @@ class Checkpoints:
                     name = f"{step}.{suffix}{number}"
                 path.rename(path.with_name(name))
             name = exchange(name)[0]
-            while path.exists():  # a mounted bucket shows it late on other hosts
+            while path.exists():  # in a mounted bucket other hosts see the new name late
                 time.sleep(0.5)
             say(f"checkpoint {step}: {why}; it is now {name}, and {instead} is used")
-        if those:
+        if rejected:
             self.manager.reload()
 
 
-def save_parameters(
-    run_folder: str | Path, params: Params, run: RunConfig, meta: dict[str, Any], step: int = 0
-) -> None:
-    """Write a run folder that holds parameters only (a converted model): load_checkpoint reads it, training does not.
+def save_parameters(run_folder: str | Path, params: Params, run: RunConfig, meta: Meta, step: int = 0) -> None:
+    """Write a run folder with parameters only (a converted model). `load_checkpoint` reads it, training does not.
 
-    Writes few arrays at a time, so that memory peaks little above the parameters themselves.
+    Few arrays are written at a time, so that peak memory is little above that of the parameters.
 
     Raises:
       InputError: the folder already holds checkpoints, or cannot be written.

@@ -1,16 +1,16 @@
-"""Run folders as everything but training reads them: configuration, steps, parameters, tokenizer."""
+"""Read run folders, as all commands but training do: configuration, steps, parameters, tokenizer."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
+from jaxtyping import PyTree
 
-from rdlm.checkpoint.integrity import as_mapping, naming, wrong_sum
+from rdlm.checkpoint.integrity import Meta, as_mapping, naming, wrong_sum
 from rdlm.config import InputError, ModelConfig, RunConfig, from_json, to_json
 from rdlm.model import Params, init_params
 from rdlm.optim import AverageState, average_of, optimizer
@@ -31,7 +31,7 @@ def read_config(folder: Path) -> RunConfig:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise InputError(f"run folder {folder}: does not exist; train one with `python experiments/train.py PRESET`")
+        raise InputError(f"run folder {folder}: does not exist; train a model there first")
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(f"run folder {folder}: has no config.json, so it is not (yet) a run folder")
@@ -50,19 +50,17 @@ def saved_steps(folder: Path) -> list[int]:
     return sorted(int(p.name) for p in path.iterdir() if p.name.isdigit() and (p / "_CHECKPOINT_METADATA").exists())
 
 
-def load_checkpoint(
-    run_folder: str | Path, step: int | None = None, ema: bool = False
-) -> tuple[Params, ModelConfig]:  # fmt: skip
-    """(params, config) from a run folder alone, on whatever devices there are.
+def load_checkpoint(run_folder: str | Path, step: int | None = None, ema: bool = False) -> tuple[Params, ModelConfig]:
+    """(params, config) of a run folder, on any number of devices.
 
     Args:
-      run_folder: made by `experiments/train.py` or `experiments/convert_huggingface.py`.
-      step: which checkpoint; None is the newest, and nothing else is taken silently if that one is damaged.
-      ema: the moving average of the parameters, which the run kept (optimizer.ema_decay), in their place.
+      run_folder: made by training, or by converting a model.
+      step: which checkpoint; None: the newest. If that is damaged, no other is used in its place.
+      ema: load the moving average of the parameters, if the run kept one (optimizer.ema_decay).
 
     Raises:
-      InputError: not a run folder, no complete checkpoint, no such step, no average, or files that are damaged (the
-        message says which step is there instead).
+      InputError: not a run folder, no complete checkpoint, no such step, no average, or damaged files (the message
+        names another step that can be loaded).
     """
     run = read_config(Path(run_folder))
     if ema:
@@ -81,7 +79,7 @@ def load_checkpoint(
 
 
 def _load_average(run: RunConfig, run_folder: str | Path, step: int | None) -> Params:
-    """The averaged parameters of a checkpoint; the rest of its optimizer state is left on disk."""
+    """The averaged parameters of a checkpoint, without the rest of its optimizer state."""
     if not run.optimizer.ema_decay:
         raise InputError(
             f"run folder {run_folder}: kept no moving average of its weights (optimizer.ema_decay = 0.0); leave out "
@@ -90,13 +88,13 @@ def _load_average(run: RunConfig, run_folder: str | Path, step: int | None) -> P
     path = _checkpoint(run_folder, step)
     sharding, dtype = SingleDeviceSharding(jax.local_devices()[0]), jnp.dtype(run.model.param_dtype)
 
-    def wanted(x: Any) -> Any:
+    def wanted(x: PyTree) -> PyTree:
         if not isinstance(x, AverageState):
             return ocp.PLACEHOLDER
         shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype, sharding=sharding), x.average)
         return AverageState(ocp.PLACEHOLDER, shapes)
 
-    def fresh(key: jax.Array) -> Any:
+    def fresh(key: jax.Array) -> PyTree:
         return optimizer(run.optimizer, run.steps).init(init_params(run.model, key))
 
     state = jax.eval_shape(fresh, jax.random.key(0))
@@ -107,8 +105,8 @@ def _load_average(run: RunConfig, run_folder: str | Path, step: int | None) -> P
         return average_of(checkpointer.restore(path / "optimizer", args=arguments))
 
 
-def read_meta(run_folder: str | Path, step: int | None = None) -> dict[str, Any]:
-    """What was saved beside the arrays of a checkpoint: `config`, `tokenizer` (its hash), `step`, perhaps `source`.
+def read_meta(run_folder: str | Path, step: int | None = None) -> Meta:
+    """The JSON saved beside the arrays of a checkpoint.
 
     Raises:
       InputError: no complete checkpoint, no such step, or a file that is damaged.
@@ -120,7 +118,7 @@ def read_meta(run_folder: str | Path, step: int | None = None) -> dict[str, Any]
 
 
 def load_tokenizer(run_folder: str | Path, step: int | None = None) -> Tokenizer:
-    """The tokenizer of a run folder, known to be the one its checkpoint was trained with.
+    """The tokenizer of a run folder, checked to be the one that its checkpoint was trained with.
 
     Raises:
       InputError: no checkpoint, no tokenizer, or one that does not match the checkpoint.
@@ -128,7 +126,7 @@ def load_tokenizer(run_folder: str | Path, step: int | None = None) -> Tokenizer
     trained = read_meta(run_folder, step).get("tokenizer")
     folder = Path(run_folder) / "tokenizer"
     tokenizer = Tokenizer.load(folder)
-    if trained is not None and trained != tokenizer.hash:  # a converted model may have come without one
+    if trained is not None and trained != tokenizer.hash:  # None: a model that was converted without one
         raise InputError(
             f"{folder}: this tokenizer ({tokenizer.hash[:8]}) is not the one the checkpoint was trained with "
             f"({trained[:8]}); put that one back"
@@ -139,9 +137,7 @@ def load_tokenizer(run_folder: str | Path, step: int | None = None) -> Tokenizer
 def _checkpoint(run_folder: str | Path, step: int | None) -> Path:
     folder, steps = Path(run_folder), saved_steps(Path(run_folder))
     if not steps:
-        raise InputError(
-            f"run folder {folder}: has no complete checkpoint yet; run its training until it has saved one"
-        )
+        raise InputError(f"run folder {folder}: has no complete checkpoint yet; train until one is saved")
     if step is not None and step not in steps:
         raise InputError(f"step = {step}: not saved in {folder}; there are {', '.join(map(str, steps))}")
     return (folder / "checkpoints" / str(steps[-1] if step is None else step)).absolute()
@@ -151,5 +147,5 @@ def _way_out(run_folder: str | Path, damaged: int) -> str:
     others = [step for step in saved_steps(Path(run_folder)) if step != damaged]
     before = max((step for step in others if step < damaged), default=max(others, default=None))
     if before is None:
-        return "there is no other one: restore it from a copy, or delete it and train again"
-    return f"ask for step {before}, or let training go on: it sets this one aside"
+        return "there is no other: restore it from a copy, or delete it and train again"
+    return f"ask for step {before}, or let training go on: it renames this one"

@@ -44,12 +44,16 @@ def write_output(path: Path, content: str | bytes) -> Path:
 
 
 @contextlib.contextmanager
-def complete_folder(final: Path) -> Iterator[Path]:
+def complete_folder(final: Path, field: str = "") -> Iterator[Path]:
     """Yield a new folder beside `final` to fill; it is renamed to `final` when the block ends without an error.
 
     So `final` is never seen half-written. Several processes may build the same folder at once: each fills its own, the
     first to finish renames it, the others delete theirs. On an error the temporary folder is deleted; a killed process
     leaves a hidden `.NAME.partial-*` behind, which nothing reads.
+
+    Args:
+      final: the folder.
+      field: of the configuration that says where it lies; named in the message.
 
     Raises:
       InputError: the disk refuses (permissions, space, a file where a folder should be).
@@ -64,9 +68,9 @@ def complete_folder(final: Path) -> Iterator[Path]:
             if not final.is_dir():
                 raise
     except OSError as error:
-        reason = error.strerror or str(error)
+        where = f"set {field}" if field else "choose another folder"
         raise InputError(
-            f"{final}: cannot be written ({reason}); free space, fix permissions or set data.folder"
+            f"{final}: cannot be written ({error.strerror or error}); free space, fix permissions or {where}"
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -319,7 +319,7 @@ TRAINED_WITH = "is not the one the checkpoint was trained with"
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (missing, ["does not exist", "train.py"]),
+        (missing, ["does not exist", "train a model"]),
         (a_file, ["does not exist"]),
         (without_config, ["no config.json"]),
         (config_cut_short, ["config.json", "not JSON"]),

@@ -39,7 +39,7 @@ def prepare_embedded(data: DataConfig, *, tokenizer: Tokenizer | None = None) ->
     folder = prepared_folder(data, tokenizer)
     recipe = Recipe(data.sequence_length, validation_fraction=data.validation_fraction)
     if not folder.exists():
-        with complete_folder(folder) as partial:
+        with complete_folder(folder, "data.folder") as partial:
             _write(partial, data, recipe, tokenizer)
     manifest = read_manifest(folder)
     for name in ("sequence_length", "validation_fraction", "packing"):
