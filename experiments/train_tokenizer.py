@@ -63,7 +63,7 @@ def main() -> int:
 
     out = Path(args.out).expanduser()
     if out.exists():
-        raise InputError(f"--out = {args.out}: is there already; choose another, or delete it")
+        raise InputError(f"--out = {args.out}: is there already; choose another")
     tokenizer = Tokenizer.bytes_only() if args.bytes else Tokenizer.train(texts(args), args.size, "last")
     with complete_folder(out) as partial:
         tokenizer.save(partial)

@@ -46,6 +46,11 @@ class Recipe:
         require(self.sequence_length >= 1, "sequence_length", self.sequence_length, "must be at least 1")
         require(0 <= self.validation_fraction < 1, "validation_fraction", self.validation_fraction, "must be in [0, 1)")
 
+    def settings(self) -> dict[str, object]:
+        """All fields as flat JSON, those of `reading` first."""
+        recipe = dataclasses.asdict(self)
+        return {**recipe.pop("reading"), **recipe}
+
 
 @dataclasses.dataclass(frozen=True)
 class SourceEntry:
@@ -120,12 +125,10 @@ class Manifest:
         return {"train": self.train, "validation": self.validation}[name]
 
     def identity(self) -> dict[str, object]:
-        """What a run must find unchanged to go on: every setting and source, and a digest of all rows; flat JSON."""
-        recipe = dataclasses.asdict(self.recipe)
+        """What must be the same when a run resumes: settings, source and tokenizer, digests of documents and rows."""
         digest = hashlib.sha256(json.dumps([dataclasses.asdict(f) for f in self.files]).encode()).hexdigest()
         return {
-            **recipe.pop("reading"),
-            **recipe,
+            **self.recipe.settings(),
             "source": f"{self.source.name}, {self.source.version}",
             "documents": self.source.sha256,
             "tokenizer": self.tokenizer_hash,
@@ -134,10 +137,10 @@ class Manifest:
 
 
 def first_difference(old: dict[str, object], new: dict[str, object]) -> str | None:
-    """'packing = "best_fit", not "document_start"' for the first field in which two identities differ."""
-    for name in new:
-        if old.get(name) != new[name]:
-            return f"{name} = {json.dumps(new[name])}, not {json.dumps(old.get(name))}"
+    """'packing = "best_fit", not "document_start"' for the first field of `new` that `old` has otherwise or lacks."""
+    for name, value in new.items():
+        if old.get(name) != value:
+            return f"{name} = {json.dumps(value)}, not {json.dumps(old.get(name))}"
     return None
 
 

@@ -123,5 +123,5 @@ def test_damaged_files_are_reported(manual, tmp_path, one_line):
     [part] = catalogue.dataset_parts(builder, "test", "context", 10**9)
     file = next(Path(part.paths[0]).glob("*test.array_record*"))
     file.write_bytes(file.read_bytes()[:500])
-    with one_line("cannot be read .*delete it to make it again"):
+    with one_line("cannot be read .*prepare it again in another --tfds-dir"):
         list(read_documents(part, Reading(field="context")))

@@ -244,7 +244,10 @@ def _edit(folder, **changes):
         (lambda f: _edit(f, format_version=99), "format version 99"),
         (lambda f: _edit(f, surprise=1), "unknown field 'surprise'"),
         (lambda f: _edit(f, recipe={"validation_fraction": 0.3}), "prepared with validation_fraction = 0.3, not 0.2"),
-        (lambda f: _edit(f, recipe={"packing": "best_fit"}), "prepared with packing = best_fit, not concatenate_and"),
+        (
+            lambda f: _edit(f, recipe={"packing": "best_fit"}),
+            'prepared with packing = "best_fit", not "concatenate_and',
+        ),
         (lambda f: (f / "train-00000.array_record").unlink(), "train-00000.array_record: missing"),
         (lambda f: (f / "tokenizer" / "tokenizer.json").write_text("{}"), "tokenizer.json: 2 bytes instead of"),
         (lambda f: (f / "train-00000.array_record").write_bytes(b""), "0 bytes instead of"),

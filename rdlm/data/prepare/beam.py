@@ -50,7 +50,7 @@ def build_with_beam(
         raise InputError("--deduplicate: not with --beam; leave out duplicates in a pipeline before this one")
     fs, root = fsspec.core.url_to_fs(target)
     if fs.exists(f"{root}/manifest.json"):
-        raise InputError(f"{target}: is prepared data already; choose another --out, or delete it")
+        raise InputError(f"{target}: is prepared data already; choose another --out")
     with tempfile.TemporaryDirectory() as local:
         tokenizer.save(local)
         files = {path.name: path.read_text(encoding="utf-8") for path in Path(local).iterdir()}

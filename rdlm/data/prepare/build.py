@@ -1,9 +1,9 @@
-"""A corpus of files to a folder of prepared data: in parallel, and going on after a kill where it stopped.
+"""Preparing a corpus in a folder: in parallel, and resumable after a kill.
 
-While it works everything lies in a hidden folder beside the target, `.NAME.unfinished`: shards that are complete, each
-with a JSON file that says so, and `settings.json`. A rerun with the same settings keeps those shards and makes the
-others; the last act gives the folder its name. So the target is complete or absent, and equal in every byte whatever
-was killed on the way and however many processes there were.
+Work happens in a hidden folder beside the target, `.NAME.unfinished`. It holds `settings.json` and complete shards,
+each with a JSON file written after it. A rerun with the same settings keeps those shards and makes the others; at the
+end the folder is renamed. So the target is complete or absent, and its bytes depend neither on kills nor on the number
+of processes.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ import shutil
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -36,12 +37,12 @@ from rdlm.tokenizer import Tokenizer
 
 
 class Corpus(NamedTuple):
-    """What to prepare."""
+    """Documents to prepare."""
 
     name: str
     """"files", "factbook", or a TFDS dataset with its version and split."""
     version: str
-    """Of the dataset, or which files and bytes there are."""
+    """Of the dataset, or the names and number of files and bytes."""
     parts: Sequence[Part]
     """Units of work, in order."""
 
@@ -59,21 +60,21 @@ def build(
 
     Args:
       target: a local folder that does not exist, or holds the same data.
-      corpus: what to prepare.
-      recipe: how.
+      corpus: documents to prepare.
+      recipe: how to split and pack them.
       tokenizer: encodes the documents; a copy goes into the folder.
-      processes: that work side by side. The result does not depend on it.
+      processes: number of worker processes. The result does not depend on it.
       say: prints a line.
 
     Raises:
-      InputError: the target holds something else, or was begun with other settings (the message says which); another
-        process is at work on it; a document is bad, or the disk full. Complete shards are kept for the next attempt.
+      InputError: the target holds other data, or was begun with other settings (the message says which); another
+        process is preparing it; a document is bad, or the disk is full. Complete shards are kept for the next attempt.
     """
     target = Path(target).expanduser()
     unfinished = target.parent / f".{target.name}.unfinished"
     try:
         if (unfinished / "manifest.json").exists() and not target.exists():
-            _give_name(unfinished, target)
+            _rename(unfinished, target)
         if not target.exists():
             unfinished.mkdir(parents=True, exist_ok=True)
             with _locked(unfinished, target):
@@ -82,14 +83,14 @@ def build(
                     shards = _shards(unfinished, corpus, recipe, tokenizer, processes, say)
                 except BaseException:
                     if not list((unfinished / "work").glob("shard-*.json")):
-                        shutil.rmtree(unfinished)  # nothing to go on with
+                        shutil.rmtree(unfinished)  # no shard to keep
                     raise
                 try:
                     finish(unfinished, shards, recipe, tokenizer, corpus.name, corpus.version)
-                except InputError:  # nothing to go on with: these settings leave a split empty
+                except InputError:  # these settings leave a split empty: no rerun can finish it
                     shutil.rmtree(unfinished)
                     raise
-                _give_name(unfinished, target)
+                _rename(unfinished, target)
     except OSError as error:
         raise InputError(
             f"{target}: cannot be written ({error.strerror or one_line(error)}); free space or fix "
@@ -101,34 +102,19 @@ def build(
             "--processes: complete shards are kept"
         ) from error
     manifest = read_manifest(target)
-    expected = {
-        "recipe": dataclasses.asdict(recipe), "tokenizer": tokenizer.hash, "source": (corpus.name, corpus.version)
-    }  # fmt: skip
-    found = {
-        "recipe": dataclasses.asdict(manifest.recipe),
-        "tokenizer": manifest.tokenizer_hash,
-        "source": (manifest.source.name, manifest.source.version),
-    }
-    different = _difference(expected, found)
+    wanted, identity = _settings(corpus, recipe, tokenizer), manifest.identity()
+    different = first_difference(wanted, {name: identity[name] for name in wanted})
     if different:
-        raise InputError(f"{target}: was prepared with {different}; choose another --out, or delete it")
+        raise InputError(f"{target}: was prepared with {different}; choose another --out")
     return manifest
 
 
-def _difference(wanted: dict[str, Any], found: dict[str, Any]) -> str | None:
-    """'packing = "best_fit", not "document_start"', looking into nested settings."""
-
-    def flat(tree: dict[str, Any]) -> dict[str, Any]:
-        leaves: dict[str, Any] = {}
-        for name, value in tree.items():
-            leaves |= flat(value) if isinstance(value, dict) else {name: value}
-        return leaves
-
-    return first_difference(flat(wanted), flat(found))
+def _settings(corpus: Corpus, recipe: Recipe, tokenizer: Tokenizer) -> dict[str, object]:
+    return {**recipe.settings(), "tokenizer": tokenizer.hash, "source": f"{corpus.name}, {corpus.version}"}
 
 
-def _give_name(unfinished: Path, target: Path) -> None:
-    """Remove everything but the prepared data, which are complete, and give the folder its name."""
+def _rename(unfinished: Path, target: Path) -> None:
+    """Remove everything but the prepared data, which are complete, and rename the folder to `target`."""
     wanted = {"manifest.json", "tokenizer", *(file.name for file in read_manifest(unfinished).files)}
     for path in unfinished.iterdir():
         if path.is_dir() and path.name not in wanted:
@@ -140,7 +126,7 @@ def _give_name(unfinished: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: Path, target: Path) -> Iterator[None]:
-    """One process at a time; the lock ends with the process, however it ends."""
+    """One process at a time; the lock ends with the process, even if it is killed."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -152,29 +138,26 @@ def _locked(folder: Path, target: Path) -> Iterator[None]:
 
 
 def _check_settings(folder: Path, target: Path, corpus: Corpus, recipe: Recipe, tokenizer: Tokenizer) -> None:
-    """Write settings.json, or compare with the one there. Times of files count: shards must not mix versions."""
+    """Write settings.json, or compare with the one there. File times are compared: shards must not mix versions."""
     stamps = sorted(
         (path, os.stat(path).st_size, os.stat(path).st_mtime_ns)
         for path in {path for part in corpus.parts for path in part.paths}
         if os.path.isfile(path)
     )
     parts = [dataclasses.asdict(part) for part in corpus.parts]
-    settings = {
-        **dataclasses.asdict(recipe),
-        "tokenizer": tokenizer.hash,
-        "source": f"{corpus.name}, {corpus.version}",
-        "files": hashlib.sha256(json.dumps([stamps, parts]).encode()).hexdigest(),
-    }
+    files = hashlib.sha256(json.dumps([stamps, parts]).encode()).hexdigest()
+    settings = {**_settings(corpus, recipe, tokenizer), "files": files}
     path = folder / "settings.json"
     if path.exists():
         found = json.loads(path.read_text())
-        if found["reading"]["bad_documents"] == "refuse":  # then there are none in the shards so far
-            found["reading"] = {**found["reading"], "bad_documents": recipe.reading.bad_documents}
-        different = _difference(settings, found)
+        found |= found.pop("reading", {})  # older preparations nest these fields
+        if found["bad_documents"] == "refuse":  # then the shards so far hold no bad documents
+            found["bad_documents"] = recipe.reading.bad_documents
+        different = first_difference(settings, found)
         if different:
             raise InputError(
                 f"{target}: {folder.name} beside it is an unfinished preparation, whose settings differ "
-                f"({different}); finish that one, or delete {folder}"
+                f"({different}); finish it with its own settings, or choose another --out"
             )
     write_atomically(path, json.dumps(settings, indent=2))
     for left in folder.glob(".partial-*"):  # of a process that was killed
@@ -198,7 +181,7 @@ def _shards(
 
 
 def _complete(folder: Path, number: int) -> Shard | None:
-    """The shard, if its files are there as its JSON file, written last, says."""
+    """The shard, if its files have the sizes in its JSON file, which is written last."""
     path = folder / "work" / f"shard-{number:05d}.json"
     try:
         shard = from_json(Shard, path.read_text(), str(path))
@@ -209,11 +192,11 @@ def _complete(folder: Path, number: int) -> Shard | None:
     return shard if complete else None
 
 
-# What a worker does
+# The work on one part
 
 
 class _Context(NamedTuple):
-    """What stays the same from part to part."""
+    """The same for all parts."""
 
     folder: Path
     recipe: Recipe
@@ -241,7 +224,10 @@ def _digests(folder: Path, number: int) -> Path:
 
 
 def _find_duplicates(folder: Path, count: int) -> None:
-    """For every part the positions of documents that are equal to an earlier one, in it or before. 16 bytes each."""
+    """Save for every part the positions of documents that equal an earlier one, in this part or before.
+
+    Takes 16 bytes of memory per document.
+    """
     found = [np.frombuffer(_digests(folder, n).read_bytes(), "V16") for n in range(count)]
     everything = np.concatenate(found)
     _, first = np.unique(everything, return_index=True)
@@ -255,7 +241,7 @@ def _find_duplicates(folder: Path, count: int) -> None:
 
 
 class _Crew:
-    """Does parts of the work, here or in processes of its own. Use as a context manager."""
+    """Works on parts, in this process or in a pool of processes. Use as a context manager."""
 
     def __init__(self, folder: Path, recipe: Recipe, tokenizer: Tokenizer, processes: int, say: Callable[[str], None]):
         self.context = _Context(folder, recipe, tokenizer, lambda _: None)
@@ -278,7 +264,7 @@ class _Crew:
             self.pool.shutdown(cancel_futures=True)
 
     def run(self, title: str, work: _Work, parts: Sequence[Part], done: Callable[[int], bool]) -> None:
-        """Do the parts that are not done, under a bar."""
+        """Work on the parts that are not done, and show progress."""
         todo = [(number, part) for number, part in enumerate(parts) if not done(number)]
         total = sum(part.size for part in parts)
         before = total - sum(part.size for _, part in todo)
@@ -303,13 +289,13 @@ _STOP = -(2**62)
 _context: _Context | None = None  # of a worker process
 
 
-def _start_worker(folder: Path, recipe: Recipe, counter: Any) -> None:
+def _start_worker(folder: Path, recipe: Recipe, counter: "Synchronized[int]") -> None:
     global _context
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core each
     parent = multiprocessing.parent_process()
     assert parent is not None
 
-    def end_with_parent() -> None:  # it may be killed, and nobody else would tell
+    def end_with_parent() -> None:  # a pool's workers outlive a parent that is killed
         multiprocessing.connection.wait([parent.sentinel])
         os._exit(1)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rdlm.config import DataConfig, InputError
-from rdlm.data.manifest import Recipe, read_manifest
+from rdlm.data.manifest import Recipe, first_difference, read_manifest
 from rdlm.data.prepare import factbook
 from rdlm.data.prepare.build import Corpus
 from rdlm.data.prepare.parts import Part
@@ -20,10 +20,9 @@ from rdlm.tokenizer import Tokenizer
 def prepare_embedded(data: DataConfig, *, tokenizer: Tokenizer | None = None) -> Path:
     """Make the folder of packed rows of the embedded corpus that `data` describes, or return at once if it is there.
 
-    The folder holds one shard of rows per split (see `records`), tokenizer/ and manifest.json. It lies under
-    `data.folder`, named by what decides its content; it appears complete or not at all, so several processes may call
-    this at once. Documents are split by a hash of their text: the same document is on the same side whatever else the
-    corpus holds. Equal settings give equal bytes on every machine.
+    The folder lies in `data.folder` and is named by the settings that decide its content: one shard of rows per split
+    (see `records`), tokenizer/ and manifest.json. It is complete or absent, so several processes may call this at once.
+    Equal settings give equal bytes on every machine.
 
     Args:
       data: corpus and sizes.
@@ -42,20 +41,16 @@ def prepare_embedded(data: DataConfig, *, tokenizer: Tokenizer | None = None) ->
         with complete_folder(folder, "data.folder") as partial:
             _write(partial, data, recipe, tokenizer)
     manifest = read_manifest(folder)
-    for name in ("sequence_length", "validation_fraction", "packing"):
-        found, value = getattr(manifest.recipe, name), getattr(recipe, name)
-        if found != value:
-            raise InputError(f"{folder}: prepared with {name} = {found}, not {value}; delete it")
-    sizes = {"vocab_size": data.tokenizer_size, "source": (data.source, SOURCE_VERSION)}
-    there = {"vocab_size": manifest.vocab_size, "source": (manifest.source.name, manifest.source.version)}
-    for name, value in sizes.items():
-        if there[name] != value:
-            raise InputError(f"{folder}: prepared with {name} = {there[name]}, not {value}; delete it")
+    wanted = {**recipe.settings(), "vocab_size": data.tokenizer_size, "source": f"{data.source}, {SOURCE_VERSION}"}
+    found = {**manifest.identity(), "vocab_size": manifest.vocab_size}
+    different = first_difference(wanted, {name: found[name] for name in wanted})
+    if different:
+        raise InputError(f"{folder}: prepared with {different}; set another data.folder")
     return folder
 
 
 def prepared_folder(data: DataConfig, tokenizer: Tokenizer | None = None) -> Path:
-    """Where `prepare_embedded` puts its result: data.folder/SOURCE-VOCABULARY-LENGTH and what is not a default."""
+    """The folder of `prepare_embedded`: data.folder/SOURCE-VOCABULARY-LENGTH, then settings that are no defaults."""
     if "://" in data.folder:
         raise InputError(f"data.folder = {data.folder!r}: must be a local folder; every host prepares its own copy")
     name = f"{data.source}-{data.tokenizer_size}-{data.sequence_length}"

@@ -107,7 +107,9 @@ def read(part: Part, field: str, advance: Callable[[int], None]) -> Iterator[Tex
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"{path}: cannot be read ({one_line(error)}); delete it to make it again") from error
+        raise InputError(
+            f"{path}: cannot be read ({one_line(error)}); prepare it again in another --tfds-dir"
+        ) from error
     advance(part.size)
 
 
