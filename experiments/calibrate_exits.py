@@ -1,4 +1,4 @@
-"""Choose exit thresholds that provably keep what the model says at full depth.
+"""Choose exit thresholds that keep the predictions of full depth, with a guarantee.
 
     python experiments/calibrate_exits.py runs/quickstart
     python experiments/calibrate_exits.py runs/quickstart --rules kl --epsilon 0.02 --rows 300
@@ -6,11 +6,12 @@
 
 For each rule: the loosest threshold at which at least 1 - epsilon of the tokens have the same likeliest next token as
 after --steps recurrences, with confidence 1 - delta, on held-out text (new instances for a run of depth_scaling.py).
-The method and what exactly is promised: rdlm/evaluation/calibration.py. Rows that did not choose are used to look at
-the choice afterwards. Writes calibrated_exits.json into the run folder, one entry per rule. A rule of which no
-threshold passes is a result too: it is said, written down, and the command ends with 0. Exit codes: 0 done, 2 wrong
-input. Hardware: any. Processor time: some 40 s per threshold of kl on the quickstart (8 are tried), 5 s of latent_diff;
-42 s in all for runs/s3 with four rules."""
+The method and the limits of the guarantee: docs/calibration.md. The threshold is then scored on other rows. Writes
+calibrated_exits.json into the run folder, one entry per rule. A rule for which no threshold passes is a result as
+well: it is printed and written, and the command exits with 0. Exit codes: 0 done, 2 wrong input. Hardware: any.
+Processor time: about 40 s per threshold of kl on the quickstart (8 are tried), 5 s per threshold of latent_diff; 42 s
+in all for runs/s3 with four rules.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ from rdlm.config import InputError, require
 from rdlm.runtime import parse_arguments, run_command
 
 if TYPE_CHECKING:
-    from rdlm.evaluation.calibration import Calibrated, Rows, Scores
+    from rdlm.evaluation.calibration import Calibrated, Rows
     from rdlm.evaluation.held_out import HeldOut
 
 
@@ -41,17 +42,17 @@ class Args:
     rules: tuple[str, ...] = ("kl", "latent_diff", "fixed")
     """Rules to calibrate: kl, gated_kl, min_p_kl, entropy_diff, latent_diff, cosine, argmax_stability.
 
-    fixed: the least fixed depth that keeps the same promise, for comparison."""
+    fixed: the smallest fixed depth with the same guarantee, for comparison."""
     epsilon: float = 0.01
-    """Share of tokens that may say something else than at full depth."""
+    """Share of tokens whose prediction may differ from that at full depth."""
     delta: float = 0.05
-    """Probability, over which rows are drawn, that a threshold breaks this promise. For each rule on its own."""
+    """Probability, over the draw of the rows, that the guarantee is wrong. For each rule separately."""
     steps: int | None = None
-    """Full depth, and the most recurrences of a token. None: twice the model's mean_recurrence, as generate.py."""
+    """Full depth: the maximum recurrences of a token. None: twice the model's mean_recurrence, as generate.py."""
     rows: int = 1000
-    """Most rows to choose with, drawn at random; more allow looser thresholds. At most 3/4 of a text's rows are used.
+    """Maximum rows to choose with, drawn at random; more rows allow looser thresholds. At most 3/4 of a text's rows.
 
-    The others, at most as many, show afterwards how the choice does."""
+    The threshold is then scored on up to as many of the other rows."""
     seed: int = 0
     """Of the drawn rows and the initial states."""
 
@@ -80,25 +81,29 @@ def main() -> int:
         what = f"new instances of {run.preset.removeprefix(PRESET)}"
     chosen, others = draw(data, args.rows, args.seed)
     count = len(chosen["tokens"])
-    print(f"{args.run_dir}, step {step}: {count:,} rows of {what} choose, up to {num_steps} recurrences", flush=True)
+    print(f"{args.run_dir}, step {step}: {count:,} rows of {what}, up to {num_steps} recurrences", flush=True)
     progress = Progress(-(-count // BATCH))
 
     def scorer(rows: Rows) -> calibration.Scorer:
         return calibration.Scorer(
-            params, config, rows, num_steps, batch_size=BATCH, seed=args.seed,
-            tick=lambda done: progress.update(done, "batches of a pass"),
-        )  # fmt: skip
+            params,
+            config,
+            rows,
+            num_steps,
+            batch_size=BATCH,
+            seed=args.seed,
+            progress=lambda done: progress.update(done, "batches of a threshold"),
+        )
 
     choose = scorer(chosen)
     check = scorer(others) if len(others["tokens"]) else None
     found = []
     for rule in args.rules:
 
-        def tried(threshold: float, scores: Scores, p: float, rule: str = rule) -> None:
-            passed = "passes" if p <= args.delta else "fails"
+        def tried(x: calibration.Tried, rule: str = rule) -> None:
             progress.say(
-                f"{rule} at {threshold:g}: {scores.agreement:.3%} agree after {scores.mean_steps:.2f} recurrences; "
-                f"p = {p:.2g}, {passed}"
+                f"{rule} at {x.threshold:g}: {x.agreement:.3%} agree after {x.mean_steps:.2f} recurrences; "
+                f"p = {x.p_value:.2g}, {'passes' if x.p_value <= args.delta else 'fails'}"
             )
 
         found.append(
@@ -114,8 +119,8 @@ def main() -> int:
     return 0
 
 
-def draw(data: HeldOut, most: int, seed: int) -> tuple[Rows, Rows]:
-    """(rows to choose with, rows to look at afterwards), drawn at random without replacement.
+def draw(data: HeldOut, max_rows: int, seed: int) -> tuple[Rows, Rows]:
+    """(rows to choose with, other rows), drawn at random without replacement.
 
     Raises:
       InputError: there is no row with a token to score.
@@ -126,8 +131,8 @@ def draw(data: HeldOut, most: int, seed: int) -> tuple[Rows, Rows]:
     if first is None:
         raise InputError(f"{data.what}: there is none; prepare the data with a validation fraction above 0")
     size = len(first["tokens"])
-    batches = -(-2 * most // size) if data.is_task else data.total  # a task's instances are endless
-    wanted = set(np.random.default_rng(seed).permutation(batches * size)[: 2 * most].tolist())
+    batches = -(-2 * max_rows // size) if data.is_task else data.total  # a task's instances are endless
+    wanted = set(np.random.default_rng(seed).permutation(batches * size)[: 2 * max_rows].tolist())
     found = [
         {name: values[i] for name, values in batch.items()}
         for b, batch in enumerate(data.batches(batches))
@@ -137,12 +142,12 @@ def draw(data: HeldOut, most: int, seed: int) -> tuple[Rows, Rows]:
     if not found:
         raise InputError(f"{data.what}: holds no token; prepare the data with a validation fraction above 0")
     order = np.random.default_rng([seed, 1]).permutation(len(found))
-    cut = min(most, max(1, len(found) * 3 // 4))
+    cut = min(max_rows, max(1, len(found) * 3 // 4))
     return stacked([found[i] for i in order[:cut]], data), stacked([found[i] for i in order[cut:]], data)
 
 
 def stacked(rows: Iterable[dict], data: HeldOut) -> Rows:
-    """Rows as arrays [N, L]. A text is scored at every token, a task where it asks for an answer."""
+    """Rows as arrays [N, L]. Every token of a text is scored; of a task, those with an answer."""
     import numpy as np
 
     from rdlm.losses import IGNORED
@@ -165,23 +170,28 @@ def show(found: list[Calibrated]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    one = found[0]
+    one, goal = found[0], found[0].goal
+    share, confidence = f"{1 - goal.epsilon:.4g}", f"{1 - goal.delta:g}"
     table = Table(
-        title=f"Agree with {one.num_steps} recurrences: at least {1 - one.epsilon:.4g}, confidence {1 - one.delta:g}",
+        title=f"Agree with {goal.num_steps} recurrences: at least {share}, confidence {confidence}",
         caption=f"agree: on the {one.rows:,} rows that chose; others: on {one.checked_rows:,} more rows\n"
         f"full depth: {one.full_flops_per_token:,.3g} FLOPs/token",
     )
     for head in ("rule", "threshold", "agree", "others", "mean r", "FLOPs/token", "saved"):
         table.add_column(head, justify="left" if head == "rule" else "right")
     for x in found:
-        if x.threshold is None or x.agreement is None or x.flops_per_token is None or x.flops_saved is None:
+        if (e := x.effect) is None:
             table.add_row(x.rule, "none", *[""] * 5)
             continue
-        checked = "" if x.checked_agreement is None else f"{x.checked_agreement:.2%}"
-        table.add_row(
-            x.rule, f"{x.threshold:g}", f"{x.agreement:.2%}", checked, f"{x.mean_steps:.2f}",
-            f"{x.flops_per_token:.3g}", f"{x.flops_saved:.0%}",
-        )  # fmt: skip
+        checked = "" if e.checked_agreement is None else f"{e.checked_agreement:.2%}"
+        effect = (
+            f"{e.agreement:.2%}",
+            checked,
+            f"{e.mean_steps:.2f}",
+            f"{e.flops_per_token:.3g}",
+            f"{x.flops_saved:.0%}",
+        )
+        table.add_row(x.rule, f"{x.threshold:g}", *effect)
     Console(highlight=False).print(table)
 
 

@@ -95,8 +95,13 @@ def main() -> int:
 
     model, tokenizer = read_config(args.run_dir).model, load_tokenizer(args.run_dir)
     if args.calibrated:
-        found = load(args.run_dir, args.exit, saved_steps(args.run_dir)[-1])
-        args = dataclasses.replace(args, threshold=found.threshold, steps=found.num_steps)
+        found = load(
+            args.run_dir,
+            args.exit,
+            saved_steps(args.run_dir)[-1],
+            f"python experiments/calibrate_exits.py {args.run_dir}",
+        )
+        args = dataclasses.replace(args, threshold=found.threshold, steps=found.goal.num_steps)
         print(f"calibrated: {found.guarantee}", file=sys.stderr)
     rule = exits.named(args.exit, args.threshold)
     most = args.steps or model.mean_recurrence * (1 if rule is None else 2)

@@ -334,7 +334,9 @@ def depth_curve(tree: Json) -> Json:
 
 def agreement_chart(found: Sequence[calibration.Calibrated]) -> Markup:
     """Agreement with full depth against recurrences, of every threshold that was tested."""
-    lines = [Series(x.rule, [t[2] for t in x.tried], [100 * t[1] for t in x.tried]) for x in found[:MAX_LINES]]
+    lines = [
+        Series(x.rule, [t.mean_steps for t in x.tried], [100 * t.agreement for t in x.tried]) for x in found[:MAX_LINES]
+    ]
     alt = "Agreement with full depth by mean recurrences, for every threshold that was tested"
     return line_chart(lines, "mean recurrences per token", "agreement with full depth (%)", alt)
 

@@ -16,7 +16,7 @@ from rdlm.checkpoint import save_parameters
 from rdlm.config import DataConfig, InputError, ModelConfig, RunConfig
 from rdlm.data.prepare import prepare_embedded
 from rdlm.evaluation import calibration
-from rdlm.evaluation.calibration import Scorer, calibrate, least_rows, load, loosest, p_value, read, save, thresholds
+from rdlm.evaluation.calibration import Scorer, calibrate, load, loosest, min_rows, p_value, read, save, thresholds
 from rdlm.tokenizer import Tokenizer
 
 TEXTS = [f"{i} The capital of land {i} is city {i % 7}; its river é flows {i * i} km.\n" * 3 for i in range(60)]
@@ -101,7 +101,7 @@ def test_testing_stops_at_the_first_threshold_that_fails():
 
 @pytest.mark.parametrize(("epsilon", "delta"), [(0.01, 0.05), (0.3, 0.5), (0.002, 0.01)])
 def test_fewer_rows_than_the_least_show_nothing(epsilon, delta):
-    least = least_rows(epsilon, delta)
+    least = min_rows(epsilon, delta)
     assert p_value(np.zeros(least), epsilon) <= delta
     assert least == 1 or p_value(np.zeros(least - 1), epsilon) > delta
 
@@ -185,20 +185,20 @@ def test_calibrating_fixed_depth_finds_the_depth_that_the_losses_say(scorer):
     passing = [r for r in losses if all(p_value(losses[deeper], 0.4) <= 0.1 for deeper in range(r, STEPS))]
     least = min(passing)
     assert 2 < least < STEPS - 1  # some pass, some fail
-    assert (found.threshold, found.mean_steps) == (least, least)
+    assert (found.threshold, found.effect.mean_steps) == (least, least)
     assert [t for t, *_ in found.tried] == [*passing, least - 1]
-    assert found.agreement == found.checked_agreement == pytest.approx(1 - losses[least].mean())
+    assert found.effect.agreement == found.effect.checked_agreement == pytest.approx(1 - losses[least].mean())
     flops = rdlm.perf.flops.forward_flops
-    assert found.flops_per_token == pytest.approx(flops(TINY, least, LENGTH))  # it looks at no logits
+    assert found.effect.flops_per_token == pytest.approx(flops(TINY, least, LENGTH))  # it looks at no logits
     assert found.flops_saved == pytest.approx(1 - flops(TINY, least, LENGTH) / flops(TINY, STEPS, LENGTH))
 
 
 def test_looks_at_logits_are_paid_for(scorer):
     found = calibrate(scorer, "kl", epsilon=0.4, delta=0.1, step=9, data="noise")
-    work = rdlm.perf.flops.forward_flops(TINY, found.mean_steps, LENGTH)
+    work = rdlm.perf.flops.forward_flops(TINY, found.effect.mean_steps, LENGTH)
     look = rdlm.perf.flops.check_flops(TINY, LENGTH)
-    assert found.flops_per_token == pytest.approx(work + found.mean_steps * look)
-    assert (found.checked_rows, found.checked_agreement) == (0, None)
+    assert found.effect.flops_per_token == pytest.approx(work + found.effect.mean_steps * look)
+    assert (found.checked_rows, found.effect.checked_agreement) == (0, None)
 
 
 def test_what_cannot_be_calibrated_is_refused(scorer, rows):
@@ -217,10 +217,13 @@ def test_what_cannot_be_calibrated_is_refused(scorer, rows):
 
 
 FOUND = calibration.Calibrated(
-    rule="kl", threshold=2e-4, epsilon=0.01, delta=0.05, num_steps=16, step=600, data="some text", rows=700,
-    agreement=0.996, checked_rows=200, checked_agreement=0.995, mean_steps=5.0, flops_per_token=8e6,
-    full_flops_per_token=1e7, tried=((1e-7, 1.0, 9.0, 0.001), (2e-4, 0.996, 5.0, 0.04)),
+    "kl", 2e-4, calibration.Goal(0.01, 0.05, num_steps=16, step=600, data="some text"), rows=700, checked_rows=200,
+    full_flops_per_token=1e7, effect=calibration.Effect(0.996, 0.995, 5.0, 8e6),
+    tried=(calibration.Tried(1e-7, 1.0, 9.0, 0.001), calibration.Tried(2e-4, 0.996, 5.0, 0.04)),
 )  # fmt: skip
+
+
+COMMAND = "python experiments/calibrate_exits.py RUN"
 
 
 def test_what_is_saved_is_loaded(tmp_path):
@@ -229,7 +232,7 @@ def test_what_is_saved_is_loaded(tmp_path):
     for one in (FOUND, other, dataclasses.replace(FOUND, threshold=1e-4)):  # the last replaces the first
         save(tmp_path, one)
     assert read(tmp_path) == {"kl": dataclasses.replace(FOUND, threshold=1e-4), "latent_diff": other}
-    assert load(tmp_path, "latent_diff", 600) == other
+    assert load(tmp_path, "latent_diff", 600, COMMAND) == other
     assert [p.name for p in tmp_path.iterdir()] == [calibration.FILE]
 
 
@@ -237,14 +240,14 @@ def test_what_is_saved_is_loaded(tmp_path):
     ("change", "rule", "match"),
     [
         ({}, "cosine", r"cosine is not calibrated \(only kl is there\); run `python experiments/calibrate_exits.py"),
-        ({"step": 400}, "kl", "for step 400, the checkpoint is step 600"),
+        ({"goal": FOUND.goal._replace(step=400)}, "kl", "for step 400, the checkpoint is step 600"),
         ({"threshold": None}, "kl", "no threshold that was tried .* fixed depth is the answer .*--steps 16"),
     ],
 )
 def test_what_is_not_calibrated_is_refused(change, rule, match, tmp_path):
     save(tmp_path, dataclasses.replace(FOUND, **change))
     with pytest.raises(InputError, match=match):
-        load(tmp_path, rule, 600)
+        load(tmp_path, rule, 600, COMMAND)
 
 
 @pytest.mark.parametrize(
@@ -261,8 +264,8 @@ def test_what_is_not_calibrated_is_refused(change, rule, match, tmp_path):
 def test_a_damaged_file_is_named(damage, tmp_path):
     path = save(tmp_path, FOUND)
     path.write_text(damage(json.loads(path.read_text())))
-    with pytest.raises(InputError, match=r"not what calibrate_exits.py writes .* delete it") as caught:
-        load(tmp_path, "kl", 600)
+    with pytest.raises(InputError, match=r"not calibrated exits .* delete it") as caught:
+        load(tmp_path, "kl", 600, COMMAND)
     assert str(path) in str(caught.value)
 
 
@@ -296,9 +299,9 @@ def test_calibrated_thresholds_reach_generate(text_run, command):
     assert code == 0, err
     found = read(text_run)
     assert list(found) == ["kl", "fixed"]
-    assert all((x.step, x.num_steps, x.rows, x.checked_rows) == (4, 8, 40, 40) for x in found.values())
+    assert all((x.goal.step, x.goal.num_steps, x.rows, x.checked_rows) == (4, 8, 40, 40) for x in found.values())
     assert f"kl at {found['kl'].threshold:g}" in out
-    assert "validation text of factbook" in found["kl"].data
+    assert "validation text of factbook" in found["kl"].goal.data
     say = ("generate", text_run, "--prompt", "The", "--max-new-tokens", "4", "--exit", "kl")
     code, out, err = command(*say, "--calibrated")
     assert code == 0, err
@@ -314,7 +317,7 @@ def untimed(out):
 def test_a_rule_that_keeps_no_promise_is_a_result(text_run, command, monkeypatch):
     monkeypatch.setattr(calibration, "thresholds", lambda rule, num_steps: (1e6,))
     monkeypatch.setattr(calibration, "p_value", lambda loss, epsilon: float(loss.any()) or 0.01)
-    monkeypatch.setattr(calibration.Scores, "agreement", 0.5)
+    monkeypatch.setattr(calibration.Outcome, "agreement", 0.5)
     real = calibration.Scorer.__call__
     broken = lambda *given: real(*given)._replace(loss=np.ones(40))  # noqa: E731
     monkeypatch.setattr(calibration.Scorer, "__call__", broken)
@@ -335,9 +338,9 @@ def test_a_task_is_calibrated_on_new_instances(tmp_path, command):
                              "--epsilon", "0.1")  # fmt: skip
     assert code == 0, err
     found = read(tmp_path / "run")["latent_diff"]
-    assert (found.step, found.rows, found.checked_rows) == (7, 100, 100)
+    assert (found.goal.step, found.rows, found.checked_rows) == (7, 100, 100)
     assert "new instances of parity" in out
-    assert math.isfinite(found.mean_steps)
+    assert math.isfinite(found.effect.mean_steps)
 
 
 @pytest.mark.parametrize(

@@ -35,9 +35,9 @@ PNG = base64.b64decode(  # one grey pixel
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNoAAAAggCBd81ytgAAAABJRU5ErkJggg=="
 )
 CALIBRATED = calibration.Calibrated(
-    rule="kl", threshold=2e-4, epsilon=0.01, delta=0.05, num_steps=8, step=4, data="some text", rows=700,
-    agreement=0.996, checked_rows=200, checked_agreement=0.995, mean_steps=5.0, flops_per_token=8e6,
-    full_flops_per_token=1e7, tried=((1e-7, 1.0, 7.0, 0.001), (2e-4, 0.996, 5.0, 0.04)),
+    "kl", 2e-4, calibration.Goal(0.01, 0.05, num_steps=8, step=4, data="some text"), rows=700, checked_rows=200,
+    full_flops_per_token=1e7, effect=calibration.Effect(0.996, 0.995, 5.0, 8e6),
+    tried=(calibration.Tried(1e-7, 1.0, 7.0, 0.001), calibration.Tried(2e-4, 0.996, 5.0, 0.04)),
 )  # fmt: skip
 NASTY = "<script>alert(1)</script>"
 COMMANDS = dict.fromkeys(
@@ -73,8 +73,7 @@ def fill(folder):
     (folder / "metrics.jsonl").write_text(lines + '{"step": 500, "lo')  # cut short by a kill
     (folder / "loss_by_depth.json").write_text(json.dumps({"1": 2.9, "2": 2.6, "8": 2.4}))
     calibration.save(folder, CALIBRATED)
-    none = {"threshold": None, "agreement": None, "checked_agreement": None, "mean_steps": None}
-    calibration.save(folder, dataclasses.replace(CALIBRATED, rule="cosine", flops_per_token=None, **none))
+    calibration.save(folder, dataclasses.replace(CALIBRATED, rule="cosine", threshold=None, effect=None))
     common = {"command": "python experiments/made.py", "commit": "abc1234", "step": 4}
     row = {"rule": "fixed depth", "threshold": None, "nats": 2.5, "bits_per_byte": None, "accuracy": 0.5,
            "iterations": 2.0, "flops_per_token": 1e6, "equivalent_parameters": 9000.0, "pareto": True}  # fmt: skip
@@ -228,7 +227,7 @@ def test_results_of_another_checkpoint_are_marked(empty, report):
     fill(empty)
     path = empty / "analysis" / "depth_sweep.json"
     path.write_text(path.read_text().replace('"step": 4', '"step": 3'))
-    calibration.save(empty, dataclasses.replace(CALIBRATED, step=2))
+    calibration.save(empty, dataclasses.replace(CALIBRATED, goal=CALIBRATED.goal._replace(step=2)))
     assert report(empty)[0] == 0
     words = " ".join(check((empty / "report.html").read_text()).words)
     assert "This is about step 3; the checkpoint is step 4." in words
