@@ -7,6 +7,7 @@ changelog.
 
 from __future__ import annotations
 
+import importlib
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -22,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = "experiments/studies/results"
 sys.path.insert(0, str(ROOT))
 
+import rdlm  # noqa: E402
 from rdlm.config import PRESETS  # noqa: E402
 from rdlm.perf.flops import parameters  # noqa: E402
 
@@ -41,8 +43,8 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
         "presets.md": "\n".join(presets()),
         "contributing.md": (ROOT / "CONTRIBUTING.md").read_text(),
         "changelog.md": (ROOT / "CHANGELOG.md").read_text() if (ROOT / "CHANGELOG.md").exists() else "# Changelog\n",
-        "api/index.md": "# rdlm\n\nThe public functions. Every room is also there as `rdlm.ROOM`.\n\n::: rdlm\n",
-        **{f"api/{room}.md": f"# rdlm.{room}\n\n::: rdlm.{room}\n" for room in rooms()},
+        "api/index.md": reference("rdlm"),
+        **{f"api/{room}.md": reference(f"rdlm.{room}") for room in rooms()},
         **{f"tutorials/{path.stem}.md": as_markdown(path.read_text()) for path in tutorials()},
     }
     for uri, content in pages.items():
@@ -63,9 +65,32 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
 
     def mathml(match: re.Match[str]) -> str:
         latex = re.sub("&(lt|gt|amp);", lambda entity: unescape[entity[0]], match[2])
-        return convert(latex, display="block" if match[1] == "div" else "inline")
+        if match[1] == "span":
+            return convert(latex)
+        rows = latex.replace("{aligned}", "{align*}")  # the name that the converter knows
+        return f'<div class="formula">{convert(rows, display="block")}</div>'
 
     return re.sub(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', mathml, html, flags=re.DOTALL)
+
+
+def reference(name: str) -> str:
+    """The API page of rdlm, or of one of its rooms: the classes and functions in `__all__`, or all of a file."""
+    module = importlib.import_module(name)
+    if not hasattr(module, "__all__"):
+        return f"# {name}\n\n::: {name}\n"
+    page, elsewhere = [f"# {name}\n", f"::: {name}\n    options: {{members: false}}\n"], []
+    for public in module.__all__:
+        found = getattr(module, public)
+        if not getattr(found, "__module__", "").startswith("rdlm."):
+            continue  # a room, or a constant
+        if name != "rdlm" and getattr(rdlm, public, None) is found:
+            elsewhere.append(f"[`{public}`][{found.__module__}.{found.__qualname__}]")
+            continue
+        options = f"{{heading: {public}, show_root_heading: true, show_root_toc_entry: true}}"
+        page.append(f"::: {found.__module__}.{found.__qualname__}\n    options: {options}\n")
+    if elsewhere:
+        page.insert(2, f"On the page of [rdlm](index.md): {', '.join(elsewhere)}.\n")
+    return "\n".join(page)
 
 
 def rooms() -> Iterable[str]:
