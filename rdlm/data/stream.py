@@ -1,16 +1,17 @@
-"""Training data read, encoded and packed on the way, for corpora too large to prepare.
+"""Training data read, encoded and packed during training, for corpora too large to prepare.
 
-Every process reads its own parts of the files. Unlike prepared data the batches depend on the number of processes, and
-come in order only: the position is a Grain iterator state, which checkpoints keep. Resuming reads the current part
-again up to where it was, about 64 MB at most for files that can be cut.
+Every process reads its own parts of the files. Unlike prepared data, the batches depend on the number of processes and
+come in order only: checkpoints keep the position, a Grain iterator state. Resuming reads the current part again up to
+that position, about 64 MB at most for files that can be cut.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
-from collections import deque
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Generator, Sequence
+from typing import NamedTuple, TypedDict
 
 import grain
 import numpy as np
@@ -22,22 +23,22 @@ from rdlm.data.manifest import Manifest
 from rdlm.data.packing import Document, Row
 from rdlm.data.prepare.documents import read_documents
 from rdlm.data.prepare.input_files import find_files
-from rdlm.data.prepare.parts import Part, Text, cut_files
+from rdlm.data.prepare.parts import Part, cut_files
 from rdlm.data.prepare.shards import DOCUMENT_STRIDE, encode, held_out
 from rdlm.runtime import exchange
 from rdlm.tokenizer import Tokenizer
 
 PART_BYTES = 64_000_000
 _WINDOW = 1024  # rows shuffled among each other
-_AHEAD = 16  # documents encoded together
-_STATES = 64  # steps whose positions are remembered: more than are prefetched
+_ENCODED_TOGETHER = 16  # documents, on all cores
+_STATES = 64  # steps whose positions are kept: more than are prefetched
 
 
 class StreamedData:
     """Batches of a stream, in order from the first step or from a saved state.
 
-    Tokenizer, length, field names and validation split are those of a prepared sample; documents that the sample's
-    fraction holds out are left out here, so none of them is ever trained on.
+    Tokenizer, length, field names and validation split are those of a prepared sample. Documents that the sample's
+    validation fraction holds out are left out here, so none of them is ever trained on.
     """
 
     def __init__(
@@ -56,16 +57,16 @@ class StreamedData:
 
         Args:
           paths: files, folders, globs or URLs (see `input_files.find_files`).
-          sample: any split of a prepared part of them.
+          sample: any split of data prepared from some of them.
           batch_size: B, rows of a step over all processes.
-          seed: of the order of parts, and of rows within a window.
+          seed: decides the order of parts, and of rows within a window.
           process_index: which rows of a batch to make.
-          process_count: processes; each must get a part.
-          part_bytes: about so many bytes of input are read in one go.
+          process_count: number of processes; each must get a part.
+          part_bytes: approximate size of a part.
           window: rows shuffled among each other.
 
         Raises:
-          InputError: no files, fewer parts than processes, or a sample packed otherwise than concatenate_and_split.
+          InputError: no files, fewer parts than processes, or a sample whose packing is not concatenate_and_split.
         """
         manifest = sample.manifest
         if manifest.recipe.packing != "concatenate_and_split":
@@ -93,14 +94,14 @@ class StreamedData:
         self._states: dict[int, str] = {0: self._position()}
 
     def batch(self, step: int) -> Batch:
-        """The next batch; `step` must be the one after the last, or the one restored to.
+        """The next batch; `step` must follow the last one, or be the restored one.
 
         Raises:
           ValueError: another step.
           InputError: a file cannot be read.
         """
         if step != self._next:
-            raise ValueError(f"step = {step}: a stream goes on at {self._next}; restore a state to go elsewhere")
+            raise ValueError(f"step = {step}: a stream continues at {self._next}; restore a state to move it")
         examples = [next(self._rows) for _ in range(self._count)]
         self._next = step + 1
         self._states[self._next] = self._position()
@@ -108,11 +109,11 @@ class StreamedData:
         return stack(examples, self.sequence_length, self._sample.manifest.pad_id)
 
     def state(self, step: int) -> DataState:
-        """What a checkpoint keeps to go on at `step`, one of the last 64. All processes must call it together."""
+        """The state before `step`, one of the last 64. All processes must call it together."""
         return {"sources": [self._sample.manifest.identity()], "stream": exchange(self._states[step])}
 
     def restore(self, step: int, state: DataState) -> None:
-        """Go on at `step` from its `state`.
+        """Continue at `step` from its `state`.
 
         Raises:
           InputError: another sample, another number of processes, or a run that was not streamed.
@@ -135,87 +136,83 @@ class StreamedData:
         return json.dumps(self._rows.get_state())
 
 
+class _Position(TypedDict):
+    """Where the documents of a process continue."""
+
+    part: int
+    """Parts done, over all epochs."""
+    document: int
+    """Documents done of the next part."""
+
+
+class _RowPosition(TypedDict):
+    documents: _Position
+    """Before the document in which the next row starts."""
+    offset: int
+    """Token of that document."""
+
+
 class _Seen(NamedTuple):
     document: Document
     epoch: int
 
 
 class _Documents(grain.IterDataset):
-    """The train documents of some parts, epoch after epoch, in an order of parts that changes with the epoch."""
+    """The train documents of some parts, epoch after epoch, the parts in another order in every epoch."""
 
-    def __init__(self, mine: list[tuple[int, Part]], manifest: Manifest, tokenizer: Tokenizer, seed: int) -> None:
+    def __init__(self, parts: list[tuple[int, Part]], manifest: Manifest, tokenizer: Tokenizer, seed: int) -> None:
         super().__init__()
-        self.mine, self.manifest, self.tokenizer, self.seed = mine, manifest, tokenizer, seed
+        self.parts, self.manifest, self.tokenizer, self.seed = parts, manifest, tokenizer, seed
 
     def __iter__(self) -> _DocumentIterator:
         return _DocumentIterator(self)
 
+    def since(self, state: _Position) -> Generator[tuple[_Position, _Seen], None, None]:
+        """Documents from a position on, each with the position after it."""
+        recipe, fruitless = self.manifest.recipe, 0
+        for turn in itertools.count(state["part"]):
+            epoch, i = divmod(turn, len(self.parts))
+            number, part = self.parts[shuffled(i, len(self.parts), self.seed, epoch)]
+            start = state["document"] if turn == state["part"] else 0
+            fruitless += 1
+            with contextlib.closing(read_documents(part, recipe.reading)) as texts:
+                numbered = itertools.islice(enumerate(texts), start, None)
+                train = ((at, text) for at, text in numbered if not held_out(text, recipe.validation_fraction))
+                while batch := list(itertools.islice(train, _ENCODED_TOGETHER)):
+                    fruitless = 0
+                    encoded = encode([text for _, text in batch], self.tokenizer)
+                    for (at, _), (tokens, scored) in zip(batch, encoded, strict=True):
+                        index = (number * DOCUMENT_STRIDE + at) % 2**32
+                        yield _Position(part=turn, document=at + 1), _Seen(Document(index, tokens, scored), epoch)
+            if fruitless > len(self.parts):
+                raise InputError("data.stream: the files hold no train document")
+
 
 class _DocumentIterator(grain.DatasetIterator):
-    """State: `part`, how many parts are done; `document`, how many documents of the current one."""
+    """Documents as a resumable iterator."""
 
     def __init__(self, data: _Documents) -> None:
         super().__init__()
-        self._data = data
-        self._part = self._document = self._fruitless = 0
-        self._texts: Iterator[Text] | None = None
-        self._ready: deque[tuple[int, _Seen]] = deque()
+        self._data, self._position = data, _Position(part=0, document=0)
+        self._found = data.since(self._position)
 
     def __next__(self) -> _Seen:
-        while not self._ready:
-            self._fill()
-        self._document, seen = self._ready.popleft()
+        self._position, seen = next(self._found)
         return seen
 
-    def _fill(self) -> None:
-        data, recipe = self._data, self._data.manifest.recipe
-        epoch, i = divmod(self._part, len(data.mine))
-        number, part = data.mine[shuffled(i, len(data.mine), data.seed, epoch)]
-        if self._texts is None:
-            self._texts = read_documents(part, recipe.reading)
-            self._at = 0
-            for _ in range(self._document):
-                next(self._texts, None)
-                self._at += 1
-        texts: list[tuple[int, Text]] = []
-        ended = False
-        while len(texts) < _AHEAD and not ended:
-            text = next(self._texts, None)
-            ended = text is None
-            if text is not None:
-                if not held_out(text, recipe.validation_fraction):
-                    texts.append((self._at, text))
-                self._at += 1
-        self._fruitless = 0 if texts else self._fruitless + ended
-        if self._fruitless > len(data.mine):
-            raise InputError("data.stream: the files hold no train document")
-        if not texts and ended:
-            self._part, self._document, self._texts = self._part + 1, 0, None
-            return
-        for (at, _), (tokens, scored) in zip(texts, encode([t for _, t in texts], data.tokenizer), strict=True):
-            index = (number * DOCUMENT_STRIDE + at) % 2**32
-            self._ready.append((at + 1, _Seen(Document(index, tokens, scored), epoch)))
+    def get_state(self) -> _Position:
+        return self._position
 
-    def get_state(self) -> dict[str, Any]:
-        return {"part": self._part, "document": self._document}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        self._part, self._document = state["part"], state["document"]
-        self._ready.clear()
-        self._stop_reading()
+    def set_state(self, state: _Position) -> None:
+        self._position, self._found = state, self._data.since(state)
 
     def close(self) -> None:
         super().close()
-        self._stop_reading()
-
-    def _stop_reading(self) -> None:
-        if self._texts is not None:
-            self._texts.close()  # type: ignore[attr-defined]  # a generator, which holds a file
-            self._texts = None
+        self._found.close()
 
 
 class _Rows(grain.IterDataset):
-    """Documents cut into rows as `packing.concatenate_and_split` cuts them, resumable at every row."""
+    """Documents cut into rows as by `packing.concatenate_and_split`, resumable at every row."""
 
     def __init__(self, documents: _Documents, sequence_length: int) -> None:
         super().__init__(documents)
@@ -226,7 +223,7 @@ class _Rows(grain.IterDataset):
 
 
 class _RowIterator(grain.DatasetIterator):
-    """State: that of the documents before the one a row starts in, and where in it."""
+    """Rows as a resumable iterator."""
 
     def __init__(self, documents: grain.DatasetIterator, size: int) -> None:
         super().__init__(documents)
@@ -237,7 +234,7 @@ class _RowIterator(grain.DatasetIterator):
     def __next__(self) -> Example:
         if self._current is None:
             self._current = next(self._parent)
-        epoch, room = self._current.epoch, self._size
+        epoch, room = self._current.epoch, self._size  # tokens that still fit
         tokens, scored, chunks = [], [], []
         while room:
             document = self._current.document
@@ -255,9 +252,9 @@ class _RowIterator(grain.DatasetIterator):
         row = Row(np.concatenate(tokens).astype(np.int32), np.array(chunks, np.int64), None if mask.all() else mask)
         return Example(row, epoch)
 
-    def get_state(self) -> dict[str, Any]:
-        return {"documents": self._before, "offset": self._offset}
+    def get_state(self) -> _RowPosition:
+        return _RowPosition(documents=self._before, offset=self._offset)
 
-    def set_state(self, state: dict[str, Any]) -> None:
+    def set_state(self, state: _RowPosition) -> None:
         self._parent.set_state(state["documents"])
         self._before, self._offset, self._current = state["documents"], state["offset"], None

@@ -143,7 +143,7 @@ def test_files_and_thread_are_closed_when_the_consumer_fails(stream, source):
 def test_steps_come_in_order_only(stream):
     data = stream()
     data.batch(0)
-    with pytest.raises(ValueError, match="step = 0: a stream goes on at 1"):
+    with pytest.raises(ValueError, match="step = 0: a stream continues at 1"):
         data.batch(0)
 
 

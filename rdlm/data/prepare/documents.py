@@ -6,7 +6,7 @@ import gzip
 import io
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 import pyarrow
 import pyarrow.parquet
@@ -26,7 +26,7 @@ def read_documents(
     *,
     advance: Callable[[int], None] = lambda _: None,
     skipped: Counter[str] | None = None,
-) -> Iterator[Text]:
+) -> Generator[Text, None, None]:
     """The documents of a part, in order.
 
     Args:
