@@ -1,10 +1,10 @@
-"""Convert between a Hugging Face folder of the public reference and a run folder, in whichever direction SRC asks for.
+"""Convert a Hugging Face folder of the public reference to a run folder, or a run folder to a Hugging Face folder.
 
     python experiments/convert_huggingface.py path/to/huginn-0125 runs/huginn --verify
     python experiments/convert_huggingface.py runs/quickstart exported/quickstart --verify
 
-SRC may also be the name of a model on the hub (ORGANISATION/NAME) when huggingface_hub is installed. Tokenizer files
-come along. Values keep their dtype and bits. Exit codes: 0 done, 1 --verify found a difference, 2 wrong input.
+SRC can also be the name of a model on the hub (ORGANISATION/NAME), if huggingface_hub is installed. Tokenizer files are
+copied too. Values keep their dtype and bits. Exit codes: 0 done, 1 --verify found a difference, 2 wrong input.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -25,29 +25,36 @@ if TYPE_CHECKING:
     import numpy as np
 
     from rdlm.config import ModelConfig
+    from rdlm.model import Params
 
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """Convert SRC into DST; what SRC is decides the direction."""
+    """Convert SRC to DST. The kind of folder SRC is decides the direction."""
 
     src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
     """Hugging Face folder, run folder, or name on the hub."""
     dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
-    """Folder to write; must not exist or be empty (an earlier export may be replaced)."""
+    """Folder to write; must not exist, or be empty. An earlier Hugging Face folder is replaced."""
     verify: bool = False
-    """Reload what was written and compare logits on random tokens."""
+    """Load the result and compare its logits on random tokens with those of SRC."""
     threshold: float = 1e-4
-    """--verify fails when any logit differs by more."""
+    """--verify fails if any logit differs by more."""
     recurrences: int = 4
     """Recurrences r at which --verify compares."""
     step: int | None = None
-    """Checkpoint of a run folder to convert; by default the newest."""
+    """Checkpoint of the run folder to convert; None: the newest."""
 
 
 def main() -> int:
@@ -65,7 +72,7 @@ def main() -> int:
             f"{source}: neither a Hugging Face model folder (config.json with model_type) nor a run folder"
         )
     if to_run and args.step is not None:
-        raise InputError("--step: only a run folder has steps")
+        raise InputError(f"--step = {args.step}: SRC is a Hugging Face folder, which has no steps; leave it out")
     params, config = load(source, args.step)
     print(f"read {source}: {describe(params)}")
     try:
@@ -84,7 +91,7 @@ def local_folder(name: str) -> Path:
     """The folder called `name`, or a local copy of the hub's model of that name.
 
     Raises:
-      InputError: no such folder, and no such model, no huggingface_hub or no way to reach the hub.
+      InputError: neither a folder nor a model on the hub, or huggingface_hub is not installed.
     """
     if Path(name).is_dir():
         return Path(name)
@@ -94,16 +101,16 @@ def local_folder(name: str) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise InputError(
-            f"{name}: no such folder; to fetch it as a hub name install huggingface_hub (pip install 'rdlm[hf]')"
+            f"{name}: no such folder; to fetch a model of that name install huggingface_hub (pip install 'rdlm[hf]')"
         ) from error
     wanted = ["config.json", "model*.safetensors", "model.safetensors.index.json", *TOKENIZER_FILES]
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except Exception as error:  # its own errors, and those of the HTTP library beneath it
-        raise InputError(f"{name}: no such folder, and not to be had from the hub ({one_line(error)})") from error
+        raise InputError(f"{name}: no such folder, and the hub does not provide it ({one_line(error)})") from error
 
 
-def load(folder: Path, step: int | None = None) -> tuple[Any, ModelConfig]:
+def load(folder: Path, step: int | None = None) -> tuple[Params, ModelConfig]:
     """(params, config) of either kind of folder."""
     from rdlm.checkpoint import load_checkpoint
     from rdlm.hf import is_huggingface, load_huggingface
@@ -111,7 +118,7 @@ def load(folder: Path, step: int | None = None) -> tuple[Any, ModelConfig]:
     return load_huggingface(folder) if is_huggingface(folder) else load_checkpoint(folder, step)
 
 
-def describe(params: Any) -> str:
+def describe(params: Params) -> str:
     """'75 tensors, 0.16 M parameters, float32'."""
     import jax
 
@@ -120,8 +127,8 @@ def describe(params: Any) -> str:
     return f"{len(leaves)} tensors, {sum(x.size for x in leaves) / 1e6:,.2f} M parameters, {dtypes}"
 
 
-def write_run(folder: Path, params: Any, config: ModelConfig, source: Path) -> None:
-    """A run folder with parameters only; `source`'s tokenizer goes to tokenizer/."""
+def write_run(folder: Path, params: Params, config: ModelConfig, source: Path) -> None:
+    """Write a run folder with parameters only, and the tokenizer of `source`."""
     import jax
 
     from rdlm.checkpoint import save_parameters
@@ -130,7 +137,7 @@ def write_run(folder: Path, params: Any, config: ModelConfig, source: Path) -> N
         if x.dtype != config.param_dtype:
             raise InputError(
                 f"{source}: {jax.tree_util.keystr(where)} is {x.dtype}, the embedding {config.param_dtype}: "
-                "a run folder holds one dtype"
+                "a run folder can hold only one dtype"
             )
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise InputError(f"{folder}: exists and is not an empty folder; choose another")
@@ -152,26 +159,26 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 
 def tokenizer_hash(folder: Path) -> str | None:
-    """Identity of a copied tokenizer; None if there is none that rdlm can use."""
+    """Hash of a copied tokenizer; None if there is none, or none that rdlm can use."""
     from rdlm.tokenizer import Tokenizer
 
     try:
         return Tokenizer.load(folder).hash
     except InputError as error:
-        print(f"note: no tokenizer that rdlm can use came along ({str(error).partition(': ')[2]})")
+        print(f"note: no tokenizer that rdlm can use was copied ({str(error).partition(': ')[2]})")
         return None
 
 
-def write_huggingface(folder: Path, params: Any, config: ModelConfig, source: Path) -> None:
-    """A Hugging Face folder; the run's tokenizer files go beside the weights."""
+def write_huggingface(folder: Path, params: Params, config: ModelConfig, source: Path) -> None:
+    """Write a Hugging Face folder with the run's tokenizer files beside the weights."""
     from rdlm.hf import save_huggingface
 
     save_huggingface(folder, params, config)
     copy_tokenizer(source / "tokenizer", folder)
 
 
-def logits(params: Any, config: ModelConfig, recurrences: int) -> np.ndarray:
-    """f32 [2, L, V] on fixed random tokens, from a fixed state."""
+def logits(params: Params, config: ModelConfig, recurrences: int) -> np.ndarray:
+    """f32 [2, L, V] on fixed random tokens, from a fixed initial state."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -186,7 +193,7 @@ def logits(params: Any, config: ModelConfig, recurrences: int) -> np.ndarray:
     s = initial_state(jax.random.key(0), positions, config.embed_dim, compute_dtype(params, config))
     s = jnp.broadcast_to(s, (*tokens.shape, config.embed_dim))
 
-    # Operation by operation: compiled as a whole, XLA on CPU widens all bf16 weights to f32 at once.
+    # Not jitted: in one program XLA on CPU would convert all bf16 weights to f32 at once.
     injected = inject(params, config, embed(params, config, tokens, ctx)[0])
     for _ in range(recurrences):
         s, _ = core_step(params, config, s, injected, ctx)
@@ -194,12 +201,12 @@ def logits(params: Any, config: ModelConfig, recurrences: int) -> np.ndarray:
 
 
 def verified(before: np.ndarray, config: ModelConfig, args: Args) -> bool:
-    """Compare the source's logits with those of what was written; print the comparison."""
+    """Compare the logits of the source with those of the written folder, and print the result."""
     import jax
     import numpy as np
 
     params, written = load(args.dst)
-    # The dtype to compute in is no part of a Hugging Face folder.
+    # A Hugging Face folder does not hold the compute dtype.
     written = dataclasses.replace(written, compute_dtype=config.compute_dtype)
     changed = differences(config, written)
     if changed:

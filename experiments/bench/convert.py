@@ -1,9 +1,9 @@
-"""Peak memory and time of converting a model of the published shape (3.56 B parameters, bf16, sharded), random weights.
+"""Peak memory and time of converting a model of the published shape (3.56 B parameters, bf16) with random weights.
 
     python experiments/bench/convert.py [--preset huginn_3p5b] [--folder /tmp/bench-convert] [--verify] [--keep]
 
-Makes a synthetic Hugging Face folder, converts it to a run folder and back, each step in a process of its own, and
-prints the peak resident size of each. Needs three times the model's size on disk (21.4 GB).
+Makes a synthetic Hugging Face folder and converts it to a run folder and back. Each step is a process of its own,
+whose peak resident size is printed. Needs three times the model's size on disk (21.4 GB).
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ CONVERT = Path(__file__).parents[1] / "convert_huggingface.py"
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """What to measure."""
+    """Options of the measurement."""
 
     preset: str = "huginn_3p5b"
     """Shape of the model."""
     folder: Path = Path("/tmp/bench-convert")
-    """Where to work; must not exist."""
+    """Folder for the files; must not exist."""
     verify: bool = False
-    """Also run the converter's --verify, which computes logits."""
+    """Also run the converter with --verify, which computes logits."""
     keep: bool = False
-    """Leave the folders behind."""
+    """Keep the folders afterwards."""
 
 
 def synthetic(folder: Path, args: Args) -> None:
-    """A bf16 folder of the preset's shape, weights random with the initialisation's deviation, norms near one."""
+    """Write a bf16 folder of the preset's shape, with weights of the initial deviation and norms near one."""
     from rdlm.hf.config import reference_fields
     from rdlm.hf.files import Planned, write_tensors
     from rdlm.hf.names import ROTARY, rotary_buffer, table
@@ -52,7 +52,7 @@ def synthetic(folder: Path, args: Args) -> None:
     config = preset(args.preset).model
     rng = np.random.default_rng(0)
     bf16 = np.dtype(ml_dtypes.bfloat16)
-    # Tiling one stretch of random numbers of odd length is much faster than drawing billions.
+    # Repeating a block of random numbers is much faster than drawing billions.
     tile = (rng.standard_normal(1_000_003) * (2 / (5 * config.embed_dim)) ** 0.5).astype(bf16).view(np.uint16)
 
     def values(name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -88,7 +88,7 @@ def _wait(pid: int) -> tuple[int, int, resource.struct_rusage]:
 def main() -> None:
     args = parse_arguments(Args, prog="bench_convert.py", description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
     if args.folder.exists():
-        raise InputError(f"{args.folder}: exists; give a folder to make")
+        raise InputError(f"{args.folder}: exists; choose a new folder")
     source, run, back = (args.folder / name for name in ("source", "run", "back"))
     try:
         synthetic(source, args)

@@ -1,4 +1,4 @@
-"""Hugging Face folders of the public reference: load, save, recognise. The only room that reads safetensors files."""
+"""Hugging Face folders of the public reference: load, save, recognise. The only room for the safetensors format."""
 
 from rdlm.hf.config import model_config
 from rdlm.hf.convert import is_huggingface, load_huggingface, save_huggingface

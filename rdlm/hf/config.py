@@ -1,7 +1,7 @@
-"""The public reference's config.json, in both directions: its fields, their defaults, and what rdlm does not build.
+"""The config.json of the public reference, in both directions: fields, defaults, and what rdlm cannot build.
 
-Two forms occur: as published with Huginn-0125 (`num_attention_heads`, few fields) and as the reference's own save
-writes it (`n_heads`, derived fields). Absent fields take the reference's defaults.
+There are two forms: the one published with Huginn-0125 (`num_attention_heads`, few fields) and the one that the
+reference writes when it saves a model (`n_heads`, derived fields). Absent fields take the reference's defaults.
 """
 
 from __future__ import annotations
@@ -13,8 +13,12 @@ from typing import Any
 
 from rdlm.config import InputError, ModelConfig, require
 
+Json = Any
+"""A value of config.json."""
+Fields = dict[str, Json]
+
 # Reference field -> (field of ModelConfig, type, the reference's default).
-FIELDS: dict[str, tuple[str, type, Any]] = {
+FIELDS: dict[str, tuple[str, type, Json]] = {
     "vocab_size": ("vocab_size", int, 65536),
     "n_embd": ("embed_dim", int, 5280),
     "n_heads": ("num_heads", int, 55),
@@ -33,12 +37,12 @@ FIELDS: dict[str, tuple[str, type, Any]] = {
     "test_time_noise_type": ("test_time_noise_type", str, "fixed"),
 }
 
-# Other spellings of the same fields that the reference's config class maps onto them.
+# Other names of the same fields; the reference's config class knows both.
 ALIASES = {"num_attention_heads": "n_heads", "hidden_size": "n_embd", "num_hidden_layers": "n_layers"}
 
-# Fields that change what the network computes, with the one value that rdlm builds. Written on save as far as the
-# reference's config class knows them (WRITTEN).
-FIXED: dict[str, Any] = {
+# Fields that change what the network computes, with the one value that rdlm can build. Those up to "bias" are written,
+# because the reference's config class knows them (WRITTEN).
+FIXED: Fields = {
     "model_type": "huginn_raven",
     "architecture_class_name": "RecurrentGPT",
     "block_class_name": "SandwichBlock",
@@ -71,7 +75,7 @@ PADDING = 4096
 """The reference's default padding_multiple."""
 
 
-def read_fields(folder: Path) -> dict[str, Any]:
+def read_fields(folder: Path) -> Fields:
     """The JSON object in folder/config.json.
 
     Raises:
@@ -91,18 +95,20 @@ def read_fields(folder: Path) -> dict[str, Any]:
     return fields
 
 
-def model_config(fields: dict[str, Any], rows: int | None = None, dtype: str = "float32", where: str = "config.json"):
-    """ModelConfig for the reference's config `fields`.
+def model_config(
+    fields: Fields, rows: int | None = None, dtype: str = "float32", where: str = "config.json"
+) -> ModelConfig:
+    """The ModelConfig for `fields` of the reference.
 
     Args:
       fields: the parsed config.json, in either form.
-      rows: rows of the stored embedding; None: those the config asks for (padded_vocab_size, else vocab_size).
-      dtype: stored dtype, becomes param_dtype.
-      where: named in errors.
+      rows: rows of the stored embedding; None: padded_vocab_size, or vocab_size where that is absent.
+      dtype: stored dtype; becomes param_dtype.
+      where: the file, for error messages.
 
     Raises:
-      InputError: an architecture rdlm does not build, a value of the wrong type or out of range, or fields that
-        contradict each other; one line with `where` and the reference's name of the field.
+      InputError: an architecture that rdlm cannot build, a value of the wrong type or out of range, or fields that
+        contradict each other. The message names the field as the reference does.
     """
     fields = dict(fields)
     for name, wanted in FIXED.items():
@@ -132,7 +138,7 @@ def model_config(fields: dict[str, Any], rows: int | None = None, dtype: str = "
         raise InputError(message if message.startswith(where) else f"{where}: {message}") from error
 
 
-def _typed(fields: dict[str, Any], name: str, kind: type, default: Any, where: str) -> Any:
+def _typed(fields: Fields, name: str, kind: type, default: Json, where: str) -> Json:
     value = fields.get(name, default)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
@@ -141,12 +147,12 @@ def _typed(fields: dict[str, Any], name: str, kind: type, default: Any, where: s
     return value
 
 
-def _kv_heads(fields: dict[str, Any], D: int, H: int, where: str) -> int | None:
-    """K; checks what the reference derives from the widths.
+def _kv_heads(fields: Fields, D: int, H: int, where: str) -> int | None:
+    """Number of key heads. Checks the fields that the reference derives from others.
 
-    Constructed with `num_attention_heads`, the reference's config class derives num_key_value_heads and head_dim from
-    its default of 55 heads and saves them so; its layer count is a free-standing default of 8. Its model reads neither
-    head_dim nor n_layers. Exactly these stale values are ignored; any other contradiction is an error.
+    If its config class is given `num_attention_heads`, it computes num_key_value_heads and head_dim from its default of
+    55 heads, and saves these wrong values; n_layers is 8 by default, whatever the other counts are. Its model reads
+    neither head_dim nor n_layers. Exactly these wrong values are ignored; any other contradiction is an error.
     """
     stale_heads = FIELDS["n_heads"][2]
     kv = _typed(fields, "num_key_value_heads", int, H, where) if fields.get("num_key_value_heads") is not None else H
@@ -167,8 +173,8 @@ def _kv_heads(fields: dict[str, Any], D: int, H: int, where: str) -> int | None:
     return kv
 
 
-def _rows(fields: dict[str, Any], vocab: int, rows: int | None, where: str) -> int:
-    """Rows of the embedding: as stored, if the config allows that many."""
+def _rows(fields: Fields, vocab: int, rows: int | None, where: str) -> int:
+    """Rows of the embedding: those stored, if the config allows that number."""
     padded = fields.get("padded_vocab_size")
     padded = vocab if padded is None else _typed(fields, "padded_vocab_size", int, vocab, where)
     multiple = _typed(fields, "padding_multiple", int, PADDING, where)
@@ -183,17 +189,17 @@ def _rows(fields: dict[str, Any], vocab: int, rows: int | None, where: str) -> i
     return padded if rows is None else rows
 
 
-def reference_fields(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """What the reference's save would write for `config`, derived fields included; `dtype`: of the tensors."""
+def reference_fields(config: ModelConfig, dtype: str) -> Fields:
+    """The fields that the reference would write for `config`, derived ones included. `dtype`: of the tensors."""
     window = config.attention_window
-    require(window is None, "attention_window", window, "must be None for the reference, which knows no window")
+    require(window is None, "attention_window", window, "must be None for the reference, which has no window")
     fields = {name: getattr(config, ours) for name, (ours, _, _) in FIELDS.items()}
-    for name in ("rope_base", "test_time_noise"):  # the reference writes whole numbers without a point
+    for name in ("rope_base", "test_time_noise"):  # the reference writes whole numbers as integers
         fields[name] = int(fields[name]) if float(fields[name]).is_integer() else fields[name]
     fields |= {name: FIXED[name] for name in WRITTEN}
     depth = config.prelude_layers + config.coda_layers + config.core_layers * config.mean_recurrence
     std = (2 / (5 * config.embed_dim)) ** 0.5
-    # A padding multiple that leads to the same rows, so that the reference's training code agrees with its inference.
+    # A padding_multiple that gives the same number of rows, so that the reference's training and inference code agree.
     powers = [PADDING >> i for i in range(13)]
     fits = [m for m in powers if -(-config.vocab_size // m) * m == config.rows]
     fields |= {

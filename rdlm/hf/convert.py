@@ -1,23 +1,24 @@
-"""Hugging Face folders of the public reference (seal-rg/recurrent-pretraining): load and save, tensor by tensor.
+"""Load and save Hugging Face folders of the public reference (seal-rg/recurrent-pretraining).
 
     params, config = load_huggingface(folder)
     save_huggingface(folder, params, config)
 
-Both directions go through one table of names and layouts (`rdlm.hf.names`) and keep every bit of every tensor. Needs
-neither torch nor transformers.
+Both directions use one table of names and layouts (`rdlm.hf.names`) and keep every bit of every tensor. Neither torch
+nor transformers is needed.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rdlm.config import InputError, ModelConfig
 from rdlm.hf.config import model_config, read_fields, reference_fields
@@ -38,19 +39,20 @@ def is_huggingface(folder: str | os.PathLike[str]) -> bool:
 
 
 def load_huggingface(folder: str | os.PathLike[str]) -> tuple[Params, ModelConfig]:
-    """Parameters and config of a Hugging Face folder: config.json and model.safetensors, single or sharded.
+    """Parameters and config of a Hugging Face folder: config.json and model.safetensors, in one file or several.
 
-    Tensor by tensor, so that the peak is little more than one copy of the model. Values keep the dtype and the bits
-    they are stored with; `param_dtype` is the embedding's dtype and `compute_dtype` stays None. The buffer freqs_cis
-    is ignored. Names may carry the prefixes of raw training checkpoints.
+    Tensors are read one at a time, so that peak memory is little more than one copy of the model. Values keep their
+    stored dtype and bits; `param_dtype` is the embedding's dtype and `compute_dtype` stays None. The buffer freqs_cis
+    is ignored. Names may have the prefixes of raw training checkpoints. If the embeddings are tied, a stored head must
+    equal the embedding.
 
     Returns:
-      params: nested dict of arrays in host memory, of the structure `rdlm.model.init_params` makes.
-      config: a stored head makes no difference when tied, but must then equal the embedding.
+      params: nested dict of arrays in host memory, with the structure of `rdlm.model.init_params`.
+      config: of the model.
 
     Raises:
-      InputError: one line naming the file and the tensor or field: a corrupt, cut-off, missing, additional or
-        wrongly shaped tensor; a config that rdlm does not build (see `rdlm.hf.config`).
+      InputError: a corrupt, truncated, missing, additional or wrongly shaped tensor, or a config that rdlm cannot
+        build (see `rdlm.hf.config`). The message names the file and the tensor or field.
     """
     try:
         return _load(Path(folder))
@@ -61,7 +63,7 @@ def load_huggingface(folder: str | os.PathLike[str]) -> tuple[Params, ModelConfi
 def _load(folder: Path) -> tuple[Params, ModelConfig]:
     fields = read_fields(folder)
     where = str(folder / "config.json")
-    model_config(fields, where=where)  # another architecture is better named than its tensors' absence
+    model_config(fields, where=where)  # name another architecture before its tensors are missed
     stored = _bare_names(stored_tensors(folder))
     wte = stored.get(WTE)
     if wte is None:
@@ -85,32 +87,31 @@ def _load(folder: Path) -> tuple[Params, ModelConfig]:
             raise InputError(f"{stored[name].file}: tensor {name} has no place in the model of config.json")
     if config.tie_embeddings and HEAD in stored:
         _same_as_embedding(stored[HEAD], wte)
-    params: dict[str, Any] = {}
     with jax.default_device(_host()):
-        for name, entry in entries.items():
-            values = to_ours(read_tensor(name, stored[name]), entry).view(DTYPES[stored[name].code])
-            _put(params, entry.path, jnp.array(values))
-    return params, config
+        arrays = {
+            entry.path: jnp.array(to_ours(read_tensor(name, stored[name]), entry).view(DTYPES[stored[name].code]))
+            for name, entry in entries.items()
+        }
+    return unflatten_dict(arrays), config
 
 
 def save_huggingface(
     folder: str | os.PathLike[str], params: Params, config: ModelConfig, *, shard_bytes: int = 5_000_000_000
 ) -> None:
-    """Write a folder that the reference's own loader accepts: config.json and model.safetensors, sharded when large.
+    """Write a folder that the reference's own loader accepts: config.json and model.safetensors, sharded if large.
 
-    Any tree of the structure of the parameters may be written, gradients too; each tensor in its own dtype, streamed.
-    The folder appears whole or not at all. An earlier model folder is replaced, keeping its other files (tokenizer,
-    code); a non-empty folder of another kind is refused.
+    Any tree with the structure of the parameters can be written, for example gradients; each tensor keeps its dtype.
+    The folder is complete or absent. An earlier model folder is replaced, but its other files (tokenizer, code) are
+    kept; a non-empty folder of another kind is refused.
 
     Args:
-      folder: where to; parents are made.
-      params: nested dict of arrays f32, bf16 or f16.
+      folder: where to write; its parents are created.
+      params: nested dict of arrays, f32, bf16 or f16.
       config: of the model.
-      shard_bytes: most bytes per file.
+      shard_bytes: maximum bytes per file.
 
     Raises:
-      InputError: a tree that does not fit `config`, naming the array; a folder that is something else, or that
-        cannot be written.
+      InputError: an array that does not fit `config`, or a folder that holds something else or cannot be written.
     """
     target = Path(os.path.abspath(folder))
     if target.exists() and not target.is_dir():
@@ -132,8 +133,8 @@ def save_huggingface(
 
 
 def _plan(params: Params, config: ModelConfig) -> dict[str, Planned]:
-    """What to write, by the reference's names; checks that the tree fits."""
-    arrays = {tuple(k.key for k in path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
+    """The tensors to write, by the reference's names; checks that `params` fits `config`."""
+    arrays = flatten_dict(params)
     planned = {}
     for name, entry in table(config).items():
         label = _label(entry.path)
@@ -144,7 +145,7 @@ def _plan(params: Params, config: ModelConfig) -> dict[str, Planned]:
             raise InputError(f"{label}: shape {tuple(x.shape)}, but the config asks for {entry.ours}")
         if np.dtype(x.dtype) not in CODES:
             raise InputError(f"{label}: dtype {x.dtype}: must be one of {', '.join(d.name for d in CODES)}")
-        planned[name] = Planned(np.dtype(x.dtype), entry.shape, _maker(x, entry))
+        planned[name] = Planned(np.dtype(x.dtype), entry.shape, functools.partial(_theirs, x, entry))
     for path in arrays:
         raise InputError(f"{_label(path)}: has no place in a model of this config")
     buffer = rotary_buffer(config)
@@ -156,16 +157,13 @@ def _label(path: tuple[str, ...]) -> str:
     return "params" + "".join(f"[{part!r}]" for part in path)
 
 
-def _maker(x: Any, entry: Entry):
-    def make() -> np.ndarray:
-        values = np.asarray(x)
-        return to_theirs(np.ascontiguousarray(values).view(f"u{values.itemsize}"), entry)
-
-    return make
+def _theirs(x: jax.Array, entry: Entry) -> np.ndarray:
+    values = np.ascontiguousarray(np.asarray(x))
+    return to_theirs(values.view(f"u{values.itemsize}"), entry)
 
 
 def _swap(fresh: Path, target: Path) -> None:
-    """Put `fresh` where `target` is; files of `target` that no model is made of move over."""
+    """Replace `target` by `fresh`, and move files over that are not part of a model."""
     if not target.exists() or not any(target.iterdir()):
         fresh.rename(target)  # replaces an empty folder
         return
@@ -196,15 +194,9 @@ def _shown(tensor: Stored) -> str:
     return f"{tensor.code} {list(tensor.shape)}"
 
 
-def _host() -> Any:
-    """The CPU, where there is one beside the accelerator: a checkpoint may be larger than one accelerator's memory."""
+def _host() -> jax.Device | None:
+    """The CPU: a checkpoint may be larger than the memory of one accelerator. None: the default device."""
     try:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:
         return None
-
-
-def _put(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
-    for part in path[:-1]:
-        tree = tree.setdefault(part, {})
-    tree[path[-1]] = value

@@ -1,8 +1,7 @@
 """Tensors in a Hugging Face folder, one at a time: the safetensors format and its sharded index.
 
-The format is an 8-byte length, a JSON header (name -> dtype, shape, byte range) and the raw data. Reading goes by
-plain reads rather than a memory map of the whole file, and writing from one tensor after the other, so that neither
-holds more than a tensor beside what the caller holds.
+A file is an 8-byte length, a JSON header (name -> dtype, shape, byte range) and the raw data. The package safetensors
+would map whole files into memory, or write from a complete dict of arrays; this holds one tensor at a time.
 """
 
 from __future__ import annotations
@@ -19,15 +18,18 @@ import numpy as np
 
 from rdlm.config import InputError
 
+Header = dict[str, Any]
+"""Of a safetensors file: name -> {"dtype", "shape", "data_offsets"}."""
+
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-LONGEST_HEADER = 100_000_000
+MAX_HEADER = 100_000_000
 
 
 class Stored(NamedTuple):
-    """Where a tensor lies: file, dtype code, shape, first byte and number of bytes."""
+    """The place of a tensor: file, dtype code, shape, first byte and number of bytes."""
 
     file: Path
     code: str
@@ -40,7 +42,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     """Every tensor of a model folder, from model.safetensors or from the files its index names.
 
     Raises:
-      InputError: no weights, a file that is corrupt, cut off or missing, or an index that does not fit its files.
+      InputError: no weights, a corrupt, truncated or missing file, or an index that does not fit its files.
     """
     if (folder / SINGLE).is_file():
         return read_header(folder / SINGLE)
@@ -76,15 +78,15 @@ def _pickles(folder: Path) -> bool:
 
 
 def read_header(file: Path) -> dict[str, Stored]:
-    """The tensors of one safetensors file, checked against its size.
+    """The tensors of one safetensors file; their places are checked against its size.
 
     Raises:
-      InputError: naming the file, and the tensor where one is at fault.
+      InputError: a corrupt or truncated file.
     """
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or not 2 <= length <= min(size - 8, LONGEST_HEADER):
+        if size < 8 or not 2 <= length <= min(size - 8, MAX_HEADER):
             raise InputError(f"{file}: not a safetensors file, or cut off within its header ({size} bytes)")
         try:
             header = json.loads(stream.read(length))
@@ -104,7 +106,7 @@ def read_header(file: Path) -> dict[str, Stored]:
     return entries
 
 
-def _stored(name: str, file: Path, base: int, entry: dict[str, Any]) -> Stored:
+def _stored(name: str, file: Path, base: int, entry: Header) -> Stored:
     first, last = (int(offset) for offset in entry["data_offsets"])
     shape = tuple(int(n) for n in entry["shape"])
     stored = Stored(file, str(entry["dtype"]), shape, base + first, last - first)
@@ -115,15 +117,15 @@ def _stored(name: str, file: Path, base: int, entry: dict[str, Any]) -> Stored:
 
 
 def read_tensor(name: str, tensor: Stored) -> np.ndarray:
-    """The tensor's values, bits as stored.
+    """The bits of a tensor, as unsigned integers.
 
     Raises:
-      InputError: a dtype rdlm has no use for, or a file that changed meanwhile.
+      InputError: a dtype that rdlm does not support, or a file that changed since its header was read.
     """
     if tensor.code not in DTYPES:
         raise InputError(f"{tensor.file}: tensor {name}: dtype {tensor.code}: must be one of {', '.join(DTYPES)}")
     count = math.prod(tensor.shape)
-    # Read as unsigned integers: numpy then copies and transposes bits at full speed, whatever they mean.
+    # As unsigned integers, because numpy transposes those at full speed, unlike bf16.
     bits = np.fromfile(tensor.file, f"<u{DTYPES[tensor.code].itemsize}", count, offset=tensor.start)
     if bits.size != count:
         raise InputError(f"{tensor.file}: tensor {name}: cut off while reading")
@@ -131,7 +133,7 @@ def read_tensor(name: str, tensor: Stored) -> np.ndarray:
 
 
 class Planned(NamedTuple):
-    """A tensor to write: dtype, shape, and a function that makes its values when their turn comes."""
+    """A tensor to write: dtype, shape, and a function that returns its values when they are needed."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -139,12 +141,12 @@ class Planned(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its data."""
+        """Size in bytes."""
         return self.dtype.itemsize * math.prod(self.shape)
 
 
 def write_tensors(folder: Path, tensors: dict[str, Planned], shard_bytes: int) -> None:
-    """Write model.safetensors, or several files and their index when one would exceed `shard_bytes`."""
+    """Write model.safetensors, or several files of at most `shard_bytes` and their index."""
     shards = list(_shards(tensors, shard_bytes))
     if len(shards) == 1:
         write_file(folder / SINGLE, tensors)
@@ -172,10 +174,10 @@ def _shards(tensors: dict[str, Planned], shard_bytes: int) -> Iterator[list[str]
 
 
 def write_file(file: Path, tensors: dict[str, Planned]) -> None:
-    """One safetensors file with the metadata the reference's loader asks for ("format": "pt")."""
-    # Wide dtypes first, so that every tensor is aligned to its own width.
+    """Write one safetensors file, with the metadata that the reference's loader needs ("format": "pt")."""
+    # Wide dtypes first, so that every tensor is aligned to its dtype.
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: Header = {"__metadata__": {"format": "pt"}}
     position = 0
     for name in order:
         planned = tensors[name]

@@ -1,4 +1,4 @@
-"""Process start and end: command lines, exit codes, the other processes of a run, versions."""
+"""Start and end of a process: command lines, exit codes, other processes, files, progress."""
 
 from rdlm.runtime.allocator import reuse_freed_memory
 from rdlm.runtime.cli import (

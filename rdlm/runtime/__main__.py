@@ -1,4 +1,4 @@
-"""`python -m rdlm.runtime` joins the other processes, if there are any, and prints versions and devices."""
+"""`python -m rdlm.runtime`: join the other processes, if there are any, and print versions and devices."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class Check:
     """Join the other processes, if any, and print versions and devices."""
 
     devices: int = 0
-    """Fail unless there are so many devices in all; 0: any number."""
+    """Fail unless there are this many devices in all; 0: any number."""
     processes: int = 0
-    """Fail unless there are so many processes; 0: any number."""
+    """Fail unless there are this many processes; 0: any number."""
 
 
 def main() -> int:

@@ -7,11 +7,10 @@ import sys
 
 
 def reuse_freed_memory() -> None:
-    """Make the C library keep freed memory for the next step instead of returning it; Linux with glibc only.
+    """Make the C library keep freed memory instead of returning it to the kernel. Does nothing but on Linux with glibc.
 
-    A CPU step frees and asks again for its activations, gigabytes at a time, and every page of them would be cleared
-    by the kernel once more. Call it before JAX starts its threads. For processes that repeat one step, not for those
-    whose peak memory matters.
+    A training step on CPU frees and allocates gigabytes of activations, and the kernel would clear every page again.
+    Call it before JAX starts its threads. Not for processes whose peak memory matters.
     """
     if not sys.platform.startswith("linux"):
         return

@@ -1,4 +1,4 @@
-"""What is installed, and which devices there are."""
+"""Installed versions and devices."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rdlm.runtime.compile_cache import compiled_programs
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of what rdlm stands on, the devices JAX sees, and where compiled programs are kept."""
+    """Versions of the packages that rdlm needs, the devices JAX sees, and the folder of compiled programs."""
     import jax
 
     packages = (

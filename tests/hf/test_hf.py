@@ -203,7 +203,7 @@ def test_a_foreign_folder_is_refused(tmp_path):
 
 
 def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr("rdlm.hf.to_theirs", lambda x, entry: 1 / 0)
+    monkeypatch.setattr("rdlm.hf.convert.to_theirs", lambda x, entry: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save_huggingface(tmp_path / "out", *model("A2"))
     assert list(tmp_path.iterdir()) == []
