@@ -65,7 +65,7 @@ def main() -> int:
     require(len(args.rules) > 0, "--rules", args.rules, "name at least one rule")
     from rdlm.checkpoint import load_checkpoint, read_config, saved_steps
     from rdlm.evaluation import calibration  # JAX takes seconds to import
-    from rdlm.evaluation.held_out import PRESET, held_out
+    from rdlm.evaluation.held_out import held_out
     from rdlm.runtime.progress import Progress
 
     calibration.check_risk(args.epsilon, args.delta)
@@ -78,7 +78,7 @@ def main() -> int:
     run = read_config(args.run_dir)
     what = f"validation text of {', '.join(run.data.prepared) or run.data.source}"
     if data.is_task:
-        what = f"new instances of {run.preset.removeprefix(PRESET)}"
+        what = f"new instances of {run.data.task}"
     chosen, others = draw(data, args.rows, args.seed)
     count = len(chosen["tokens"])
     print(f"{args.run_dir}, step {step}: {count:,} rows of {what}, up to {num_steps} recurrences", flush=True)

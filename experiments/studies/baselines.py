@@ -1,58 +1,82 @@
-"""Is it the recurrence? The recurrent model against others of the same parameters, the same FLOPs, the same depth.
+"""Does recurrence help? The recurrent model against others of equal parameters, equal FLOPs and equal depth.
 
     python experiments/studies/baselines.py  # eight kinds of model, five seeds each: hours
     python experiments/studies/baselines.py --methods recurrent twin untied_flops --seeds 0 1 2
-    python experiments/studies/baselines.py --quick  # the machinery alone, some minutes
+    python experiments/studies/baselines.py --quick  # only shows that everything works, some minutes
 
-Every kind of model is trained from scratch on the same S3 words of 16 letters in the same order, at each of two
-learning rates from one tuning seed, and then from every seed at the better rate; it is read on 256 words of 16 and of
-32 letters, depth-free models at r = 16. Kinds: the recurrent model; its twin of the same parameters run once; the twin
-trained 2.7 times as long (same parameters and FLOPs); untied layers of the same training FLOPs (1+7+1) and of the same
-depth (1+8+1); a looped transformer without prelude and coda, of one layer, and of three (same parameters); a
-universal transformer with step signals and per-token halting (`universal_transformer`). What runs once starts from
-the zero state.
-Finished runs are remembered in runs/baselines, a file each; methods that are not asked for keep their results.
+Every kind of model is trained from scratch on the same S3 words of 16 letters in the same order: from one tuning seed
+at each of two learning rates, then from every seed at the better rate. It is tested on 256 words of 16 and of 32
+letters, recurrent models at r = 16. Kinds: the recurrent model; its twin with the same parameters run once; the twin
+trained 2.7 times as long (same parameters and FLOPs); untied layers with the same training FLOPs (1+7+1) and with the
+same depth (1+8+1); a looped transformer without prelude and coda, of one layer, and of three (same parameters); a
+universal transformer with step signals and per-token halting (`universal_transformer`). Models that run once start
+from the zero state. Finished runs are kept in runs/baselines, a file each; results of other methods stay.
 
 Hardware: any. A run takes 1 to 2 processor minutes, the twin half a minute.
-Found: at 16 letters recurrent 1.000, twin .718, and everything deeper 1.000 too; at 32 letters recurrent .767, looped
-.771, universal .706, untied layers of 2.9 times the parameters .670, twin .442 (three seeds each). Intervals and what
-has not been run: experiments/README.md.
+Found: at 16 letters recurrent 1.000, twin 0.718, everything deeper 1.000; at 32 letters recurrent 0.767, looped 0.771,
+universal 0.706, untied layers with 2.9 times the parameters 0.670, twin 0.442 (three seeds each). Intervals and open
+parts: experiments/README.md.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
-from experiments.studies.shared.training import check_comparison, small_run
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from experiments.studies.shared import comparison
+from experiments.studies.shared.comparison import (
+    S3,
+    Contestant,
+    Options,
+    Protocol,
+    Trials,
+    beside_earlier,
+    check_comparison,
+    compete,
+    fixed_depth,
+    recurrent,
+    summary,
+)
+from experiments.studies.shared.halting import head
+from experiments.studies.shared.record import Json, publish
+from experiments.studies.shared.training import small_run
+from rdlm import losses
 from rdlm.config import ModelConfig, RunConfig
-from rdlm.runtime import parse_arguments, run_command
-
-if TYPE_CHECKING:
-    from jax import Array
-
-    from experiments.studies.shared.comparison import Contestant, Protocol
-    from rdlm.model import Params
+from rdlm.losses import IGNORED
+from rdlm.model import Params, context, core_step, embed, init_params, inject, readout
+from rdlm.model.blocks import Context
+from rdlm.perf import flops
+from rdlm.runtime import parse_arguments, reuse_freed_memory, run_command
 
 RATES = (1e-3, 3e-3)
-ACT_STEPS = 8  # of the universal transformer in training
-ACT_COST = 1e-3  # of one ponder step of one token, in nats
-ACT_LIMIT = 0.99  # halting probability at which a token has halted
+Carry = tuple[Array, Array, Array, Array]
+
+ACT_STEPS = 8  # steps of the universal transformer in training
+ACT_COST = 1e-3  # cost of one ponder step of one token, in nats
+ACT_LIMIT = 0.99  # cumulative halting probability at which a token has halted
+ACT_START = 1 / (1 + math.exp(2))  # first halting probability, 0.12: spreads the mass over all eight steps
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """What distinguishes a kind of model from the recurrent one."""
+    """How a kind of model differs from the recurrent one."""
 
     label: str
     shape: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Fields of ModelConfig."""
+    """Fields of ModelConfig that differ."""
     recurrent: bool = True
-    """Depths are drawn in training and free at test time; otherwise the layers run once, from the zero state."""
+    """Depth is drawn in training and free at test time; otherwise the layers run once, from the zero state."""
     universal: bool = False
+    """A universal transformer."""
     longer: float = 1.0
-    """Times the training steps of the others."""
+    """Training steps, relative to the others."""
 
 
 ONCE = {"mean_recurrence": 1, "backprop_depth": 1}
@@ -73,90 +97,77 @@ METHODS = {
         universal=True,
     ),
 }
-Name = Literal[
-    "recurrent", "twin", "twin_flops", "untied_flops", "untied_depth", "looped", "looped_wide", "universal"
-]  # fmt: skip
+Name = Literal["recurrent", "twin", "twin_flops", "untied_flops", "untied_depth", "looped", "looped_wide", "universal"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Args:
+class Args(Options):
     """Train every kind of model on S3 words of 16 letters, from several seeds; test on 16 and 32."""
 
     methods: tuple[Name, ...] = get_args(Name)
-    """Which."""
+    """Kinds of model."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    """Of initialisation, data, depths and initial states."""
+    """Seeds of initialisation, data, depths and initial states."""
     runs: Path = Path("runs/baselines")
-    """Where finished runs are remembered, a small file each."""
-    results: Path = Path("experiments/studies/results")
-    """Where baselines.json and .png go."""
-    quick: bool = False
-    """A few steps and instances, to see that everything works; writes under RUNS/quick alone."""
+    """Folder for finished runs, a small file each."""
 
 
 def run_config(method: Method, protocol: Protocol, rate: float) -> RunConfig:
     """The training run of a method."""
     return small_run(
-        "baselines", [protocol.train], steps=round(protocol.steps * method.longer), learning_rate=rate,
-        scheme="poisson-lognormal-filling" if method.recurrent else "fixed", **method.shape,
-    )  # fmt: skip
+        "baselines",
+        [protocol.train],
+        steps=round(protocol.steps * method.longer),
+        learning_rate=rate,
+        scheme="poisson-lognormal-filling" if method.recurrent else "fixed",
+        **method.shape,
+    )
 
 
 def contestant(method: Method, model: ModelConfig, depths: tuple[int, ...]) -> Contestant:
     """Initialisation, loss and answers of a method."""
-    from experiments.studies.shared.comparison import fixed_depth, recurrent
-
     if method.universal:
         return universal_transformer(model, depths)
     return recurrent(model, depths) if method.recurrent else fixed_depth(model)
 
 
 def universal_transformer(model: ModelConfig, depths: tuple[int, ...]) -> Contestant:
-    """One layer applied again and again to the embedded tokens, told the time, halting per token (ACT).
+    """One layer applied repeatedly to the embedded tokens, with a step signal and per-token halting (ACT).
 
-    What distinguishes it from the recurrent model: the state starts as the embedding and nothing injects it again;
-    the second half of the adapter carries a sinusoidal signal of the step instead; the prediction is read from the
-    states weighted by their halting probabilities (Graves 2016, as in Dehghani 2018), with a small price per step;
-    the number of steps is fixed in training and all of them carry gradient. Positions are rotary, as everywhere here.
+    Differences from the recurrent model: the state starts as the embedding, which is not injected again; the second
+    half of the adapter takes a sinusoidal signal of the step instead; the prediction is read from the states weighted
+    by their halting probabilities (Graves 2016, as in Dehghani 2018), with a small cost per step; the number of steps
+    is fixed in training and all steps carry gradient. Positions are rotary, as everywhere here.
     """
-    import jax
-    import jax.numpy as jnp
-
-    from experiments.studies.shared.comparison import Contestant
-    from rdlm import losses
-    from rdlm.model import context, core_step, embed, init_params, inject, readout
-    from rdlm.tasks.instance import IGNORED
-
     D = model.embed_dim
 
-    def init(key: Array) -> Any:
-        # sigmoid(-2) = .12: at first the probability mass is spread over all eight steps.
-        return {"model": init_params(model, key), "halt": {"w": jnp.zeros(D), "bias": jnp.float32(-2)}}
+    def init(key: Array) -> Params:
+        return {"model": init_params(model, key), "halt": head(D, ACT_START)}
 
     def signal(i: Array) -> Array:
         angle = (i + 1) * 10_000.0 ** (-jnp.arange(D // 2) / (D // 2))
         return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)])
 
-    def run(params: Params, tokens: Array, most: int) -> tuple[Array, Array, Any]:
-        """(states [most, B, L, D] to read when stopped after 1 .. most steps, ponder cost [B, L], context)."""
+    def run(params: Params, tokens: Array, max_steps: int) -> tuple[Array, Array, Context]:
+        """(states [max_steps, B, L, D] to read after 1 .. max_steps steps, ponder cost [B, L], context)."""
         inner, halt = params["model"], params["halt"]
         ctx = context(model, jnp.arange(tokens.shape[1]), None)
         s, _ = embed(inner, model, tokens, ctx)
-        told = inject(inner, model, jax.vmap(signal)(jnp.arange(most)))
+        injected = inject(inner, model, jax.vmap(signal)(jnp.arange(max_steps)))
 
-        def step(carry: Any, i: Array) -> tuple[Any, Array]:
+        def step(carry: Carry, i: Array) -> tuple[Carry, Array]:
             s, mixed, spent, cost = carry
-            s, _ = core_step(inner, model, s, jnp.broadcast_to(told[i], s.shape), ctx)
+            s, _ = core_step(inner, model, s, jnp.broadcast_to(injected[i], s.shape), ctx)
             p = jax.nn.sigmoid(s @ halt["w"] + halt["bias"])
             running, left = spent < ACT_LIMIT, 1 - spent
             p = jnp.where(running, jnp.where(spent + p > ACT_LIMIT, left, p), 0)
-            # Stopped here, a token that has not halted gives what is left of its probability to this state.
+            # If the model stops here, a token that has not halted puts the rest of its probability on this state.
             state = jnp.where(running[..., None], mixed + left[..., None] * s, mixed)
             cost = jnp.where(running, i + 1 + left, cost)  # steps + remainder: the gradient is the remainder's
             return (s, mixed + p[..., None] * s, spent + p, cost), state
 
         nothing = jnp.zeros(tokens.shape)
-        (*_, cost), states = jax.lax.scan(step, (s, jnp.zeros_like(s), nothing, nothing), jnp.arange(most))
+        (*_, cost), states = jax.lax.scan(step, (s, jnp.zeros_like(s), nothing, nothing), jnp.arange(max_steps))
         return states, cost, ctx
 
     def loss(params: Params, batch: dict[str, Array], depth_key: Array, state_key: Array) -> Array:
@@ -175,19 +186,16 @@ def universal_transformer(model: ModelConfig, depths: tuple[int, ...]) -> Contes
 
 
 def training_flops(method: Method, run: RunConfig) -> tuple[float, int]:
-    """(FLOPs of a whole training, forward and backward, with the depths seed 0 draws; parameters)."""
-    from experiments.studies.shared import comparison
-    from rdlm.perf import flops
-
+    """(FLOPs of a whole training, forward and backward, at the depths seed 0 draws; parameters)."""
     model = run.model
-    if method.universal:  # its halting unit: D weights and a bias
+    if method.universal:  # with its halting unit: D weights and a bias
         L = run.data.sequence_length
         per_token = flops.training_flops(model, 0, ACT_STEPS, L) + 3 * ACT_STEPS * 2 * model.embed_dim
         return per_token * run.steps * run.data.batch_size * L, flops.parameters(model) + model.embed_dim + 1
     return comparison.training_flops(run, once=not method.recurrent), flops.parameters(model)
 
 
-def picture(path: Path, found: dict[str, Any]) -> None:
+def picture(path: Path, found: Json) -> None:
     """Accuracy against parameters and against training FLOPs, at lengths 16 and 32; intervals over seeds."""
     from matplotlib.figure import Figure
 
@@ -201,60 +209,58 @@ def picture(path: Path, found: dict[str, Any]) -> None:
                 mean, half = found[name]["tests"][test]["mean"][found[name]["read_at"]]
                 x = found[name][by] / (1e3 if by == "parameters" else 1e12)
                 axes.errorbar(x, mean, half, color=colour, marker=marker, capsize=3, label=METHODS[name].label)
-        axes.set(
-            title=f"S3, {test}", ylabel="accuracy", ylim=(0, 1.03),
-            xlabel="parameters, thousands" if by == "parameters" else "training FLOPs, 10^12",
-        )  # fmt: skip
+        label = "parameters, thousands" if by == "parameters" else "training FLOPs, 10^12"
+        axes.set(title=f"S3, {test}", xlabel=label, ylabel="accuracy", ylim=(0, 1.03))
         axes.axhline(1 / 6, color="#999999", linestyle=":", linewidth=1)
     figure.axes[0].legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=110)
 
 
+def trials(method: Method, protocol: Protocol, rate: float) -> Trials:
+    """The `Trials` of a method at a learning rate."""
+    run = run_config(method, protocol, rate)
+    return Trials(contestant(method, run.model, protocol.depths), run, protocol)
+
+
 def main() -> int:
     args = parse_arguments(Args, prog="baselines.py", description=__doc__)
-    from rdlm.runtime.allocator import reuse_freed_memory  # importing JAX takes seconds
-
     reuse_freed_memory()
-    from experiments.studies.shared.comparison import S3, Trials, beside_earlier, compete, summary
-    from rdlm.report import can_draw
-    from rdlm.report.results import write_result
-
-    runs, results = check_comparison(args)
+    runs, results = check_comparison(args, args.methods)
     protocol, rates = (S3.quick(), RATES[:1]) if args.quick else (S3, RATES)
-    found: dict[str, Any] = {}
+    found: Json = {}
     for name in args.methods:
         method = METHODS[name]
-
-        def trials(rate: float, method: Method = method) -> Trials:
-            run = run_config(method, protocol, rate)
-            return Trials(contestant(method, run.model, protocol.depths), run, protocol)
-
         options = {"act": (ACT_STEPS, ACT_COST, ACT_LIMIT)} if method.universal else {}
-        made = compete(name, trials, rates, args.seeds, runs, options)
+        made = compete(name, functools.partial(trials, method, protocol), rates, args.seeds, runs, options)
         depths = protocol.depths if method.recurrent else (1,)
         spent, parameters = training_flops(method, run_config(method, protocol, made["learning_rate"]))
         found[name] = {
-            "label": method.label, "parameters": parameters, "training_flops": spent, "depths": depths,
-            # Read at twice the mean depth of training; the fixed ones where they end.
-            "read_at": depths.index(16) if method.recurrent else 0, "learning_rate": made["learning_rate"],
-            **summary(made["seeds"]), "tuning": made["tuning"], "rows": made["seeds"],
-        }  # fmt: skip
+            "label": method.label,
+            "parameters": parameters,
+            "training_flops": spent,
+            "depths": depths,
+            # Index of the depth that is compared: twice the mean depth of training, or the only one.
+            "read_at": depths.index(16) if method.recurrent else 0,
+            "learning_rate": made["learning_rate"],
+            **summary(made["seeds"]),
+            "tuning": made["tuning"],
+            "rows": made["seeds"],
+        }
         print(line(name, found[name]), flush=True)
-    found = beside_earlier(results / "baselines.json", found, get_args(Name))
+    path = results / "baselines.json"
+    found = beside_earlier(path, found, get_args(Name))
     units = {
-        "training_flops": "forward and backward, whole training", "mean": "accuracy, half width of its 95 % interval",
-        "last_quarter": "the same of the longest quarter of prefixes", "depths": "recurrences",
-    }  # fmt: skip
-    path = write_result(results / "baselines.json", {"methods": found}, units)
-    print(f"numbers: {path}")
-    if can_draw():
-        picture(path.with_suffix(".png"), found)
-        print(f"picture: {path.with_suffix('.png')}")
+        "training_flops": "forward and backward, whole training",
+        "mean": "accuracy, half width of its 95 % interval",
+        "last_quarter": "the same, for the longest quarter of prefixes",
+        "depths": "recurrences",
+    }
+    publish(path, {"methods": found}, units, functools.partial(picture, found=found))
     return 0
 
 
-def line(name: str, row: dict[str, Any]) -> str:
-    """What a method reached."""
+def line(name: str, row: Json) -> str:
+    """Accuracies of a method."""
     parts = [f"{name:13} {row['parameters']:>7,} {row['training_flops'] / 1e12:5.2f}e12 lr {row['learning_rate']:g}"]
     for test, found in row["tests"].items():
         for part in ("mean", "last_quarter"):

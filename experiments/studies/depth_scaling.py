@@ -2,49 +2,57 @@
 
     python experiments/studies/depth_scaling.py  # S3, one seed: runs/s3
     python experiments/studies/depth_scaling.py --task s3 --seeds 0 1 2 3 4  # five seeds: runs/s3, runs/s3_seed1, ...
-    python experiments/studies/depth_scaling.py --task s3_local  # tokens that see their neighbours alone
-    python experiments/studies/depth_scaling.py --task s3 --quick  # the machinery alone, seconds
+    python experiments/studies/depth_scaling.py --task s3_local  # with attention to the four tokens before only
+    python experiments/studies/depth_scaling.py --task s3_local --beside runs/quickstart  # the end of `make quickstart`
+    python experiments/studies/depth_scaling.py --task s3 --quick  # only shows that everything works, seconds
 
 A model of 132,736 parameters (prelude, core and coda of one layer each) is trained from scratch on short instances,
-with the core run 8 times on average and gradients through the last 4, and read at every depth on instances as long
-and longer. Run folders hold what `rdlm.load_checkpoint` loads; the tables go to
-experiments/studies/results/ as JSON and PNG. A run folder that is finished is read again, not trained again.
+with 8 recurrences on average and gradients through the last 4, and tested at many depths on instances of the same
+length and longer. `rdlm.load_checkpoint` reads its run folder; the tables go to experiments/studies/results/ as JSON
+and PNG. A finished run folder is read, not trained again.
 
 Hardware: any; one CPU core trains a seed of S3 in 1.4 to 1.7 minutes of processor time, other tasks take up to 2.5.
-Expected for S3 (the command prints them beside their bars): at 16 letters .46 at r = 1 and .999 from r = 12 on; at 32
-letters .51 at r = 4 and .80 at r = 16; exits that lose nothing and spend three times the steps on the longest words.
-Found: all of that in five seeds of five; behind letter 22 or so no depth helps. With a window of five tokens (s3_local)
-depth reaches 64 letters: .48 at r = 8, .73 at 16, .999 at 32, in five seeds of five. What other tasks gave, failures
-included, is in experiments/README.md.
+Expected for S3 (printed beside the limits): at 16 letters 0.46 at r = 1 and 0.999 from r = 12 on; at 32 letters 0.51 at
+r = 4 and 0.80 at r = 16; exits that lose nothing and spend three times the recurrences on the longest words.
+Found: all of that in five seeds of five; after letter 22 or so no depth helps. With a window of five tokens (s3_local)
+depth reaches 64 letters: 0.48 at r = 8, 0.73 at 16, 0.999 at 32, in five seeds of five. Other tasks, failures included:
+experiments/README.md.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from experiments.studies.shared.record import processor_seconds, rounded
+import jax
+import numpy as np
+
+from experiments.studies.shared.comparison import LEARNT, TEST_BATCH
+from experiments.studies.shared.record import Json, processor_seconds, publish, rounded
 from experiments.studies.shared.training import check_seeds, small_run, train
-from rdlm.config import InputError, ModelConfig, RunConfig, differences
-from rdlm.report import can_draw
-from rdlm.report.results import command, commit, compact
-from rdlm.runtime import parse_arguments, run_command
+from rdlm import exits
+from rdlm.checkpoint import Checkpoints, load_checkpoint, read_config, saved_steps, write_config
+from rdlm.config import InputError, ModelConfig, RunConfig, differences, require
+from rdlm.evaluation.difficulty import ByDifficulty, by_depth, with_exits, with_sequence_exits
+from rdlm.model import Params
+from rdlm.optim import optimizer
+from rdlm.runtime import Progress, parse_arguments, reuse_freed_memory, run_command
 from rdlm.tasks import Addition, Expression, PointerChasing, Reachability, Task, WordProblem, batch
 from rdlm.tasks.instance import TEST_STREAM
-
-if TYPE_CHECKING:
-    from rdlm.evaluation.difficulty import ByDifficulty
-    from rdlm.model import Params
-
-TEST_BATCH = 64
+from rdlm.train import init_state, train_step
+from rdlm.train.metrics import MetricsWriter, read_metrics
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What is trained on what, and read where."""
+    """What is trained on what, and tested where."""
 
+    task: tuple[str, int]
+    """Name in `rdlm.tasks.TASKS` and largest size of the training instances, for config.json."""
     train: tuple[Task, ...]
     """Training instances; several take turns."""
     tests: dict[str, tuple[Task, ...]]
@@ -58,67 +66,75 @@ class Recipe:
     """Mean r of training."""
     batch_size: int = 64
     depths: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
-    """Recurrences to read at."""
-    exits_most: int = 64
-    """Recurrences after which a token that has not stopped is stopped."""
+    """Recurrences r to test at."""
+    max_steps: int = 64
+    """Recurrences of a token that no rule stops."""
     test_batches: int = 4
-    """Of 64 instances."""
+    """Batches of 64 instances."""
+
+    def quick(self) -> Recipe:
+        """A few steps, one test batch of the hardest test and few depths, to see that everything works."""
+        hardest = dict(list(self.tests.items())[-1:])
+        return dataclasses.replace(
+            self, tests=hardest, steps=12, batch_size=8, depths=(1, 2, 8), max_steps=8, test_batches=1
+        )
+
+
+def words(group: Literal["Z2", "S3", "S5"], *lengths: int) -> dict[str, tuple[Task, ...]]:
+    """Tests on words of these lengths."""
+    return {f"length {T}": (WordProblem(group, T),) for T in lengths}
 
 
 RECIPES = {
-    "s3": Recipe(
-        train=(WordProblem("S3", 16),),
-        tests={f"length {T}": (WordProblem("S3", T),) for T in (16, 32, 64)},
-    ),
-    "parity": Recipe(
-        train=(WordProblem("Z2", 16),),
-        tests={f"length {T}": (WordProblem("Z2", T),) for T in (16, 32)},
-    ),
-    "s3_local": Recipe(
-        train=(WordProblem("S3", 16),),
-        tests={f"length {T}": (WordProblem("S3", T),) for T in (16, 32, 64)},
-        attention_window=5,
-    ),
+    "s3": Recipe(("s3", 16), (WordProblem("S3", 16),), words("S3", 16, 32, 64)),
+    "parity": Recipe(("parity", 16), (WordProblem("Z2", 16),), words("Z2", 16, 32)),
+    "s3_local": Recipe(("s3", 16), (WordProblem("S3", 16),), words("S3", 16, 32, 64), attention_window=5),
     "s5_local": Recipe(
-        train=(WordProblem("S5", 8),),
-        tests={f"length {T}": (WordProblem("S5", T),) for T in (8, 16, 32)},
-        steps=1500, learning_rate=2e-3, attention_window=2,
-    ),
-    "parity_local": Recipe(
-        train=(WordProblem("Z2", 8),),
-        tests={f"length {T}": (WordProblem("Z2", T),) for T in (8, 16, 32)},
+        ("s5", 8),
+        (WordProblem("S5", 8),),
+        words("S5", 8, 16, 32),
+        steps=1500,
+        learning_rate=2e-3,
         attention_window=2,
     ),
+    "parity_local": Recipe(("parity", 8), (WordProblem("Z2", 8),), words("Z2", 8, 16, 32), attention_window=2),
     "addition_local": Recipe(
-        train=(Addition(3, 8, 0.5),),
-        tests={
+        ("addition", 8),
+        (Addition(3, 8, 0.5),),
+        {
             "8 digits": (Addition(3, 8, 0.5),),
             "16 digits, one chain": (Addition(3, 16, 1.0),),
             "32 digits, one chain": (Addition(3, 32, 1.0),),
         },
-        learning_rate=2e-3, mean_recurrence=4,
+        learning_rate=2e-3,
+        mean_recurrence=4,
         attention_window=5,  # a column, and the `=` before it
     ),
     "expressions": Recipe(
-        train=(Expression(8),),
-        tests={f"{n} operators": (Expression(n),) for n in (8, 16, 24)},
-        learning_rate=2e-3, batch_size=48,
+        ("expressions", 8),
+        (Expression(8),),
+        {f"{n} operators": (Expression(n),) for n in (8, 16, 24)},
+        learning_rate=2e-3,
+        batch_size=48,
     ),
     "pointers": Recipe(
-        train=(PointerChasing(4, 12),),
-        tests={f"{h} hops": (PointerChasing(h, 12),) for h in (4, 8)},
-        learning_rate=2e-3, batch_size=48,
+        ("pointers", 4),
+        (PointerChasing(4, 12),),
+        {f"{h} hops": (PointerChasing(h, 12),) for h in (4, 8)},
+        learning_rate=2e-3,
+        batch_size=48,
     ),
     "reachability": Recipe(
-        train=(Reachability(2), Reachability(4), Reachability(6)),
-        tests={f"distance {d}": (Reachability(d),) for d in (6, 12)},
-        learning_rate=2e-3, batch_size=32,
+        ("reachability", 6),
+        (Reachability(2), Reachability(4), Reachability(6)),
+        {f"distance {d}": (Reachability(d),) for d in (6, 12)},
+        learning_rate=2e-3,
+        batch_size=32,
     ),
-}  # fmt: skip
+}
 Name = Literal[
     "s3", "parity", "s3_local", "s5_local", "parity_local", "addition_local", "expressions", "pointers", "reachability"
 ]
-LEARNT = 0.95  # accuracy on instances of training's size at the deepest r, below which a seed counts as failed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,15 +142,18 @@ class Args:
     """Train on small instances, test on larger ones, at many depths."""
 
     task: Name = "s3"
-    """Which problem."""
+    """Problem."""
     seeds: tuple[int, ...] = (0,)
-    """Of initialisation, data, depths and initial states: one run each."""
+    """Seeds of initialisation, data, depths and initial states: one run each."""
     runs: Path = Path("runs")
-    """Where run folders go: RUNS/TASK for seed 0, RUNS/TASK_seedN for others."""
+    """Folder for run folders: RUNS/TASK for seed 0, RUNS/TASK_seedN for others."""
     results: Path = Path("experiments/studies/results")
-    """Where depth_scaling_TASK.json and .png go."""
+    """Folder for depth_scaling_TASK.json and .png."""
+    beside: Path | None = None
+    """Run folder of a text model. Only accuracy against r is measured and drawn, beside the loss of that model against
+    r, as accuracy_by_depth.json and .png in the run folder of the task. One seed."""
     quick: bool = False
-    """A few steps and instances, to see that everything works; writes under RUNS/quick alone."""
+    """A few steps and instances, to see that everything works; writes only under RUNS/quick."""
 
 
 def main() -> int:
@@ -142,43 +161,97 @@ def main() -> int:
     check_seeds(args.seeds)
     recipe, runs, results = RECIPES[args.task], args.runs, args.results
     if args.quick:
-        hardest = dict(list(recipe.tests.items())[-1:])
-        recipe = dataclasses.replace(
-            recipe, tests=hardest, steps=12, batch_size=8, depths=(1, 2, 8), exits_most=8, test_batches=1
-        )
-        runs = results = args.runs / "quick"
-    from rdlm.runtime.allocator import reuse_freed_memory  # importing JAX takes seconds
-
+        recipe, runs, results = recipe.quick(), args.runs / "quick", args.runs / "quick"
     reuse_freed_memory()
-    rows: list[dict[str, Any]] = []
+    if args.beside:
+        require(len(args.seeds) == 1, "--seeds", args.seeds, "must be one seed with --beside")
+        return show_beside(args.beside, run_config(args.task, recipe, args.seeds[0], runs), recipe)
+    rows: list[Json] = []
     for seed in args.seeds:
         run = run_config(args.task, recipe, seed, runs)
         params, training = trained(run, recipe)
         rows.append({"seed": seed, "run": Path(run.folder).name} | training | measure(params, run.model, recipe))
         print(summary(rows[-1]), flush=True)
-    results.mkdir(parents=True, exist_ok=True)
-    path = results / f"depth_scaling_{args.task}.json"
-    found: dict[str, Any] = {"command": command(), "commit": commit(), "depths": list(recipe.depths)}
     first = next(iter(recipe.tests))
     failed = [row["seed"] for row in rows if row["tests"][first]["mean"][-1] < LEARNT]
-    found["failed_seeds"] = failed
+    found: Json = {"depths": list(recipe.depths), "failed_seeds": failed}
     if args.task == "s3" and not args.quick:
-        found["bars"] = checked = bars(rows, recipe.depths)
-        for name, (value, bar, met) in checked.items():
+        found["bars"] = bars(rows, recipe.depths)
+        for name, (value, bar, met) in found["bars"].items():
             print(f"{'met   ' if met else 'MISSED'} {name}: {value} ({bar})")
     print(f"{len(failed)} of {len(rows)} seeds below {LEARNT} on {first}: {failed}")
-    path.write_text(compact(found | {"seeds": rows}))
-    print(f"numbers: {path}")
-    if can_draw():
-        picture(path.with_suffix(".png"), args.task, recipe, rows)
-        print(f"picture: {path.with_suffix('.png')}")
+    units = {
+        "mean": "accuracy at each of the depths",
+        "by_difficulty": "the same, by difficulty",
+        "steps": "recurrences per answer",
+        "processor_seconds": "of training",
+    }
+    path = results / f"depth_scaling_{args.task}.json"
+    draw = functools.partial(picture, name=args.task, recipe=recipe, rows=rows)
+    publish(path, found | {"seeds": rows}, units, draw)
     return 0
 
 
-def bars(rows: list[dict[str, Any]], depths: tuple[int, ...]) -> dict[str, tuple[float, str, bool]]:
-    """What S3 was expected to show, as means over the seeds: {name: (value, bar, whether it was met)}."""
+def show_beside(text_run: Path, run: RunConfig, recipe: Recipe) -> int:
+    """Train and test one seed; print, save and draw its accuracy against r beside a text model's loss against r."""
+    curve = text_run / "loss_by_depth.json"
+    if not curve.is_file():
+        raise InputError(f"--beside {text_run}: has no loss_by_depth.json; train a text model there first")
+    nats = {int(r): float(x) for r, x in json.loads(curve.read_text()).items()}
+    params, training = trained(run, recipe)
+    accuracy = {name: rounded(tested(params, run.model, recipe, name).accuracy()) for name in recipe.tests}
+    found = {
+        "run": run.folder,
+        "steps": run.steps,
+        "processor_seconds": training["processor_seconds"],
+        "depths": recipe.depths,
+        "accuracy": accuracy,
+        "text_run": str(text_run),
+        "text_nats": nats,
+    }
+    print(beside_table(accuracy, recipe.depths, nats))
+    draw = functools.partial(beside_picture, accuracy=accuracy, recipe=recipe, nats=nats)
+    publish(Path(run.folder) / "accuracy_by_depth.json", found, {"text_nats": "loss per token by r"}, draw)
+    return 0
 
-    def mean(values: Any) -> float:
+
+def beside_table(accuracy: Mapping[str, list[float]], depths: tuple[int, ...], nats: Mapping[int, float]) -> str:
+    """A column for every r."""
+    shown = sorted({*depths, *nats})
+    lines = [f"{'recurrences r':22}" + "".join(f"{r:8}" for r in shown)]
+    for i, (name, values) in enumerate(accuracy.items()):
+        at = dict(zip(depths, values, strict=True))
+        label = f"{name}, accuracy" + (" *" if not i else "")
+        lines.append(f"{label:22}" + "".join(f"{at[r]:8.3f}" if r in at else " " * 8 for r in shown))
+    lines.append(f"{'text, nats a token':22}" + "".join(f"{nats[r]:8.4f}" if r in nats else " " * 8 for r in shown))
+    return "\n".join([*lines, "* the length of training"])
+
+
+def beside_picture(path: Path, accuracy: Mapping[str, list[float]], recipe: Recipe, nats: Mapping[int, float]) -> None:
+    """Left: accuracy of the task against r, a line for every test. Right: loss of the text model against r."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    task, text = figure.subplots(1, 2)
+    for colour, (name, values) in zip(("#0072B2", "#D55E00", "#009E73"), accuracy.items(), strict=False):
+        task.plot(recipe.depths, values, color=colour, marker="o", markersize=4, label=name)
+    task.axvline(recipe.mean_recurrence, color="#999999", linestyle=":", label="mean r of training")
+    trained_on = next(iter(accuracy))
+    task.set(title=f"{recipe.task[0].upper()}, trained on {trained_on}", ylabel="accuracy", ylim=(0, 1.03))
+    task.legend(frameon=False, fontsize=8)
+    text.plot(list(nats), list(nats.values()), color="#000000", marker="o", markersize=4)
+    text.set(title="text (quickstart)", ylabel="validation loss, nats per token")
+    for axes, depths in ((task, recipe.depths), (text, tuple(nats))):
+        axes.set(xscale="log", xlabel="recurrences r")
+        axes.set_xticks(depths, map(str, depths))
+        axes.minorticks_off()
+    figure.savefig(path, dpi=110)
+
+
+def bars(rows: list[Json], depths: tuple[int, ...]) -> dict[str, tuple[float, str, bool]]:
+    """Expectations for S3, as means over the seeds: {name: (value, limit, whether it is met)}."""
+
+    def mean(values: Iterable[float]) -> float:
         values = list(values)
         return round(sum(values) / len(values), 4)
 
@@ -210,9 +283,8 @@ def bars(rows: list[dict[str, Any]], depths: tuple[int, ...]) -> dict[str, tuple
     }
 
 
-def picture(path: Path, name: str, recipe: Recipe, rows: list[dict[str, Any]]) -> None:
-    """Above: accuracy by (difficulty, r), mean over seeds. Below: accuracy by r of every seed; steps until exit."""
-    import numpy as np
+def picture(path: Path, name: str, recipe: Recipe, rows: list[Json]) -> None:
+    """Above: accuracy by (difficulty, r), mean over seeds. Below: accuracy by r for every seed; depth of exits."""
     from matplotlib.figure import Figure
 
     tests, depths = list(recipe.tests), recipe.depths
@@ -252,33 +324,34 @@ def picture(path: Path, name: str, recipe: Recipe, rows: list[dict[str, Any]]) -
 
 def run_config(name: str, recipe: Recipe, seed: int, runs: Path) -> RunConfig:
     """The run of one seed; its folder is RUNS/NAME, or RUNS/NAME_seedN for N > 0."""
-    return small_run(
-        f"depth_scaling_{name}", recipe.train, steps=recipe.steps, learning_rate=recipe.learning_rate,
-        batch_size=recipe.batch_size, rope_base=recipe.rope_base, attention_window=recipe.attention_window, seed=seed,
+    run = small_run(
+        f"depth_scaling_{name}",
+        recipe.train,
+        steps=recipe.steps,
+        learning_rate=recipe.learning_rate,
+        batch_size=recipe.batch_size,
+        seed=seed,
+        rope_base=recipe.rope_base,
+        attention_window=recipe.attention_window,
         mean_recurrence=recipe.mean_recurrence,
+    )
+    task, size = recipe.task
+    return dataclasses.replace(
+        run,
+        data=dataclasses.replace(run.data, task=task, task_size=size),
         run_dir=str(runs / (name if seed == 0 else f"{name}_seed{seed}")),
-    )  # fmt: skip
+    )
 
 
-def trained(run: RunConfig, recipe: Recipe) -> tuple[Params, dict[str, Any]]:
+def trained(run: RunConfig, recipe: Recipe) -> tuple[Params, Json]:
     """(parameters, facts of training) of a run: from its folder if it is finished, else trained from scratch.
 
     Raises:
       InputError: the folder holds another run, or training diverged.
     """
-    import jax
-
-    from rdlm.checkpoint import Checkpoints, load_checkpoint, read_config, saved_steps, write_config
-    from rdlm.optim import optimizer
-    from rdlm.runtime.progress import Progress
-    from rdlm.train import init_state, train_step
-    from rdlm.train.metrics import MetricsWriter, read_metrics
-
     folder = Path(run.folder)
     if (folder / "config.json").exists():
-        changed = differences(read_config(folder), run)
-        if changed:
-            name, (old, new) = next(iter(changed.items()))
+        for name, (old, new) in differences(read_config(folder), run).items():
             raise InputError(
                 f"run folder {folder}: holds a run with {name} = {old!r}, not {new!r}; choose other --runs"
             )
@@ -298,27 +371,32 @@ def trained(run: RunConfig, recipe: Recipe) -> tuple[Params, dict[str, Any]]:
 
         state = train(run, recipe.train, step, state, watch)
         writer.close()
-        checkpoints.save(
-            run.steps, state.params, state.optimizer, {"config": dataclasses.asdict(run), "step": run.steps}
-        )
-    write_config(folder, run)  # last: a folder with a config is a run that is finished
+        meta = {"config": dataclasses.asdict(run), "step": run.steps}
+        checkpoints.save(run.steps, state.params, state.optimizer, meta)
+    write_config(folder, run)  # last: a folder with a config is a finished run
     return state.params, read_metrics(folder)[-1]
 
 
-def measure(params: Params, model: ModelConfig, recipe: Recipe) -> dict[str, Any]:
-    """Everything that is read of one model."""
-    from rdlm import exits
-    from rdlm.evaluation import difficulty as depth
+def test_data(recipe: Recipe, name: str) -> list[dict[str, np.ndarray]]:
+    """The test batches of a name."""
+    return [batch(recipe.tests[name], TEST_STREAM, i, TEST_BATCH) for i in range(recipe.test_batches)]
 
-    out, most = {}, recipe.exits_most
-    for name, tasks in recipe.tests.items():
-        data = [batch(tasks, TEST_STREAM, i, TEST_BATCH) for i in range(recipe.test_batches)]
-        curve = depth.by_depth(params, model, data, recipe.depths)
+
+def tested(params: Params, model: ModelConfig, recipe: Recipe, name: str) -> ByDifficulty:
+    """Correct answers by difficulty and depth on a test."""
+    return by_depth(params, model, test_data(recipe, name), recipe.depths)
+
+
+def measure(params: Params, model: ModelConfig, recipe: Recipe) -> Json:
+    """Accuracy by depth and by difficulty, and with exits, on every test."""
+    out, most = {}, recipe.max_steps
+    for name in recipe.tests:
+        data, curve = test_data(recipe, name), tested(params, model, recipe, name)
         rules = {
-            "kl 5e-4, per sequence": depth.with_sequence_exits(params, model, data, exits.kl(5e-4), most),
-            "kl 5e-4, per token": depth.with_exits(params, model, data, exits.kl(5e-4), most),
-            "kl 1e-5, per token": depth.with_exits(params, model, data, exits.kl(1e-5), most),
-            "latent_diff 0.03, per token": depth.with_exits(params, model, data, exits.latent_diff(0.03), most),
+            "kl 5e-4, per sequence": with_sequence_exits(params, model, data, exits.kl(5e-4), most),
+            "kl 5e-4, per token": with_exits(params, model, data, exits.kl(5e-4), most),
+            "kl 1e-5, per token": with_exits(params, model, data, exits.kl(1e-5), most),
+            "latent_diff 0.03, per token": with_exits(params, model, data, exits.latent_diff(0.03), most),
         }
         out[name] = {
             "answers": int(curve.count.sum()),
@@ -342,13 +420,13 @@ def known(found: ByDifficulty) -> list[int]:
     return [d for d, n in enumerate(found.count.tolist()) if n]
 
 
-def summary(row: dict[str, Any]) -> str:
-    """What a seed found, a line per test."""
+def summary(row: Json) -> str:
+    """Accuracies of a seed, and its exits."""
     lines = [f"seed {row['seed']}: loss {row['loss']:.4f}, {row['processor_seconds']:.0f} s of processor time"]
     for name, test in row["tests"].items():
         lines.append(f"  {name:12} " + " ".join(f"{x:.3f}" for x in test["mean"]))
         for rule, found in test["exits"].items():
-            lines.append(f"    exit {rule}: {found['accuracy']:.4f} with {found['steps']:.2f} steps")
+            lines.append(f"    exit {rule}: {found['accuracy']:.4f} with {found['steps']:.2f} recurrences")
     return "\n".join(lines)
 
 

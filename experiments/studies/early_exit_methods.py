@@ -1,55 +1,73 @@
-"""When may a token stop thinking? Zero-shot rules, learnt halting, classifiers, LayerDrop, calibrated confidence.
+"""When may a token exit? Zero-shot rules, learnt halting, classifiers, LayerDrop, calibrated confidence.
 
     python experiments/studies/early_exit_methods.py  # five ways to train, three seeds each
-    python experiments/studies/early_exit_methods.py --methods plain --seeds 0  # zero-shot rules alone
-    python experiments/studies/early_exit_methods.py --quick  # the machinery alone, a minute or two
+    python experiments/studies/early_exit_methods.py --methods plain --seeds 0  # only the zero-shot rules
+    python experiments/studies/early_exit_methods.py --quick  # only shows that everything works, a minute or two
 
-S3 words of 16 letters for training, of 16 and 32 for tests; at most 24 recurrences. Every rule is an `ExitRule` and
-is read as decoding would: each token stops on its own, and what it held then is what later tokens see. A sweep over
-thresholds gives (recurrences, FLOPs, accuracy) points, looks at logits and learnt heads included in the FLOPs.
+S3 words of 16 letters for training, of 16 and 32 for tests; at most 24 recurrences. Every rule is an `ExitRule` and is
+tested as in decoding: each token exits on its own, and later tokens see the state it held then. A sweep over thresholds
+gives (recurrences, FLOPs, accuracy) points; FLOPs include reading logits and learnt heads.
 
 plain: the recurrent model of `depth_scaling.py --task s3`, with KL (gated and not), change of state, of its direction,
 of entropy, stability of the answer, confidence, and a classifier fitted to its states afterwards (Elbayad 2020);
-thresholds calibrated as CALM does it (Schuster 2022). ponder: trained by PonderNet's loss (Banino 2021). joint: trained
-together with an exit classifier. drop, token_drop: recurrences skipped at random in training (LayerDrop, Fan 2020), of
-the whole batch or token by token. Beside them fixed depth, and an oracle that knows from where an answer stays right.
-Finished runs are remembered in runs/early_exit_methods; the plain ones are read from RUNS/../s3, s3_seed1, ... if they
-are there.
+thresholds calibrated as in CALM (Schuster 2022). ponder: trained with PonderNet's loss (Banino 2021). joint: trained
+together with an exit classifier. drop, token_drop: recurrences skipped at random in training (LayerDrop, Fan 2020), for
+the whole batch or token by token. Baselines: fixed depth, and an oracle that knows from where an answer stays correct.
+Finished runs are kept in runs/early_exit_methods; the plain ones are read from RUNS/../s3, s3_seed1, ... if they exist.
 
-Hardware: any. Reading the plain model takes about 2 processor minutes, training `joint` 1.8.
-Found (one seed): rules that wait for a token to settle lose nothing; rules that stop when the answer seems right
-ruin later tokens, which read what a stopped token held one recurrence earlier; one look more (`twice`) repairs most.
-Numbers, and what has not been run: experiments/README.md.
+Hardware: any. Testing the plain model takes about 2 processor minutes, training `joint` 1.8.
+Found (one seed): rules that wait for a token to settle lose nothing. Rules that exit when the answer seems correct harm
+later tokens, which read the state of one recurrence earlier; one more check (`twice`) repairs most of it. Numbers and
+open parts: experiments/README.md.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
+import jax
 import numpy as np
+from jax import Array
 
-from experiments.studies.shared.training import check_comparison, small_run
+from experiments.studies.shared import halting
+from experiments.studies.shared.comparison import (
+    S3,
+    TEST_BATCH,
+    Contestant,
+    Options,
+    Protocol,
+    Trials,
+    beside_earlier,
+    check_comparison,
+    compete,
+    recurrent,
+    summary,
+)
+from experiments.studies.shared.exiting import Reader
+from experiments.studies.shared.record import Json, processor_seconds, publish, remembered
+from experiments.studies.shared.training import small_run, training_batch
+from rdlm import exits
+from rdlm.checkpoint import load_checkpoint, saved_steps
 from rdlm.config import InputError, ModelConfig
-from rdlm.runtime import parse_arguments, run_command
-
-if TYPE_CHECKING:
-    from jax import Array
-
-    from experiments.studies.shared.comparison import Contestant, Protocol, Trials
-    from experiments.studies.shared.exiting import Reader
-    from rdlm.model import Params
+from rdlm.evaluation.calibration import loosest
+from rdlm.model import Params
+from rdlm.perf import flops
+from rdlm.runtime import parse_arguments, reuse_freed_memory, run_command
+from rdlm.tasks import IGNORED, Task, batch
+from rdlm.tasks.instance import TEST_STREAM
+from rdlm.train.metrics import read_metrics
 
 RATE = 1e-3
-MOST = 24  # recurrences of a token that does not stop
-PONDER_STEPS, PONDER_MEAN, PONDER_WEIGHT = 16, 8, 0.01  # most in training; mean of the prior; weight of its KL
-JOINT_WEIGHT = 0.1  # of the classifier's loss
+MAX_STEPS = 24  # recurrences of a token that does not exit
+PONDER_STEPS, PONDER_MEAN, PONDER_WEIGHT = 16, 8, 0.01  # maximum in training; mean of the prior; weight of its KL
+JOINT_WEIGHT = 0.1  # weight of the classifier's loss
 DROP = 0.2  # share of recurrences that training skips
-EPSILON, DELTA = 0.01, 0.05  # calibrated: agreement with MOST recurrences of .99, with confidence .95
-CALIBRATION_STREAM, CALIBRATION_BATCHES = 3_000_000, 8  # of 64 words
+EPSILON, DELTA = 0.01, 0.05  # calibrated: 0.99 agreement with MAX_STEPS recurrences, at confidence 0.95
+CALIBRATION_STREAM, CALIBRATION_BATCHES = 3_000_000, 8  # batches of 64 words
 ALLOWED = 0.005  # accuracy that a threshold may lose
 
 SWEEP: dict[str, tuple[float, ...]] = {
@@ -64,61 +82,54 @@ SWEEP: dict[str, tuple[float, ...]] = {
     "halting": (0.1, 0.3, 0.5, 0.7, 0.9, 0.97, 0.99, 0.999),
 }
 """Thresholds of each rule of `rdlm.exits`, from loose to safe."""
-CONFIDENT = ("margin", "classifier", "halting")  # rules that stop as soon as the answer seems right
+CONFIDENT = ("margin", "classifier", "halting")  # rules that exit as soon as the answer seems correct
 CALIBRATED = ("margin", "cosine", "classifier", "halting")
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A way to train the model, and the rules that its tokens stop by."""
+    """A way to train the model, and the exit rules to test it with."""
 
     label: str
     rules: tuple[str, ...]
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """What determines its training beside the run."""
+    options: Json = dataclasses.field(default_factory=dict)
+    """Settings of its training beside the run."""
 
 
+PLAIN_RULES = (
+    "kl", "gated_kl", "entropy_diff", "latent_diff", "cosine", "argmax_stability", "margin", "classifier",
+    "twice margin", "twice classifier",
+)  # fmt: skip
 METHODS = {
-    "plain": Method(
-        "the recurrent model",
-        ("kl", "gated_kl", "entropy_diff", "latent_diff", "cosine", "argmax_stability", "margin", "classifier",
-         "twice margin", "twice classifier"),
-    ),
+    "plain": Method("the recurrent model", PLAIN_RULES),
     "ponder": Method(
-        "PonderNet", ("halting", "twice halting", "margin", "latent_diff"),
+        "PonderNet",
+        ("halting", "twice halting", "margin", "latent_diff"),
         {"most": PONDER_STEPS, "prior_mean": PONDER_MEAN, "weight": PONDER_WEIGHT},
     ),
     "joint": Method(
-        "trained with a classifier", ("classifier", "twice classifier", "margin", "latent_diff"),
+        "trained with a classifier",
+        ("classifier", "twice classifier", "margin", "latent_diff"),
         {"weight": JOINT_WEIGHT},
     ),
     "drop": Method("LayerDrop, batch", ("kl", "latent_diff", "classifier"), {"probability": DROP}),
     "token_drop": Method("LayerDrop, per token", ("kl", "latent_diff", "classifier"), {"probability": DROP}),
-}  # fmt: skip
+}
 Name = Literal["plain", "ponder", "joint", "drop", "token_drop"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Args:
-    """Train every way on S3 words of 16 letters, from several seeds; let tokens stop by every rule on 16 and 32."""
+class Args(Options):
+    """Train every way on S3 words of 16 letters, from several seeds; let tokens exit by every rule on 16 and 32."""
 
     methods: tuple[Name, ...] = get_args(Name)
-    """Which."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Of initialisation, data, depths and initial states."""
+    """Ways to train."""
     runs: Path = Path("runs/early_exit_methods")
-    """Where finished runs are remembered, a small file each."""
-    results: Path = Path("experiments/studies/results")
-    """Where early_exit_methods.json and .png go."""
-    quick: bool = False
-    """A few steps and instances, to see that everything works; writes under RUNS/quick alone."""
+    """Folder for finished runs, a small file each."""
 
 
 def contestant(name: str, model: ModelConfig, depths: tuple[int, ...]) -> Contestant:
     """Initialisation, loss and answers of a method."""
-    from experiments.studies.shared import halting
-    from experiments.studies.shared.comparison import recurrent
-
     if name == "ponder":
         return halting.ponder(model, depths, PONDER_STEPS, 1 / PONDER_MEAN, PONDER_WEIGHT)
     if name == "joint":
@@ -129,11 +140,7 @@ def contestant(name: str, model: ModelConfig, depths: tuple[int, ...]) -> Contes
 
 
 def calibrated(reader: Reader, name: str, epsilon: float) -> float | None:
-    """The loosest threshold that agrees with full depth on 1 - epsilon of the answers of such words; None: no such."""
-    from rdlm import exits
-    from rdlm.evaluation.calibration import loosest
-    from rdlm.tasks import IGNORED
-
+    """The loosest threshold that agrees with full depth on 1 - epsilon of these answers; None if there is none."""
     asked = reader.labels != IGNORED
     full = reader.stopped(exits.fixed(np.float32(reader.most)))[0]
 
@@ -150,118 +157,128 @@ def calibrated_rules(name: str) -> list[str]:
     return [rule for rule in CALIBRATED if rule in METHODS[name].rules]
 
 
-def trials(name: str, protocol: Protocol, folder: Path, quick: bool) -> Trials:
-    """The `Trials` of a method, that keep what was trained and read it with exit rules too."""
-    import jax
+def word_batches(task: Task, stream: int, count: int) -> list[dict[str, np.ndarray]]:
+    """`count` batches of 64 words from a stream."""
+    return [batch(task, stream, i, TEST_BATCH) for i in range(count)]
 
-    from experiments.studies.shared.comparison import TEST_BATCH, Trials
-    from experiments.studies.shared.exiting import Reader
-    from experiments.studies.shared.record import processor_seconds, remembered
-    from rdlm.tasks import batch
-    from rdlm.tasks.instance import TEST_STREAM
 
-    method, most = METHODS[name], protocol.depths[-1]
-    run = small_run("early_exit_methods", [protocol.train], steps=protocol.steps, learning_rate=RATE)
-    about = {"model": dataclasses.asdict(run.model), "steps": run.steps, "learning_rate": RATE, **method.options}
+class ExitTrials(Trials):
+    """`Trials` of a method that keeps trained parameters on disk and also tests them with exit rules."""
 
-    def batches(task: Any, stream: int, count: int) -> list[dict[str, np.ndarray]]:
-        return [batch(task, stream, i, TEST_BATCH) for i in range(count)]
+    def __init__(self, name: str, protocol: Protocol, folder: Path, quick: bool, rate: float):
+        """`name`: of the method. `folder`: for parameters and every part of the tests."""
+        run = small_run("early_exit_methods", [protocol.train], steps=protocol.steps, learning_rate=rate)
+        super().__init__(contestant(name, run.model, protocol.depths), run, protocol)
+        self.name, self.method, self.folder, self.quick = name, METHODS[name], folder, quick
+        self.max_steps, self.seed = protocol.depths[-1], 0
+        self.made_by = {
+            "model": dataclasses.asdict(run.model),
+            "steps": run.steps,
+            "learning_rate": rate,
+            **self.method.options,
+        }
 
-    class Kept(Trials):
-        def trained(self, seed: int, name_shown: str = "") -> tuple[Any, float]:
-            path = folder / "trained" / f"{name}_seed{seed}.json"
-            shapes = jax.eval_shape(self.model.init, jax.random.key(0))
-            self.seed = seed
-
-            def make() -> dict[str, Any]:
-                started = processor_seconds()
-                params, loss = super(Kept, self).trained(seed, name_shown)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                np.savez(path.with_suffix(".npz"), *jax.tree.leaves(params))
-                return {"loss": loss, "processor_seconds": round(processor_seconds() - started, 1)}
-
-            earlier = None if name != "plain" or quick else finished_run(folder.parent, seed, run.model, run.steps)
+    def trained(self, seed: int, name: str = "") -> tuple[Params, float]:
+        """As `Trials.trained`, from disk where the seed was trained before."""
+        self.seed = seed
+        if self.name == "plain" and not self.quick:
+            earlier = finished_run(self.folder.parent, seed, self.settings.model, self.settings.steps)
             if earlier is not None:
                 return earlier
-            facts = remembered(path, about | {"seed": seed}, make)
-            with np.load(path.with_suffix(".npz")) as file:
-                return jax.tree.unflatten(jax.tree.structure(shapes), list(file.values())), facts["loss"]
+        path = self.folder / "trained" / f"{self.name}_seed{seed}.json"
 
-        def read(self, params: Any, stream: int = TEST_STREAM) -> dict[str, dict[str, Any]]:
-            inner, head = (params["model"], params["exit"]) if "exit" in params else (params, None)
-            if head is None and "classifier" in method.rules:
-                head = fitted_head(inner, run.model, protocol, quick)
+        def make() -> Json:
+            started = processor_seconds()
+            params, loss = super(ExitTrials, self).trained(seed, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.savez(path.with_suffix(".npz"), *jax.tree.leaves(params))
+            return {"loss": loss, "processor_seconds": round(processor_seconds() - started, 1)}
 
-            def kept(part: str, make: Callable[[], dict[str, Any]], **by: Any) -> dict[str, Any]:
-                path = folder / "read" / f"{name}_seed{self.seed}_{part.replace(' ', '_')}.json"
-                return remembered(path, about | {"seed": self.seed, "stream": stream, "most": most} | by, make)
+        facts = remembered(path, self.made_by | {"seed": seed}, make)
+        shapes = jax.eval_shape(self.model.init, jax.random.key(0))
+        with np.load(path.with_suffix(".npz")) as file:
+            return jax.tree.unflatten(jax.tree.structure(shapes), list(file.values())), facts["loss"]
 
-            found = kept("fixed", lambda: super(Kept, self).read(params, stream), batches=protocol.test_batches)
-            of_first: dict[str, float | None] = {}
-            for test, task in protocol.tests.items():
-                reader = Reader(inner, run.model, batches(task, stream, protocol.test_batches), most, head)
-                found[test] |= kept(f"oracle {test}", reader.oracle)
-                for rule in method.rules:
-                    of = SWEEP[rule.removeprefix("twice ")]
+    def read(self, params: Params, stream: int = TEST_STREAM) -> dict[str, Json]:
+        """As `Trials.read`, with the oracle's and every rule's points on every test."""
+        model, head = (params["model"], params["exit"]) if "exit" in params else (params, None)
+        if head is None and "classifier" in self.method.rules:
+            head = fitted_head(model, self.settings.model, self.protocol, self.quick)
+        make = functools.partial(super().read, params, stream)
+        found = self._kept("fixed", stream, make, batches=self.protocol.test_batches)
+        of_first: dict[str, float | None] = {}  # thresholds calibrated on the first test
+        for test, task in self.protocol.tests.items():
+            batches = word_batches(task, stream, self.protocol.test_batches)
+            reader = Reader(model, self.settings.model, batches, self.max_steps, head)
+            found[test] |= self._kept(f"oracle {test}", stream, reader.oracle)
+            for rule in self.method.rules:
+                found[test] |= self._swept(rule, test, stream, reader)
+            for rule in calibrated_rules(self.name):
+                found[test] |= self._calibrated(rule, test, stream, reader, of_first)
+        return found
 
-                    def sweep(at: Callable[[str, float], dict[str, float]], rule: str = rule, of: Any = of) -> Any:
-                        points = [at(rule, threshold) for threshold in of]
-                        return {part: [p[part] for p in points] for part in points[0]}
+    def _kept(self, part: str, stream: int, make: Callable[[], Json], **made_by: Any) -> Json:
+        path = self.folder / "read" / f"{self.name}_seed{self.seed}_{part.replace(' ', '_')}.json"
+        about = self.made_by | {"seed": self.seed, "stream": stream, "most": self.max_steps} | made_by
+        return remembered(path, about, make)
 
-                    for kind, at in (("", reader.point), ("alone ", reader.alone)):
-                        if not kind or rule in CONFIDENT:
-                            line = kept(f"{kind}{rule} {test}", functools.partial(sweep, at), thresholds=of)
-                            found[test] |= {f"{kind}{rule} {part}": values for part, values in line.items()}
-                for rule in calibrated_rules(name):
+    def _swept(self, rule: str, test: str, stream: int, reader: Reader) -> Json:
+        """Points of a rule at all its thresholds; of rules that look at confidence, also "alone"."""
+        thresholds = SWEEP[rule.removeprefix("twice ")]
+        out: Json = {}
 
-                    def calibrate(task: Any = task, reader: Reader = reader, rule: str = rule) -> dict[str, float]:
-                        words = batches(task, CALIBRATION_STREAM, 1 if quick else CALIBRATION_BATCHES)
-                        chosen = calibrated(dataclasses.replace(reader, batches=words), rule, 0.2 if quick else EPSILON)
-                        return at_calibrated(reader, rule, chosen)
+        def sweep(at: Callable[[str, float], dict[str, float]]) -> Json:
+            points = [at(rule, threshold) for threshold in thresholds]
+            return {part: [p[part] for p in points] for part in points[0]}
 
-                    own = kept(f"calm {rule} {test}", calibrate, thresholds=SWEEP[rule], risk=(EPSILON, DELTA))
-                    of_first.setdefault(rule, own["threshold"])
-                    moved = kept(
-                        f"calm16 {rule} {test}",
-                        functools.partial(at_calibrated, reader, rule, of_first[rule]),
-                        threshold=of_first[rule],
-                    )
-                    for kind, line in (("calm", own), ("calm16", moved)):
-                        values = {**line, "threshold": float(line["threshold"] is not None)}  # the share of seeds
-                        found[test] |= {f"{kind} {rule} {part}": x for part, x in values.items()}
-            return found
+        for kind, at in (("", reader.point), ("alone ", reader.alone)):
+            if not kind or rule in CONFIDENT:
+                make = functools.partial(sweep, at)
+                line = self._kept(f"{kind}{rule} {test}", stream, make, thresholds=thresholds)
+                out |= {f"{kind}{rule} {part}": values for part, values in line.items()}
+        return out
 
-    return Kept(contestant(name, run.model, protocol.depths), run, protocol)
+    def _calibrated(self, rule: str, test: str, stream: int, reader: Reader, of_first: dict[str, float | None]) -> Json:
+        """Points of a rule at its calibrated threshold: for words of this length (calm) and of the first test."""
+
+        def calibrate() -> Json:
+            words = word_batches(
+                self.protocol.tests[test], CALIBRATION_STREAM, 1 if self.quick else CALIBRATION_BATCHES
+            )
+            chosen = calibrated(dataclasses.replace(reader, batches=words), rule, 0.2 if self.quick else EPSILON)
+            return at_calibrated(reader, rule, chosen)
+
+        own = self._kept(f"calm {rule} {test}", stream, calibrate, thresholds=SWEEP[rule], risk=(EPSILON, DELTA))
+        first = of_first.setdefault(rule, own["threshold"])
+        make = functools.partial(at_calibrated, reader, rule, first)
+        moved = self._kept(f"calm16 {rule} {test}", stream, make, threshold=first)
+        out: Json = {}
+        for kind, line in (("calm", own), ("calm16", moved)):
+            values = {**line, "threshold": float(line["threshold"] is not None)}  # over seeds: the share that has one
+            out |= {f"{kind} {rule} {part}": x for part, x in values.items()}
+        return out
 
 
 def fitted_head(params: Params, model: ModelConfig, protocol: Protocol, quick: bool) -> dict[str, Array]:
-    """A classifier fitted to the states of training words: has the answer become, for good, that of 16 recurrences?"""
-    import jax
-
-    from experiments.studies.shared import halting
-    from experiments.studies.shared.training import training_batch
-
+    """A classifier fitted to the states of training words: is the answer, from here on, that of 16 recurrences?"""
     words = training_batch([protocol.train], 0, 0, 64 if quick else 512)["tokens"]
     keys = jax.random.split(jax.random.key(0), len(words))
     states, stop = halting.states_and_oracle(params, model, words, min(protocol.depths[-1], 16), keys)
     return halting.fitted(states[:, :, 1:].reshape(-1, model.embed_dim), stop[:, :, 1:].ravel())[0]
 
 
-def at_calibrated(reader: Reader, rule: str, threshold: float | None) -> dict[str, Any]:
-    """A point at a calibrated threshold, and the threshold; where there is none, all recurrences are run."""
+def at_calibrated(reader: Reader, rule: str, threshold: float | None) -> Json:
+    """A point at a calibrated threshold, and the threshold; without a threshold, all recurrences run."""
     asked = ("fixed", reader.most) if threshold is None else (rule, threshold)
     return {"threshold": threshold} | reader.point(*asked)
 
 
 def finished_run(runs: Path, seed: int, model: ModelConfig, steps: int) -> tuple[Params, float] | None:
-    """(parameters, last loss) of the run of a seed that `depth_scaling.py --task s3` left in `runs`, if it is there.
+    """(parameters, last loss) of a seed's run that `depth_scaling.py --task s3` left in `runs`; None if there is none.
 
     Raises:
-      InputError: it is another model's.
+      InputError: the run is of another model.
     """
-    from rdlm.checkpoint import load_checkpoint, saved_steps
-    from rdlm.train.metrics import read_metrics
-
     folder = runs / ("s3" if seed == 0 else f"s3_seed{seed}")
     if not (folder / "config.json").exists() or steps not in saved_steps(folder):
         return None
@@ -271,10 +288,12 @@ def finished_run(runs: Path, seed: int, model: ModelConfig, steps: int) -> tuple
     return params, read_metrics(folder)[-1]["loss"]
 
 
-def curve(found: dict[str, Any], test: str, rule: str, model: ModelConfig, length: int) -> list[dict[str, float]]:
-    """Points of a rule ("fixed": of fixed depth), from loose to safe: threshold, accuracy, steps, mflop over seeds."""
-    from rdlm.perf import flops
+Point = dict[str, float]
+"""threshold, accuracy, steps, mflop."""
 
+
+def curve(found: Json, test: str, rule: str, model: ModelConfig, length: int) -> list[Point]:
+    """Points of a rule ("fixed": fixed depths) from loose to safe, means over seeds."""
     of = found["tests"][test]
     if rule == "fixed":
         return [
@@ -288,16 +307,16 @@ def curve(found: dict[str, Any], test: str, rule: str, model: ModelConfig, lengt
     ]
 
 
-def cheapest(points: list[dict[str, float]], full: float) -> dict[str, float] | None:
-    """The point of fewest recurrences that loses at most ALLOWED of the accuracy of `full` depth."""
+def cheapest(points: list[Point], full: float) -> Point | None:
+    """The point with the fewest recurrences whose accuracy is at most ALLOWED below that at `full` depth."""
     good = [p for p in points if p["accuracy"] >= full - ALLOWED]
     return min(good, key=lambda p: p["steps"]) if good else None
 
 
-def table(found: dict[str, Any], protocol: Protocol, model: ModelConfig) -> list[dict[str, Any]]:
-    """A row per method and rule: what it costs to lose at most ALLOWED on the first test, and on the others.
+def table(found: Json, protocol: Protocol, model: ModelConfig) -> list[Json]:
+    """A row per method and rule: on each test, the cheapest point that loses at most ALLOWED.
 
-    chosen: on that test itself. transferred: the threshold chosen on the first test. Either may be None.
+    chosen: with the threshold chosen on that test. transferred: with the one chosen on the first. Either may be None.
     """
     rows = []
     for name, of in found.items():
@@ -317,10 +336,10 @@ def table(found: dict[str, Any], protocol: Protocol, model: ModelConfig) -> list
     return rows
 
 
-def show(rows: list[dict[str, Any]], found: dict[str, Any]) -> str:
+def show(rows: list[Json], found: Json) -> str:
     """The table for the terminal."""
 
-    def cell(point: dict[str, float] | None) -> str:
+    def cell(point: Point | None) -> str:
         if point is None:
             return f"{'none':>34}"
         return f"{point['threshold']:>9g} {point['accuracy']:.3f} {point['steps']:6.2f} {point['mflop']:6.3f} MF"
@@ -341,11 +360,11 @@ def show(rows: list[dict[str, Any]], found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def picture(path: Path, found: dict[str, Any], protocol: Protocol, model: ModelConfig) -> None:
-    """Accuracy against recurrences (above) and FLOPs (below): zero-shot rules by length, then models trained to stop.
+def picture(path: Path, found: Json, protocol: Protocol, model: ModelConfig) -> None:
+    """Accuracy against recurrences (above) and FLOPs (below): zero-shot rules by length, then models trained to exit.
 
-    Black: fixed depth of the plain model. Squares: calibrated thresholds. Star: the oracle. Thin: own fixed depth.
-    Dotted, without markers: what a rule would reach if stopping changed nothing for later tokens.
+    Black: the plain model at fixed depths. Thin: other models at fixed depths. Squares: calibrated thresholds. Star:
+    the oracle. Dotted, without markers: a rule's accuracy if exits changed nothing for later tokens.
     """
     from matplotlib.figure import Figure
 
@@ -364,9 +383,7 @@ def picture(path: Path, found: dict[str, Any], protocol: Protocol, model: ModelC
     figure.savefig(path, dpi=100)
 
 
-def draw(
-    axes: Any, x: str, found: dict[str, Any], test: str, names: list[str], model: ModelConfig, length: int
-) -> None:
+def draw(axes: Any, x: str, found: Json, test: str, names: Sequence[str], model: ModelConfig, length: int) -> None:
     """One panel of the picture, over `x`: "steps" or "mflop"."""
     colours = {
         "kl": "#0072B2", "gated_kl": "#56B4E9", "entropy_diff": "#999999", "latent_diff": "#D55E00",
@@ -390,64 +407,57 @@ def draw(
         for i, rule in enumerate(METHODS[name].rules):
             first = name == "plain"
             plain_line = "--" if rule.startswith("twice") else "-"
-            line(
-                name, rule, color=colours[rule if first else name], marker="os^vD*XP<>"[i],
-                linestyle=plain_line if first else ("-", "--", ":", "-.")[i],
-                label=rule if first else f"{METHODS[name].label}: {rule}",
-            )  # fmt: skip
+            colour = colours[rule if first else name]
+            style = plain_line if first else ("-", "--", ":", "-.")[i]
+            label = rule if first else f"{METHODS[name].label}: {rule}"
+            line(name, rule, color=colour, marker="os^vD*XP<>"[i], linestyle=style, label=label)
             if rule in CONFIDENT and x == "steps":
                 by_itself = ([pair[0] for pair in of[f"alone {rule} {part}"]] for part in ("steps", "accuracy"))
-                axes.plot(*by_itself, color=colours[rule if first else name], linestyle=":", linewidth=1)
+                axes.plot(*by_itself, color=colour, linestyle=":", linewidth=1)
             if rule in CALIBRATED:
                 point = of[f"calm {rule} {x}"][0], of[f"calm {rule} accuracy"][0]
-                axes.plot(
-                    *point, color=colours[rule if first else name], marker="s", markersize=11, markerfacecolor="none"
-                )
-    unit = "recurrences per answer" if x == "steps" else "forward MFLOP per token, looks and heads included"
-    kind = "the plain model" if names == ["plain"] else "trained to stop"
+                axes.plot(*point, color=colour, marker="s", markersize=11, markerfacecolor="none")
+    unit = "recurrences per answer" if x == "steps" else "forward MFLOP per token, with checks and heads"
+    kind = "the plain model" if names == ["plain"] else "trained to exit"
     axes.set(title=f"S3, {test}: {kind}", xlabel=unit, ylabel="accuracy", xlim=(0, None), ylim=(0.1, 1.03))
 
 
 def main() -> int:
     args = parse_arguments(Args, prog="early_exit_methods.py", description=__doc__)
-    from rdlm.runtime.allocator import reuse_freed_memory  # importing JAX takes seconds
-
     reuse_freed_memory()
-    from experiments.studies.shared.comparison import S3, beside_earlier, compete, summary
-    from rdlm.report import can_draw
-    from rdlm.report.results import write_result
-
-    runs, results = check_comparison(args)
+    runs, results = check_comparison(args, args.methods)
     protocol = S3.quick() if args.quick else S3
-    protocol = dataclasses.replace(protocol, depths=tuple(range(1, (3 if args.quick else MOST) + 1)))
+    protocol = dataclasses.replace(protocol, depths=tuple(range(1, (3 if args.quick else MAX_STEPS) + 1)))
     model = small_run("early_exit_methods", [protocol.train]).model
-    found: dict[str, Any] = {}
+    found: Json = {}
     for name in args.methods:
         method = METHODS[name]
         options = {**method.options, "sweep": {rule: SWEEP[rule.removeprefix("twice ")] for rule in method.rules}}
         if calibrated_rules(name):
             options["calibration"] = calibrated_rules(name), EPSILON, DELTA, CALIBRATION_BATCHES
-
-        def of_rate(rate: float, name: str = name) -> Trials:
-            return trials(name, protocol, runs, args.quick)
-
-        made = compete(name, of_rate, (RATE,), args.seeds, runs, options)
+        trials = functools.partial(ExitTrials, name, protocol, runs, args.quick)
+        made = compete(name, trials, (RATE,), args.seeds, runs, options)
         found[name] = {"label": method.label, **summary(made["seeds"]), "rows": made["seeds"]}
         print(f"{name}: failed {found[name]['failed']}", flush=True)
-    found = beside_earlier(results / "early_exit_methods.json", found, get_args(Name))
+    path = results / "early_exit_methods.json"
+    found = beside_earlier(path, found, get_args(Name))
     rows = table(found, protocol, model)
     units = {
-        "mean": "accuracy at 1 .. most recurrences, half width of its 95 % interval", "steps": "recurrences per answer",
-        "mflop": "forward MFLOP per token, looks at logits and learnt heads included",
+        "mean": "accuracy at 1 .. most recurrences, half width of its 95 % interval",
+        "steps": "recurrences per answer",
+        "mflop": "forward MFLOP per token, reading logits and learnt heads included",
         "calm": "threshold calibrated on words of the same length; calm16: of 16 letters",
-    }  # fmt: skip
-    head = {"learning_rate": RATE, "most": protocol.depths[-1], "sweep": SWEEP, "allowed": ALLOWED, "table": rows}
-    path = write_result(results / "early_exit_methods.json", head | {"methods": found}, units)
+    }
     print(show(rows, found))
-    print(f"numbers: {path}")
-    if can_draw():
-        picture(path.with_suffix(".png"), found, protocol, model)
-        print(f"picture: {path.with_suffix('.png')}")
+    everything = {
+        "learning_rate": RATE,
+        "most": protocol.depths[-1],
+        "sweep": SWEEP,
+        "allowed": ALLOWED,
+        "table": rows,
+        "methods": found,
+    }
+    publish(path, everything, units, functools.partial(picture, found=found, protocol=protocol, model=model))
     return 0
 
 

@@ -1,62 +1,85 @@
-"""Think in latent depth, in words or in continuous thoughts? One budget of parameters, one problem, graded at its end.
+"""Think in latent depth, in words or in continuous thoughts? Equal parameters, one problem, graded on its last answer.
 
     python experiments/studies/thinking_in_words.py                            # eight ways to think, three seeds each
-    python experiments/studies/thinking_in_words.py --methods latent --saved runs/s3 runs/s3_seed1    # trained already
-    python experiments/studies/thinking_in_words.py --quick                    # the machinery alone, a minute or two
+    python experiments/studies/thinking_in_words.py --methods latent --saved runs/s3 runs/s3_seed1    # from saved runs
+    python experiments/studies/thinking_in_words.py --quick          # only shows that everything works, a minute or two
 
 All have the same 132,736 parameters (1+1+1 layers, D = 64), the same S3 words of 16 letters in the same order, batches
 of 64, learning rate 3e-3, and are graded on the product of the whole word, of 16 letters and of 32. Up to 1,000 steps:
 
   at_once         every layer once, the product asked for after every letter: no room to think
-  latent          the recurrent model, asked in the same way, read after r = 4, 8, 16 recurrences
-  verbal          every layer once; it writes all products down, `BOS g1..gT BOS p1..pT`, trained on the written ones,
-                  tested by writing them itself, token by token (BOS again is the "=": no parameter is added)
+  latent          the recurrent model, asked in the same way, tested at r = 4, 8, 16
+  verbal          every layer once; it writes all products down, `BOS g1..gT BOS p1..pT`, is trained on written ones and
+                  tested on those it writes itself, token by token (the second BOS is the "=": no parameter is added)
   verbal_coupled  the same, but p_t has the position of g_t, so that the next letter is equally near at any length
   verbal_latent   the recurrent model writing them, 8 recurrences a token
-  thoughts        continuous thoughts (Coconut): the last hidden state is the next input in place of a written step;
-                  stage by stage 1, 2, .. 15 of the steps are thoughts, with loss on what remains written
-  thoughts_revisit  the same, but half of the batches go back to fewer thoughts
-  thoughts_3      that with a thought for every three steps: 5 of them
+  thoughts        continuous thoughts (Coconut): the last hidden state is the next input instead of a written step;
+                  stage by stage 1, 2, .. 15 of the steps are thoughts, with the loss on the steps still written
+  thoughts_revisit  the same, but half of the batches use fewer thoughts
+  thoughts_3      the same with a thought for every three steps: 5 of them
 
-The two recurrent ones are also run token by token with a KL exit, every token's state starting from noise or from its
-predecessor's last state (the zero-shot "continuous chain of thought"), with all recurrences' keys and values kept or
-the last's alone. Finished runs are remembered in runs/thinking_in_words, a file each; methods that are not asked for
-keep their results.
+The two recurrent ones are also run token by token with a KL exit. A token's state starts from noise or from the last
+state of the token before (zero-shot "continuous chain of thought"); the cache keeps all recurrences or only the last.
+Finished runs are kept in runs/thinking_in_words, a file each; results of other methods stay.
 
-Hardware: any. A run takes half a processor minute (words) to three (thoughts).
-Found so far: words reach every product of 16 letters in half of the FLOPs of latent depth, latent depth in a fifth of
-the layers in series; both fail at 32. Thoughts were learnt and lost again. Read letter by letter, one shared set of
+Hardware: any. A run takes from half a processor minute (words) to three (thoughts).
+Found so far: words reach every product of 16 letters with half the FLOPs of latent depth, latent depth with a fifth of
+the sequential layers; both fail at 32. Thoughts were learnt and lost again. Read letter by letter, one shared set of
 keys and values takes 41 to 45 % fewer recurrences than all sets; warm starts take more (one seed each).
-Numbers, and what has not been run: experiments/README.md.
+Numbers and open parts: experiments/README.md.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
-from experiments.studies.shared.training import check_comparison, small_run
+from experiments.studies.shared.comparison import (
+    Contestant,
+    Options,
+    Protocol,
+    Trials,
+    beside_earlier,
+    check_comparison,
+    compete,
+    fixed_depth,
+    recurrent,
+    summary,
+    training_flops,
+)
+from experiments.studies.shared.record import Json, publish, remembered
+from experiments.studies.shared.thoughts import chain, chain_loss, positions, stage
+from experiments.studies.shared.training import small_run
+from rdlm import CachePolicy, decode_step, exits, prefill
+from rdlm.checkpoint import load_checkpoint, read_config
 from rdlm.config import ModelConfig, RunConfig, require
-from rdlm.runtime import parse_arguments, run_command
+from rdlm.exits import ExitRule
+from rdlm.model import Params
+from rdlm.model.cache import Cache
+from rdlm.perf import flops
+from rdlm.recurrence import initial_state
+from rdlm.report.results import commit
+from rdlm.runtime import parse_arguments, reuse_freed_memory, run_command
 from rdlm.tasks import IGNORED, Scratchpad, Task, WordProblem
 
-if TYPE_CHECKING:
-    from jax import Array
-
-    from experiments.studies.shared.comparison import Contestant, Protocol, Trials
-    from rdlm.model import Params
+Walking = tuple[Cache, Array, Array, Array]
+"""Cache, and logits, latents and state of the token before."""
 
 LENGTH = 16
 TESTED = (16, 32)
-DEPTHS = (1, 4, 8, 16)  # that latent depth is read at
-RATE = 3e-3  # of the two that `baselines` tries, the one that won for every kind of model there
-CURRICULUM = 0.4, 0.8  # of training: the first thought, the last one
-WALKS = {"noise": 0, "normalized": 1, "raw": 2}  # what a token's state starts from
+DEPTHS = (1, 4, 8, 16)  # to test latent depth at
+RATE = 3e-3  # the better one, for every kind of model, of the two that `baselines` tries
+CURRICULUM = 0.4, 0.8  # shares of training at which the first and the last thought come
+WALKS = {"noise": 0, "normalized": 1, "raw": 2}  # where a token's state starts
 THRESHOLDS = (5e-4, 1e-5)  # of the KL exit
-MOST = 32  # recurrences a token may take with it
+MAX_STEPS = 32  # recurrences of a token with a KL exit
 SHOWN = "last noise 1e-05"  # the walk in the picture
 
 
@@ -66,17 +89,17 @@ class Method:
 
     label: str
     kind: Literal["letters", "words", "thoughts"]
-    """Asked after every letter; written steps; thoughts, then words."""
+    """Answers after every letter; written steps; thoughts, then written steps."""
     recurrences: tuple[int, ...] = ()
-    """To read at; () is a model of fixed depth."""
+    """Depths to test at; () is a model of fixed depth."""
     coupled: bool = False
     """A written product has the position of its letter."""
     per: int = 0
     """Steps that a thought stands for."""
     revisit: bool = False
-    """Half of the batches have a number of thoughts drawn from none to the stage's."""
+    """Half of the batches draw their number of thoughts from 0 up to the stage's."""
     steps: int = 1000
-    """Of training; words are learnt in a tenth of it."""
+    """Training steps; words are learnt in a tenth of them."""
 
 
 METHODS = {
@@ -95,26 +118,19 @@ Name = Literal[
 
 
 @dataclasses.dataclass(frozen=True)
-class Args:
+class Args(Options):
     """Train every way to think on S3 words of 16 letters, from several seeds; test on 16 and 32."""
 
     methods: tuple[Name, ...] = get_args(Name)
-    """Which."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Of initialisation, data, depths and initial states."""
+    """Ways to think."""
     saved: tuple[Path, ...] = ()
-    """Run folders of `depth_scaling.py --task s3`: latent depth is read from them, and not trained again."""
+    """Run folders of `depth_scaling.py --task s3`, from which latent depth is tested instead of trained."""
     runs: Path = Path("runs/thinking_in_words")
-    """Where finished runs are remembered, a small file each."""
-    results: Path = Path("experiments/studies/results")
-    """Where thinking_in_words.json and .png go."""
-    quick: bool = False
-    """A few steps and instances, to see that everything works; writes under RUNS/quick alone."""
+    """Folder for finished runs, a small file each."""
 
 
 def protocol(method: Method) -> Protocol:
-    """What a method is trained and read on. Of thoughts only the last product is asked for: the others are thought."""
-    from experiments.studies.shared.comparison import Protocol
+    """Training and test instances of a method. With thoughts only the last product is scored."""
 
     def task(T: int, asked: int = 1) -> Task:
         return WordProblem("S3", T) if method.kind == "letters" else Scratchpad(T, asked)
@@ -125,46 +141,48 @@ def protocol(method: Method) -> Protocol:
 
 def contestant(method: Method, run: RunConfig) -> Contestant:
     """Initialisation, loss and answers of a method."""
-    import jax
-    import jax.numpy as jnp
+    if method.kind == "thoughts":
+        return thinking(method, run)
+    if not method.recurrences:
+        return fixed_depth(run.model) if method.kind == "letters" else writing(method, run.model)
+    made, write = recurrent(run.model, method.recurrences), method.kind == "words"
 
-    from experiments.studies.shared.comparison import Contestant, fixed_depth, recurrent
-    from experiments.studies.shared.thoughts import chain, chain_loss, positions, stage
+    def written(params: Params, tokens: Array) -> Array:
+        return walk(params, run.model, tokens, method.recurrences[-1], write=True)[0][None]
 
-    model = run.model
-    depths = method.recurrences
-    if method.kind == "letters" and not depths:
-        return fixed_depth(model)
-    if depths:
-        made = recurrent(model, depths)
-        if method.kind == "letters":
-            return dataclasses.replace(made, facts=lambda params, x, y: walks(params, model, x, y, write=False))
+    return dataclasses.replace(
+        made,
+        answers=written if write else made.answers,
+        facts=lambda params, tokens, labels: walks(params, run.model, tokens, labels, write),
+    )
 
-        def written(params: Params, tokens: Array) -> Array:
-            answers, _ = walk(params, model, tokens, depths[-1], write=True)
-            return answers[None]
 
-        return dataclasses.replace(
-            made, answers=written, facts=lambda params, x, y: walks(params, model, x, y, write=True)
-        )
-    made, per = fixed_depth(model), method.per
+def chained(method: Method, model: ModelConfig, params: Params, tokens: Array, empty: bool = False) -> Array:
+    """Answers int [1, B, L] of a chain of thoughts and words that the model makes by itself; -1 where it has none."""
+    T, per = tokens.shape[1] // 2, method.per
+    thoughts = (T - 1) // per if per else 0
+    logits = chain(params, model, tokens, thoughts, per, method.coupled, empty=empty)
+    words = jnp.argmax(logits, -1)[:, thoughts : T - (per - 1) * thoughts if per else T]
+    return jnp.full_like(tokens, -1).at[:, -words.shape[1] :].set(words)[None]
 
-    def answers(params: Params, tokens: Array, empty: bool = False) -> Array:
-        T = tokens.shape[1] // 2
-        thoughts = (T - 1) // per if per else 0
-        logits = chain(params, model, tokens, thoughts, per, method.coupled, empty=empty)
-        words = jnp.argmax(logits, -1)[:, thoughts : T - (per - 1) * thoughts if per else T]
-        return jnp.full_like(tokens, -1).at[:, -words.shape[1] :].set(words)[None]
 
-    if method.kind == "words":
+def writing(method: Method, model: ModelConfig) -> Contestant:
+    """A model of fixed depth that writes every product down."""
+    made = fixed_depth(model)
 
-        def loss(params: Params, batch: Any, depth_key: Array, state_key: Array) -> Array:
-            where = positions(LENGTH, method.coupled)
-            return made.loss(params, batch | {"positions": where}, depth_key, state_key)
+    def loss(params: Params, batch: dict[str, Array], depth_key: Array, state_key: Array) -> Array:
+        where = positions(LENGTH, method.coupled)
+        return made.loss(params, batch | {"positions": where}, depth_key, state_key)
 
-        return dataclasses.replace(made, loss=loss, answers=answers)
+    return dataclasses.replace(made, loss=loss, answers=functools.partial(chained, method, model))
 
-    def staged(params: Params, batch: Any, depth_key: Array, state_key: Array, step: Array) -> Array:
+
+def thinking(method: Method, run: RunConfig) -> Contestant:
+    """A model of fixed depth that learns, stage by stage, to replace written products by thoughts."""
+    model, per = run.model, method.per
+    answers = functools.partial(chained, method, model)
+
+    def loss(params: Params, batch: dict[str, Array], depth_key: Array, state_key: Array, step: Array) -> Array:
         thoughts = stage(step, run.steps, (LENGTH - 1) // per, CURRICULUM)
         if method.revisit:
             often, any_of = jax.random.split(depth_key)
@@ -173,38 +191,38 @@ def contestant(method: Method, run: RunConfig) -> Contestant:
         return chain_loss(params, model, batch, thoughts, per)
 
     def emptied(params: Params, tokens: Array, labels: Array) -> dict[str, Array]:
-        right = answers(params, tokens, empty=True)[0, :, -1] == labels[:, -1]
-        return {"emptied": right.mean()}
+        correct = answers(params, tokens, empty=True)[0, :, -1] == labels[:, -1]
+        return {"emptied": correct.mean()}
 
-    return Contestant(made.init, staged, answers, emptied, staged=True)
+    return Contestant(fixed_depth(model).init, loss, answers, emptied, staged=True)
 
 
 def walk(
-    params: Params, model: ModelConfig, tokens: Array, r: int, write: bool, rule: Any = None, start: Any = 0,
-    policy: Any = None,
-) -> tuple[Array, Array]:  # fmt: skip
-    """The recurrent model token by token through a cache: (answers, recurrences), int [B, L], where there are answers.
+    params: Params,
+    model: ModelConfig,
+    tokens: Array,
+    r: int,
+    write: bool,
+    rule: ExitRule | None = None,
+    start: int | Array = 0,
+    policy: CachePolicy | None = None,
+) -> tuple[Array, Array]:
+    """The recurrent model token by token through a cache: (answers, recurrences), int [B, L], zero before the first.
 
     Args:
-      tokens: int [B, L], words, or scratchpads, of which the products are not read.
-      r: recurrences, with a rule the most. Before the first letter, or before the first product, always r.
-      write: scratchpads, whose products the model writes; otherwise the letters are given to it one by one.
-      rule: of exits, per token.
-      start: of WALKS; may be traced.
+      tokens: int [B, L], words, or scratchpads, whose products are not read.
+      r: recurrences, with a rule their maximum. Before the first letter, or before the first product, always r.
+      write: tokens are scratchpads and the model writes the products; otherwise it reads the letters one by one.
+      rule: exit rule, per token.
+      start: a value of WALKS; may be traced.
       policy: of the cache; default: keys and values of all recurrences.
     """
-    import jax
-    import jax.numpy as jnp
-
-    from rdlm import CachePolicy, decode_step, prefill
-    from rdlm.recurrence import initial_state
-
     B, L = tokens.shape
     known = L // 2 + 2 if write else 1
     policy = policy or CachePolicy()
     out, cache = prefill(params, model, tokens[:, :known], r, capacity=L, max_steps=r, cache=policy)
 
-    def one(carry: Any, given: Array) -> tuple[Any, tuple[Array, Array]]:
+    def one(carry: Walking, given: Array) -> tuple[Walking, tuple[Array, Array]]:
         cache, logits, z, s = carry
         noise = initial_state(jax.random.key(0), cache.length[:, None], model.embed_dim)[:, 0]
         state = jax.lax.select_n(jnp.int32(start), noise, z, s)
@@ -222,21 +240,17 @@ def walk(
 
 def walks(params: Params, model: ModelConfig, tokens: Array, labels: Array, write: bool) -> dict[str, Array]:
     """With a KL exit, for every start, threshold and cache: final and mean accuracy, and recurrences per token."""
-    import jax
-    import jax.numpy as jnp
-
-    from rdlm import CachePolicy, exits
-
     asked = labels != IGNORED
     out = {}
     cases = [(start, threshold) for start in WALKS.values() for threshold in THRESHOLDS]
     for kept, policy in (("all", CachePolicy()), ("last", CachePolicy(recurrences=1))):
 
-        def case(it: Any, policy: Any = policy) -> tuple[Array, Array, Array]:
+        def case(it: tuple[Array, Array], policy: CachePolicy = policy) -> tuple[Array, Array, Array]:
             start, threshold = it
-            answers, steps = walk(params, model, tokens, MOST, write, exits.kl(threshold), start, policy)
+            answers, steps = walk(params, model, tokens, MAX_STEPS, write, exits.kl(threshold), start, policy)
             right = (answers == labels) & asked
-            taken = asked.at[:, tokens.shape[1] // 2 + 1].set(False) if write else asked  # the prompt's own runs MOST
+            # The first product comes from the prompt, which always runs MAX_STEPS.
+            taken = asked.at[:, tokens.shape[1] // 2 + 1].set(False) if write else asked
             return right[:, -1].mean(), right.sum() / asked.sum(), jnp.where(taken, steps, 0).sum() / taken.sum()
 
         starts, thresholds = (jnp.asarray(x) for x in zip(*cases, strict=True))
@@ -248,17 +262,15 @@ def walks(params: Params, model: ModelConfig, tokens: Array, labels: Array, writ
 
 
 def price(model: ModelConfig, method: Method, T: int, r: int) -> dict[str, float]:
-    """What one word of T letters costs at inference, r recurrences a token.
+    """Cost of one word of T letters at inference, with r recurrences a token.
 
-    tokens: processed, prompt and thoughts included; the last one written is not. written: tokens. thoughts: vectors.
-    layers: in series, from the word to its answer. flops: forward, each token attending to itself and those before.
-    cache_bytes: of its keys and values in f32, a set for each recurrence kept; cache_bytes_shared: one for all.
+    tokens: processed, prompt and thoughts included, without the last one written. written: tokens. thoughts: vectors.
+    layers: sequential, from the word to its answer. flops: forward, each token attending to itself and those before.
+    cache_bytes: keys and values in f32, a set for each recurrence. cache_bytes_shared: one set for all recurrences.
     """
-    from rdlm.perf import flops
-
     thoughts = (T - 1) // method.per if method.kind == "thoughts" else 0
     written = 0 if method.kind == "letters" else T - method.per * thoughts
-    passes = max(thoughts + written, 1)  # one gives the first of them
+    passes = max(thoughts + written, 1)  # the prompt's pass yields the first of them
     tokens = T + 1 + (method.kind != "letters") + passes - 1
 
     def cache(sets: int) -> int:
@@ -266,41 +278,41 @@ def price(model: ModelConfig, method: Method, T: int, r: int) -> dict[str, float
         return tokens * slots * flops.key_value_bytes(model, 4)
 
     return {
-        "tokens": tokens, "written": written, "thoughts": thoughts, "layers": passes * flops.effective_depth(model, r),
+        "tokens": tokens,
+        "written": written,
+        "thoughts": thoughts,
+        "layers": passes * flops.effective_depth(model, r),
         "flops": sum(flops.forward_flops(model, r, p + 1) for p in range(tokens)),
-        "cache_bytes": cache(r), "cache_bytes_shared": cache(1),
-    }  # fmt: skip
+        "cache_bytes": cache(r),
+        "cache_bytes_shared": cache(1),
+    }
 
 
 def run_config(method: Method, steps: int, rate: float) -> RunConfig:
     """The training run of a method."""
-    shape: dict[str, Any] = {} if method.recurrences else {"mean_recurrence": 1, "backprop_depth": 1}
+    shape: Json = {} if method.recurrences else {"mean_recurrence": 1, "backprop_depth": 1}
     return small_run("thinking_in_words", [protocol(method).train], steps=steps, learning_rate=rate, **shape)
 
 
-def from_folders(folders: tuple[Path, ...], trials: Trials, runs: Path) -> dict[str, Any]:
-    """What `compete` would return of models that are trained already: {"learning_rate", "seeds": rows}."""
-    from experiments.studies.shared.record import remembered
-    from rdlm.checkpoint import load_checkpoint, read_config
-    from rdlm.report.results import commit
-
+def from_folders(folders: tuple[Path, ...], trials: Trials, runs: Path) -> Json:
+    """As `compete` returns, for models that are trained already: {"learning_rate", "seeds": rows}."""
     rows = []
     for folder in folders:
         run = read_config(folder)
-        same = (run.model, run.preset) == (trials.settings.model, "depth_scaling_s3")
+        same = (run.model, run.data.task) == (trials.settings.model, "s3")
         require(same, "--saved", str(folder), "must be a run of `depth_scaling.py --task s3`")
 
-        def make(folder: Path = folder, run: RunConfig = run) -> dict[str, Any]:
+        def make(folder: Path = folder, run: RunConfig = run) -> Json:
             tests = trials.read(load_checkpoint(folder)[0])
             return {"seed": run.seed, "learning_rate": run.optimizer.learning_rate, "commit": commit(), "tests": tests}
 
-        about = {"folder": str(folder), "depths": DEPTHS, "walks": (THRESHOLDS, MOST), "steps": run.steps}
+        about = {"folder": str(folder), "depths": DEPTHS, "walks": (THRESHOLDS, MAX_STEPS), "steps": run.steps}
         rows.append(remembered(runs / f"latent_{folder.name}.json", about, make))
     return {"learning_rate": rows[0]["learning_rate"], "seeds": rows}
 
 
-def points(method: Method, model: ModelConfig, tests: dict[str, Any]) -> list[dict[str, Any]]:
-    """For every test and r: accuracy on the last product, (mean, half its interval), and what a word costs."""
+def points(method: Method, model: ModelConfig, tests: Json) -> list[Json]:
+    """For every test and r: accuracy on the last product, (mean, half its interval), and the cost of a word."""
     return [
         {"test": test, "r": r, "final": final, **price(model, method, int(test.split()[1]), r)}
         for test, found in tests.items()
@@ -308,38 +320,44 @@ def points(method: Method, model: ModelConfig, tests: dict[str, Any]) -> list[di
     ]
 
 
-def walked(model: ModelConfig, tests: dict[str, Any]) -> list[dict[str, Any]]:
-    """For every test and walk over given letters: final accuracy, recurrences a letter, and what a word costs.
+def walked(model: ModelConfig, tests: Json) -> list[Json]:
+    """For every test and walk over given letters: final accuracy, recurrences a letter, and the cost of a word.
 
-    flops: of the letters, every look of the exit rule included; BOS is the same for all words and is not counted.
+    flops: of the letters, with every check of the exit rule; BOS is the same for all words and is not counted.
     """
-    from rdlm import CachePolicy
-    from rdlm.perf import flops
-
     out = []
     for test, found in tests.items():
         T = int(test.split()[1])
         for walk in [name.removesuffix(" steps") for name in found if name.endswith(" steps")]:
             steps = found[f"{walk} steps"][0]
             policy = CachePolicy(recurrences=1 if walk.startswith("last") else None)
-            out.append({
-                "test": test, "walk": walk, "final": found[f"{walk} final"], "steps": found[f"{walk} steps"],
-                "tokens": T + 1, "cache_bytes": price(model, METHODS["latent"], T, policy.sets(MOST))["cache_bytes"],
-                "flops": sum(flops.cost(model, steps, p + 1, steps).flops_per_token for p in range(1, T + 1)),
-            })  # fmt: skip
+            cost = [flops.cost(model, steps, p + 1, steps).flops_per_token for p in range(1, T + 1)]
+            kept = price(model, METHODS["latent"], T, policy.sets(MAX_STEPS))
+            out.append(
+                {
+                    "test": test,
+                    "walk": walk,
+                    "final": found[f"{walk} final"],
+                    "steps": found[f"{walk} steps"],
+                    "tokens": T + 1,
+                    "cache_bytes": kept["cache_bytes"],
+                    "flops": sum(cost),
+                }
+            )
     return out
 
 
-def picture(path: Path, found: dict[str, Any]) -> None:
-    """Accuracy on the last product by what a word costs: FLOPs, tokens, cache; a row for every length."""
+def picture(path: Path, found: Json) -> None:
+    """Accuracy on the last product against the cost of a word (FLOPs, tokens, cache); a row for every length."""
     from matplotlib.figure import Figure
 
     colours = ["#999999", "#000000", "#D55E00", "#E69F00", "#CC79A7", "#0072B2", "#009E73", "#56B4E9"]
     tests = list(dict.fromkeys(point["test"] for row in found.values() for point in row["points"]))
     costs = {
-        "flops": ("FLOPs a word, 10^6", 1e6), "tokens": ("tokens processed a word", 1),
+        "flops": ("FLOPs a word, 10^6", 1e6),
+        "tokens": ("tokens processed a word", 1),
         "cache_bytes": ("cache a word, KiB (hollow: one set for all r)", 1024),
-    }  # fmt: skip
+    }
     figure = Figure(figsize=(13, 4 * len(tests)), layout="constrained")
     for panels, test in zip(figure.subplots(len(tests), len(costs), squeeze=False), tests, strict=True):
         for axes, (by, (label, unit)) in zip(panels, costs.items(), strict=True):
@@ -365,67 +383,72 @@ def picture(path: Path, found: dict[str, Any]) -> None:
     figure.savefig(path, dpi=110)
 
 
+def trials(method: Method, made_of: Protocol, rate: float) -> Trials:
+    """The `Trials` of a method at a learning rate."""
+    run = run_config(method, made_of.steps, rate)
+    return Trials(contestant(method, run), run, made_of)
+
+
+def options_of(method: Method) -> Json:
+    """Settings of a method beside its run, which its finished runs depend on."""
+    options: Json = {"per": method.per, "coupled": method.coupled}
+    if method.kind == "thoughts":
+        options["curriculum"] = CURRICULUM
+    if method.revisit:
+        options["revisit"] = True
+    if method.recurrences:
+        options["walks"] = THRESHOLDS, MAX_STEPS
+    return options
+
+
 def main() -> int:
     args = parse_arguments(Args, prog="thinking_in_words.py", description=__doc__)
-    from rdlm.runtime.allocator import reuse_freed_memory  # importing JAX takes seconds
-
     reuse_freed_memory()
-    from experiments.studies.shared.comparison import Trials, beside_earlier, compete, summary, training_flops
-    from rdlm.perf import flops
-    from rdlm.report import can_draw
-    from rdlm.report.results import write_result
-
-    runs, results = check_comparison(args)
-    found: dict[str, Any] = {}
+    runs, results = check_comparison(args, args.methods)
+    found: Json = {}
     for name in args.methods:
         method = METHODS[name]
         made_of = protocol(method)
         if args.quick:
             made_of = dataclasses.replace(made_of.quick(), depths=made_of.depths)
-
-        def trials(rate: float, method: Method = method, made_of: Protocol = made_of) -> Trials:
-            run = run_config(method, made_of.steps, rate)
-            return Trials(contestant(method, run), run, made_of)
-
-        options: dict[str, Any] = {"per": method.per, "coupled": method.coupled}
-        if method.kind == "thoughts":
-            options["curriculum"] = CURRICULUM
-        if method.revisit:
-            options["revisit"] = True
-        if method.recurrences:
-            options["walks"] = THRESHOLDS, MOST
+        at = functools.partial(trials, method, made_of)
         if name == "latent" and args.saved:
-            made = from_folders(args.saved, trials(RATE), runs)
+            made = from_folders(args.saved, at(RATE), runs)
         else:
-            made = compete(name, trials, (RATE,), args.seeds, runs, options)
+            made = compete(name, at, (RATE,), args.seeds, runs, options_of(method))
         run, total = run_config(method, made_of.steps, made["learning_rate"]), summary(made["seeds"])
         found[name] = {
-            "label": method.label, "parameters": flops.parameters(run.model), "learning_rate": made["learning_rate"],
+            "label": method.label,
+            "parameters": flops.parameters(run.model),
+            "learning_rate": made["learning_rate"],
             "training_flops": training_flops(run, once=not method.recurrences),
             "points": points(method, run.model, total["tests"]),
             "walks": walked(run.model, total["tests"]) if name == "latent" else [],
-            **total, "rows": made["seeds"],
-        }  # fmt: skip
+            **total,
+            "rows": made["seeds"],
+        }
         print(lines(name, found[name]), flush=True)
-    found = beside_earlier(results / "thinking_in_words.json", found, get_args(Name))
+    path = results / "thinking_in_words.json"
+    found = beside_earlier(path, found, get_args(Name))
     units = {
-        "training_flops": "forward and backward, whole training", "flops": "forward, of a word", "layers": "in series",
-        "final": "accuracy on the product of the whole word, half width of its 95 % interval", "hardest": "as final",
-        "mean": "the same of all products asked for", "emptied": "as final, thoughts zero vectors",
-        "cache_bytes": "of a word in f32, a set for each recurrence", "cache_bytes_shared": "one for all",
-        "walk": "KEPT START THRESHOLD: sets in the cache, start of a state, of the KL exit",
+        "training_flops": "forward and backward, whole training",
+        "flops": "forward, of a word",
+        "layers": "sequential",
+        "final": "accuracy on the product of the whole word, half width of its 95 % interval",
+        "hardest": "as final",
+        "mean": "the same for all scored products",
+        "emptied": "as final, thoughts zero vectors",
+        "cache_bytes": "of a word in f32, a set for each recurrence",
+        "cache_bytes_shared": "one set for all",
+        "walk": "KEPT START THRESHOLD: sets in the cache, start of a state, threshold of the KL exit",
         "steps": "recurrences a token",
-    }  # fmt: skip
-    path = write_result(results / "thinking_in_words.json", {"methods": found}, units)
-    print(f"numbers: {path}")
-    if can_draw():
-        picture(path.with_suffix(".png"), found)
-        print(f"picture: {path.with_suffix('.png')}")
+    }
+    publish(path, {"methods": found}, units, functools.partial(picture, found=found))
     return 0
 
 
-def lines(name: str, row: dict[str, Any]) -> str:
-    """What a method reached and what it costs: a line for every length and r, and for every walk."""
+def lines(name: str, row: Json) -> str:
+    """Accuracy and cost of a method: a line for every length and r, and for every walk."""
     rate, training = row["learning_rate"], row["training_flops"] / 1e12
     out = [f"{name}: learning rate {rate:g}, training {training:.2f}e12 FLOPs, failed {row['failed']}"]
     for p in row["points"]:

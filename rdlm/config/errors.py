@@ -1,4 +1,4 @@
-"""One kind of error for everything a user typed or pointed at wrongly."""
+"""The error for wrong input, and the wording of its messages."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """Wrong input from the user: a field, a file, a flag. The message is one line naming what, where and the fix.
+    """Wrong input: a field, a file, a flag. The message is one line that names field, value and fix.
 
     Commands print the message alone on stderr and exit with code 2 (see `rdlm.runtime.run_command`).
     """
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, on one line of at most 200 characters; its type where it says nothing."""
+    """The message of an error on one line of at most 200 characters; its type if there is none."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 

@@ -1,4 +1,4 @@
-"""The model's shape, and the two small policies that callers of the model pass along."""
+"""The shape of the model, and the options of cache, sampling and speculative decoding."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Shape of a recurrent-depth model (spec section 1). Hashable, so it can be a static argument of `jit`."""
+    """Shape of a recurrent-depth model (docs/model.md, Block). Hashable, so it can be a static argument of `jit`."""
 
     vocab_size: int
-    """Tokens the tokenizer knows."""
+    """Number of tokens in the tokenizer."""
     embed_dim: int
-    """Width D of the residual stream and of the latent state."""
+    """Width D of the residual stream and the latent state."""
     num_heads: int
     """Query heads H; must divide embed_dim."""
     mlp_dim: int
     """Width F of the gated MLP."""
     prelude_layers: int = 2
-    """Blocks that embed tokens, run once."""
+    """Blocks of the prelude, run once."""
     core_layers: int = 4
-    """Blocks of the core, run once per recurrence with shared weights."""
+    """Blocks of the core, run in every recurrence with the same weights."""
     coda_layers: int = 2
-    """Blocks that decode the latent state, run once."""
+    """Blocks of the coda, run once."""
     num_kv_heads: int | None = None
     """Key/value heads K; must divide num_heads. None: as many as query heads."""
     padded_vocab_size: int | None = None
     """Rows of the embedding (and columns of the logits). None: vocab_size."""
     max_length: int = 4096
-    """Positions the model may see."""
+    """Maximum number of positions."""
     rope_base: float = 50000.0
     """Base of the rotary frequencies."""
     attention_window: int | None = None
-    """Tokens a query sees: itself and those directly before it. None: all before it."""
+    """Tokens that a query sees: itself and those directly before it. None: all before it."""
     norm_eps: float = 1e-6
     """Epsilon of every RMSNorm."""
     qk_bias: bool = True
@@ -46,21 +46,21 @@ class ModelConfig:
     tie_embeddings: bool = True
     """The head is the transposed embedding."""
     mean_recurrence: int = 32
-    """Mean r: the default depth at test time, and the centre of the training distribution."""
+    """Mean r of training, and the default depth at test time."""
     backprop_depth: int = 8
-    """Most recurrences that carry gradient in a training step."""
+    """Maximum number of recurrences with gradient in a training step."""
     param_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Dtype parameters are initialised and stored in."""
+    """Dtype in which parameters are initialised and stored."""
     compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Dtype of matrix products and activations. None: the dtype of the parameters given."""
+    """Dtype of matrix products and activations. None: that of the parameters."""
     test_time_noise: float = 0.0
-    """Noise mixed into the state before each core call at test time (spec section 2); 0 is off."""
+    """Noise mixed into the state before each recurrence at test time (docs/model.md, Test-time noise); 0 is off."""
     test_time_noise_type: Literal["fixed", "geom", "sqrt", "line", "chi"] = "fixed"
     """Schedule of the test-time noise over recurrences."""
 
     def __post_init__(self) -> None:
-        # The defaults are stored as None, however they were spelled: equal shapes compare equal, and overriding
-        # num_heads or vocab_size alone does what one expects.
+        # An explicit default is stored as None, so that equal shapes compare equal, and overriding only num_heads or
+        # vocab_size also changes what follows from it.
         if self.num_kv_heads == self.num_heads:
             object.__setattr__(self, "num_kv_heads", None)
         if self.padded_vocab_size == self.vocab_size:
@@ -68,8 +68,10 @@ class ModelConfig:
         positive = ["vocab_size", "embed_dim", "num_heads", "mlp_dim", "prelude_layers", "core_layers", "coda_layers"]
         for name in [*positive, "max_length", "mean_recurrence", "backprop_depth"]:
             value = getattr(self, name)
-            least = 0 if name in ("prelude_layers", "coda_layers") else 1
-            require(isinstance(value, int) and value >= least, name, value, f"must be an integer of at least {least}")
+            minimum = 0 if name in ("prelude_layers", "coda_layers") else 1
+            require(
+                isinstance(value, int) and value >= minimum, name, value, f"must be an integer of at least {minimum}"
+            )
         above = -(-self.embed_dim // self.num_heads) * self.num_heads
         require(
             self.embed_dim % self.num_heads == 0,
@@ -81,7 +83,7 @@ class ModelConfig:
             self.head_dim % 2 == 0,
             "embed_dim / num_heads",
             self.head_dim,
-            "rotary positions turn pairs, so the head dimension must be even",
+            "the head dimension must be even, because rotary positions rotate pairs",
         )
         require(
             self.kv_heads >= 1 and self.num_heads % self.kv_heads == 0,
@@ -99,8 +101,10 @@ class ModelConfig:
         window = self.attention_window
         require(
             window is None or (isinstance(window, int) and window >= 1),
-            "attention_window", window, "must be an integer of at least 1, or None to see every earlier token",
-        )  # fmt: skip
+            "attention_window",
+            window,
+            "must be an integer of at least 1, or None to see every earlier token",
+        )
         require(self.norm_eps > 0, "norm_eps", self.norm_eps, "must be positive")
         require(self.test_time_noise >= 0, "test_time_noise", self.test_time_noise, "must not be negative")
         kinds = ("fixed", "geom", "sqrt", "line", "chi")
@@ -128,7 +132,7 @@ class ModelConfig:
     def key_value_widths(self) -> tuple[int, int]:
         """Elements of one token's keys and of its values in one layer's cache.
 
-        With `qk_bias` there is a key per query head (the bias on keys is per query head, spec section 1).
+        With `qk_bias` there is a key per query head, because the bias on keys is per query head (docs/model.md, Block).
         """
         return (self.num_heads if self.qk_bias else self.kv_heads) * self.head_dim, self.kv_heads * self.head_dim
 
@@ -139,26 +143,21 @@ class ModelConfig:
 
 
 ExitName = Literal["kl", "gated_kl", "min_p_kl", "entropy_diff", "latent_diff", "cosine", "argmax_stability"]
-"""Exit rules as command lines name them; `rdlm.exits.named` makes one."""
+"""Names of exit rules on command lines (`rdlm.exits.named`)."""
 
 
 def check_threshold(exit: str, threshold: float | None) -> None:
-    """Refuse a threshold where `--exit none` leaves nothing to take it.
-
-    Raises:
-      InputError: that.
-    """
+    """Refuse a threshold together with `--exit none`. Raises InputError."""
     if exit == "none" and threshold is not None:
         raise InputError(f"--threshold {threshold:g}: --exit none has no threshold; leave one of them out")
 
 
 @dataclasses.dataclass(frozen=True)
 class CachePolicy:
-    """Which keys and values a core query sees of earlier tokens (contract, "Cache policy").
+    """Which keys and values of earlier tokens a core query sees (docs/semantics.md, Cache policy).
 
-    At iteration i a token writes set i mod `recurrences`. `recurrences=None` keeps a set for every iteration.
-    Where an earlier token never wrote the set (it exited before), "latest" reads its deepest set below, and
-    "skip" hides the token at this iteration.
+    At recurrence i, from 0, a token writes set i mod `recurrences`; `recurrences=None` keeps a set for every one. If an
+    earlier token exited before it wrote the set, "latest" reads its highest set below, and "skip" hides the token.
     """
 
     recurrences: int | None = None
@@ -169,24 +168,24 @@ class CachePolicy:
             self.recurrences is None or (isinstance(self.recurrences, int) and self.recurrences >= 1),
             "CachePolicy.recurrences",
             self.recurrences,
-            "must be None (keep every iteration) or at least 1",
+            "must be None (keep every recurrence) or at least 1",
         )
         require(self.lookup in ("latest", "skip"), "CachePolicy.lookup", self.lookup, "must be 'latest' or 'skip'")
         require(
             self.lookup == "latest" or self.recurrences is None,
             "CachePolicy.lookup",
             self.lookup,
-            f"'skip' needs every iteration kept: set recurrences=None instead of {self.recurrences}",
+            f"'skip' needs the sets of all recurrences: set recurrences=None instead of {self.recurrences}",
         )
 
     def sets(self, num_steps: int) -> int:
-        """Key/value sets held per core layer when at most `num_steps` recurrences run."""
+        """Key/value sets per core layer when at most `num_steps` recurrences run."""
         return num_steps if self.recurrences is None else min(self.recurrences, num_steps)
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen (spec section 6, "Sampling order"). Every field: a value, or one per prompt.
+    """How the next token is chosen (docs/semantics.md, Generate). Every field: a value, or one per prompt.
 
     temperature 0 is greedy; top_k 0, top_p 1.0, min_p 0.0, repetition_penalty 1.0 and stop_tokens () are off.
     `stop_tokens`: a tuple of ids, or one tuple per prompt.
@@ -202,11 +201,11 @@ class Sampling:
 
 @dataclasses.dataclass(frozen=True)
 class Speculative:
-    """Drafts by the same model at fewer recurrences, verified at full depth from the drafts' own states.
+    """Drafts by the same model at fewer recurrences, verified at full depth from the states of the drafts.
 
     draft_steps: recurrences per drafted token. lookahead: tokens drafted before each verification. threshold: 1.0
-    accepts exactly what greedy decoding at full depth would say; below, also a draft whose verified probability is at
-    least threshold times the largest (greedy rows only; sampled rows always keep their distribution).
+    accepts exactly the tokens of greedy decoding at full depth; a lower one also accepts drafts whose verified
+    probability is at least threshold times the largest (greedy rows only; sampled rows always keep their distribution).
     """
 
     draft_steps: int

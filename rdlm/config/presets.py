@@ -1,4 +1,7 @@
-"""Named runs. A preset is a RunConfig; the command line overrides any field of it."""
+"""Named runs. A preset is a RunConfig; the command line overrides any field of it.
+
+Each says what to expect of it: result, time and hardware, as far as they were measured.
+"""
 
 from __future__ import annotations
 
@@ -16,88 +19,125 @@ from rdlm.config.run import (
     RunConfig,
 )
 
-# The published model (spec section 1): 3,564,976,800 parameters.
-HUGINN_3P5B = ModelConfig(
-    vocab_size=65536, embed_dim=5280, num_heads=55, mlp_dim=17920, compute_dtype="bfloat16"
-)  # fmt: skip
+HUGINN_3P5B = ModelConfig(vocab_size=65536, embed_dim=5280, num_heads=55, mlp_dim=17920, compute_dtype="bfloat16")
+"""The published model: 3,564,976,800 parameters."""
 
-# Its TPU-native twin: heads of 128, and widths that divide by 256, so that every matrix fills the MXU's tiles and
-# shards over any power of two up to 256 devices. 40 heads of 128, MLP 3.55 times the width: 3.56e9 parameters.
-HUGINN_TPU = dataclasses.replace(HUGINN_3P5B, embed_dim=5120, num_heads=40, mlp_dim=19200)
+QUICKSTART = RunConfig(
+    preset="quickstart",
+    model=ModelConfig(
+        vocab_size=2048,
+        embed_dim=128,
+        num_heads=4,
+        mlp_dim=384,
+        prelude_layers=0,
+        core_layers=1,
+        coda_layers=1,
+        max_length=1024,
+        mean_recurrence=8,
+        backprop_depth=4,
+    ),
+    optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=50, cooldown_steps=150),
+    data=DataConfig(tokenizer_size=2048, sequence_length=128, batch_size=16),
+    checkpoint=CheckpointConfig(every=200),
+    evaluation=EvaluationConfig(every=200, batches=8),
+    steps=600,
+)
+"""Two layers on the World Factbook. Without a prelude nearly all computation is the loop, so minutes on a CPU show it.
 
-NANO = ModelConfig(
-    vocab_size=384, embed_dim=32, num_heads=2, mlp_dim=64, prelude_layers=1, core_layers=1, coda_layers=1,
-    max_length=256, mean_recurrence=4, backprop_depth=2,
-)  # fmt: skip
+Expected: 2.3068 2.1085 2.0928 2.0924 2.0924 2.0924 nats at r = 1 2 4 8 16 32, in 3 min 42 s on 2 CPU cores.
+"""
 
-# Two layers and no prelude: nearly all its computation is the loop, so minutes on a CPU are enough to see depth pay.
-QUICKSTART = ModelConfig(
-    vocab_size=2048, embed_dim=128, num_heads=4, mlp_dim=384, prelude_layers=0, core_layers=1, coda_layers=1,
-    max_length=1024, mean_recurrence=8, backprop_depth=4,
-)  # fmt: skip
+QUICKSTART_TWIN = dataclasses.replace(
+    QUICKSTART,
+    preset="quickstart_twin",
+    model=dataclasses.replace(QUICKSTART.model, mean_recurrence=1, backprop_depth=1),
+    recurrence=RecurrenceConfig(scheme="non-recurrent"),
+    evaluation=dataclasses.replace(QUICKSTART.evaluation, depths=(1,)),
+)
+"""The quickstart's fixed-depth twin: same parameters, same data order, the core run exactly once.
 
-SMALL = ModelConfig(
-    vocab_size=32768, embed_dim=1024, num_heads=8, mlp_dim=3584, prelude_layers=2, core_layers=4, coda_layers=2,
-    max_length=2048, mean_recurrence=16, backprop_depth=8, compute_dtype="bfloat16",
-)  # fmt: skip
+Expected: 1.166 bits per byte, where the quickstart has 1.169 at r = 8.
+"""
 
+NANO = RunConfig(
+    preset="nano",
+    model=ModelConfig(
+        vocab_size=384,
+        embed_dim=32,
+        num_heads=2,
+        mlp_dim=64,
+        prelude_layers=1,
+        core_layers=1,
+        coda_layers=1,
+        max_length=256,
+        mean_recurrence=4,
+        backprop_depth=2,
+    ),
+    optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=2, cooldown_steps=4),
+    data=DataConfig(tokenizer_size=384, sequence_length=64, batch_size=4),
+    checkpoint=CheckpointConfig(every=5),
+    evaluation=EvaluationConfig(every=10, batches=2, depths=(1, 2, 4, 8)),
+    steps=20,
+)
+"""For tests. Expected: it runs, in seconds on a CPU; 20 steps teach it nothing."""
 
-def _presets() -> dict[str, RunConfig]:
-    quickstart = RunConfig(
-        model=QUICKSTART,
-        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=50, cooldown_steps=150),
-        data=DataConfig(tokenizer_size=2048, sequence_length=128, batch_size=16),
-        checkpoint=CheckpointConfig(every=200),
-        evaluation=EvaluationConfig(every=200, batches=8),
-        steps=600,
-    )
-    pod = RunConfig(
-        model=HUGINN_3P5B,
-        mesh=MeshConfig(data=1, fsdp=-1),  # no chip holds it alone
-        recurrence=RecurrenceConfig(remat="layer"),
-        optimizer=OptimizerConfig(
-            name="ellis_adam", learning_rate=4e-5, warmup_steps=4096, cooldown_steps=4096, eps=1e-6, weight_decay=4e-5
-        ),
-        data=DataConfig(tokenizer_size=65536, sequence_length=4096, batch_size=4096),
-        checkpoint=CheckpointConfig(every=10),  # some 20 minutes on 256 chips: docs/scale.md
-        evaluation=EvaluationConfig(every=100, batches=2, depths=(1, 4, 8, 16, 32, 64)),
-        steps=238_418,
-    )
-    small = RunConfig(
-        model=SMALL,
-        recurrence=RecurrenceConfig(remat="layer"),
-        optimizer=OptimizerConfig(learning_rate=4e-4, warmup_steps=1000, cooldown_steps=4000),
-        data=DataConfig(tokenizer_size=32768, sequence_length=2048, batch_size=256),
-        checkpoint=CheckpointConfig(every=100),
-        steps=40_000,
-    )
-    nano = RunConfig(
-        model=NANO,
-        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=2, cooldown_steps=4),
-        data=DataConfig(tokenizer_size=384, sequence_length=64, batch_size=4),
-        checkpoint=CheckpointConfig(every=5),
-        evaluation=EvaluationConfig(every=10, batches=2, depths=(1, 2, 4, 8)),
-        steps=20,
-    )
-    # Fixed-depth twin of the quickstart: same parameters, same data order, the core run exactly once.
-    twin = dataclasses.replace(
-        quickstart,
-        model=dataclasses.replace(QUICKSTART, mean_recurrence=1, backprop_depth=1),
-        recurrence=RecurrenceConfig(scheme="non-recurrent"),
-        evaluation=dataclasses.replace(quickstart.evaluation, depths=(1,)),
-    )
-    table = {
-        "quickstart": quickstart,
-        "quickstart_twin": twin,
-        "nano": nano,
-        "small": small,
-        "huginn_3p5b": pod,
-        "huginn_tpu": dataclasses.replace(pod, model=HUGINN_TPU),
-    }
-    return {name: dataclasses.replace(run, preset=name) for name, run in table.items()}
+SMALL = RunConfig(
+    preset="small",
+    model=ModelConfig(
+        vocab_size=32768,
+        embed_dim=1024,
+        num_heads=8,
+        mlp_dim=3584,
+        prelude_layers=2,
+        core_layers=4,
+        coda_layers=2,
+        max_length=2048,
+        mean_recurrence=16,
+        backprop_depth=8,
+        compute_dtype="bfloat16",
+    ),
+    recurrence=RecurrenceConfig(remat="layer"),
+    optimizer=OptimizerConfig(learning_rate=4e-4, warmup_steps=1000, cooldown_steps=4000),
+    data=DataConfig(tokenizer_size=32768, sequence_length=2048, batch_size=256),
+    checkpoint=CheckpointConfig(every=100),
+    steps=40_000,
+)
+"""For one TPU host. Not trained yet.
 
+Compiled for v5e:2x2, one sequence a chip: 1.46 GiB a chip, at most 55 % MFU (roofline; the bound is HBM).
+"""
 
-PRESETS = _presets()
+HUGINN_3P5B_RUN = RunConfig(
+    preset="huginn_3p5b",
+    model=HUGINN_3P5B,
+    mesh=MeshConfig(data=1, fsdp=-1),  # no chip holds the model alone
+    recurrence=RecurrenceConfig(remat="layer"),
+    optimizer=OptimizerConfig(
+        name="ellis_adam", learning_rate=4e-5, warmup_steps=4096, cooldown_steps=4096, eps=1e-6, weight_decay=4e-5
+    ),
+    data=DataConfig(tokenizer_size=65536, sequence_length=4096, batch_size=4096),
+    checkpoint=CheckpointConfig(every=10),  # about 20 minutes on 256 chips (docs/scale.md)
+    evaluation=EvaluationConfig(every=100, batches=2, depths=(1, 4, 8, 16, 32, 64)),
+    steps=238_418,
+)
+"""The published run: 4 T tokens. Not trained yet.
+
+Compiled for v5e:16x16, one sequence a chip, gradients in bfloat16: at most 78 % MFU (roofline, docs/pods.md).
+"""
+
+HUGINN_TPU_RUN = dataclasses.replace(
+    HUGINN_3P5B_RUN,
+    preset="huginn_tpu",
+    model=dataclasses.replace(HUGINN_3P5B, embed_dim=5120, num_heads=40, mlp_dim=19200),
+)
+"""The published run in a shape for TPUs: 40 heads of 128, and widths that are multiples of 256. Not trained yet.
+
+Every matrix fills the MXU's tiles and shards over any power of two up to 256 devices. The MLP is wider in return:
+3.56e9 parameters.
+"""
+
+PRESETS = {run.preset: run for run in (QUICKSTART, QUICKSTART_TWIN, NANO, SMALL, HUGINN_3P5B_RUN, HUGINN_TPU_RUN)}
+"""Runs by name."""
 
 
 def preset(name: str) -> RunConfig:

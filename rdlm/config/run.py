@@ -34,23 +34,23 @@ IGNORED = -100
 
 @dataclasses.dataclass(frozen=True)
 class RecurrenceConfig:
-    """How many times the core runs in a training step (spec section 3)."""
+    """How many times the core runs in a training step (docs/model.md, Sampling the depth)."""
 
     scheme: Scheme = "poisson-lognormal-filling"
-    """Distribution of (n, k): steps without and with gradient."""
+    """Distribution of (n, k): recurrences without and with gradient."""
     curriculum_steps: int = 0
-    """Grow the mean depth linearly from 1 over this many steps; 0 is off."""
+    """Optimizer steps over which the mean depth grows linearly from 1; 0 is off."""
     draw: Literal["step", "microbatch", "sequence"] = "step"
-    """What shares a draw of (n, k): a whole step, a microbatch, or nothing but one row of the batch (a step then takes
-    as long as its deepest row)."""
+    """One draw of (n, k) per optimizer step, per microbatch, or per row of the batch (a step then takes as long as its
+    deepest row)."""
     least: int = 1
-    """Fewest recurrences n + k of a draw."""
+    """Minimum number of recurrences n + k."""
     loss_power: float = 0.0
-    """Weigh a draw's loss by (n + k) to this power, divided by its expectation; 0: all alike."""
+    """Weight the loss of a draw by (n + k) to this power, divided by its expectation; 0: equal weights."""
     remat: Remat = "none"
-    """What the backward pass recomputes. none: only what is cheap; iteration: each recurrence from its input;
-    layer: each recurrence, and within it, and in prelude and coda, each layer; offload: as layer, and the inputs of the
-    recurrences wait in the host's memory."""
+    """What the backward pass recomputes. none: only cheap operations; iteration: each recurrence from its input;
+    layer: each recurrence, and each layer in it and in prelude and coda; offload: as layer, with the inputs of the
+    recurrences in host memory."""
 
     def __post_init__(self) -> None:
         for name, least in (("curriculum_steps", 0), ("least", 1)):
@@ -64,30 +64,30 @@ class OptimizerConfig:
     """Optimizer and learning-rate schedule."""
 
     name: Literal["adamw", "ellis_adam", "muon"] = "adamw"
-    """adamw (optax), the reference's own variant (spec section 4), or Muon for the blocks' matrices and AdamW for the
-    rest."""
+    """adamw (optax); ellis_adam, the reference's variant (docs/model.md, Optimizer); muon, with AdamW for all that are
+    not matrices of blocks or adapter."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
     min_learning_rate: float = 0.0
-    """Learning rate at the end of the cooldown."""
+    """Learning rate after the last step."""
     schedule: Literal["trapezoid", "cosine", "linear"] = "trapezoid"
-    """Shape after the warm-up: constant then linear cooldown; cosine; or linear decay."""
+    """Learning rate after the warm-up: constant, then linear cooldown; cosine; or linear decay."""
     warmup_steps: int = 100
     """Steps of linear warm-up from 0."""
     cooldown_steps: int = 100
-    """Last steps over which a trapezoid falls to min_learning_rate."""
+    """Final steps over which a trapezoid falls to min_learning_rate."""
     b1: float = 0.9
-    """Decay of the mean of gradients."""
+    """Decay of the first moment."""
     b2: float = 0.95
-    """Decay of the mean of squared gradients."""
+    """Decay of the second moment."""
     eps: float = 1e-8
-    """Added to the root of that mean."""
+    """Added to the root of the second moment."""
     weight_decay: float = 0.1
-    """Applied to matrices and embeddings, not to norms and biases."""
+    """Weight decay of matrices and embeddings; norm weights and biases have none."""
     clip_norm: float = 1.0
-    """Largest global L2 norm of the gradient."""
+    """Maximum global L2 norm of the gradient."""
     ema_decay: float = 0.0
-    """Also keep a moving average of the weights with this decay (0.999, say), saved with every checkpoint; 0 is off."""
+    """Decay of a moving average of the weights that is saved with every checkpoint, for example 0.999; 0 is off."""
 
     def __post_init__(self) -> None:
         require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "must be positive")
@@ -106,14 +106,14 @@ class DataConfig:
     prepared: tuple[str, ...] = ()
     """Your own data: folders made by experiments/prepare_data.py (or their gs:// copies); several are mixed."""
     weights: tuple[float, ...] = ()
-    """Shares of the rows that come from each of `prepared`; empty: by their sizes."""
+    """Share of the rows from each of `prepared`; empty: in proportion to their sizes."""
     stream: tuple[str, ...] = ()
-    """Files, folders, globs or gs:// too large to prepare, read while training; `prepared` is then a sample of them,
-    which gives tokenizer, settings and validation."""
+    """Files, folders, globs or gs:// paths that are read while training because they are too large to prepare.
+    `prepared` is then a sample of them, for tokenizer, settings and validation."""
     source: Literal["factbook"] = "factbook"
     """Corpus when `prepared` is empty: the CIA World Factbook (a TFDS builder over a pinned package)."""
     folder: str = "data"
-    """Folder for data prepared on first use, and for local copies of gs:// folders."""
+    """Folder for data that are prepared on first use, and for local copies of gs:// folders."""
     tokenizer_size: int = 4096
     """Entries of the byte-level BPE tokenizer, special tokens included."""
     sequence_length: int = 256
@@ -121,12 +121,16 @@ class DataConfig:
     batch_size: int = 8
     """Rows per step, over all devices (B)."""
     microbatches: int = 1
-    """Parts of a batch that a device works on one after the other, summing their gradients."""
+    """Parts of a batch that a device processes one after the other, accumulating gradients."""
     validation_fraction: float = 0.05
     """Share of documents held out for validation."""
+    task: str = ""
+    """Task of `rdlm.tasks.TASKS` that the run is trained on instead of text, as in experiments/studies."""
+    task_size: int = 0
+    """Size of the task's largest training instances: letters, digits, operators, hops or distance."""
 
     def __post_init__(self) -> None:
-        # A tokenizer trained here needs 262 entries (it says so itself); a converted model may have any number.
+        # Training a tokenizer needs at least 262 entries and checks that; a converted model may have any number.
         for name in ("sequence_length", "batch_size", "microbatches", "tokenizer_size"):
             require(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "must be at least 1")
         require(
@@ -147,24 +151,30 @@ class DataConfig:
             self.stream,
             "needs exactly one folder in data.prepared: a sample of the stream, made by experiments/prepare_data.py",
         )
+        require(
+            (self.task_size >= 1) == bool(self.task),
+            "data.task_size",
+            self.task_size,
+            "must be at least 1 with data.task, and 0 without",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each parallel axis; one of them may be -1: all that remain."""
+    """Devices along each parallel axis; one axis may be -1: all remaining devices."""
 
     data: int = -1
-    """Copies of the model, each on its part of the batch."""
+    """Copies of the model, each with its part of the batch."""
     fsdp: int = 1
-    """Devices that share one copy of the parameters."""
+    """Devices over which one copy of the parameters is sharded."""
     tensor: int = 1
-    """Devices that share one row of the batch: heads and MLP columns are split over them."""
+    """Devices over which heads and MLP columns are split for one row of the batch."""
     gather: Gather = "once"
-    """When the core's weights are fetched from the devices that share them. once: once for all recurrences of a step,
-    and its gradient returned once; weights_once: the same, but the gradient returned after every recurrence; each:
-    layer by layer at every use (plain FSDP), which needs the least memory."""
+    """How often the core's weights are all-gathered in a step. once: once for all recurrences, with one reduce-scatter
+    of the gradient; weights_once: once, with a reduce-scatter after every recurrence; each: layer by layer at every use
+    (plain FSDP), which needs the least memory."""
     gradient_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype in which gradients are summed over recurrences and devices."""
+    """Dtype in which gradients are accumulated over recurrences and devices."""
 
     def __post_init__(self) -> None:
         sizes = self.data, self.fsdp, self.tensor
@@ -178,12 +188,12 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """When the run is saved."""
+    """How often the run is saved."""
 
     every: int = 500
     """Steps between checkpoints; the last step is always saved."""
     keep: int = 3
-    """Newest checkpoints kept."""
+    """Number of newest checkpoints that are kept."""
 
     def __post_init__(self) -> None:
         require(self.every >= 1, "checkpoint.every", self.every, "must be at least 1")
@@ -192,11 +202,11 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class FaultsConfig:
-    """What is done about a loss or gradients that are not finite; each such update is skipped."""
+    """What happens when loss or gradients are not finite. Every such update is skipped."""
 
     patience: int = 5
-    """Skipped updates in a row after which the run goes back to its newest good checkpoint, and on with the data behind
-    the bad ones; the second time from the same checkpoint it stops."""
+    """Skipped updates in a row after which the run rolls back to its newest good checkpoint and continues with the data
+    after the bad batches. A second rollback to the same checkpoint stops the run instead."""
 
     def __post_init__(self) -> None:
         require(self.patience >= 1, "faults.patience", self.patience, "must be at least 1")
@@ -207,11 +217,11 @@ class EvaluationConfig:
     """Validation during training."""
 
     every: int = 500
-    """Steps between validations; the last step is always validated."""
+    """Steps between validations; there is always one after the last step."""
     batches: int = 16
     """Batches per validation; the final one (loss_by_depth.json) uses all."""
     depths: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
-    """Recurrences r at which the loss is read, all from one unroll."""
+    """Recurrences r at which the loss is measured, all in one unroll."""
 
     def __post_init__(self) -> None:
         require(self.every >= 1, "evaluation.every", self.every, "must be at least 1")
@@ -226,13 +236,13 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AlarmConfig:
-    """What happens when a validation finds the recurrence unwell (`rdlm.analysis.vitals`)."""
+    """What happens when the vitals of the recurrence leave their limits at a validation (`rdlm.analysis.vitals`)."""
 
     action: Literal["warn", "stop"] = "warn"
-    """warn: say so and go on; stop: also save and exit with code 3."""
+    """warn: print an alarm and continue; stop: also save, and exit with code 3."""
     start: int = 200
-    """No alarm before this step, nor during the warm-up: a new model first learns how frequent tokens are, for which
-    depth is no help."""
+    """First step with alarms, and not before the end of the warm-up: a new model first learns token frequencies, for
+    which depth is of no use."""
 
     def __post_init__(self) -> None:
         require(self.start >= 0, "alarms.start", self.start, "must not be negative")
@@ -240,7 +250,7 @@ class AlarmConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """A training run: what `experiments/train.py PRESET` resolves to and what `config.json` in the run folder holds."""
+    """A training run: a preset with its overrides, as stored in config.json of the run folder."""
 
     model: ModelConfig
     recurrence: RecurrenceConfig = RecurrenceConfig()
@@ -252,9 +262,9 @@ class RunConfig:
     evaluation: EvaluationConfig = EvaluationConfig()
     alarms: AlarmConfig = AlarmConfig()
     preset: str = "custom"
-    """Name of the preset this came from."""
+    """Name of the preset."""
     steps: int = 1000
-    """Optimizer steps in all."""
+    """Number of optimizer steps."""
     seed: int = 0
     """Seed of initialisation, data order, depth draws and states."""
     run_dir: str = ""
@@ -277,7 +287,7 @@ class RunConfig:
             self.data.sequence_length,
             f"must be at most model.max_length = {self.model.max_length}",
         )
-        # More steps with gradient than recurrences would train a deeper model than mean_recurrence says.
+        # With more gradient steps than recurrences, training would be deeper than mean_recurrence.
         require(
             self.model.backprop_depth <= self.model.mean_recurrence,
             "model.backprop_depth",

@@ -13,22 +13,12 @@ from rdlm.checkpoint import load_tokenizer, read_config, read_meta
 from rdlm.config import DataConfig, InputError, RunConfig
 from rdlm.data import Chain, open_validation
 from rdlm.data.prepare import prepared_folder
-from rdlm.tasks import IGNORED, Expression, PointerChasing, Reachability, Task, WordProblem, batch
+from rdlm.tasks import IGNORED, Expression, PointerChasing, Reachability, Task, WordProblem, batch, named
 from rdlm.tasks.instance import TEST_STREAM
 from rdlm.tokenizer import Tokenizer
 
-PRESET = "depth_scaling_"
-"""Runs with a preset of this beginning were trained on the task that follows in its name."""
 INSTANCES = 64
 """In a batch."""
-_TASKS: dict[str, tuple[Callable[[int], Task], int]] = {
-    "s3": (lambda size: WordProblem("S3", size), 16),
-    "parity": (lambda size: WordProblem("Z2", size), 16),
-    "expressions": (Expression, 8),
-    "pointers": (lambda size: PointerChasing(size, 12), 4),
-    "reachability": (Reachability, 6),
-}
-"""By name: the task of a size, and the (largest) size of training."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +58,8 @@ def held_out(run_dir: str | Path, step: int | None = None, size: int | None = No
     folder = Path(run_dir)
     run = read_config(folder)
     read_meta(folder, step)  # says so if there is no such checkpoint
-    if run.preset.startswith(PRESET):
-        return _instances(run, run.preset.removeprefix(PRESET), size)
+    if run.data.task:
+        return _instances(run, named(run.data.task, run.data.task_size if size is None else size))
     if size is not None:
         raise InputError(f"--size {size}: {folder} was trained on text, which has no size; leave it out")
     tokenizer = load_tokenizer(folder, step)
@@ -88,11 +78,7 @@ def validation(run_dir: Path, step: int | None, config: DataConfig, tokenizer: T
     return open_validation(config, tokenizer, make_with_it=foreign)
 
 
-def _instances(run: RunConfig, name: str, size: int | None) -> HeldOut:
-    if name not in _TASKS:
-        raise InputError(f"preset = {run.preset!r}: no task of this name; known: {', '.join(_TASKS)}")
-    make, trained = _TASKS[name]
-    task = make(trained if size is None else size)
+def _instances(run: RunConfig, task: Task) -> HeldOut:
     names = token_names(task)
 
     def batches(count: int | None) -> Iterator[dict[str, np.ndarray]]:

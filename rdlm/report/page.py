@@ -24,7 +24,6 @@ from markupsafe import Markup
 from rdlm.checkpoint import read_config, read_meta, saved_steps
 from rdlm.config import InputError
 from rdlm.evaluation import calibration
-from rdlm.evaluation.held_out import PRESET
 from rdlm.perf import flops
 from rdlm.report.charts import MAX_LINES, Series, bar_chart, line_chart
 from rdlm.report.figures import can_draw, shown
@@ -57,7 +56,7 @@ def html_page(folder: Path, commands: Mapping[str, str]) -> str:
     template = _template(
         folder=folder,
         step=step,
-        task=run.preset.removeprefix(PRESET) if run.preset.startswith(PRESET) else "",
+        task=run.data.task,
         commands=commands,
         plots=can_draw(),
     )

@@ -27,7 +27,7 @@ from jax import Array
 from rdlm import sharding
 from rdlm.analysis.vitals import alarms, vitals
 from rdlm.checkpoint import Checkpoints, SaveError, as_abstract, saved_steps
-from rdlm.config import PRESETS, InputError, RunConfig, differences
+from rdlm.config import PRESETS, InputError, RunConfig, differences, require
 from rdlm.data import open_data, prefetch
 from rdlm.evaluation.depth import DepthCurve, depth_curve
 from rdlm.model import Params
@@ -72,6 +72,7 @@ class Trainer:
         Raises:
           InputError: a field, the mesh, the run folder or the data. A run that is refused leaves its folder unchanged.
         """
+        require(not config.data.task, "data.task", config.data.task, "must be empty: only studies train on tasks")
         self.config = config
         self.progress = Progress(config.steps, quiet=not is_first())
         self.say = say or self.progress.say

@@ -332,7 +332,8 @@ def test_a_rule_that_keeps_no_promise_is_a_result(text_run, command, monkeypatch
 
 def test_a_task_is_calibrated_on_new_instances(tmp_path, command):
     config = dataclasses.replace(TINY, vocab_size=3)
-    run = RunConfig(model=config, data=DataConfig(tokenizer_size=3, sequence_length=17), preset="depth_scaling_parity")
+    data = DataConfig(tokenizer_size=3, sequence_length=17, task="parity", task_size=16)
+    run = RunConfig(model=config, data=data)
     save_parameters(tmp_path / "run", rdlm.init_params(config, jax.random.key(0)), run, {}, step=7)
     code, out, err = command("calibrate_exits", tmp_path / "run", "--rules", "latent_diff", "--rows", "100",
                              "--epsilon", "0.1")  # fmt: skip

@@ -57,8 +57,8 @@ def saved(folder, vocab, run, tokenizer=None):
 
 @pytest.fixture(scope="module")
 def task_run(tmp_path_factory):
-    data = DataConfig(tokenizer_size=7, sequence_length=17)
-    return saved(tmp_path_factory.mktemp("task") / "s3", 7, {"preset": "depth_scaling_s3", "data": data})
+    data = DataConfig(tokenizer_size=7, sequence_length=17, task="s3", task_size=16)
+    return saved(tmp_path_factory.mktemp("task") / "s3", 7, {"data": data})
 
 
 def prepared(base, fraction):
@@ -181,8 +181,10 @@ def test_runs_that_cannot_be_analysed_are_one_line(name, text_run, task_run, tmp
     empty = prepared(tmp_path, 0.0)
     refused(command(name, empty), ["no validation rows", "validation fraction above 0"])
     config = json.loads((empty / "config.json").read_text())
-    (empty / "config.json").write_text(json.dumps(config | {"preset": "depth_scaling_chess"}))
-    refused(command(name, empty), ["depth_scaling_chess", "known: s3"])
+    (empty / "config.json").write_text(
+        json.dumps(config | {"data": config["data"] | {"task": "chess", "task_size": 8}})
+    )
+    refused(command(name, empty), ["data.task = 'chess'", "Known: s3"])
     refused(command(name, text_run, "--size", "4"), ["--size 4", "trained on text"])
 
 

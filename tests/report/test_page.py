@@ -236,9 +236,9 @@ def test_results_of_another_checkpoint_are_marked(empty, report):
 
 def test_a_task_is_asked_for_no_text(tmp_path, report):
     run = RunConfig(
-        model=dataclasses.replace(TINY, vocab_size=7), data=DataConfig(tokenizer_size=7, sequence_length=17),
-        preset="depth_scaling_s3",
-    )  # fmt: skip
+        model=dataclasses.replace(TINY, vocab_size=7),
+        data=DataConfig(tokenizer_size=7, sequence_length=17, task="s3", task_size=16),
+    )
     save_parameters(tmp_path / "run", zeros(run.model), run, {}, step=4)
     assert report(tmp_path / "run")[0] == 0
     words = " ".join(check((tmp_path / "run" / "report.html").read_text()).words)

@@ -31,8 +31,9 @@ BASELINES, OPERATORS = script("studies/baselines"), script("studies/operators")
 def test_intervals_are_students():
     mean, half = interval([1.0, 2.0, 4.0])
     assert mean == pytest.approx(7 / 3)
-    assert half == pytest.approx(4.303 * np.std([1, 2, 4], ddof=1) / 3**0.5)
+    assert half == pytest.approx(4.30265273 * np.std([1, 2, 4], ddof=1) / 3**0.5)
     assert half > 2 * 1.96 * np.std([1, 2, 4], ddof=1) / 3**0.5  # a normal one would be far too narrow
+    assert interval([*range(12)])[1] == pytest.approx(2.20098516 * np.std(range(12), ddof=1) / 12**0.5)
     assert math.isnan(interval([1.0])[1])
     with pytest.raises(InputError, match="interval of 0 values"):
         interval([])

@@ -34,7 +34,8 @@ def test_quick_run(tmp_path, monkeypatch):
     folder = tmp_path / "runs/quick/pointers_seed3"
     params, config = rdlm.load_checkpoint(folder)
     assert config.vocab_size == params["wte"].shape[0] == 14
-    assert read_config(folder).seed == 3
+    run = read_config(folder)
+    assert (run.seed, run.data.task, run.data.task_size) == (3, "pointers", 4)
     assert {(m["n"], m["k"]) for m in read_metrics(folder)} != {(4, 4)}  # depths are drawn
 
     # Again: read, not trained; the same numbers. Refused when the folder holds something else.
@@ -45,6 +46,30 @@ def test_quick_run(tmp_path, monkeypatch):
     config_file = folder / "config.json"
     config_file.write_text(config_file.read_text().replace('"learning_rate": 0.002', '"learning_rate": 0.004'))
     with pytest.raises(rdlm.InputError, match=r"optimizer.learning_rate = 0.004, not 0.002"):
+        main()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compile")
+def test_a_task_is_shown_beside_a_text_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["depth_scaling.py", "--quick", "--task", "s3_local", "--beside", "text"]
+    monkeypatch.setattr(sys, "argv", words)
+    main = script("studies/depth_scaling").main
+    with pytest.raises(rdlm.InputError, match=r"--beside text: has no loss_by_depth.json"):
+        main()
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text/loss_by_depth.json").write_text('{"1": 2.5, "4": 2.25}')
+    assert main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[2:] == ["1", "2", "4", "8"]
+    assert lines[2].split()[-2:] == ["2.5000", "2.2500"]
+    found = json.loads((tmp_path / "runs/quick/s3_local/accuracy_by_depth.json").read_text())
+    (values,) = found["accuracy"].values()
+    assert lines[1].split()[-3:] == [f"{x:.3f}" for x in values]
+    assert (tmp_path / "runs/quick/s3_local/accuracy_by_depth.png").stat().st_size > 10_000
+    monkeypatch.setattr(sys, "argv", [*words, "--seeds", "0", "1"])
+    with pytest.raises(rdlm.InputError, match=r"--seeds = \(0, 1\): must be one seed with --beside"):
         main()
 
 

@@ -10,6 +10,7 @@ import pytest
 from rdlm.config import InputError
 from rdlm.tasks import (
     IGNORED,
+    TASKS,
     Addition,
     Expression,
     Maze,
@@ -18,6 +19,7 @@ from rdlm.tasks import (
     Sudoku,
     WordProblem,
     batch,
+    named,
 )
 from rdlm.tasks.mazes import BOS, GOAL, NEWLINE, START, WALL, YES
 from rdlm.tasks.sudoku import grids
@@ -236,3 +238,16 @@ def test_wrong_difficulty_is_one_line(make, line):
     with pytest.raises(InputError) as error:
         make()
     assert str(error.value) == line
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_named_tasks_grow_with_their_size(name):
+    small, large = named(name, 3), named(name, 5)
+    assert small != large
+    assert small.vocab_size == large.vocab_size
+    assert len(small.instance(0, 0).tokens) < len(large.instance(0, 0).tokens) or name == "sudoku"
+
+
+def test_unknown_names_of_tasks_are_one_line():
+    with pytest.raises(InputError, match=r"^data.task = 'additon': there is no such task. Did you mean 'addition'\?$"):
+        named("additon", 3)

@@ -1,15 +1,15 @@
-"""The state the core would settle in, solved for instead of iterated to, and a gradient that needs no path.
+"""The fixed point of the core by a solver, with the implicit gradient (Bai, Kolter and Koltun 2019).
 
-`equilibrium(step, s)` finds s* = step(s*) by Anderson acceleration. Its gradient is that of the implicit function
-theorem, u = g + J^T u with J the Jacobian of `step` at s*, solved by the same method: memory does not grow with the
-number of iterations. Bai, Kolter and Koltun, "Deep Equilibrium Models" (2019). Functions and pytrees, no Flax.
+`equilibrium(step, s)` finds s* = step(s*) by Anderson acceleration. Its gradient follows from the implicit function
+theorem: u = g + J^T u, with J the Jacobian of `step` at s*, is solved by the same method, so memory does not grow with
+the number of evaluations. Functions and pytrees, no Flax.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,14 +20,13 @@ from jaxtyping import Float
 from rdlm.config import require
 
 RIDGE = 1e-6
-"""Added to the correlations of residuals, whose diagonal is 1, before they are solved."""
+"""Added to the diagonal, which is 1, of the residuals' correlations before the linear system is solved."""
 
 
 class Solution(NamedTuple):
-    """state [B, ...]: step(x) of the x with the smallest residual met.
+    """state [B, ...]: step(x) for the x with the smallest residual.
 
-    residual: f32 [B], |step(x) - x| / |step(x)| of each row. evaluations: int32 scalar, calls of `step` (each of the
-    whole batch).
+    residual: f32 [B], |step(x) - x| / |step(x)| of each row. evaluations: int32 scalar, calls of `step` on the batch.
     """
 
     state: Array
@@ -35,19 +34,25 @@ class Solution(NamedTuple):
     evaluations: Array
 
 
+Search = tuple[Array, Array, tuple[Array, Array], Array, Array]
+"""Evaluations, x, (best state, its residual), the last values of f, their residuals."""
+Pure = Callable[..., Array]
+
+
 def anderson(
     f: Callable[[Array], Array], x: Float[Array | np.ndarray, "B ..."], *, most: int, tolerance: float, memory: int = 5
 ) -> Solution:
-    """Solve f(x) = x for every row: iterate the combination of the last values of f whose residuals cancel best.
+    """Solve f(x) = x for every row: the next x is the combination of the last values of f with the smallest residual.
 
-    Rows (the first axis) have weights of their own and rest once their residual is below the tolerance, so a row's
-    solution depends on the others only as far as f lets it. With memory = 1 it is plain iteration.
+    Rows (the first axis) have separate weights and stop once their residual is below the tolerance, so a row's solution
+    depends on other rows only through f. With memory = 1 it is plain iteration.
 
     Args:
       f: [B, ...] -> the same shape and dtype.
-      x: where to start.
-      most: evaluations after which to stop. tolerance: relative residual of every row at which to stop.
-      memory: values that are combined.
+      x: start.
+      most: maximum number of evaluations.
+      tolerance: relative residual at which a row stops.
+      memory: number of values that are combined.
 
     Raises:
       InputError: most or memory below 1, or a negative tolerance.
@@ -58,11 +63,11 @@ def anderson(
     x = jnp.asarray(x)
     B, shape = x.shape[0], x.shape
 
-    def unfinished(carry: Any) -> Array:
+    def unfinished(carry: Search) -> Array:
         i, (_, residual) = carry[0], carry[2]
         return (i < most) & jnp.any(residual >= tolerance)
 
-    def evaluate(carry: Any) -> Any:
+    def evaluate(carry: Search) -> Search:
         i, x, (state, least), values, residuals = carry
         value = f(x.reshape(shape).astype(dtype)).astype(jnp.float32).reshape(B, -1)
         change = value - x
@@ -71,8 +76,8 @@ def anderson(
         better = (least >= tolerance) & (residual < least)
         best = jnp.where(better[:, None], value, state), jnp.where(better, residual, least)
         values, residuals = values.at[:, i % memory].set(value), residuals.at[:, i % memory].set(change)
-        # Weights a that sum to 1 and minimise |sum_j a_j residual_j|. Residuals shrink from one to the next, so they
-        # are brought to length 1 first: the ridge then means the same for all of them.
+        # Weights a with sum 1 that minimise |sum_j a_j residual_j|. Residuals shrink from one to the next; they are
+        # normalised first, so that the ridge is equally large for all of them.
         lengths = jnp.linalg.norm(residuals, axis=-1)  # [B, m]
         used = lengths > 0
         scale = jnp.where(used, 1 / jnp.where(used, lengths, 1), 0)
@@ -100,11 +105,11 @@ def equilibrium(
     tolerance: float,
     most_backward: int | None = None,
 ) -> Solution:
-    """The fixed point of `step`, with the implicit gradient to everything `step` closes over; none reaches `s`.
+    """The fixed point of `step`, with the implicit gradient for everything `step` closes over; `s` has none.
 
     Args:
-      step: s [B, ...] -> s; contracting near its fixed point, or neither solver need converge.
-      s: where to start.
+      step: s [B, ...] -> s; a contraction near its fixed point, otherwise the solvers may not converge.
+      s: start.
       most, tolerance: see `anderson`. most_backward: evaluations of the gradient's solver (default: most).
 
     Raises:
@@ -115,16 +120,23 @@ def equilibrium(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _equilibrium(pure: Any, most: int, most_backward: int, tolerance: float, s: Array, *captured: Any) -> Solution:
+def _equilibrium(pure: Pure, most: int, most_backward: int, tolerance: float, s: Array, *captured: Array) -> Solution:
     return anderson(lambda s: pure(s, *captured), s, most=most, tolerance=tolerance)
 
 
-def _forward(pure: Any, most: int, most_backward: int, tolerance: float, s: Array, *captured: Any):
+def _forward(pure: Pure, most: int, most_backward: int, tolerance: float, s: Array, *captured: Array):
     found = _equilibrium(pure, most, most_backward, tolerance, s, *captured)
     return found, (found.state, captured)
 
 
-def _backward(pure: Any, most: int, most_backward: int, tolerance: float, kept: Any, gradient: Solution):
+def _backward(
+    pure: Pure,
+    most: int,
+    most_backward: int,
+    tolerance: float,
+    kept: tuple[Array, tuple[Array, ...]],
+    gradient: Solution,
+):
     state, captured = kept
     _, pull = jax.vjp(pure, state, *captured)
     g = gradient.state

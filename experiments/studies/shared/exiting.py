@@ -1,16 +1,17 @@
-"""What exit rules do on a task's instances: as tokens decode, and as if stopping changed nothing for the others."""
+"""Exit rules on instances of a task: as in decoding, and as if an exit changed nothing for later tokens."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import PyTree
 
 from experiments.studies.shared import rules
 from rdlm import exits
@@ -25,19 +26,19 @@ from rdlm.tasks.instance import IGNORED
 
 @functools.partial(jax.jit, static_argnames="config")
 def stopped(
-    params: Params, config: ModelConfig, tokens: Array, rule: ExitRule, most: Any
-) -> tuple[Array, Array, Array]:  # fmt: skip
-    """(answers, recurrences, looks at logits), int [B, L] each, of tokens int [B, L] that stop by `rule`.
+    params: Params, config: ModelConfig, tokens: Array, rule: ExitRule, most: int | Array
+) -> tuple[Array, Array, Array]:
+    """(answers, recurrences, checks of logits), int [B, L] each, of tokens int [B, L] that exit by `rule`.
 
-    As `rdlm.forward` does it: what a token held when it stopped is what later tokens see of it from then on.
+    As in `rdlm.forward`, later tokens see the keys and values that a token held when it exited.
     """
     out = forward(params, config, tokens, most, exit_rule=rule)
-    assert out.looks is not None  # a rule's looks are counted
+    assert out.looks is not None  # counted with any rule
     return jnp.argmax(out.logits, axis=-1), out.steps, out.looks
 
 
 class Watched(NamedTuple):
-    """An unroll that nobody leaves: s0 [B, L, D], states [R, B, L, D] and logits f32 [R, B, L, V] at depths 1 .. R."""
+    """An unroll without exits: s0 [B, L, D], states [R, B, L, D] and logits f32 [R, B, L, V] at depths 1 .. R."""
 
     s0: Array
     states: Array
@@ -54,13 +55,13 @@ def watched(params: Params, config: ModelConfig, tokens: Array, most: int) -> Wa
 
 @jax.jit
 def alone(rule: ExitRule, seen: Watched) -> tuple[Array, Array]:
-    """(answers, recurrences), int [B, L], where `rule` would first have stopped a token while all others go on.
+    """(answers, recurrences), int [B, L], where `rule` would first stop a token if all others continued.
 
-    Never stopped is read at the end. A rule's gate is left out.
+    A token that never exits is read at the last depth. A rule's gate is not applied.
     """
     most = len(seen.states)
 
-    def look(carry: tuple[Any, Array], at: tuple[Array, Array, Array]) -> tuple[tuple[Any, Array], None]:
+    def check(carry: tuple[PyTree, Array], at: tuple[Array, Array, Array]) -> tuple[tuple[PyTree, Array], None]:
         state, steps = carry
         r, s, logits = at
         state, value = exits.update(rule, state, Observation(s, logits, r))
@@ -68,7 +69,7 @@ def alone(rule: ExitRule, seen: Watched) -> tuple[Array, Array]:
 
     start = exits.init(rule, seen.s0, seen.logits.shape[-1]), jnp.full(seen.s0.shape[:-1], most, jnp.int32)
     depths = jnp.arange(1, most + 1, dtype=jnp.int32)
-    (_, steps), _ = jax.lax.scan(look, start, (depths, seen.states, seen.logits))
+    (_, steps), _ = jax.lax.scan(check, start, (depths, seen.states, seen.logits))
     return jnp.take_along_axis(jnp.argmax(seen.logits, axis=-1), steps[None] - 1, axis=0)[0], steps
 
 
@@ -78,26 +79,26 @@ LEARNT = ("classifier", "halting")
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-    """Reads a model with exit rules on batches of one length, at most `most` recurrences; `head`: of learnt rules."""
+    """Tests a model with exit rules on batches of one length, at most `most` recurrences; `head`: of learnt rules."""
 
     params: Params
     config: ModelConfig
     batches: list[dict[str, np.ndarray]]
     most: int
-    head: dict[str, Array] | None = None
+    head: rules.Head | None = None
 
     def rule(self, name: str, threshold: float) -> ExitRule:
-        """The rule of `rdlm.exits` called `name`, or "twice NAME"."""
+        """The rule of `rdlm.exits` or `rules` called `name`, or "twice NAME"."""
         if name.startswith("twice "):
             return exits.twice(self.rule(name.removeprefix("twice "), threshold))
         make: Callable[..., ExitRule] = getattr(rules, name, None) or getattr(exits, name)
         return make(self.head, np.float32(threshold)) if name in LEARNT else make(np.float32(threshold))
 
     def stopped(self, rule: ExitRule) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """As the function of that name, for all batches: int [N, L] each."""
+        """As the function `stopped`, for all batches: int [N, L] each."""
         found = [stopped(self.params, self.config, b["tokens"], rule, np.int32(self.most)) for b in self.batches]
-        answers, steps, looks = (np.concatenate([np.asarray(part[i]) for part in found]) for i in range(3))
-        return answers, steps, looks
+        answers, steps, checks = (np.concatenate([np.asarray(part[i]) for part in found]) for i in range(3))
+        return answers, steps, checks
 
     @functools.cached_property
     def labels(self) -> np.ndarray:
@@ -106,30 +107,30 @@ class Reader:
 
     @functools.cached_property
     def seen(self) -> list[Watched]:
-        """Every batch, run to the end."""
+        """Every batch, without exits."""
         return [watched(self.params, self.config, b["tokens"], self.most) for b in self.batches]
 
     def point(self, name: str, threshold: float) -> dict[str, float]:
-        """accuracy, steps (recurrences per answer) and mflop (forward, per token; looks and heads included)."""
-        answers, steps, looks = self.stopped(self.rule(name, threshold))
-        asked = self.labels != IGNORED
-        mean = float(steps[asked].mean())
-        spent = flops.cost(self.config, mean, self.labels.shape[1], float(looks[asked].mean())).flops_per_token
+        """accuracy, steps (recurrences per answer) and mflop (forward, per token, with checks and heads)."""
+        answers, steps, checks = self.stopped(self.rule(name, threshold))
+        scored = self.labels != IGNORED
+        mean = float(steps[scored].mean())
+        spent = flops.cost(self.config, mean, self.labels.shape[1], float(checks[scored].mean())).flops_per_token
         if name.removeprefix("twice ") in LEARNT:
             spent += mean * 2 * self.config.embed_dim
-        return {"accuracy": float((answers == self.labels)[asked].mean()), "steps": mean, "mflop": spent / 1e6}
+        return {"accuracy": float((answers == self.labels)[scored].mean()), "steps": mean, "mflop": spent / 1e6}
 
     def alone(self, name: str, threshold: float) -> dict[str, float]:
-        """accuracy and steps if stopping changed nothing for later tokens."""
+        """accuracy and steps if an exit changed nothing for later tokens."""
         found = [alone(self.rule(name, threshold), of) for of in self.seen]
         answers, steps = (np.concatenate([np.asarray(part[i]) for part in found]) for i in range(2))
-        asked = self.labels != IGNORED
-        return {"accuracy": float((answers == self.labels)[asked].mean()), "steps": float(steps[asked].mean())}
+        scored = self.labels != IGNORED
+        return {"accuracy": float((answers == self.labels)[scored].mean()), "steps": float(steps[scored].mean())}
 
     def oracle(self) -> dict[str, float]:
-        """accuracy and steps of who stops where an answer is right for good (in `alone`), at once if it never is."""
+        """Oracle: accuracy and steps when a token exits where its answer stays correct, or at 1 if it never does."""
         answers = np.concatenate([np.asarray(of.logits).argmax(-1) for of in self.seen], axis=1)
         wrong = (answers != self.labels)[:, self.labels != IGNORED]
-        last_wrong = len(wrong) - np.argmax(wrong[::-1], axis=0)  # its depth, where there is one
+        last_wrong = len(wrong) - np.argmax(wrong[::-1], axis=0)  # the deepest wrong answer, if there is one
         steps = np.where(wrong[-1] | ~wrong.any(0), 1, last_wrong + 1)
         return {"oracle accuracy": float(1 - wrong[-1].mean()), "oracle steps": float(steps.mean())}

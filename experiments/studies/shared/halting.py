@@ -1,14 +1,13 @@
-"""Learning when to stop: halting heads and exit classifiers on the latent state, and cores that are used to skipping.
+"""Learning when to exit: halting heads and exit classifiers on the latent state, and LayerDrop.
 
-A head is {"w": f32 [D], "bias": f32}; `rules.halting` and `rules.classifier` read it. A model with a head is
-{"model": parameters, "exit": head}.
+A model with a head is {"model": parameters, "exit": head}; `rules.halting` and `rules.classifier` read the head.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ import optax
 from jax import Array
 
 from experiments.studies.shared.comparison import Contestant, answers_by_depth
-from experiments.studies.shared.rules import unit
+from experiments.studies.shared.rules import Head, unit
 from rdlm.config import ModelConfig
 from rdlm.evaluation.difficulty import setup, started
 from rdlm.losses import IGNORED, cross_entropy
@@ -25,13 +24,15 @@ from rdlm.model.blocks import Context
 from rdlm.recurrence import Step, sample_steps, trajectory, unroll
 
 
-def head(dim: int, probability: float) -> dict[str, Array]:
-    """A head that says `probability` of every state of width `dim`."""
+def head(dim: int, probability: float) -> Head:
+    """A head that gives `probability` for every state of width `dim`."""
     return {"w": jnp.zeros(dim), "bias": jnp.float32(math.log(probability / (1 - probability)))}
 
 
-def with_head(model: ModelConfig, depths: tuple[int, ...], probability: float, loss: Any) -> Contestant:
-    """A recurrent model with a head: loss(parameters, batch, depth key, state key); answers are the model's alone."""
+def with_head(
+    model: ModelConfig, depths: tuple[int, ...], probability: float, loss: Callable[..., Array]
+) -> Contestant:
+    """A recurrent model with a head and the loss of a `Contestant`; answers do not use the head."""
     answers = answers_by_depth(model, depths)
     return Contestant(
         lambda key: {"model": init_params(model, key), "exit": head(model.embed_dim, probability)},
@@ -44,35 +45,35 @@ def with_head(model: ModelConfig, depths: tuple[int, ...], probability: float, l
 
 
 def halting_distribution(logits: Array, last: Array | int) -> Array:
-    """Probability of halting at each of N looks, [N, ...], from logits f32 [N, ...] of halting at a look, if reached.
+    """Probability of halting at each of N checks, [N, ...], from logits f32 [N, ...] of halting at a reached check.
 
-    Look number `last`, from 1, halts whatever is still running; what comes after it has probability 0.
+    At check number `last`, from 1, everything still running halts; later checks have probability 0.
     """
     n = jnp.arange(1, len(logits) + 1).reshape(-1, *(1,) * (logits.ndim - 1))
-    survived = jnp.cumsum(-jax.nn.softplus(logits), axis=0)  # log of not having halted, after this look
+    survived = jnp.cumsum(-jax.nn.softplus(logits), axis=0)  # log of not having halted, after this check
     reached = jnp.concatenate([jnp.zeros_like(survived[:1]), survived[:-1]])
     return jnp.where(n > last, 0.0, jnp.exp(reached + jnp.where(n < last, -jax.nn.softplus(-logits), 0.0)))
 
 
 def divergence_from_geometric(logits: Array, last: Array | int, rate: float) -> Array:
-    """KL of `halting_distribution(logits, last)` from a geometric one of that `rate`, stopped at the same look.
+    """KL of `halting_distribution(logits, last)` from a geometric one of that `rate`, cut at the same check.
 
-    f32 [...], in nats; 0 if and only if every look halts with probability `rate`.
+    f32 [...], in nats; 0 if and only if every check halts with probability `rate`.
     """
     n = jnp.arange(1, len(logits) + 1).reshape(-1, *(1,) * (logits.ndim - 1))
     halt, go_on = -jax.nn.softplus(-logits), -jax.nn.softplus(logits)
     survived = jnp.cumsum(go_on, axis=0)
     reached = jnp.exp(jnp.concatenate([jnp.zeros_like(survived[:1]), survived[:-1]]))
-    # The chain rule of KL: at every look that is reached, that of one coin from another.
+    # The chain rule of KL: a sum over checks, weighted by the probability that a check is reached.
     coin = jnp.exp(halt) * (halt - math.log(rate)) + jnp.exp(go_on) * (go_on - math.log1p(-rate))
     return jnp.where(n < last, reached * coin, 0.0).sum(0)
 
 
 def ponder(model: ModelConfig, depths: tuple[int, ...], most: int, rate: float, weight: float) -> Contestant:
-    """PonderNet: the loss expected under the halting distribution of every token, plus `weight` KL from the prior.
+    """PonderNet: the expected loss under every token's halting distribution, plus `weight` times its KL from the prior.
 
-    The recurrences of a training step are drawn as the plain model's, at most `most`; all carry gradient, all are read,
-    and the last halts what is left. The prior is geometric, of mean 1 / `rate`.
+    The depth of a training step is drawn as for the plain model, at most `most`. All recurrences carry gradient and are
+    checked; at the last one everything still running halts. The prior is geometric with mean 1 / `rate`.
     """
 
     def loss(params: Params, batch: dict[str, Array], depth_key: Array, state_key: Array) -> Array:
@@ -80,13 +81,13 @@ def ponder(model: ModelConfig, depths: tuple[int, ...], most: int, rate: float, 
         last = jnp.minimum(n + k, most)
         step, s, ctx = started(params["model"], model, batch, state_key)
 
-        def look(s: Array, i: Array) -> tuple[Array, tuple[Array, Array]]:
+        def check(s: Array, i: Array) -> tuple[Array, tuple[Array, Array]]:
             s = step(s, i)
             return s, (token_losses(params["model"], model, s, ctx, batch["labels"]), unit(params["exit"], s))
 
         def slot(s: Array, i: Array) -> tuple[Array, tuple[Array, Array]]:
             nothing = jnp.zeros(batch["tokens"].shape)
-            return jax.lax.cond(i < last, look, lambda s, i: (s, (nothing, nothing)), s, i)
+            return jax.lax.cond(i < last, check, lambda s, i: (s, (nothing, nothing)), s, i)
 
         _, (losses, logits) = jax.lax.scan(slot, s, jnp.arange(most, dtype=jnp.int32))
         return ponder_loss(losses, logits, batch["labels"], last, rate, weight)
@@ -102,13 +103,13 @@ def ponder_loss(losses: Array, logits: Array, labels: Array, last: Array | int, 
 
 
 def mean(values: Array, labels: Array) -> Array:
-    """Mean of values [..., B, L] over scored labels int [B, L] and what leads them."""
-    asked = jnp.broadcast_to(labels != IGNORED, values.shape)
-    return jnp.where(asked, values, 0).sum() / asked.sum()
+    """Mean of values [..., B, L] over scored labels int [B, L] and all leading axes."""
+    scored = jnp.broadcast_to(labels != IGNORED, values.shape)
+    return jnp.where(scored, values, 0).sum() / scored.sum()
 
 
 def token_losses(params: Params, model: ModelConfig, s: Array, ctx: Context, labels: Array) -> Array:
-    """Cross-entropy f32 [B, L] of states s [B, L, D], 0 where a label is ignored."""
+    """Cross-entropy f32 [B, L] of states s [B, L, D], 0 at ignored labels."""
     return cross_entropy(readout(params, model, s, ctx)[0], labels)
 
 
@@ -116,18 +117,18 @@ def token_losses(params: Params, model: ModelConfig, s: Array, ctx: Context, lab
 
 
 def stays(good: Array) -> Array:
-    """Whether what is `good`, bool [N, ...], at a look is so at all later ones too: the oracle's "stop", bool [N, ...].
+    """Whether `good`, bool [N, ...], holds at a check and at all later ones, bool [N, ...].
 
-    The first true look of a token is where its oracle exits.
+    The first true check of a token is where its oracle exits.
     """
     return jnp.flip(jax.lax.cummin(jnp.flip(good, 0).astype(jnp.int32), axis=0), 0).astype(bool)
 
 
 def classified(model: ModelConfig, depths: tuple[int, ...], weight: float) -> Contestant:
-    """The recurrent model trained to answer, and to know whether it can, at every depth (Elbayad et al., 2020).
+    """The recurrent model trained to answer at every depth and to tell whether it can (Elbayad et al., 2020).
 
-    Depths are drawn as the plain model's. The loss is the mean over the recurrences with gradient; at each of them the
-    classifier is asked whether the answer is right there and at all later ones, which counts with `weight`.
+    Depths are drawn as for the plain model. The loss is the mean over the recurrences with gradient of the answer's
+    cross-entropy plus `weight` times that of the classifier: is the answer correct there and at all later recurrences?
     """
 
     def loss(params: Params, batch: dict[str, Array], depth_key: Array, state_key: Array) -> Array:
@@ -135,23 +136,23 @@ def classified(model: ModelConfig, depths: tuple[int, ...], weight: float) -> Co
         n, _ = sample_steps(depth_key, model.mean_recurrence, model.backprop_depth)
         step, s, ctx = started(inner, model, batch, state_key)
         s = unroll(step, s, n, 0)
-        losses, right, logits = [], [], []
+        losses, correct, logits = [], [], []
         for j in range(model.backprop_depth):
             s = step(s, n + j)
             found, _ = readout(inner, model, s, ctx)
             losses.append(cross_entropy(found, labels))
-            right.append(jnp.argmax(found, -1) == labels)
+            correct.append(jnp.argmax(found, -1) == labels)
             logits.append(unit(params["exit"], s))
-        stop = stays(jnp.stack(right))
-        asked = optax.sigmoid_binary_cross_entropy(jnp.stack(logits), stop.astype(jnp.float32))
-        return mean(jnp.stack(losses) + weight * asked, labels)
+        stop = stays(jnp.stack(correct)).astype(jnp.float32)
+        classifier = optax.sigmoid_binary_cross_entropy(jnp.stack(logits), stop)
+        return mean(jnp.stack(losses) + weight * classifier, labels)
 
     return with_head(model, depths, 0.5, loss)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "most"))
 def states_and_oracle(params: Params, model: ModelConfig, tokens: Array, most: int, key: Array) -> tuple[Array, Array]:
-    """(states f32 [N, B, L, D], whether the answer there is the one of N = `most` and stays so, bool [N, B, L])."""
+    """(states f32 [N, B, L, D], whether the answer is from there on that of N = `most`, bool [N, B, L])."""
     step, s, ctx = setup(params, model, tokens, key)
     states = trajectory(step, s, most)[1:]
     answers = jax.lax.map(lambda s: jnp.argmax(readout(params, model, s, ctx)[0], -1), states)
@@ -159,18 +160,18 @@ def states_and_oracle(params: Params, model: ModelConfig, tokens: Array, most: i
 
 
 @functools.partial(jax.jit, static_argnames=("updates",))
-def fitted(states: Array, stop: Array, updates: int = 20, ridge: float = 1e-5) -> tuple[dict[str, Array], Array]:
+def fitted(states: Array, stop: Array, updates: int = 20, ridge: float = 1e-5) -> tuple[Head, Array]:
     """(head, its loss in nats) of a logistic regression of stop bool [M] on states f32 [M, D], by Newton's method.
 
-    ridge: half of it times |w|^2 is added to the loss, so that separable states have a solution too.
+    ridge: the loss has a term ridge |w|^2 / 2, so that separable states have a solution too.
     """
     x = jnp.pad(states, ((0, 0), (0, 1)), constant_values=1.0)  # the last weight is the bias
-    price = ridge * jnp.ones(x.shape[1]).at[-1].set(0.0)
+    penalty = ridge * jnp.ones(x.shape[1]).at[-1].set(0.0)
 
     def update(_: Array, w: Array) -> Array:
         p = jax.nn.sigmoid(x @ w)
-        gradient = x.T @ (p - stop) / len(x) + price * w
-        curvature = (x.T * (p * (1 - p))[None]) @ x / len(x) + jnp.diag(price) + 1e-8 * jnp.eye(len(w))
+        gradient = x.T @ (p - stop) / len(x) + penalty * w
+        curvature = (x.T * (p * (1 - p))[None]) @ x / len(x) + jnp.diag(penalty) + 1e-8 * jnp.eye(len(w))
         return w - jnp.linalg.solve(curvature, gradient)
 
     w = jax.lax.fori_loop(0, updates, update, jnp.zeros(x.shape[1]))
@@ -182,7 +183,7 @@ def fitted(states: Array, stop: Array, updates: int = 20, ridge: float = 1e-5) -
 
 
 def skipping(step: Step, key: Array, probability: float, shape: tuple[int, ...]) -> Step:
-    """`step`, leaving the state as it is with `probability`: all of it (shape ()), or by parts of that shape."""
+    """`step`, skipped with `probability`: for the whole state (shape ()), or independently for parts of that shape."""
 
     def dropping(s: Array, i: Array) -> Array:
         drop = jax.random.bernoulli(jax.random.fold_in(key, i), probability, shape)
@@ -194,10 +195,10 @@ def skipping(step: Step, key: Array, probability: float, shape: tuple[int, ...])
 
 
 def layer_drop(model: ModelConfig, depths: tuple[int, ...], probability: float, per_token: bool) -> Contestant:
-    """The plain model, every recurrence of whose training is skipped with `probability` (Fan et al., 2020).
+    """The plain model, trained with every recurrence skipped with `probability` (LayerDrop, Fan et al., 2020).
 
-    Skipped is a recurrence of the whole batch, or of each token by itself (`per_token`): its state stays as it was
-    while others go on, as that of a token that has stopped.
+    A recurrence is skipped for the whole batch, or for each token independently (`per_token`): the token keeps its
+    state while others continue, as after an exit.
     """
 
     def loss(params: Params, batch: dict[str, Array], depth_key: Array, state_key: Array) -> Array:

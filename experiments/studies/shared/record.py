@@ -1,38 +1,41 @@
-"""What an experiment leaves behind: finished parts that are not done again, intervals, JSON that says what made it."""
+"""What a study leaves behind: finished parts that are not computed again, intervals, results with a picture."""
 
 from __future__ import annotations
 
 import json
 import resource
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import scipy.stats
+
 from rdlm.config import InputError
-from rdlm.report.results import compact
+from rdlm.report.results import compact, write_result
 from rdlm.runtime import write_output
 
-# Student's t at 97.5 % for 1, 2, ... degrees of freedom.
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+Json = dict[str, Any]
+"""What a JSON file holds."""
 
 
-def remembered(path: Path, made_by: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """`make()`, or what it returned when `path` was written; the file appears whole or not at all.
+def remembered(path: Path, made_by: Json, make: Callable[[], Json]) -> Json:
+    """`make()`, or its result from when `path` was written. The file is written atomically.
 
     Args:
       path: a JSON file.
-      made_by: everything that determines the result; kept beside it. A field that is None is one that was never set, so
-        that results outlive new options.
-      make: the work.
+      made_by: everything that determines the result; kept beside it. A field that is None counts as absent, so that
+        results outlive new options.
+      make: computes the result.
 
     Raises:
       InputError: the file holds a result of something else.
     """
-    made_by = _set(json.loads(json.dumps(made_by)))  # as it will be read: tuples are lists
+    made_by = _without_none(json.loads(json.dumps(made_by)))  # as it will be read: tuples are lists
     if path.exists():
         known = json.loads(path.read_text())
-        before = _set(known["made_by"])
+        before = _without_none(known["made_by"])
         for name in {**made_by, **before}:
             old, new = before.get(name), made_by.get(name)
             if old != new:
@@ -45,31 +48,41 @@ def remembered(path: Path, made_by: dict[str, Any], make: Callable[[], dict[str,
     return result
 
 
-def _set(tree: Any) -> Any:
-    """`tree` without entries that are None."""
-    return {k: _set(x) for k, x in tree.items() if x is not None} if isinstance(tree, dict) else tree
+def _without_none(tree: Any) -> Any:
+    if not isinstance(tree, dict):
+        return tree
+    return {name: _without_none(x) for name, x in tree.items() if x is not None}
+
+
+def publish(path: Path, found: Mapping[str, Any], units: Mapping[str, str], draw: Callable[[Path], None]) -> None:
+    """Write results to `path` and, where matplotlib is installed, a picture of them beside it; print both paths."""
+    print(f"numbers: {write_result(path, found, units)}")
+    if find_spec("matplotlib"):
+        picture = path.with_suffix(".png")
+        draw(picture)
+        print(f"picture: {picture}")
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """(mean, half the width of its 95 % confidence interval by Student's t); the width of one value is NaN.
 
     Raises:
-      InputError: no values, or more than ten.
+      InputError: no values.
     """
-    if not 1 <= len(values) <= len(_T) + 1:
-        raise InputError(f"interval of {len(values)} values: must be of 1 to {len(_T) + 1}")
-    mean = statistics.fmean(values)
-    if len(values) == 1:
+    if not values:
+        raise InputError("interval of 0 values: needs at least one")
+    mean, count = statistics.fmean(values), len(values)
+    if count == 1:
         return mean, float("nan")
-    return mean, _T[len(values) - 2] * statistics.stdev(values) / len(values) ** 0.5
+    return mean, float(scipy.stats.t.ppf(0.975, count - 1)) * statistics.stdev(values) / count**0.5
 
 
-def rounded(values: Any) -> list[float]:
+def rounded(values: Iterable[float]) -> list[float]:
     """To four digits."""
     return [round(float(x), 4) for x in values]
 
 
 def processor_seconds() -> float:
-    """Processor time of this process so far, all its threads."""
+    """Processor time of this process so far, over all its threads."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
