@@ -96,12 +96,25 @@ class Method:
     """Settings of its training beside the run."""
 
 
-PLAIN_RULES = (
-    "kl", "gated_kl", "entropy_diff", "latent_diff", "cosine", "argmax_stability", "margin", "classifier",
-    "twice margin", "twice classifier",
-)  # fmt: skip
+ZERO_SHOT = ("kl", "gated_kl", "entropy_diff", "latent_diff", "cosine", "argmax_stability", "margin", "classifier")
+COLOURS = {
+    "kl": "#0072B2",
+    "gated_kl": "#56B4E9",
+    "entropy_diff": "#999999",
+    "latent_diff": "#D55E00",
+    "cosine": "#E69F00",
+    "argmax_stability": "#CC79A7",
+    "margin": "#882255",
+    "classifier": "#009E73",
+    "twice margin": "#882255",
+    "twice classifier": "#009E73",
+    "ponder": "#0072B2",
+    "joint": "#009E73",
+    "drop": "#D55E00",
+    "token_drop": "#CC79A7",
+}
 METHODS = {
-    "plain": Method("the recurrent model", PLAIN_RULES),
+    "plain": Method("the recurrent model", (*ZERO_SHOT, "twice margin", "twice classifier")),
     "ponder": Method(
         "PonderNet",
         ("halting", "twice halting", "margin", "latent_diff"),
@@ -385,12 +398,6 @@ def picture(path: Path, found: Json, protocol: Protocol, model: ModelConfig) -> 
 
 def draw(axes: Any, x: str, found: Json, test: str, names: Sequence[str], model: ModelConfig, length: int) -> None:
     """One panel of the picture, over `x`: "steps" or "mflop"."""
-    colours = {
-        "kl": "#0072B2", "gated_kl": "#56B4E9", "entropy_diff": "#999999", "latent_diff": "#D55E00",
-        "cosine": "#E69F00", "argmax_stability": "#CC79A7", "margin": "#882255", "classifier": "#009E73",
-        "twice margin": "#882255", "twice classifier": "#009E73",
-        "ponder": "#0072B2", "joint": "#009E73", "drop": "#D55E00", "token_drop": "#CC79A7",
-    }  # fmt: skip
 
     def line(name: str, rule: str, **style: Any) -> None:
         points = curve(found[name], test, rule, model, length)
@@ -403,11 +410,11 @@ def draw(axes: Any, x: str, found: Json, test: str, names: Sequence[str], model:
         if name == "plain" and x == "steps":
             axes.plot(of["oracle steps"][0], of["oracle accuracy"][0], color="#000000", marker="*", markersize=13)
         if name != "plain":
-            line(name, "fixed", color=colours[name], linewidth=0.7)
+            line(name, "fixed", color=COLOURS[name], linewidth=0.7)
         for i, rule in enumerate(METHODS[name].rules):
             first = name == "plain"
             plain_line = "--" if rule.startswith("twice") else "-"
-            colour = colours[rule if first else name]
+            colour = COLOURS[rule if first else name]
             style = plain_line if first else ("-", "--", ":", "-.")[i]
             label = rule if first else f"{METHODS[name].label}: {rule}"
             line(name, rule, color=colour, marker="os^vD*XP<>"[i], linestyle=style, label=label)

@@ -1,4 +1,4 @@
-"""Strict JSON for the config dataclasses: unknown or ill-typed fields are errors, never ignored."""
+"""Strict JSON for the config dataclasses: unknown fields and wrong types are errors."""
 
 from __future__ import annotations
 

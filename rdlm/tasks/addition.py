@@ -1,9 +1,8 @@
-"""Addition of several numbers, column by column as on paper, the units first.
+"""Addition of several numbers, column by column as on paper, units first.
 
-Input `BOS 7 5 9 = 2 0 8 = 0 0 0 =`: the column of units of all operands, then of tens, ..., and a last column of zeros
-for the carry. The label at each `=` is the digit of the sum. Its difficulty is one more than the number of columns
-directly before it through which a carry could pass: those where the carry that goes out depends on the one that comes
-in, whatever digits lie further back.
+Input `BOS 7 5 9 = 2 0 8 = 0 0 0 =`: the units of all operands, then the tens, ..., and a last column of zeros for the
+carry. The label at each `=` is the digit of the sum. Its difficulty is one plus the number of consecutive columns
+before it that pass a carry on, that is, whose outgoing carry depends on the incoming one.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ class Addition:
     """`operands` numbers of `digits` digits. Tokens: the ten digits, then `=`, then BOS."""
 
     operands: int = 3
-    """Numbers to add: 2 to 9, so that a carry has one digit."""
+    """Numbers to add, 2 to 9, so that a carry has one digit."""
     digits: int = 8
     """Digits of each number; the sum has one more."""
     passing: float = 0.0
-    """Share of the columns that are drawn until a carry could pass through them: 1 makes one chain of all."""
+    """Share of the columns that are redrawn until they pass a carry on; 1 makes all columns one chain."""
 
     def __post_init__(self) -> None:
         integer("Addition.operands", self.operands, 2, 9)
@@ -38,7 +37,7 @@ class Addition:
         return 12
 
     def instance(self, seed: int, index: int) -> Instance:
-        """Uniform digits, but for `passing`: int32 [(digits + 1)(operands + 1) + 1]. Raises InputError."""
+        """Uniform digits, apart from `passing`: int32 [(digits + 1)(operands + 1) + 1]. Raises InputError."""
         rng = generator(seed, index)
         columns = rng.integers(0, 10, (self.digits + 1, self.operands))
         columns[-1] = 0
@@ -54,5 +53,5 @@ class Addition:
         return scored(tokens, answers)
 
     def _passes(self, column: np.ndarray) -> bool:
-        """Whether the carry that goes out depends on the one that comes in."""
+        """Whether the outgoing carry depends on the incoming one."""
         return column.sum() // 10 != (column.sum() + self.operands - 1) // 10

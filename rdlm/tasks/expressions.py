@@ -1,7 +1,7 @@
-"""Modular arithmetic: the value of every parenthesis of a formula, asked for where it closes.
+"""Modular arithmetic: the value of every parenthesis of a formula, scored where it closes.
 
 Input `BOS ( ( 3 + 1 ) * ( 4 - 2 ) )`: a random binary tree of operators over digits, everything modulo `modulus`. The
-label at a `)` is the value of what it closes; its difficulty is the height of that subtree (1: two digits).
+label at a `)` is the value of its parenthesis; its difficulty is the height of that subtree (1: two digits).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Expression:
     """Formulas of `operators` operators. Tokens: the digits, then + - * ( ) BOS."""
 
     operators: int = 6
-    """Operators; the input has four times as many tokens and two more."""
+    """Operators n; the input has 4 n + 2 tokens."""
     modulus: int = 5
     """Digits are 0 .. modulus-1."""
 
@@ -37,7 +37,7 @@ class Expression:
         tokens, answers = [m + 5], {}
 
         def write(operators: int) -> tuple[int, int]:
-            """Write a formula; its (value, height)."""
+            """Append a formula to the tokens; returns its (value, height)."""
             if not operators:
                 tokens.append(int(rng.integers(m)))
                 return tokens[-1], 0

@@ -1,10 +1,10 @@
-"""What every task makes: instances as functions of (seed, index), and batches of them."""
+"""Instances of tasks as functions of (seed, index), and batches of them."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, SupportsIndex
+from typing import NamedTuple, Protocol, SupportsIndex
 
 import numpy as np
 from jaxtyping import Int, Int32
@@ -12,15 +12,14 @@ from jaxtyping import Int, Int32
 from rdlm.config import IGNORED, InputError, require
 
 TEST_STREAM = 1_000_000
-"""Stream of test instances; seeds of training are below."""
+"""Stream of test instances; training seeds are below it."""
 
 
 class Instance(NamedTuple):
     """One problem with its answers. Each int32 [L].
 
-    tokens: the problem. labels: the right answer where one is asked for, IGNORED elsewhere; an answer is asked for at
-    its own position (not shifted), so no answer is ever part of the input. difficulty: of each answer, at least 1; 0
-    where the label is ignored.
+    tokens: the problem. labels: the correct answer at scored positions, IGNORED elsewhere; labels are not shifted, so
+    no answer is part of the input. difficulty: of each answer, at least 1; 0 where the label is ignored.
     """
 
     tokens: np.ndarray
@@ -29,18 +28,18 @@ class Instance(NamedTuple):
 
 
 class Task(Protocol):
-    """A family of problems: a frozen dataclass whose fields say how hard."""
+    """A family of problems: a frozen dataclass whose fields set the difficulty."""
 
     @property
     def vocab_size(self) -> int:
-        """Ids of tokens and labels are below it; the same for every difficulty of the family."""
+        """Number of token and label ids; the same for every difficulty of the family."""
 
     def instance(self, seed: int, index: int) -> Instance:
         """Problem number `index` of stream `seed`."""
 
 
 def generator(seed: int, index: int) -> np.random.Generator:
-    """The randomness of one instance.
+    """The random generator of one instance.
 
     Raises:
       InputError: a negative seed or index.
@@ -50,24 +49,29 @@ def generator(seed: int, index: int) -> np.random.Generator:
     return np.random.default_rng((seed, index))
 
 
-def integer(field: str, value: Any, least: int, most: int | None = None) -> None:
-    """Refuse what is no integer in [least, most]."""
-    right = isinstance(value, int) and not isinstance(value, bool) and value >= least
-    bounds = f"an integer of at least {least}" + ("" if most is None else f" and at most {most}")
-    require(right and (most is None or value <= most), field, value, f"must be {bounds}")
+def integer(field: str, value: object, minimum: int, maximum: int | None = None) -> None:
+    """Refuse anything but an integer in [minimum, maximum]. Raises InputError."""
+    allowed = (
+        isinstance(value, int)
+        and not isinstance(value, bool)
+        and value >= minimum
+        and (maximum is None or value <= maximum)
+    )
+    bounds = f"an integer of at least {minimum}" + ("" if maximum is None else f" and at most {maximum}")
+    require(allowed, field, value, f"must be {bounds}")
 
 
 def batch(tasks: Task | Sequence[Task], seed: int, index: int, size: int) -> dict[str, Int32[np.ndarray, "{size} L"]]:
     """Batch number `index` of stream `seed`: tokens, labels, difficulty.
 
-    Rows are the instances index * size, ..., index * size + size - 1, so batches of one stream share nothing. Several
-    tasks of one family take turns; shorter rows are filled up with token 0, whose labels are ignored. The model is
-    causal, so what follows an instance changes nothing in it.
+    Rows are the instances index * size, ..., index * size + size - 1, so no two batches of a stream share an instance.
+    Several tasks of one family take turns. Shorter rows are padded with token 0 and ignored labels; the model is
+    causal, so padding after an instance does not affect it.
 
     Raises:
       InputError: a size below 1, no task, tasks of different vocabularies, a negative seed or index.
     """
-    family: list[Any] = list(tasks) if isinstance(tasks, Sequence) else [tasks]
+    family: list[Task] = list(tasks) if isinstance(tasks, Sequence) else [tasks]
     integer("batch size", size, 1)
     require(len({task.vocab_size for task in family}) == 1, "tasks", family, "must be one or more of one family")
     numbers = range(index * size, (index + 1) * size)
@@ -85,7 +89,7 @@ def batch(tasks: Task | Sequence[Task], seed: int, index: int, size: int) -> dic
 
 
 class Source:
-    """The first `size` instances of a stream as a random-access source of dicts, as `tfds.data_source` gives them."""
+    """The first `size` instances of a stream as a random-access source of dicts, like `tfds.data_source`."""
 
     def __init__(self, task: Task, seed: int, size: int):
         """Raises InputError for a size below 1 or a negative seed."""

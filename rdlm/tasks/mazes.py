@@ -1,4 +1,4 @@
-"""Mazes as text: which open squares lie on the way from S to G?
+"""Mazes as text: which open squares are on the path from S to G?
 
     S . . # .
     # # . # .        a maze of 3 x 3 cells: walls and passages between cells are squares too, 5 x 5 in all
@@ -6,8 +6,8 @@
     . # . # .
     . # . . G
 
-Input `BOS` + the rows, a newline after each, + the same again; at every open square of the second copy the label says
-whether it is on the only way from S to G. Its difficulty is its distance from S in steps (S itself is not asked).
+Input: BOS, the rows with a newline after each, and the same rows again. At every open square of the second copy but S
+the label is whether it is on the only path from S to G. Its difficulty is its distance from S in steps.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ WALL, OPEN, START, GOAL, NEWLINE, NO, YES, BOS = range(8)
 def carve(side: int, rng: np.random.Generator) -> Bool[np.ndarray, "{2*side-1} {2*side-1}"]:
     """A spanning tree of side x side cells by random depth-first search, as open squares.
 
-    Exactly one way leads from any open square to any other.
+    There is exactly one path between any two open squares.
     """
     square = np.zeros((2 * side - 1, 2 * side - 1), bool)
     here = tuple(int(x) for x in rng.integers(side, size=2))
@@ -87,6 +87,6 @@ class Maze:
         answers = {}
         for y, x in np.argwhere(square).tolist():
             if (y, x) != start:
-                on_way = from_start[y, x] + from_goal[y, x] == from_start[goal]
-                answers[1 + len(rows) + y * (n + 1) + x] = YES if on_way else NO, int(from_start[y, x])
+                on_path = from_start[y, x] + from_goal[y, x] == from_start[goal]
+                answers[1 + len(rows) + y * (n + 1) + x] = YES if on_path else NO, int(from_start[y, x])
         return scored([BOS, *rows, *rows], answers)

@@ -1,7 +1,8 @@
-"""Pointer chasing (p-hop): a map written as shuffled arrows, a start, and the question where each further hop leads.
+"""Pointer chasing (p-hop): a map written as shuffled arrows, a start, and the node after each further hop.
 
 Input `BOS a f(a) b f(b) ... x > > >`: the arrows of one cycle through all nodes in random order, a start x, and a `>`
-per hop. The label at the h-th `>` is f applied h times to x, of difficulty h. Fewer hops than nodes: no answer repeats.
+per hop. The label at the h-th `>` is f applied h times to x; its difficulty is h. There are fewer hops than nodes, so
+no answer repeats.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ class PointerChasing:
     """`hops` hops on a cycle of `nodes` nodes. Tokens: the nodes, then `>`, then BOS."""
 
     hops: int = 8
-    """Hops asked for; below nodes."""
+    """Number of hops, fewer than nodes."""
     nodes: int = 16
     """Nodes N of the cycle; the input has 2 N + 2 + hops tokens."""
 

@@ -1,9 +1,9 @@
 """Reachability on lines: which nodes can be reached from the start?
 
-Input `BOS a b c d ... x ? y ? ...`: the arrows a -> b of two equally long chains in random order, then every node but
-the two heads, each followed by its question. One head is named first, as the start; the label at a `?` is yes or no.
-The difficulty of a node is the number of arrows between it and the head of its chain, so that yes and no are equally
-hard and equally frequent at every difficulty.
+Input `BOS a b c d ... s x ? y ? ...`: the arrows a -> b of two equally long chains in random order, the head s of one
+chain as the start, then all nodes but the two heads, each followed by `?`. The label at a `?` is yes or no. The
+difficulty of a node is the number of arrows between it and the head of its chain, so that yes and no are equally hard
+and equally frequent at every difficulty.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ class Reachability:
     """Two chains of `distance` arrows. Tokens: the names of nodes, then no, yes, `?`, BOS."""
 
     distance: int = 6
-    """Arrows of each chain; 2 distance + 2 nodes."""
+    """Arrows in each chain; there are 2 distance + 2 nodes."""
     names: int = 40
-    """Names for nodes, drawn anew for every instance."""
+    """Number of names for nodes; every instance draws its own."""
 
     def __post_init__(self) -> None:
         integer("Reachability.distance", self.distance, 1)

@@ -1,7 +1,7 @@
 """4x4 Sudoku with exactly one solution.
 
-Input `BOS` + the 16 cells row by row (0 is blank) + the 16 cells again; at every blank cell of the second copy the
-label is the digit that belongs there. The difficulty of each answer is the number of blanks of its puzzle.
+Input: BOS, the 16 cells row by row (0 is blank), and the 16 cells again. At every blank cell of the second copy the
+label is its digit. The difficulty of each answer is the number of blanks in the puzzle.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Sudoku:
     """Puzzles with `blanks` blanks. Tokens: 0 (blank), the digits 1 to 4, BOS."""
 
     blanks: int = 6
-    """1 to 11 (fewer than 4 givens never determine a solution; 12 blanks are possible but rare)."""
+    """Blank cells, 1 to 11 (fewer than 4 givens never determine a solution; 12 blanks are possible but rare)."""
 
     def __post_init__(self) -> None:
         integer("Sudoku.blanks", self.blanks, 1, 11)
@@ -43,9 +43,9 @@ class Sudoku:
         return 6
 
     def instance(self, seed: int, index: int) -> Instance:
-        """A uniform solution, thinned out while it stays unique: int32 [33]. Raises InputError: see `generator`."""
+        """A uniform solution, blanked while it stays unique: int32 [33]. Raises InputError: see `generator`."""
         rng, known = generator(seed, index), grids()
-        while True:  # a thinning that gets stuck before `blanks` blanks starts over
+        while True:  # start over if no further cell can be blanked before there are `blanks`
             solution = known[rng.integers(len(known))]
             given = np.ones(16, bool)
             for cell in rng.permutation(16):

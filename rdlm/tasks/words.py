@@ -1,8 +1,8 @@
-"""Word problems over small groups: the product of all letters so far, asked for after every letter.
+"""Word problems over small groups: the product of all letters so far, after every letter.
 
 Input `BOS g1 ... gT`; the label at g_t is g1 g2 ... g_t, of difficulty t. Over a solvable group a shallow network has
-shortcuts (parity of a sum); over S5 the problem is complete for NC1, so that a network of fixed depth cannot solve it
-at every length.
+shortcuts (parity of a sum). Over S5 the problem is complete for NC1, so no network of fixed depth is believed to solve
+it at every length.
 """
 
 from __future__ import annotations
@@ -78,16 +78,16 @@ class WordProblem:
 
 @dataclasses.dataclass(frozen=True)
 class Scratchpad:
-    """S3 words with their products written behind: `BOS g1 .. gT BOS p1 .. p(T-1)`, p_t = g1 .. gt.
+    """S3 words followed by their products: `BOS g1 .. gT BOS p1 .. p(T-1)`, p_t = g1 .. gt.
 
-    The label at the second BOS is p1, at p_t the next product; its difficulty is its number. Unlike in other tasks
-    answers are part of the input: a model is tested by writing its own.
+    The label at the second BOS is p1, at p_t it is p_(t+1); the difficulty of p_t is t. Unlike in other tasks, answers
+    are part of the input: in a test the model reads the ones it wrote itself.
     """
 
     length: int = 16
-    """Letters T; the tokens are twice as many and one."""
+    """Letters T; there are 2 T + 1 tokens."""
     asked: int = 1
-    """The first product that is asked for."""
+    """Number of the first product that is scored."""
 
     def __post_init__(self) -> None:
         integer("Scratchpad.length", self.length, 1)
@@ -95,7 +95,7 @@ class Scratchpad:
 
     @property
     def vocab_size(self) -> int:
-        """That of the words."""
+        """As for words."""
         return WordProblem("S3", self.length).vocab_size
 
     def instance(self, seed: int, index: int) -> Instance:

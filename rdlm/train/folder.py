@@ -16,9 +16,17 @@ from rdlm.tokenizer import Tokenizer
 from rdlm.train.metrics import MetricsWriter
 
 MAY_CHANGE = (
-    "steps", "tensorboard", "run_dir", "mesh.", "checkpoint.", "faults.", "evaluation.", "alarms.",
-    "recurrence.remat", "data.folder",
-)  # fmt: skip
+    "steps",
+    "tensorboard",
+    "run_dir",
+    "mesh.",
+    "checkpoint.",
+    "faults.",
+    "evaluation.",
+    "alarms.",
+    "recurrence.remat",
+    "data.folder",
+)
 """Fields that a resumed run may change: its length, its name, and the hardware it runs on."""
 
 

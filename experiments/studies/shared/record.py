@@ -6,13 +6,13 @@ import json
 import resource
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import scipy.stats
 
 from rdlm.config import InputError
+from rdlm.report import can_draw
 from rdlm.report.results import compact, write_result
 from rdlm.runtime import write_output
 
@@ -57,7 +57,7 @@ def _without_none(tree: Any) -> Any:
 def publish(path: Path, found: Mapping[str, Any], units: Mapping[str, str], draw: Callable[[Path], None]) -> None:
     """Write results to `path` and, where matplotlib is installed, a picture of them beside it; print both paths."""
     print(f"numbers: {write_result(path, found, units)}")
-    if find_spec("matplotlib"):
+    if can_draw():
         picture = path.with_suffix(".png")
         draw(picture)
         print(f"picture: {picture}")
