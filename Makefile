@@ -1,4 +1,4 @@
-# make quickstart   install, train a small model on real text, show what depth buys; again: resumes, or shows it again
+# make quickstart   install, train a small model on text and one on a task, draw what depth buys; again: resumes, or shows it
 # make test         install for development, then every check that CI runs
 # make lint         the checks alone, without the tests
 # make docs         build the documentation site into site/
@@ -9,6 +9,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/quickstart
+TASK := runs/s3_local
 PROMPT := Geography
 
 .PHONY: help quickstart test reproduce lint docs format constraints install install-dev
@@ -25,10 +26,15 @@ quickstart: install
 	@$(BIN)/python experiments/generate.py $(RUN) --prompt "$(PROMPT)" --max-new-tokens 80 \
 	  --temperature 0.7 --top-p 0.9
 	@echo
-	@echo "Everything is in $(RUN):"
-	@echo "  loss_by_depth.png, loss_by_depth.json   what depth buys"
+	@echo "A problem that needs depth: products in the group S3, trained on words of 16 letters (about 90 seconds):"
+	@$(BIN)/python experiments/studies/depth_scaling.py --task s3_local --beside $(RUN)
+	@echo
+	@echo "$(RUN) holds the text model:"
+	@echo "  loss_by_depth.png, loss_by_depth.json   loss against r"
 	@echo "  metrics.jsonl, config.json              every training step; the whole configuration"
 	@echo "  checkpoints/, tokenizer/                for rdlm.load_checkpoint(\"$(RUN)\")"
+	@echo "$(TASK) holds the model of the S3 task:"
+	@echo "  accuracy_by_depth.png, .json            accuracy against r, beside the text model's loss"
 	@echo "What to try next:"
 	@echo "  $(BIN)/python experiments/generate.py $(RUN) --prompt \"Economy\" --temperature 0.7 --exit none --steps 1"
 	@echo "  $(BIN)/python experiments/generate.py $(RUN) --prompt \"Economy\" --temperature 0.7 --exit latent_diff"
