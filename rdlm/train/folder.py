@@ -66,14 +66,18 @@ class RunFolder:
                 f"{saved}: the run has another tokenizer than {prepared}; restore that data, or start a new run"
             )
 
-    def check_shared(self) -> None:
-        """Refuse a folder that every host has for itself: each would save only its own part of the state.
+    def begin(self) -> None:
+        """Write config.json if there is none. From then on the same command resumes, whenever the run is killed.
 
         Raises:
-          InputError: a process does not see a file that process 0 wrote.
+          InputError: hosts have separate folders, so that each would save only its own part of the state.
         """
-        if jax.process_count() == 1:
-            return
+        if jax.process_count() > 1:
+            self._check_shared()
+        if is_first() and not (self.path / "config.json").exists():
+            write_config(self.path, self.config)
+
+    def _check_shared(self) -> None:
         token = exchange(secrets.token_hex(8))[0]
         note = self.path / ".shared"
         if is_first():
@@ -87,11 +91,6 @@ class RunFolder:
                 f"run folder {self.path}: process {seen.index('False')} does not see what process 0 wrote there; "
                 "use a folder that all hosts share (tpu_setup/mount.sh mounts a bucket as runs/)"
             )
-
-    def begin(self) -> None:
-        """Write config.json if there is none. From then on the same command resumes, whenever the run is killed."""
-        if is_first() and not (self.path / "config.json").exists():
-            write_config(self.path, self.config)
 
     def open(self, tokenizer: Tokenizer, step: int) -> MetricsWriter | None:
         """Write tokenizer and config, and open the metrics for rows from `step` on; None on all but the first process.
@@ -118,11 +117,6 @@ class RunFolder:
             return False
         newer = curve.stat().st_mtime >= checkpoints.saved_at(self.config.steps)
         return newer and depths == list(self.config.evaluation.depths)
-
-    def finish(self, curve: DepthCurve) -> None:
-        """Write loss_by_depth.json, which marks the run as finished."""
-        if is_first():
-            write_curve(self.path / "loss_by_depth.json", curve)
 
 
 def write_curve(path: Path, curve: DepthCurve) -> None:

@@ -44,7 +44,7 @@ from rdlm.runtime import (
     together,
 )
 from rdlm.train.faults import Faults, modules, saved_faults
-from rdlm.train.folder import RunFolder
+from rdlm.train.folder import RunFolder, write_curve
 from rdlm.train.preemption import Preemption, Stop
 from rdlm.train.reporter import Reporter
 from rdlm.train.step import TrainState, init_state, layout_of, state_shardings, train_step
@@ -96,7 +96,6 @@ class Trainer:
         """
         preemption, path = Preemption(), self.folder.path
         try:
-            self.folder.check_shared()
             self.folder.begin()
             with Checkpoints(path, self.config.checkpoint.keep) as self.checkpoints:
                 if exchange(str(self.folder.is_finished(self.checkpoints)))[0] == "True":
@@ -218,7 +217,8 @@ class Trainer:
         if found:
             self.reporter.write(self.config.steps - 1, found)
         self._alarm(lines)
-        self.folder.finish(curve)
+        if is_first():
+            write_curve(self.folder.path / "loss_by_depth.json", curve)
         return EXIT_DONE
 
     def _roll_back(self) -> None:
