@@ -240,7 +240,7 @@ def beside_picture(path: Path, accuracy: Mapping[str, list[float]], recipe: Reci
     task.set(title=f"{recipe.task[0].upper()}, trained on {trained_on}", ylabel="accuracy", ylim=(0, 1.03))
     task.legend(frameon=False, fontsize=8)
     text.plot(list(nats), list(nats.values()), color="#000000", marker="o", markersize=4)
-    text.set(title="text (quickstart)", ylabel="validation loss, nats per token")
+    text.set(title="text", ylabel="validation loss, nats per token")
     for axes, depths in ((task, recipe.depths), (text, tuple(nats))):
         axes.set(xscale="log", xlabel="recurrences r")
         axes.set_xticks(depths, map(str, depths))
