@@ -22,6 +22,12 @@ from rdlm.config.run import (
 HUGINN_3P5B = ModelConfig(vocab_size=65536, embed_dim=5280, num_heads=55, mlp_dim=17920, compute_dtype="bfloat16")
 """The published model: 3,564,976,800 parameters."""
 
+HUGINN_TPU = dataclasses.replace(HUGINN_3P5B, embed_dim=5120, num_heads=40, mlp_dim=19200)
+"""Its shape for TPUs: 40 heads of 128, and widths that are multiples of 256. 3.56e9 parameters, in a wider MLP.
+
+Every matrix fills the MXU's tiles and shards over any power of two up to 256 devices.
+"""
+
 QUICKSTART = RunConfig(
     preset="quickstart",
     model=ModelConfig(
@@ -125,16 +131,8 @@ HUGINN_3P5B_RUN = RunConfig(
 Compiled for v5e:16x16, one sequence a chip, gradients in bfloat16: at most 78 % MFU (roofline, docs/pods.md).
 """
 
-HUGINN_TPU_RUN = dataclasses.replace(
-    HUGINN_3P5B_RUN,
-    preset="huginn_tpu",
-    model=dataclasses.replace(HUGINN_3P5B, embed_dim=5120, num_heads=40, mlp_dim=19200),
-)
-"""The published run in a shape for TPUs: 40 heads of 128, and widths that are multiples of 256. Not trained yet.
-
-Every matrix fills the MXU's tiles and shards over any power of two up to 256 devices. The MLP is wider in return:
-3.56e9 parameters.
-"""
+HUGINN_TPU_RUN = dataclasses.replace(HUGINN_3P5B_RUN, preset="huginn_tpu", model=HUGINN_TPU)
+"""The same run in the shape for TPUs. Not trained yet."""
 
 PRESETS = {run.preset: run for run in (QUICKSTART, QUICKSTART_TWIN, NANO, SMALL, HUGINN_3P5B_RUN, HUGINN_TPU_RUN)}
 """Runs by name."""
