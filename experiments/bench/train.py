@@ -8,7 +8,7 @@ fastest 1024^3 f32 matrix product before and after in the same process, and to w
 end; the cost of one more free recurrence (n) and of one more with gradient (k), from which step times at other depths
 follow, beside a recurrence measured by itself; how far a step half-way lies from the line (1: on it); and what a warm
 persistent cache leaves of the time to compile. One program serves every depth.
-Hardware: any; 2 CPU cores take about two minutes. Expected there: a ratio of 0.55 or more, see the README.
+Hardware: any; 2 CPU cores take about two minutes. Expected there: a ratio of 0.55 or more, see docs/training.md.
 """
 
 from __future__ import annotations
