@@ -6,7 +6,7 @@ Makes a synthetic corpus (one large JSON-lines file of word salad with the stati
 tokenizer on a piece of it, prepares it, and reads it back. Prints, with the load of the machine beside them:
 preparation in tokens per second and core, BPE included, with the peak resident memory of any process; reading in
 tokens per second and core, batch assembly included, by processor time and by the clock; and the share of time that a
-consumer of 1M tokens per second spends waiting in `next()`. Measured on two cores of a shared CPU machine: docs/data.md.
+consumer of 1M tokens per second spends waiting in `next()`. Measured on two shared CPU cores: docs/data.md.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ Expected for S3 (printed beside the limits): at 16 letters 0.46 at r = 1 and 0.9
 r = 4 and 0.80 at r = 16; exits that lose nothing and spend three times the recurrences on the longest words.
 Found: all of that in five seeds of five; after letter 22 or so no depth helps. With a window of five tokens (s3_local)
 depth reaches 64 letters: 0.48 at r = 8, 0.73 at 16, 0.999 at 32, in five seeds of five. Other tasks, failures included:
-experiments/README.md.
+docs/studies/depth.md.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ Finished runs are kept in runs/early_exit_methods; the plain ones are read from 
 Hardware: any. Testing the plain model takes about 2 processor minutes, training `joint` 1.8.
 Found (one seed): rules that wait for a token to settle lose nothing. Rules that exit when the answer seems correct harm
 later tokens, which read the state of one recurrence earlier; one more check (`twice`) repairs most of it. Numbers and
-open parts: experiments/README.md.
+open parts: docs/studies/early-exits.md.
 """
 
 from __future__ import annotations

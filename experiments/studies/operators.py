@@ -17,7 +17,7 @@ Hardware: any. A run takes 1 to 2.6 processor minutes. Found: trained by unrolli
 solvers find (Anderson in 24 evaluations, plain iteration in 34), except after training at a fixed r. How far the
 gradient reaches matters little. Trained at equilibrium the core has a fixed point from which plain iteration diverges,
 and reaches an accuracy of 0.76 where the unrolled model has 0.999 (one seed). Numbers and open parts:
-experiments/README.md.
+docs/studies/operators.md.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ Hardware: any. A run takes from half a processor minute (words) to three (though
 Found so far: words reach every product of 16 letters with half the FLOPs of latent depth, latent depth with a fifth of
 the sequential layers; both fail at 32. Thoughts were learnt and lost again. Read letter by letter, one shared set of
 keys and values takes 41 to 45 % fewer recurrences than all sets; warm starts take more (one seed each).
-Numbers and open parts: experiments/README.md.
+Numbers and open parts: docs/studies/thinking-in-words.md.
 """
 
 from __future__ import annotations
