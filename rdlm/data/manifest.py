@@ -1,4 +1,4 @@
-"""manifest.json: what a folder of prepared data holds, and the proof that it is complete."""
+"""manifest.json: the content of a folder of prepared data, and the proof that it is complete."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Literal
 from rdlm.config import InputError, Packing, from_json, require, to_json
 
 FORMAT_VERSION = 2
-"""Raised whenever folders written before must not be read any more."""
+"""Incremented when older folders can no longer be read."""
 PREPARE_AGAIN = "prepare the data again, into another folder"
 
 
@@ -22,14 +22,14 @@ class Reading:
     field: str = "text"
     """Field of a JSON line, a parquet row or a TFDS example; its value is text, or a list of chat messages."""
     document: Literal["file", "line", "blank_line"] = "file"
-    """What is one document in a text file: the file, each line, or what stands between blank lines."""
+    """One document of a text file: the whole file, each line, or each paragraph between blank lines."""
     bad_documents: Literal["refuse", "skip"] = "refuse"
-    """Text that is not UTF-8, lines that are not JSON, a missing field: stop, or leave out and count."""
+    """Text that is not UTF-8, lines that are not JSON, a missing field: stop, or skip and count."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Everything besides documents and tokenizer that decides what prepared rows hold."""
+    """The settings that, with documents and tokenizer, decide the content of prepared rows."""
 
     sequence_length: int
     """L: rows hold up to L + 1 tokens."""
@@ -59,7 +59,7 @@ class SourceEntry:
     name: str
     """"factbook", "files", or a TFDS dataset with version and split."""
     version: str
-    """Of the dataset, or which files and bytes there were."""
+    """Of the dataset, or the names and number of files and bytes."""
     sha256: str
     """Over all documents, in order."""
 
@@ -161,7 +161,7 @@ def read_manifest(folder: str | Path, *, checksums: bool = False) -> Manifest:
     """Read manifest.json and check that every file it names is there in full.
 
     Args:
-      folder: what `prepare` returned.
+      folder: made by `prepare_embedded` or `build`.
       checksums: also read every file and compare its sha256 (sizes are always compared).
 
     Raises:

@@ -53,7 +53,7 @@ class Mixture:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps after which as many rows were seen as there are; sources of large weight have repeated by then."""
+        """Steps after which as many rows were seen as exist; sources of large weight have repeated by then."""
         return -(-self.len_rows // self.batch_size)
 
     def batch(self, step: int) -> Batch:

@@ -1,7 +1,7 @@
 """Documents of tokens into rows of equal length, and rows into the arrays a model trains on. Pure numpy.
 
 A row holds up to L + 1 tokens, because the last input needs a label. A packing mode is a function from documents to
-rows; everything after it (`records`, `loader`) takes any rows.
+rows; the code that follows it (`records`, `loader`) takes rows of any mode.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 from rdlm.config import IGNORED, Packing
 
-_OPEN_ROWS = 256  # rows that `best_fit` keeps open: more hardly fill better
+_OPEN_ROWS = 256  # rows that `best_fit` keeps open: more fill hardly better
 
 
 class Document(NamedTuple):
@@ -47,7 +47,7 @@ _Piece = tuple[Document, int, int]  # document, offset, length
 
 
 def concatenate_and_split(documents: Iterable[Document], sequence_length: int) -> Iterator[Row]:
-    """Cut the stream of all documents every L tokens; a document that does not fit goes on in the next row.
+    """Cut the stream of all documents every L tokens; a document that does not fit continues in the next row.
 
     With all documents laid end to end in `stream`, row r holds stream[r*L : r*L + L + 1]. Neighbouring rows share one
     token, the last label of one and the first input of the next, so every token is an input exactly once and every
@@ -81,8 +81,8 @@ def concatenate_and_split(documents: Iterable[Document], sequence_length: int) -
 def best_fit(documents: Iterable[Document], sequence_length: int) -> Iterator[Row]:
     """Put whole documents into the open row that they fill best; only documents longer than a row are cut.
 
-    Those are cut every L tokens, neighbouring pieces sharing one token as in `concatenate_and_split`, so no label is
-    lost. At most 256 rows are open at a time; the fullest goes first. Rows end in padding where nothing fits.
+    These are cut every L tokens; neighbouring pieces share one token as in `concatenate_and_split`, so no label is
+    lost. At most 256 rows are open at a time; the fullest is closed first. Rows end in padding where nothing fits.
 
     Args and rows: as `concatenate_and_split`.
     """
@@ -111,10 +111,10 @@ def best_fit(documents: Iterable[Document], sequence_length: int) -> Iterator[Ro
 
 
 def document_start(documents: Iterable[Document], sequence_length: int) -> Iterator[Row]:
-    """The reference's rows (spec section 7): each starts with a document, and what does not fit is dropped.
+    """The reference's rows: each starts with a document, and tokens that do not fit are dropped (arXiv 2502.05171).
 
-    Documents are joined until they reach L + 1 tokens; the first L + 1 are the row, the rest of the last document is
-    never seen. Documents left over at the end, too few for a row, are dropped as well.
+    Documents are joined until they reach L + 1 tokens. The first L + 1 are the row; the rest of the last document is
+    dropped. So are the documents left at the end, too few for a row.
 
     Args and rows: as `concatenate_and_split`; every row is full.
     """
@@ -146,7 +146,7 @@ def _row(pieces: list[_Piece]) -> Row:
 
 
 def arrays(row: Row, sequence_length: int, *, pad_id: int, epoch: int = 0) -> dict[str, np.ndarray]:
-    """What a model reads of one row: int32 [L] each.
+    """The model's input for one row: int32 [L] each.
 
     tokens; labels (the next token of the same chunk if it counts, else IGNORED); segment_ids (1, 2, ... by chunk,
     0 is padding); positions (from 0 in every chunk); sequence_ids (see `sequence_ids`; 0 is padding).
@@ -176,16 +176,16 @@ def arrays(row: Row, sequence_length: int, *, pad_id: int, epoch: int = 0) -> di
 def sequence_ids(document: np.ndarray, offset: np.ndarray, epoch: int) -> np.ndarray:
     """A number for each chunk of a document in an epoch, int32 in [0, 2**31): the key of its noise.
 
-    It depends on which tokens the chunk starts with and on the epoch, never on the row that holds it or on its
-    neighbours, so noise keyed by it does not change when rows are shuffled or laid out anew.
+    It depends on the document, the offset and the epoch, never on the row that holds the chunk or on its neighbours.
+    So noise keyed by it does not change when rows are shuffled or documents packed in another way.
     """
     chunk = np.asarray(document).astype(np.uint64) << np.uint64(32) | np.asarray(offset).astype(np.uint64)
     return (mix(mix(chunk) ^ np.uint64(epoch)) >> np.uint64(33)).astype(np.int32)
 
 
 def mix(x: np.ndarray | np.uint64) -> np.ndarray:
-    """splitmix64: scrambles uint64 numbers one to one, so that neighbours share nothing."""
-    with np.errstate(over="ignore"):  # wrapping is the point
+    """splitmix64: a bijection of uint64 numbers that scatters neighbours."""
+    with np.errstate(over="ignore"):  # wrapping is intended
         x = x + np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)

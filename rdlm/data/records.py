@@ -1,8 +1,8 @@
 """Rows on disk: array_record files, one record per row, any row readable by its number.
 
-A record is little-endian: uint32 S, then S times uint32 (document, offset, length), then the tokens, as uint16 where
-the vocabulary fits and int32 where it does not. If the highest bit of S is set (it is no part of the number), n bits
-follow in whole bytes, first bit highest: which tokens count as labels.
+A record is little-endian: uint32 S, then S times uint32 (document, offset, length), then the tokens, as uint16 if the
+vocabulary fits and int32 otherwise. If the highest bit of S is set (it does not belong to the number), n bits follow,
+padded to bytes, most significant bit first: which tokens count as labels.
 """
 
 from __future__ import annotations
@@ -53,19 +53,19 @@ def write_rows(path: Path, rows: Iterable[Row], dtype: str) -> int:
     """Write `rows` to a new file and return their number.
 
     Raises:
-      OSError: the disk refuses.
+      OSError: the file cannot be written.
     """
     count = 0
     try:
-        # One record per chunk of the file: reading row i touches nothing else. Tokens hardly compress.
+        # One record per chunk of the file, so that reading a row reads nothing else. Tokens hardly compress.
         writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1,uncompressed")
         for row in rows:
             writer.write(to_bytes(row, dtype))
             count += 1
         writer.close()
-    except RuntimeError as error:  # what array_record raises when the disk is full
+    except RuntimeError as error:  # array_record's error when the disk is full
         raise OSError(str(error)) from error
-    if not path.exists():  # and where it cannot open the file, it says nothing
+    if not path.exists():  # array_record raises nothing if it cannot open the file
         raise FileNotFoundError(f"{path} could not be created")
     return count
 

@@ -1,4 +1,4 @@
-"""One part of a corpus to one shard of packed rows: a plain function, whoever calls it (processes, Apache Beam)."""
+"""One part of a corpus to one shard of packed rows: a pure function, the same in a process pool and in Apache Beam."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
 import tempfile
-import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -34,9 +32,9 @@ from rdlm.data.prepare.parts import Text
 from rdlm.data.records import token_dtype, write_rows
 from rdlm.tokenizer import Tokenizer
 
-_ENCODE_BYTES, _ENCODE_DOCUMENTS = 2**20, 256  # handed to the tokenizer together, whichever is reached first
+_ENCODE_BYTES, _ENCODE_DOCUMENTS = 2**20, 256  # encoded together, whichever limit is reached first
 DOCUMENT_STRIDE = 0x9E3779B1
-"""First document numbers of the shards lie this far apart, modulo 2**32: spread out evenly."""
+"""Distance of the first document numbers of consecutive shards, modulo 2**32: it spreads them evenly."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +50,7 @@ class ShardSplit:
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """What became of one part."""
+    """The result of one part."""
 
     number: int
     documents_sha256: str
@@ -62,7 +60,7 @@ class Shard:
 
 
 def held_out(text: Text, fraction: float) -> bool:
-    """Whether a document belongs to validation: its own hash decides, with probability `fraction`."""
+    """Whether a document belongs to validation: its hash decides, with probability `fraction`."""
     return _is_held_out(digest(text), fraction)
 
 
@@ -71,7 +69,7 @@ def _is_held_out(sha256: bytes, fraction: float) -> bool:
 
 
 def digest(text: Text) -> bytes:
-    """sha256 of a document: of its UTF-8 bytes, or of a conversation as compact JSON with sorted keys."""
+    """sha256 of a document's UTF-8 bytes; a conversation counts as JSON with sorted keys."""
     return hashlib.sha256(_bytes(text)).digest()
 
 
@@ -87,20 +85,20 @@ def build_shard(
 ) -> Shard:
     """Encode, split and pack the documents of a part into train-NUMBER.array_record and validation-NUMBER.
 
-    The files get their names when they are complete. Memory: the validation documents of the part, as tokens.
+    The files are renamed to these names when they are complete. The validation documents are kept in memory, as tokens.
 
     Args:
       folder: local, or a URL (of a bucket).
-      number: of the part in the corpus; documents are numbered from a start that depends on it.
-      documents: of the part, in order; never empty ones.
+      number: of the part in the corpus; decides the first document number.
+      documents: of the part, in order; none of them empty.
       recipe: how to split and pack.
       tokenizer: encodes text, or whole conversations by its chat template.
       duplicates: int [n], ascending: positions of documents to leave out.
-      skipped: what `documents.read_documents` counts while `documents` is consumed.
+      skipped: the counter that `documents.read_documents` updates while `documents` is consumed.
 
     Raises:
       InputError: a document cannot be read or encoded.
-      OSError: the disk refuses.
+      OSError: a file cannot be written.
     """
     skipped = Counter() if skipped is None else skipped
     everything = hashlib.sha256()
@@ -109,7 +107,7 @@ def build_shard(
     dropped = set() if duplicates is None else set(duplicates.tolist())
 
     def encoded() -> Iterator[Document]:
-        """Train documents; those of validation go aside."""
+        """Train documents; validation documents are put aside."""
         index = number * DOCUMENT_STRIDE % 2**32
         for texts in _batches(_without(documents, dropped, skipped)):
             for text, (tokens, scored) in zip(texts, encode(texts, tokenizer), strict=True):
@@ -128,7 +126,7 @@ def build_shard(
     with _scratch(folder) as local:
         entries = {}
         for name, source in (("train", encoded()), ("validation", aside)):
-            path = local / f"{name}-{number:05d}.array_record"
+            path = Path(local) / f"{name}-{number:05d}.array_record"
             count = write_rows(path, rows(source, recipe.sequence_length), token_dtype(tokenizer.vocab_size))
             entry = _publish(path, folder) if count else None
             seen = counts[name]
@@ -140,7 +138,7 @@ def build_shard(
 def finish(
     folder: str | Path, shards: Sequence[Shard], recipe: Recipe, tokenizer: Tokenizer, name: str, version: str
 ) -> Manifest:
-    """Add tokenizer and manifest to a folder that holds all `shards`: from then on it is prepared data.
+    """Add tokenizer and manifest to a folder that holds all `shards`, which completes the prepared data.
 
     Args:
       folder: local, or a URL.
@@ -152,7 +150,7 @@ def finish(
 
     Raises:
       InputError: there is no train row, or validation was asked for and has no document.
-      OSError: the disk refuses.
+      OSError: a file cannot be written.
     """
     total = sum(shard.train.documents + shard.validation.documents for shard in shards)
     for split, wanted in (("train", True), ("validation", recipe.validation_fraction > 0)):
@@ -165,20 +163,17 @@ def finish(
     splits = {}
     for split in ("train", "validation"):
         parts: list[ShardSplit] = [getattr(shard, split) for shard in shards]
-        splits[split] = SplitEntry(
-            documents=sum(part.documents for part in parts),
-            bytes=sum(part.bytes for part in parts),
-            tokens=sum(part.tokens for part in parts),
-            rows=sum(part.rows for part in parts),
-            shards=tuple(ShardFile(part.file.name, part.rows) for part in parts if part.file),
-        )
-    with _scratch(folder) as local:
+        sums = {name: sum(getattr(part, name) for part in parts) for name in ("documents", "bytes", "tokens", "rows")}
+        files = tuple(ShardFile(part.file.name, part.rows) for part in parts if part.file)
+        splits[split] = SplitEntry(**sums, shards=files)
+    with _scratch(folder) as scratch:
+        local = Path(scratch)
         tokenizer.save(local / "tokenizer")
-        files = [
+        entries = [
             dataclasses.replace(_publish(path, f"{folder}/tokenizer"), name=f"tokenizer/{path.name}")
             for path in sorted((local / "tokenizer").iterdir())
         ]
-        files += [part.file for shard in shards for part in (shard.train, shard.validation) if part.file]
+        entries += [part.file for shard in shards for part in (shard.train, shard.validation) if part.file]
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             source=SourceEntry(name, version, everything.hexdigest()),
@@ -190,7 +185,7 @@ def finish(
             train=splits["train"],
             validation=splits["validation"],
             skipped=Skipped(*(sum(getattr(s.skipped, n) for s in shards) for n in ("empty", "bad", "duplicate"))),
-            files=tuple(sorted(files, key=lambda file: file.name)),
+            files=tuple(sorted(entries, key=lambda entry: entry.name)),
         )
         write_manifest(local, manifest)
         _publish(local / "manifest.json", folder)
@@ -219,7 +214,7 @@ def _batches(documents: Iterable[Text]) -> Iterator[list[Text]]:
 
 
 def encode(texts: Sequence[Text], tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-    """(tokens int32 [n], which count as labels bool [n] or None for all) of every document."""
+    """The tokens of every document, int32 [n], and which of them count as labels, bool [n]; None: all."""
     plain = iter(tokenizer.encode_batch([text for text in texts if isinstance(text, str)], eos=True))
     for text in texts:
         if isinstance(text, str):
@@ -230,27 +225,17 @@ def encode(texts: Sequence[Text], tokenizer: Tokenizer) -> Iterator[tuple[np.nda
 
 def _bytes(text: Text) -> bytes:
     try:
-        whole = text if isinstance(text, str) else json.dumps(text, sort_keys=True, ensure_ascii=False)
-        return whole.encode()
+        return (text if isinstance(text, str) else json.dumps(text, sort_keys=True, ensure_ascii=False)).encode()
     except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
-        raise InputError(f"text: not valid Unicode ({error.reason}) near {error.object[:60]!r}; mend it") from error
+        raise InputError(f"text: not valid Unicode ({error.reason}) near {error.object[:60]!r}; correct it") from error
 
 
-class _scratch:
+def _scratch(folder: str | Path) -> tempfile.TemporaryDirectory[str]:
     """A local folder to write into: a hidden one inside a local target, so that files are renamed and not copied."""
-
-    def __init__(self, folder: str | Path) -> None:
-        if "://" in str(folder):
-            self.path = Path(tempfile.mkdtemp())
-        else:
-            self.path = Path(folder) / f".partial-{uuid.uuid4().hex[:12]}"
-            self.path.mkdir(parents=True)
-
-    def __enter__(self) -> Path:
-        return self.path
-
-    def __exit__(self, *error: object) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
+    if "://" in str(folder):
+        return tempfile.TemporaryDirectory()
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    return tempfile.TemporaryDirectory(prefix=".partial-", dir=folder, ignore_cleanup_errors=True)
 
 
 def _publish(path: Path, folder: str | Path) -> FileEntry:
@@ -262,7 +247,7 @@ def _publish(path: Path, folder: str | Path) -> FileEntry:
         fs.put_file(str(path), f"{root}/{path.name}")
     else:
         with path.open("rb") as file:
-            os.fsync(file.fileno())  # a name must not outlive its content
+            os.fsync(file.fileno())  # the name must not outlive the content
         Path(folder).mkdir(parents=True, exist_ok=True)
         path.replace(Path(folder) / path.name)
     return entry
