@@ -68,7 +68,7 @@ lint: install-dev
 
 # Nothing is fetched; a dangling link or anchor is an error.
 docs: install-dev
-	$(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 format: install-dev
 	$(BIN)/ruff check --fix .
