@@ -1,7 +1,6 @@
 """How much one recurrence changes distances near a state: its Jacobian's norm and eigenvalues, from products with it.
 
-J = ds_{i+1} / ds_i, for all tokens of a text at once: L*D by L*D, never formed. Attention defines only its backward
-rule, so a product J v is made by transposing the (linear) function u -> J^T u.
+J = ds_{i+1} / ds_i, for all tokens of a text at once: L*D by L*D, never formed.
 """
 
 from __future__ import annotations
@@ -37,13 +36,6 @@ class Contraction(NamedTuple):
     residual: np.ndarray
 
 
-def products(f: Callable[[Array], Array], x: Array) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
-    """(v -> J v, u -> J^T u) for the Jacobian J of f at x, where f may have a backward rule only."""
-    _, backward = jax.vjp(f, x)
-    forward = jax.linear_transpose(lambda u: backward(u)[0], x)
-    return lambda v: forward(v)[0], lambda u: backward(u)[0]
-
-
 def _unit(v: Float[Array, "B L D"]) -> tuple[Float[Array, "B L D"], Float[Array, "B"]]:
     """Rows of v at length 1, and their lengths."""
     length = jnp.sqrt((v * v).sum((1, 2)))
@@ -63,11 +55,12 @@ def power_iterations(
       (norm, H of J Q = Q H).
     """
     x = x.astype(jnp.float32)
-    J, JT = products(f, x)
+    _, J = jax.linearize(f, x)
+    JT = jax.linear_transpose(J, x)
     start, _ = _unit(jax.random.normal(key, x.shape))
 
     def both(_: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        return _unit(JT(J(carry[0])))
+        return _unit(JT(J(carry[0]))[0])
 
     _, squared = jax.lax.fori_loop(0, rounds, both, (start, jnp.zeros(x.shape[0])))
     v = jax.lax.fori_loop(0, rounds, lambda _, v: _unit(J(v))[0], start)

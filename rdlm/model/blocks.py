@@ -16,8 +16,8 @@ from jax import Array
 from jaxtyping import Bool, Float, Float32, Int
 
 from rdlm.config import ModelConfig
-from rdlm.model.attention import attend, attend_cached, attend_flash
 from rdlm.model.cache import KeyValue
+from rdlm.model.kernels import attend, attend_cached, attend_flash
 from rdlm.remat import keep
 
 
@@ -38,7 +38,7 @@ class Context(NamedTuple):
 
 
 def takase_std(config: ModelConfig) -> tuple[float, float]:
-    """(std, out std) of the initialisation (spec section 4): sqrt(2/(5D)), and that over sqrt(2 * effective depth)."""
+    """(std, out std) = sqrt(2/(5D)), and that over sqrt(2 * effective depth) (docs/model.md, Initialisation)."""
     depth = config.prelude_layers + config.coda_layers + config.core_layers * config.mean_recurrence
     std = (2 / (5 * config.embed_dim)) ** 0.5
     return std, std / (2 * depth) ** 0.5
@@ -83,43 +83,8 @@ def rotate(
 
 
 def linear(x: Float[Array, "*tokens D"], w: Float[Array, "D F"]) -> Float[Array, "*tokens F"]:
-    """x @ w as one product over all tokens: on CPU the batched form takes twice as long backwards."""
-    return _product(x.reshape(-1, x.shape[-1]), w).reshape(*x.shape[:-1], w.shape[-1])
-
-
-@jax.custom_vjp
-def _product(x: Float[Array, "T D"], w: Float[Array, "D F"]) -> Float[Array, "T F"]:
-    return x @ w
-
-
-def _product_backward(saved: tuple[Array, Array], d: Array) -> tuple[Array, Array]:
-    x, w = saved
-    d_w = _turned(x) @ d if x.shape[1] <= d.shape[1] else (_turned(d) @ x).T  # turn the smaller one
-    return d @ w.T, d_w
-
-
-def _turned(x: Float[Array, "T D"]) -> Float[Array, "D T"]:
-    # In memory too on CPU: left to the product, summing over the first axis of both sides costs 3 % of a training step.
-    return jax.lax.platform_dependent(x, cpu=lambda x: jax.lax.optimization_barrier(x.T), default=lambda x: x.T)
-
-
-_product.defvjp(lambda x, w: (x @ w, (x, w)), _product_backward)
-
-
-@jax.custom_vjp
-def _gated(gate: Float[Array, "*tokens F"], up: Float[Array, "*tokens F"]) -> Float[Array, "*tokens F"]:
-    """silu(gate) * up, with a backward pass that reads and writes less: 1.5 % of a training step on CPU."""
-    return jax.nn.silu(gate) * up
-
-
-def _gated_backward(saved: tuple[Array, Array], d: Array) -> tuple[Array, Array]:
-    gate, up = saved
-    sigmoid = jax.nn.sigmoid(gate)
-    silu = gate * sigmoid
-    return d * up * (sigmoid + silu * (1 - sigmoid)), d * silu
-
-
-_gated.defvjp(lambda gate, up: (_gated(gate, up), (gate, up)), _gated_backward)
+    """x @ w, as one product over all tokens: on CPUs the batched form takes twice as long to differentiate."""
+    return (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[-1])
 
 
 def normalise(x: Float[Array, "*tokens D"], scale: Float[Array, "D"], eps: float) -> Float[Array, "*tokens D"]:
@@ -130,7 +95,7 @@ def normalise(x: Float[Array, "*tokens D"], scale: Float[Array, "D"], eps: float
 
 
 class RMSNorm(nn.Module):
-    """w * x / rms(x), statistics in f32, cast back before the weight (spec section 1)."""
+    """w * x / rms(x), statistics in f32, cast back before the weight (docs/model.md, Block)."""
 
     config: ModelConfig
 
@@ -155,7 +120,7 @@ def weight(module: nn.Module, name: str, shape: tuple[int, ...], std: float, axe
 
 
 class SelfAttention(nn.Module):
-    """Causal self-attention with biased queries and keys (spec section 1), over cached tokens too when given."""
+    """Causal self-attention with biased queries and keys (docs/model.md, Block), over cached tokens too when given."""
 
     config: ModelConfig
 
@@ -211,7 +176,7 @@ class SelfAttention(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """proj(silu(gate) * up); gate and up are the two halves of `fc` (spec section 1)."""
+    """proj(silu(gate) * up); gate and up are the two halves of `fc` (docs/model.md, Block)."""
 
     config: ModelConfig
 
@@ -224,11 +189,11 @@ class GatedMLP(nn.Module):
         proj = weight(self, "proj", (F, D), out_std, ("mlp", "embed"), x.dtype)
         into_gate, into_up = jax.lax.split(fc, (1, 1))  # not indexed: gradients of indexing are padded and added up
         gate, up = keep(linear(x, into_gate[0])), keep(linear(x, into_up[0]))
-        return linear(_gated(gate, up), proj)
+        return linear(jax.nn.silu(gate) * up, proj)
 
 
 class SandwichBlock(nn.Module):
-    """Attention and MLP, each with a norm before and a norm on the residual sum (spec section 1)."""
+    """Attention and MLP, each with a norm before and a norm on the residual sum (docs/model.md, Block)."""
 
     config: ModelConfig
 

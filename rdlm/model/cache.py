@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Float32, Int, Shaped
 
 from rdlm.config import CachePolicy, ModelConfig
 from rdlm.model.attention import HIDDEN
+from rdlm.model.kernels import row_major
 
 
 def stored_width(width: int) -> int:
@@ -154,7 +154,7 @@ def write(
     flat = target.reshape(-1, F).at[index].set(_wide(new, target), mode="drop")
     # Where an axis has one element, compilers may take another order of axes for the same thing and copy between them.
     # (The barrier: a program that returns an array with a constraint of its own could not take a donated one for it.)
-    kept = with_layout_constraint(flat.reshape(target.shape), Layout(tuple(range(target.ndim))))
+    kept = row_major(flat.reshape(target.shape))
     return lax.optimization_barrier(kept)
 
 

@@ -17,9 +17,10 @@ from jax import Array
 from jaxtyping import Bool, Float, Float32, Int, Int32, Key
 
 from rdlm.config import ModelConfig
-from rdlm.model.attention import HIDDEN, causal_bias, fits_flash
+from rdlm.model.attention import HIDDEN, causal_bias
 from rdlm.model.blocks import Context, RMSNorm, SandwichBlock, linear, rotary_tables, takase_std, weight
 from rdlm.model.cache import KeyValue
+from rdlm.model.kernels import fits_flash
 from rdlm.remat import PLAIN, Plan
 
 Params = Any

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rdlm.model.attention import HIDDEN, attend, attend_cached, attend_flash, causal_bias
+from rdlm.model.attention import HIDDEN, causal_bias
+from rdlm.model.kernels import attend, attend_cached, attend_flash
 
 B, H, Q = 2, 4, 8
 
@@ -73,7 +74,7 @@ def test_attend_is_softmax_attention_with_its_gradients(L, packed):
 
 @pytest.mark.parametrize(("key_heads", "value_heads"), [(4, 2), (2, 2), (1, 1)])
 def test_attend_with_fewer_key_heads(key_heads, value_heads):
-    # A bias on keys is per query head, so keys may have all heads while values are shared (spec section 1).
+    # A bias on keys is per query head, so keys may have all heads while values are shared (docs/model.md, Block).
     ids, given = segments(70), inputs(70, key_heads, value_heads)
     bias, visible = causal_bias(jnp.asarray(ids), 70), sees(ids, 70)
     ours, reference = both(lambda *a: attend(*a, bias), lambda *a: softmax_attention(*a, visible), given)
@@ -169,3 +170,18 @@ def test_the_fused_kernel_is_softmax_attention_with_its_gradients(width, window)
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
     wrong = flash(q, k, np.roll(v, 1, axis=1))
     assert abs(wrong[0] - expected[0]) > 1e-2
+
+
+def test_forward_mode_is_that_of_softmax_attention():
+    """Along a tangent, in a length of two blocks; nothing of what the derivative reads may be missing."""
+    bias, visible = causal_bias(jnp.asarray(segments(130)), 130), sees(segments(130), 130)
+    given, along = inputs(130), tuple(random(seed, *x.shape) for seed, x in enumerate(inputs(130), 4))
+
+    @jax.jit
+    def tangents(given, along):
+        plain = jax.jvp(lambda *a: softmax_attention(*a, visible), given, along)[1]
+        return jax.jvp(lambda *a: attend(*a, bias), given, along)[1], plain
+
+    ours, reference = tangents(given, along)
+    np.testing.assert_allclose(ours, reference, rtol=0, atol=1e-5 * np.abs(reference).max())
+    assert np.abs(tangents(given, along[::-1])[0] - reference).max() > 0.1

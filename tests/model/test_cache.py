@@ -11,8 +11,9 @@ from oracle import random_params
 from rdlm import exits
 from rdlm.config import CachePolicy, ModelConfig
 from rdlm.decode import generate
-from rdlm.model.attention import HIDDEN, _cached_by_heads, _cached_flat
+from rdlm.model.attention import HIDDEN, softmax_attention
 from rdlm.model.cache import stored_width, write
+from rdlm.model.kernels import attend_flat
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 S, B, T, F, W = 3, 2, 4, 2, 5
@@ -48,10 +49,10 @@ def test_attention_over_a_flat_cache_is_attention(H, K, V, L):
     own = k, v, jnp.where(jnp.tril(jnp.ones((L, L), bool)), 0.0, HIDDEN)[None]
     seen = jnp.arange(T)[None, None] < jnp.array([3, 0, 7])[:, None, None]
     past = past_k, past_v, jnp.where(seen, 0.0, HIDDEN)
-    right = _cached_by_heads(q, own, past)
-    np.testing.assert_allclose(_cached_flat(q, own, past), right, atol=1e-6)
+    right = softmax_attention(q, own, past)
+    np.testing.assert_allclose(attend_flat(q, own, past), right, atol=1e-6)
     later = past_k, past_v, jnp.where(jnp.roll(seen, 1, axis=-1), 0.0, HIDDEN)
-    assert np.abs(_cached_flat(q, own, later) - right).max() > 1e-3, "what is seen must matter"
+    assert np.abs(attend_flat(q, own, later) - right).max() > 1e-3, "what is seen must matter"
 
 
 def test_columns_that_fill_tiles():
