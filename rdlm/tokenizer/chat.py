@@ -1,4 +1,4 @@
-"""Chat templates: jinja2, with the `{% generation %}` blocks that say what the assistant says."""
+"""Chat templates: jinja2, with `{% generation %}` blocks around the words of the assistant."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import functools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import jinja2
 import jinja2.ext
@@ -29,16 +28,19 @@ REFERENCE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|begin_header|>Huginn<|end_header|>\n\n' }}{% else %}{{ eos_token }}{% endif %}"
 )
-"""The reference's rules (spec section 7), for tokenizers that bring no template."""
+"""The reference's rules (arXiv 2502.05171), for tokenizers without a template."""
 
-# Unicode keeps these for use inside a program: begin and end of what the assistant says, and what is put into the
-# special tokens that a message spells out, so that they stay text.
+Template = str | list[dict[str, str]] | None
+"""`chat_template` of tokenizer_config.json: text, several named ones (the "default" one is used), or none."""
+
+# Unicode reserves these for use inside a program: begin and end of the assistant's words, and a mark that keeps special
+# tokens spelled out in a message from being read as such.
 _BEGIN, _END, _GUARD = "\ufdd0", "\ufdd1", "\ufdd2"
-_OURS = re.compile(f"[{_BEGIN}{_END}{_GUARD}]")
+_RESERVED = re.compile(f"[{_BEGIN}{_END}{_GUARD}]")
 
 
 def render(
-    template: Any,
+    template: Template,
     messages: Sequence[Mapping[str, str]],
     *,
     add_generation_prompt: bool,
@@ -46,18 +48,18 @@ def render(
     eos_token: str,
     special: Sequence[str],
 ) -> str:
-    """A conversation as text that `runs` takes apart again.
+    """A conversation as text that `runs` can split again.
 
     Args:
-      template: of tokenizer_config.json: text, a list of named ones (the one called "default" counts), or None.
-      messages: {"role": ..., "content": ...}; other fields are handed to the template as they are.
-      add_generation_prompt: end where the assistant goes on.
+      template: see `Template`.
+      messages: {"role": ..., "content": ...}; other fields are passed to the template as they are.
+      add_generation_prompt: end with the header of the assistant's reply.
       bos_token: for the template.
       eos_token: for the template.
       special: all special tokens of the tokenizer.
 
     Raises:
-      InputError: no messages, one without role or content, or a template that is wrong or refuses them.
+      InputError: no messages, one without role or content, or a template that is invalid or refuses them.
     """
     if not messages:
         raise InputError("messages: at least one is needed")
@@ -66,8 +68,8 @@ def render(
         for field in ("role", "content"):
             if not isinstance(message.get(field), str):
                 raise InputError(f"messages[{i}]: {field!r} is missing or not text")
-            if _OURS.search(message[field]):
-                raise InputError(f"messages[{i}]: {field!r} holds U+FDD0, U+FDD1 or U+FDD2, which are no characters")
+            if _RESERVED.search(message[field]):
+                raise InputError(f"messages[{i}]: {field!r} holds U+FDD0, U+FDD1 or U+FDD2, which are not characters")
         words = {field: _pattern(tuple(special)).sub(_guard, message[field]) for field in ("role", "content")}
         guarded.append({**message, **words})
     if isinstance(template, list):
@@ -89,8 +91,7 @@ def runs(text: str, special: Sequence[str]) -> Iterator[tuple[bool, str, list[tu
     """Rendered text as special tokens and the text between them.
 
     Yields:
-      (special or not, the token or text, where in it the assistant speaks: pairs of begin and end; for a special token
-      the list is empty or not).
+      Whether it is a special token; the token or the text; the spans of the assistant's words in it, as (begin, end).
     """
     speaking = False
     for i, piece in enumerate(re.split(f"({_pattern(tuple(special)).pattern})", text)):
@@ -98,7 +99,7 @@ def runs(text: str, special: Sequence[str]) -> Iterator[tuple[bool, str, list[tu
             yield True, piece, [(0, len(piece))] if speaking else []
             continue
         plain, spans, start = "", [], 0
-        for part in re.split(f"({_OURS.pattern})", piece):
+        for part in re.split(f"({_RESERVED.pattern})", piece):
             if part == _BEGIN:
                 speaking, start = True, len(plain)
             elif part == _END:

@@ -1,4 +1,4 @@
-"""The tokenizer: any local tokenizer.json, with its special ids, the bytes of its tokens and its identity."""
+"""The tokenizer: any local tokenizer.json, its special ids, the bytes of its tokens and its identity."""
 
 from __future__ import annotations
 
@@ -9,26 +9,27 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import tokenizers
 
 from rdlm.config import InputError
 from rdlm.tokenizer import chat, training
+from rdlm.tokenizer.training import Config
 
-_LONG = 2**19  # characters; longer texts are encoded in pieces of about so many
+_LONG = 2**19  # characters; longer texts are encoded in pieces of about this size
 _ENCODED_AT_ONCE = 2**22  # characters
 _LINE_START = re.compile(r"\n(?=[^\W_])")
 
 
 class Tokenizer:
-    """Encodes and decodes text; knows its special ids, the bytes of every token, and its own identity (`hash`).
+    """Encodes and decodes text; has special ids, the bytes of every token, and an identity (`hash`).
 
-    Text that looks like a special token is ordinary text when encoded: only ids make special tokens.
+    Text that looks like a special token is encoded as ordinary text: special tokens exist as ids only.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, config: dict[str, Any], where: str = "tokenizer") -> None:
+    def __init__(self, backend: tokenizers.Tokenizer, config: Config, where: str = "tokenizer") -> None:
         """Wrap a loaded `tokenizers.Tokenizer` and the content of its tokenizer_config.json.
 
         Raises:
@@ -36,7 +37,7 @@ class Tokenizer:
         """
         backend.no_truncation()
         backend.no_padding()
-        backend.encode_special_tokens = True  # i.e. "<|end_text|>" inside a document is nine harmless pieces of text
+        backend.encode_special_tokens = True  # so that "<|end_text|>" in a document is ordinary text
         self._backend, self._config = backend, config
         self.eos_id = self._special("eos_token", where)
         self.bos_id = self._special("bos_token", where) if config.get("bos_token") else self.eos_id
@@ -49,8 +50,8 @@ class Tokenizer:
         Args:
           texts: to learn from.
           vocab_size: entries.
-          special_ids: "first": ids 0 to 5; "last": the last 32 ids, as the reference, some of them reserved (65504 to
-            65535 of 65536).
+          special_ids: "first": ids 0 to 5; "last": the last 32 ids, some of them reserved, as in the reference (65504
+            to 65535 of 65536).
 
         Raises:
           InputError: `vocab_size` cannot hold 256 bytes and the special tokens, or the texts are too few to fill it.
@@ -64,12 +65,12 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
-        """Read tokenizer.json and tokenizer_config.json from a local folder, ours or anyone's.
+        """Read tokenizer.json and tokenizer_config.json from a local folder, of this library or any other.
 
-        Where no bos_token is named, as in many folders, documents begin with the eos_token.
+        Without a bos_token, as in many folders, documents begin with the eos_token.
 
         Raises:
-          InputError: a file is missing or not what its name says, or names no eos_token.
+          InputError: a file is missing or invalid, or no eos_token is named.
         """
         place = Path(folder)
         text = _read(place, "tokenizer.json")
@@ -86,7 +87,7 @@ class Tokenizer:
             raise InputError(f"{folder}/{name}: not JSON ({error}); copy it again") from error
         if not isinstance(config, dict):
             raise InputError(f"{folder}/{name}: expected an object, found {type(config).__name__}")
-        if (place / "chat_template.jinja").exists():  # where newer folders keep it
+        if (place / "chat_template.jinja").exists():  # its place in newer folders
             config["chat_template"] = _read(place, "chat_template.jinja")
         return cls(backend, config, where=f"{folder}/{name}")
 
@@ -106,7 +107,7 @@ class Tokenizer:
             raise InputError(f"{folder}: cannot be written ({error.strerror or error})") from error
 
     def encode(self, text: str, bos: bool = True, eos: bool = False) -> np.ndarray:
-        """Token ids of `text`, int32 [n], with bos_id before and eos_id after it if asked.
+        """Token ids of `text`, int32 [n], after bos_id and before eos_id if these are True.
 
         Raises:
           InputError: `text` is not valid Unicode (it holds a lone surrogate).
@@ -114,7 +115,7 @@ class Tokenizer:
         return self.encode_batch([text], bos, eos)[0]
 
     def encode_batch(self, texts: Sequence[str], bos: bool = True, eos: bool = False) -> list[np.ndarray]:
-        """`encode` of every text, on all cores; long texts piece by piece, which changes nothing but memory."""
+        """`encode` of every text, on all cores; long texts in pieces, with the same result in less memory."""
         pieces = [(i, piece) for i, text in enumerate(texts) for piece in self._pieces_of(text)]
         found: list[list[np.ndarray]] = [[] for _ in texts]
         while pieces:
@@ -123,7 +124,7 @@ class Tokenizer:
                 size, count = size + len(pieces[count][1]), count + 1
             try:
                 encodings = self._backend.encode_batch_fast([p for _, p in pieces[:count]], add_special_tokens=False)
-            except TypeError as error:  # raised for lone surrogates as well as for things that are not str
+            except TypeError as error:  # raised for lone surrogates as well as for other types than str
                 raise InputError(f"text: cannot be encoded ({error}); give valid Unicode strings") from error
             for (i, _), encoding in zip(pieces[:count], encodings, strict=True):
                 found[i].append(np.array(encoding.ids, np.int32))
@@ -134,13 +135,13 @@ class Tokenizer:
     def encode_chat(self, messages: Sequence[Mapping[str, str]], reply: bool = True) -> np.ndarray:
         """A conversation as the tokenizer's chat template writes it, int32 [n].
 
-        Without a template of its own a tokenizer uses the reference's (`chat.REFERENCE`, spec section 7): every message
-        is header, role, header end, two line breaks, stripped content, end of turn; the first follows the begin token.
-        Special tokens spelled out in a message stay text.
+        A tokenizer without a template uses the reference's (`chat.REFERENCE`): every message is header, role, header
+        end, two line breaks, stripped content, end of turn; the first follows the begin token. Special tokens spelled
+        out in a message stay text.
 
         Args:
           messages: {"role": "system" | "user" | "assistant", "content": ...}.
-          reply: end with the assistant's header, for the model to go on; False: end with the end token.
+          reply: end with the assistant's header, for the model to continue; False: end with the end token.
 
         Raises:
           InputError: no messages, one without role or content, a template that refuses them, or a tokenizer without
@@ -151,13 +152,13 @@ class Tokenizer:
     def encode_conversation(
         self, messages: Sequence[Mapping[str, str]], reply: bool = True
     ) -> tuple[np.ndarray, np.ndarray]:
-        """`encode_chat` and, bool [n], which of its tokens the assistant says: those in `{% generation %}` blocks."""
+        """`encode_chat` and, bool [n], which tokens are the assistant's: those in `{% generation %}` blocks."""
         return self.encode_written(self.write_chat(messages, reply))
 
     def write_chat(self, messages: Sequence[Mapping[str, str]], reply: bool = True) -> str:
-        """`encode_chat` as text, for whoever passes text on: only `encode_written` reads special tokens out of it.
+        """`encode_chat` as text. Only `encode_written` reads special tokens out of it.
 
-        Special tokens that a message spells out carry a mark that keeps them text.
+        Special tokens spelled out in a message carry a mark that keeps them text.
         """
         return chat.render(
             self._config.get("chat_template"),
@@ -169,7 +170,7 @@ class Tokenizer:
         )
 
     def encode_written(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of a text that begins as `write_chat` wrote it, and which of them the assistant says."""
+        """Ids of a text that begins with the result of `write_chat`, and which of them are the assistant's."""
         ids: list[int] = []
         scored: list[bool] = []
         for special, run, spans in chat.runs(text, list(self.special_ids)):
@@ -183,7 +184,7 @@ class Tokenizer:
         return np.array(ids, np.int32), np.array(scored, bool)
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """Text of token ids. Bytes that are not UTF-8 become U+FFFD; ids outside the vocabulary are left out."""
+        """Text of token ids. Bytes that are not UTF-8 become U+FFFD; ids outside the vocabulary are skipped."""
         kept = [i for i in map(int, ids) if self._is_text(i, skip_special)]
         if self._pieces is None:
             return self._backend.decode(kept, skip_special_tokens=False)
@@ -209,9 +210,9 @@ class Tokenizer:
 
     @functools.cached_property
     def hash(self) -> str:
-        """sha256 (hex) of what decides how text becomes ids and back: equal hashes, interchangeable tokenizers.
+        """sha256 (hex) of everything that decides encoding and decoding: equal hashes mean interchangeable tokenizers.
 
-        Layout of the file, padding, truncation and the post-processor, which `encode` never uses, do not count.
+        Padding, truncation and the post-processor, which `encode` never uses, are left out; so is the file's layout.
         """
         tree = json.loads(self._backend.to_str())
         for unused in ("padding", "truncation", "post_processor"):
@@ -221,7 +222,7 @@ class Tokenizer:
 
     @functools.cached_property
     def token_bytes(self) -> np.ndarray:
-        """Bytes of text each token stands for, int32 [vocab_size]; special tokens have 0.
+        """Number of bytes of text in each token, int32 [vocab_size]; 0 for special tokens.
 
         The bytes of a text are the sum over its tokens, so bits per byte = nats / ln 2 / sum of `token_bytes[labels]`.
 
@@ -249,7 +250,7 @@ class Tokenizer:
         return pieces
 
     def _pieces_of(self, text: str) -> Iterator[str]:
-        """`text`, if it is long, cut at line starts where the tokenizer itself always cuts."""
+        """`text`, if it is long, cut at line starts that are also boundaries of the pre-tokenizer."""
         start = 0
         while self._may_cut and len(text) - start > _LONG:
             at = next((m.end() for m in _LINE_START.finditer(text, start + _LONG) if self._cuts(text, m.end())), None)
@@ -266,14 +267,14 @@ class Tokenizer:
 
     @functools.cached_property
     def _may_cut(self) -> bool:
-        # Only where a piece is encoded alone as it is within the text: nothing is put in front of it or normalised.
+        # A piece must be encoded alone as it is within the text: no prefix, no normalisation.
         tree = json.loads(self._backend.to_str())
         plain = tree["normalizer"] is None and self._pieces is not None and self._backend.pre_tokenizer is not None
         prefix = '"add_prefix_space": true' in json.dumps(tree["pre_tokenizer"])
         return plain and not prefix and not any("\n" in token["content"].strip("\n") for token in tree["added_tokens"])
 
     def _is_text(self, i: int, skip_special: bool) -> bool:
-        # A model whose embedding is padded can name ids beyond the vocabulary: they stand for nothing.
+        # A model with a padded embedding can produce ids beyond the vocabulary, which have no text.
         return 0 <= i < self.vocab_size and not (skip_special and i in self._special_set)
 
     @functools.cached_property
@@ -299,15 +300,16 @@ def _read(folder: Path, name: str) -> str:
         raise InputError(f"{folder}/{name}: cannot be read ({error})") from error
 
 
-def _content(token: Any) -> Any:
+def _content(token: object) -> object:
     """A token as tokenizer_config.json writes it: text, or an object with its text under `content`."""
     return token.get("content") if isinstance(token, dict) else token
 
 
 class DecodeStream:
-    """Turns ids into text as they arrive; a character split over tokens comes out whole, with its last token.
+    """Turns ids into text as they arrive; a character split over several tokens is returned with its last token.
 
-    What `push` and the final `end` return, joined, is exactly `Tokenizer.decode` of the ids.
+    The results of all `push` calls and the final `end`, joined, are exactly `Tokenizer.decode` of the ids
+    (`tokenizers.decoders.DecodeStream` has no `end`, so it loses an incomplete character).
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool = True) -> None:
@@ -326,11 +328,11 @@ class DecodeStream:
         return self._fresh(hold="\ufffd")
 
     def end(self) -> str:
-        """What is left when no token follows: U+FFFD for a character that was never completed, or nothing."""
+        """The rest of the text when no token follows: U+FFFD for an incomplete character, or nothing."""
         return self._utf8.decode(b"", final=True) + (self._fresh() if self._ids else "")
 
     def _fresh(self, hold: str | None = None) -> str:
-        # Other decoders look at neighbouring tokens, so decode all of them and return what is new.
+        # Other decoders depend on neighbouring tokens, so decode all of them and return the new text.
         text = self._tokenizer.decode(self._ids, skip_special=False)
         if hold and text.endswith(hold):
             return ""

@@ -13,26 +13,27 @@ from rdlm.tokenizer.chat import REFERENCE
 
 BEGIN_TEXT, END_TEXT, PAD = "<|begin_text|>", "<|end_text|>", "<|pad|>"
 SPECIAL_TOKENS = (BEGIN_TEXT, END_TEXT, "<|begin_header|>", "<|end_header|>", "<|end_turn|>", PAD)
-"""The reference's special tokens (spec section 7), in its order."""
-_SLOTS = 32  # ids that the reference keeps for special tokens at the end of its vocabulary
+"""The reference's special tokens, in its order (arXiv 2502.05171)."""
+_SLOTS = 32  # ids for special tokens at the end of the reference's vocabulary
 _LAST = (*SPECIAL_TOKENS, *(f"<|reserved_{i}|>" for i in range(_SLOTS - len(SPECIAL_TOKENS))))
 
-# Where text is cut before merging: a word with the space before it, one digit, one punctuation mark (with the space
-# before it), runs of newlines, other blanks. Digits stay single so that numbers are spelt the same everywhere.
+# Pieces of text that merges never cross: a word or a punctuation mark with the space before it, one digit, runs of
+# newlines, other blanks. Digits stay single, so that a number is tokenized in the same way everywhere.
 _SPLIT = r" ?\p{L}[\p{L}\p{M}]*|\p{N}|\n+| ?[^\s\p{L}\p{N}]|[^\S\n]+(?!\S)|[^\S\n]+"
 _LONGEST_TOKEN = 32  # bytes, as the reference
 
-Made = tuple[tokenizers.Tokenizer, dict[str, Any]]
-"""A tokenizer and its tokenizer_config.json."""
+Config = dict[str, Any]
+"""The content of a tokenizer_config.json."""
+Made = tuple[tokenizers.Tokenizer, Config]
 
 
 def train(texts: Iterable[str], vocab_size: int, special_ids: Literal["first", "last"]) -> Made:
     """See `Tokenizer.train`."""
     special = SPECIAL_TOKENS if special_ids == "first" else _LAST
-    least = 256 + len(special)
-    if vocab_size < least:
+    min_size = 256 + len(special)
+    if vocab_size < min_size:
         raise InputError(
-            f"vocab_size = {vocab_size}: must be at least {least}: 256 bytes, {len(special)} special tokens"
+            f"vocab_size = {vocab_size}: must be at least {min_size}: 256 bytes, {len(special)} special tokens"
         )
     backend = _empty(models.BPE())
     trainer = trainers.BpeTrainer(
@@ -49,7 +50,7 @@ def train(texts: Iterable[str], vocab_size: int, special_ids: Literal["first", "
     reached = backend.get_vocab_size()
     if reached != vocab_size:
         raise InputError(
-            f"vocab_size = {vocab_size}: these texts yield only {reached}; give more text or ask for at most that"
+            f"vocab_size = {vocab_size}: these texts yield only {reached}; give more text, or at most that size"
         )
     return _finished(backend, special, chat_template=special_ids == "last")
 
@@ -63,7 +64,7 @@ def bytes_only() -> Made:
 
 
 def characters_of_bytes() -> list[str]:
-    """Byte-level BPE writes each byte as one printable character: Latin-1 where printable, else from U+0100 on."""
+    """The printable character by which byte-level BPE writes each byte: Latin-1 if printable, else from U+0100 on."""
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = [b for b in range(256) if b not in printable]
     return [chr(b) if b in printable else chr(256 + others.index(b)) for b in range(256)]
@@ -82,7 +83,7 @@ def _empty(model: models.Model) -> tokenizers.Tokenizer:
 
 
 def _finished(backend: tokenizers.Tokenizer, special: tuple[str, ...], *, chat_template: bool) -> Made:
-    # Other readers of the folder add the same token that `encode` adds by default.
+    # Other libraries that read the folder then add the token that `encode` adds by default.
     backend.post_processor = processors.TemplateProcessing(
         single=f"{BEGIN_TEXT} $A", special_tokens=[(BEGIN_TEXT, backend.token_to_id(BEGIN_TEXT))]
     )
