@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# create.sh: ask for the TPU and wait until it is ready. Asked again while the request waits, it goes on waiting.
+# create.sh: request the TPU and wait until it is ready. Run again while a request is pending, it goes on waiting.
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 settings
 tier=()
 [[ $CAPACITY == on-demand ]] || tier=("--$CAPACITY")
 now=$(date +%s)
-deadline=${UNTIL:-$((now + WAIT_HOURS * 3600))} # supervise.sh may have less time
+deadline=${UNTIL:-$((now + WAIT_HOURS * 3600))} # supervise.sh may set an earlier one
 
 queue=$(queue_state '')
 node=$(node_state '')
@@ -18,7 +18,7 @@ esac
 BILLED=perhaps
 
 if [[ -n $made ]]; then
-  say "$TPU_NAME: waiting for what was asked for before"
+  say "$TPU_NAME: waiting for the earlier request"
 elif [[ $REQUEST == queued ]]; then
   tpu queued-resources create "$TPU_NAME" --node-id="$TPU_NAME" --accelerator-type="$ACCELERATOR_TYPE" \
     --runtime-version="$RUNTIME_VERSION" --valid-until-duration="${WAIT_HOURS}h" ${tier[@]+"${tier[@]}"} \
@@ -29,7 +29,7 @@ else
     if (($(date +%s) >= deadline)) || ! grep -qE 'no more capacity|nsufficient.*capacity' "$WORK/trouble"; then
       explain "create $TPU_NAME"
     fi
-    say "$TPU_NAME: no capacity in $ZONE now; asking again in a minute"
+    say "$TPU_NAME: no capacity in $ZONE now; trying again in a minute"
     pause 60
   done
 fi
@@ -49,7 +49,7 @@ while :; do
       fail "TPU_NAME = $TPU_NAME: was $node before it was ready; tpu_setup/delete.sh, then create.sh again" ;;
   esac
   (($(date +%s) < deadline)) ||
-    fail "$TPU_NAME: nothing came in time (WAIT_HOURS = $WAIT_HOURS); try another zone or type, or CAPACITY=on-demand"
+    fail "$TPU_NAME: no TPU in time (WAIT_HOURS = $WAIT_HOURS); try another zone or type, or CAPACITY=on-demand"
   pause 30
 done
 say "$TPU_NAME is READY in $ZONE, and billed from now on until tpu_setup/delete.sh; next: tpu_setup/setup.sh"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# install.sh [PYTHON] [EXTRA]: on a worker, make .venv with the versions of constraints.txt. Again: changes nothing.
-# PYTHON: which one, 3.11 or newer; empty: the first here, or one that uv downloads. EXTRA: of pyproject.toml (tpu).
+# install.sh [PYTHON] [EXTRA]: on a worker, create .venv with the versions of constraints.txt; does nothing if it is up
+# to date. PYTHON: 3.11 or newer; empty: the first one found, or one that uv downloads. EXTRA: of pyproject.toml (tpu).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 extra=${2:-tpu}
@@ -27,7 +27,7 @@ rm -f .venv/installed
 command -v tmux >/dev/null || sudo apt-get -o DPkg::Lock::Timeout=600 install -y -qq tmux >/dev/null
 if [[ -n $python ]]; then
   "$python" -m venv .venv
-else # Ubuntu 22.04, the system of TPU VMs, has 3.10
+else # TPU VMs run Ubuntu 22.04, which has Python 3.10
   python3 -m pip install --quiet --user uv
   python3 -m uv venv --quiet --seed --allow-existing --python 3.11 .venv
 fi

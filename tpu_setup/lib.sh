@@ -1,16 +1,16 @@
 # shellcheck shell=bash disable=SC2034 # settings are for the scripts that source this
-# What all scripts share; each sources it first. Settings come from config.env and nowhere else (CONFIG=FILE: another
-# file); DRY_RUN=1 prints every command that would be run, and runs none.
+# Shared by all scripts, which source it first. Settings come only from config.env (CONFIG=FILE: from another file).
+# DRY_RUN=1 prints every command instead of running it.
 set -euo pipefail
 
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 ROOT=$(dirname "$HERE")
 CONFIG=${CONFIG:-$HERE/config.env}
 DRY_RUN=${DRY_RUN:-0}
-BILLED='' # set where a failure may leave something behind that costs money
-WORKERS='' # how many, once asked
+BILLED='' # not empty: after a failure something may be left that costs money
+WORKERS='' # number of workers, once known
 WORK=$(mktemp -d)
-exec 3>&1 # where DRY_RUN prints, also from inside $(...)
+exec 3>&1 # DRY_RUN prints here, even inside $(...)
 
 finish() {
   local code=$?
@@ -24,16 +24,16 @@ say() {
   [[ $DRY_RUN != 1 || $* == error:* ]] || mark='(dry run) '
   printf '%s\n' "$mark$*" >&2
 }
-die() { # wrong input: trying again cannot help
+die() { # wrong input: the same command would fail again
   say "error: $*"
   exit 2
 }
-fail() { # trouble that may pass
+fail() { # a failure that may be temporary
   say "error: $*"
   exit 1
 }
 
-# The words as one line that a shell reads back as exactly these words.
+# The words, quoted so that a shell reads exactly these words.
 quote() {
   local line
   printf -v line '%q ' "$@"
@@ -56,7 +56,7 @@ read_settings() {
   local setting='^([A-Z_]+)=("([^"]*)"|'\''([^'\'']*)'\''|([^[:space:]"'\''#]*))[[:space:]]*(#.*)?$'
   CAPACITY=spot REQUEST=queued WAIT_HOURS=24 MAX_TRIES=5 MAX_HOURS=72 WHEN_DONE=delete PROFILER_PORT=9012
   PROJECT='' ZONE='' TPU_NAME='' ACCELERATOR_TYPE='' RUNTIME_VERSION='' BUCKET='' PYTHON=''
-  [[ -r $CONFIG ]] || die "CONFIG = $CONFIG: no such file; cp tpu_setup/config.env.example $CONFIG, and fill it in"
+  [[ -r $CONFIG ]] || die "CONFIG = $CONFIG: no such file; cp tpu_setup/config.env.example $CONFIG and fill it in"
   while IFS= read -r line || [[ -n $line ]]; do
     number=$((number + 1))
     [[ $line =~ ^[[:space:]]*(#.*)?$ ]] && continue
@@ -79,7 +79,7 @@ check_settings() {
   local number='[1-9][0-9]*'
   must PROJECT '[a-z][a-z0-9.:-]*[a-z0-9]' 'use the id of your Google Cloud project'
   must ZONE '[a-z]+-[a-z]+[0-9]+-[a-z]' "use a zone, like us-central1-a; list them: gcloud compute tpus locations list"
-  must TPU_NAME '[a-z]([-a-z0-9]{0,38}[a-z0-9])?' 'use small letters, digits and dashes, a letter first'
+  must TPU_NAME '[a-z]([-a-z0-9]{0,38}[a-z0-9])?' 'use small letters, digits and dashes, starting with a letter'
   must ACCELERATOR_TYPE '(v2|v3|v4|v5p|v5litepod|v6e)-[1-9][0-9]*' 'use a type like v5litepod-16, v6e-8, v5p-8 or v4-8'
   case $ACCELERATOR_TYPE in
     v6e-*) RUNTIME_VERSION=${RUNTIME_VERSION:-v2-alpha-tpuv6e} ;;
@@ -97,7 +97,7 @@ check_settings() {
   [[ -z $BUCKET ]] || must BUCKET 'gs://[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]' 'use gs://NAME, without a folder'
 }
 
-# What the settings came to, on one line. QUIET: another script has said it already.
+# The settings in use, on one line. QUIET: another script has printed them already.
 show_settings() {
   local name line="$CONFIG:"
   [[ -z ${QUIET:-} ]] || return 0
@@ -113,7 +113,7 @@ settings() {
     die "gcloud is not installed: https://cloud.google.com/sdk/docs/install, then gcloud auth login"
 }
 
-# Devices that JAX counts: chips, but cores on v2 and v3. The names count cores on v2 to v4 and on v5p.
+# The number of devices JAX sees: chips, but cores on v2 and v3. Types of v2 to v4 and of v5p count cores.
 expected_devices() {
   case $ACCELERATOR_TYPE in
     v4-* | v5p-*) echo $((${ACCELERATOR_TYPE#*-} / 2)) ;;
@@ -128,7 +128,7 @@ tpu() {
   run gcloud compute tpus "$@" --project="$PROJECT" --zone="$ZONE" 2>"$WORK/trouble" </dev/null
 }
 
-# explain ACTION: end with one line that says why gcloud refused, and what to do.
+# explain ACTION: exit with one line that says why gcloud failed and what to do.
 explain() {
   local text
   text=$(<"$WORK/trouble")
@@ -138,7 +138,7 @@ explain() {
     *SERVICE_DISABLED* | *'has not been used in project'*)
       die "cannot $1: the TPU API is off; gcloud services enable tpu.googleapis.com --project=$PROJECT" ;;
     *'Permission denied (publickey'*)
-      fail "cannot $1: it refuses your ssh key; add it: ssh-add ~/.ssh/google_compute_engine, and try again" ;;
+      fail "cannot $1: your ssh key is refused; run ssh-add ~/.ssh/google_compute_engine and try again" ;;
     *'auth login'* | *'active account'*) die "cannot $1: not logged in; gcloud auth login" ;;
     *PERMISSION_DENIED* | *'does not have permission'* | *denied*)
       die "PROJECT = $PROJECT: no permission to $1; ask its owner for the role roles/tpu.admin, or gcloud auth login" ;;
@@ -153,7 +153,7 @@ explain() {
   esac
 }
 
-# state_of KIND FIELD ASSUMED: the field; nothing when there is no such thing; ASSUMED in a dry run.
+# state_of KIND FIELD ASSUMED: the field's value; empty if the resource does not exist; ASSUMED in a dry run.
 state_of() {
   local code=0
   tpu "$1" describe "$TPU_NAME" --format="value($2)" || code=$?
@@ -170,7 +170,7 @@ queue_state() {
   state_of queued-resources state.state "${1-$assumed}"
 }
 
-# What is there and costs money, or will; nothing when nothing is.
+# Says what exists and costs money, now or later.
 mention_billing() {
   local queue node
   queue=$(queue_state 2>/dev/null) || queue=unknown
@@ -183,14 +183,14 @@ mention_billing() {
 need_ready() {
   local state
   state=$(node_state)
-  [[ $state == READY ]] || fail "TPU_NAME = $TPU_NAME: is ${state:-missing} in $ZONE, not READY; tpu_setup/create.sh makes it"
+  [[ $state == READY ]] || fail "TPU_NAME = $TPU_NAME: is ${state:-missing} in $ZONE, not READY; tpu_setup/create.sh creates it"
 }
 
 # --- workers
 
 count_workers() { state_of tpu-vm 'networkEndpoints[].ipAddress' 10.0.0.1 | awk -F ';' '{ n += NF } END { print n + 0 }'; }
 
-# on_worker N WORDS...: run exactly these words there. Tries again when ssh itself fails (255).
+# on_worker N WORDS...: run these words on worker N. Retries if ssh itself fails (255).
 on_worker() {
   local worker=$1 try code
   shift
@@ -203,8 +203,8 @@ on_worker() {
   done
 }
 
-# on_all WORDS...: on every worker at once. Prints "[N] line" for each line of output, in the order of workers, and of
-# those that fail what went wrong; returns the exit code of the last of them.
+# on_all WORDS...: run these words on all workers in parallel. Prints "[N] line" for each line of output, in the order
+# of workers, and the errors of those that fail; returns the exit code of the last failure.
 on_all() {
   local n count code worst=0 pids=()
   [[ -n $WORKERS ]] || WORKERS=$(count_workers)
@@ -213,7 +213,7 @@ on_all() {
   for ((n = 0; n < count; n++)); do
     on_worker "$n" "$@" >"$WORK/out.$n" 2>"$WORK/err.$n" &
     pids[n]=$!
-    (((n + 1) % 16)) || wait # a gcloud takes 100 MB
+    (((n + 1) % 16)) || wait # each gcloud takes 100 MB of memory
   done
   for ((n = 0; n < count; n++)); do
     code=0
@@ -229,11 +229,11 @@ on_all() {
   return "$worst"
 }
 
-# run_state ASSUMED [ID]: what the workers do, one word: none | running | done | preempted | wrong | alarm | failed |
-# unreachable. ID: of a certain run; otherwise of the newest.
+# run_state ASSUMED [ID]: the state of run ID, or of the newest, on all workers, as one word: none | running | done |
+# preempted | wrong | alarm | failed | unreachable.
 run_state() {
   local said
-  # A new worker has no code yet.
+  # A new worker does not have the code yet.
   # shellcheck disable=SC2016 # expanded on the worker
   said=$(on_all bash -c 'w=rdlm/tpu_setup/worker.sh; if [ -x $w ]; then $w status "$@"; else echo none; fi' - "${@:2}") || {
     echo unreachable
@@ -251,16 +251,16 @@ run_state() {
   esac
 }
 
-# The same name for the same command, on every worker and whenever it resumes.
+# The name of a run: the same for the same command, on every worker and after every resume.
 run_id() {
   local name
   name=$(basename "${1%.py}")
   printf '%s-%s\n' "$name" "$(printf '%s\0' "$@" | cksum | cut -d ' ' -f 1)"
 }
 
-# A script that git knows, or a line that says which there are.
+# Exits unless the script is tracked by git; says which scripts there are.
 check_script() {
   (($# > 0)) || die "which script? For example: tpu_setup/${0##*/} experiments/train.py small --run-dir runs/small"
   git -C "$ROOT" ls-files --error-unmatch -- "$1" >/dev/null 2>&1 ||
-    die "$1: git knows no such script; there are:" "$(git -C "$ROOT" ls-files 'experiments/*.py' | tr '\n' ' ')"
+    die "$1: git tracks no such script; there are:" "$(git -C "$ROOT" ls-files 'experiments/*.py' | tr '\n' ' ')"
 }

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# logs.sh [-n LINES]: the end of the newest run's log, of every worker. logs.sh -f [WORKER]: follow one of them (0).
+# logs.sh [-n LINES]: the last lines of the newest run's log on every worker. logs.sh -f [WORKER]: follow one log (0).
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 settings
 need_ready

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# profile.sh [SECONDS]: trace worker 0 of the active run (5 seconds), and fetch the trace to profiles/TPU_NAME.
+# profile.sh [SECONDS]: trace worker 0 of the active run (5 seconds) and copy the trace to profiles/TPU_NAME.
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 settings
 seconds=${1:-5}
@@ -12,5 +12,5 @@ on_worker 0 bash -euc 'cd rdlm
   rm -rf ~/profile && .venv/bin/python -m jax.collect_profile --log_dir "$HOME/profile" --no_perfetto_link "$1" "$2"' \
   profile "$PROFILER_PORT" "$((seconds * 1000))"
 mkdir -p "$ROOT/profiles/$TPU_NAME"
-tpu tpu-vm scp "$TPU_NAME:profile" "$ROOT/profiles/$TPU_NAME" --worker=0 --recurse --quiet || explain "fetch the trace"
-say "look at it: pip install xprof; xprof --port=6006 profiles/$TPU_NAME/profile"
+tpu tpu-vm scp "$TPU_NAME:profile" "$ROOT/profiles/$TPU_NAME" --worker=0 --recurse --quiet || explain "copy the trace"
+say "to view it: pip install xprof; xprof --port=6006 profiles/$TPU_NAME/profile"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# ssh.sh [WORKER]: a shell on a worker (0). ssh.sh WORKER|all COMMAND ARGS...: one command, words as they are.
+# ssh.sh [WORKER]: a shell on a worker (0). ssh.sh WORKER|all COMMAND ARGS...: run a command, its words unchanged.
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 settings
 worker=${1:-0}
@@ -8,6 +8,6 @@ need_ready
 if (($# > 1)); then
   if [[ $worker == all ]]; then on_all "${@:2}"; else on_worker "$worker" "${@:2}"; fi
 else
-  [[ $worker != all ]] || die "a shell on all workers at once? Name one, or a command"
+  [[ $worker != all ]] || die "all: needs a command; a shell runs on one worker"
   run gcloud compute tpus tpu-vm ssh "$TPU_NAME" --project="$PROJECT" --zone="$ZONE" --worker="$worker"
 fi

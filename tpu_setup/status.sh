@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# status.sh: the request, the TPU, and what its workers do.
+# status.sh: the state of the request, of the TPU, and of the runs on its workers.
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 settings
 queue=$(queue_state)

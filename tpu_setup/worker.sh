@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# worker.sh: the part of run.sh, status.sh, logs.sh, stop.sh and mount.sh that happens on a worker, over ssh.
-#   start ID PORT SCRIPT ARGS...   in tmux, detached; its log, process id and exit code go to ~/.rdlm/ID
-#   status [ID]                    "ID running", "ID preempted (exit code 75)", "none", ... of ID or of the newest
+# worker.sh: the part of run.sh, status.sh, logs.sh, stop.sh and mount.sh that runs on a worker, over ssh.
+#   start ID PORT SCRIPT ARGS...   run in the background, in tmux; log, process id and exit code go to ~/.rdlm/ID
+#   status [ID]                    state of run ID, or of the newest: "ID running", "ID preempted (...)", "none", ...
 #   logs LINES | follow | stop SECONDS | mount BUCKET
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -39,13 +39,13 @@ start() {
   local id=$1 now
   now=$(status)
   case $now in
-    "$id running") return ;; # asked twice
+    "$id running") return ;; # already started
     *running) die "$now; tpu_setup/stop.sh first" ;;
   esac
   [[ -x .venv/bin/python ]] || die "nothing is installed; tpu_setup/setup.sh first"
   mkdir -p "$STATE/$id"
   rm -f "$STATE/$id/exit" "$STATE/$id/pid"
-  printf '%s\0' "${@:2}" >"$STATE/$id/command" # tmux would read some words as its own
+  printf '%s\0' "${@:2}" >"$STATE/$id/command" # tmux would interpret some words itself
   ln -sfn "$id" "$STATE/current"
   tmux -S "$TMUX_SOCKET" new-session -d -s "$id" "$PWD/tpu_setup/worker.sh" hold "$id"
   echo "$id started"
@@ -67,7 +67,7 @@ stop() {
   id=$(current) || die "there is no run"
   [[ $(status "$id") == *running ]] || { status "$id" && return; }
   until [[ -s $STATE/$id/pid ]]; do sleep 0.1; done
-  kill -TERM "$(<"$STATE/$id/pid")" 2>/dev/null || true # it may just have ended by itself
+  kill -TERM "$(<"$STATE/$id/pid")" 2>/dev/null || true # it may have just ended
   until [[ -e $STATE/$id/exit ]]; do
     ((left-- > 0)) || die "$id is still running $1 seconds after it was asked to stop"
     sleep 1
@@ -82,12 +82,12 @@ mount() {
     sudo apt-get -o DPkg::Lock::Timeout=600 install -y -qq "/tmp/$package" >/dev/null
   fi
   mkdir -p "$folder"
-  # Hosts see at once what others write: without that a checkpoint of several hosts would fall apart.
+  # Without caches every host sees at once what others write; checkpoints of several hosts need that.
   mountpoint -q "$folder" || gcsfuse --implicit-dirs --rename-dir-limit=100000 --metadata-cache-ttl-secs=0 \
     --metadata-cache-negative-ttl-secs=0 "$1" "$folder" >/dev/null ||
     die "BUCKET = gs://$1: cannot be mounted; has the TPU's service account the role roles/storage.objectUser there?"
   mkdir -p "$folder/runs"
-  [[ -L runs || ! -d runs ]] || rmdir runs 2>/dev/null || die "$PWD/runs: holds runs of its own; move them away first"
+  [[ -L runs || ! -d runs ]] || rmdir runs 2>/dev/null || die "$PWD/runs: contains runs already; move them away first"
   ln -sfn "$folder/runs" runs
   echo "runs -> gs://$1/runs"
 }

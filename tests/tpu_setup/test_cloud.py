@@ -72,7 +72,7 @@ def test_waiting_has_an_end_and_says_what_is_left(place):
     place.cloud(queue="WAITING_FOR_RESOURCES", events=[{}, {"clock": 2_000_000}])
     code, _, err = place.run("create.sh")
     assert code == 1
-    assert "error: rdlm: nothing came in time (WAIT_HOURS = 24)" in err
+    assert "error: rdlm: no TPU in time (WAIT_HOURS = 24)" in err
     assert "left behind in us-west4-a" in err
     assert "request WAITING_FOR_RESOURCES, node none" in err
     assert made(place, "create") == []
@@ -141,7 +141,7 @@ def test_deletion_to_the_word(request_kind, place):
     place.cloud(queue="ACTIVE" if request_kind == "queued" else "", node="READY")
     code, _, err = place.run("delete.sh")
     assert code == 0
-    assert "there is no 'rdlm' in us-west4-a any more; gs://my-bucket stays" in err
+    assert "there is no 'rdlm' in us-west4-a any more; gs://my-bucket is kept" in err
     queued = ["compute", "tpus", "queued-resources", "delete", "rdlm", "--force", "--quiet", *ZONE]
     direct = ["compute", "tpus", "tpu-vm", "delete", "rdlm", "--quiet", *ZONE]
     assert made(place, "delete") == [queued if request_kind == "queued" else direct]
@@ -154,7 +154,7 @@ def test_an_active_run_is_not_deleted_by_accident(place, refused):
     place.cloud(replies={"status": [[255, "", "ssh: connection timed out"]] * 6})
     code, _, err = place.run("delete.sh")
     assert code == 2
-    assert "cannot ask its workers" in err.splitlines()[-1]
+    assert "cannot check its workers" in err.splitlines()[-1]
     assert made(place, "delete") == []
     assert place.run("delete.sh", "--force")[0] == 0
     assert len(made(place, "delete")) == 1
@@ -282,14 +282,14 @@ def test_a_command_that_fails_on_a_worker_fails_here(place):
 def test_the_bucket_is_made_once(place):
     code, _, err = place.run("bucket.sh")
     assert code == 0
-    assert "gs://my-bucket: made in us-west4" in err
+    assert "gs://my-bucket: created in us-west4" in err
     assert place.calls[-1] == [
         "storage", "buckets", "create", "gs://my-bucket", "--location=us-west4", "--uniform-bucket-level-access",
         "--enable-hierarchical-namespace", "--public-access-prevention", "--project=my-project",
     ]  # fmt: skip
     place.cloud(replies={"buckets describe": [[0, "US-WEST4", ""]]})
     code, _, err = place.run("bucket.sh")
-    assert "is there, in US-WEST4" in err
+    assert "exists, in US-WEST4" in err
     assert place.calls[-1][2] == "describe"
 
 

@@ -66,7 +66,7 @@ TABLE = [
     Scenario("hours are over", [{"clock": 1_007_200}], [*UP, "stop", "delete"], code=1,
              says=("MAX_HOURS = 2 are over", "same command goes on"), settings={"MAX_HOURS": "2"}),
     Scenario("hours are over while it waits", [{"queue": "ACCEPTED"}, {"clock": 1_007_200}, {}], ["create", "delete"],
-             code=1, says=("nothing came in time", "MAX_HOURS = 2 are over"), settings={"MAX_HOURS": "2"},
+             code=1, says=("no TPU in time", "MAX_HOURS = 2 are over"), settings={"MAX_HOURS": "2"},
              cloud={"replies": {"queued-resources create": [[0, "", ""]]}}),
     Scenario("ssh fails for a while", [{}] * 3 + [{"run": "done"}], [*UP[1:], "delete"],
              cloud={"queue": "ACTIVE", "node": "READY", "replies": {"status": [LOST] * 3}}, says=("do not answer",)),
