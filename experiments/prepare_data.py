@@ -6,8 +6,8 @@
     python experiments/prepare_data.py --tfds imdb_reviews --tokenizer tokenizers/mine --out data/imdb
     python experiments/train.py small --data.prepared data/mine data/crawl --data.weights 1 3
 
-Killed at any moment, the same command goes on where it stopped, to the same bytes. Measured on two cores: see
-`experiments/bench/data.py`. Exit codes: 0 done, 2 wrong input (one line says what and where).
+After a kill, the same command resumes where it stopped and makes the same bytes. `experiments/bench/data.py` measures
+the speed. Exit codes: 0 done, 2 wrong input (one line says what and where).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """What to prepare, and how."""
+    """The text to prepare, and how."""
 
     paths: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Files, folders, globs or gs:// URLs: .txt, .md, .jsonl, .json, .parquet, text and JSON also .gz or .zst."""
@@ -42,46 +42,44 @@ class Args:
     sequence_length: int = 1024
     """Tokens per row (L)."""
     packing: Packing = "concatenate_and_split"
-    """Documents end to end, cut every L; whole documents where they fit best; or the reference's rows, which start with
-    a document and drop what does not fit."""
+    """Documents end to end, cut every L tokens; whole documents where they fit best; or the reference's rows, each of
+    which starts with a document and drops the tokens that do not fit."""
     validation_fraction: float = 0.05
     """Share of documents held out for validation, chosen by a hash of their text."""
     deduplicate: bool = False
-    """Keep only the first of several equal documents; reads everything twice, and needs 16 bytes per document."""
+    """Keep only the first of several equal documents; reads the input twice; 16 bytes of memory a document."""
     field: str = "text"
-    """Field of JSON lines, parquet files and TFDS examples: text, or a list of chat messages. Of chats only what the
-    assistant says is scored."""
+    """Field of JSON lines, parquet files and TFDS examples: text, or a list of chat messages, of which only the
+    assistant's are scored."""
     document: Literal["file", "line", "blank_line"] = "file"
-    """What is one document in a text file: the file, each line, or what stands between blank lines."""
+    """One document of a text file: the whole file, each line, or each paragraph between blank lines."""
     bad_documents: Literal["refuse", "skip"] = "refuse"
-    """Text that is not UTF-8, lines that are not JSON, a missing field: stop, or leave out and count."""
+    """Text that is not UTF-8, lines that are not JSON, a missing field: stop, or skip and count."""
     tfds: str = ""
     """Instead of paths: a TFDS dataset, for example imdb_reviews or story_cloze/2016."""
     tfds_split: str = "train"
     """Its split."""
     tfds_dir: str = "data/tfds"
-    """Where TFDS keeps datasets; one prepared there as array_record is used as it is."""
+    """Folder of TFDS datasets; one already prepared there as array_record is used as it is."""
     manual_dir: str = ""
-    """Folder with files that the dataset wants to be put there by hand, or that were downloaded before."""
+    """Folder with files that the dataset cannot download, or that were downloaded before."""
     embedded: bool = False
     """Instead of paths: the embedded corpus, the CIA World Factbook."""
     processes: int = 0
-    """Processes side by side; 0: one per core. Changes nothing in the result."""
+    """Worker processes; 0: one per core. The result does not depend on it."""
     shard_bytes: int = 64_000_000
-    """Input per shard, about."""
+    """Approximate size of the input of a shard."""
     beam: bool = False
-    """Run as an Apache Beam pipeline (extra `beam`): here, or on Dataflow or Flink by --beam-flags."""
+    """Run as an Apache Beam pipeline (extra `beam`): on this machine, or elsewhere by --beam-flags."""
     beam_flags: str = ""
     """Flags of the pipeline, for example "--runner=DataflowRunner --project=P --region=R --temp_location=gs://B/tmp"."""
 
     def __post_init__(self) -> None:
         chosen = sum([bool(self.paths), bool(self.tfds), self.embedded])
         require(chosen == 1, "paths", self.paths, "give files or folders, or --tfds NAME, or --embedded: one of them")
-        require(bool(self.out), "--out", self.out, "say where the prepared data go, for example --out data/mine")
-        require(
-            bool(self.tokenizer), "--tokenizer", self.tokenizer,
-            "give a folder with tokenizer.json (experiments/train_tokenizer.py makes one), or 'bytes'",
-        )  # fmt: skip
+        require(bool(self.out), "--out", self.out, "name the folder of the prepared data, for example --out data/mine")
+        fix = "give a folder with tokenizer.json (experiments/train_tokenizer.py makes one), or 'bytes'"
+        require(bool(self.tokenizer), "--tokenizer", self.tokenizer, fix)
         require(self.processes >= 0, "--processes", self.processes, "must not be negative")
         require(self.shard_bytes >= 1, "--shard-bytes", self.shard_bytes, "must be at least 1")
         require(self.beam or "://" not in self.out, "--out", self.out, "must be a local folder (or pass --beam)")
@@ -110,7 +108,7 @@ def main() -> int:
 
 
 def find_corpus(args: Args, recipe: Recipe) -> Corpus:
-    """What the arguments point at."""
+    """The documents that the arguments name."""
     from rdlm.data.prepare import Corpus, cut_files, find_files
 
     if args.embedded:
@@ -133,12 +131,12 @@ def find_corpus(args: Args, recipe: Recipe) -> Corpus:
 
 
 def say(line: str) -> None:
-    """A line about progress."""
+    """Print a line of progress."""
     print(line, file=sys.stderr)
 
 
 def report(out: str, manifest: Manifest) -> None:
-    """What there is now, and how to train on it."""
+    """Print what was prepared, and how to train on it."""
     length = manifest.recipe.sequence_length
     for name in ("train", "validation"):
         split = manifest.split(name)
@@ -148,7 +146,7 @@ def report(out: str, manifest: Manifest) -> None:
         )
     left = {what: n for what, n in dataclasses.asdict(manifest.skipped).items() if n}
     if left:
-        print("left out    " + ", ".join(f"{n:,} {what}" for what, n in left.items()))
+        print("skipped     " + ", ".join(f"{n:,} {what}" for what, n in left.items()))
     print(
         f"train on it: python experiments/train.py PRESET --data.prepared {out} --data.sequence-length {length} "
         f"--data.tokenizer-size {manifest.vocab_size} --model.vocab-size {manifest.vocab_size}"

@@ -3,8 +3,8 @@
     python experiments/train_tokenizer.py texts/ --size 8192 --out tokenizers/mine
     python experiments/train_tokenizer.py --bytes --out tokenizers/bytes            # one token per byte, no training
 
-It learns from the documents that preparation will train on: those that the hash holds out for validation are left
-out. Two cores learn 8,192 entries from 100 MB in about a minute. Exit codes: 0 done, 2 wrong input.
+It learns from train documents only: preparation holds out the same documents for validation. Two cores learn 8,192
+entries from 100 MB in about a minute. Exit codes: 0 done, 2 wrong input.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rdlm.runtime import parse_arguments, run_command
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """What to learn from, and how much."""
+    """The text to learn from, and how much of it."""
 
     paths: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Files, folders, globs or gs:// URLs: .txt, .md, .jsonl, .json, .parquet, text and JSON also .gz or .zst."""
@@ -37,17 +37,17 @@ class Args:
     field: str = "text"
     """Field of JSON lines and column of parquet files that holds the text."""
     document: Literal["file", "line", "blank_line"] = "file"
-    """What is one document in a text file: the file, each line, or what stands between blank lines."""
+    """One document of a text file: the whole file, each line, or each paragraph between blank lines."""
     bad_documents: Literal["refuse", "skip"] = "refuse"
-    """Text that is not UTF-8, lines that are not JSON, a missing field: stop, or leave out and count."""
+    """Text that is not UTF-8, lines that are not JSON, a missing field: stop, or skip and count."""
     validation_fraction: float = 0.05
-    """Share of documents that preparation will hold out; not learnt from."""
+    """Share of documents that preparation will hold out."""
     max_bytes: int = 1_000_000_000
-    """Learn from about so much text, parts spread over all of it; memory grows with it."""
+    """Learn from at most about this much text, sampled in parts; memory grows with it."""
 
     def __post_init__(self) -> None:
-        require(bool(self.out), "--out", self.out, "say where the tokenizer goes, for example --out tokenizers/mine")
-        require(self.bytes or bool(self.paths), "paths", self.paths, "say what to learn from, or pass --bytes")
+        require(bool(self.out), "--out", self.out, "name a folder for the tokenizer, for example --out tokenizers/mine")
+        require(self.bytes or bool(self.paths), "paths", self.paths, "give files or folders, or pass --bytes")
         require(self.max_bytes > 0, "--max-bytes", self.max_bytes, "must be positive")
         require(
             0 <= self.validation_fraction < 1, "--validation-fraction", self.validation_fraction, "must be in [0, 1)"
@@ -55,9 +55,8 @@ class Args:
 
 
 def main() -> int:
-    args = parse_arguments(
-        Args, prog="train_tokenizer.py", description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)
-    )  # fmt: skip
+    flags = (tyro.conf.FlagCreatePairsOff,)
+    args = parse_arguments(Args, prog="train_tokenizer.py", description=__doc__, config=flags)
     from rdlm.runtime.files import complete_folder
     from rdlm.tokenizer import Tokenizer
 
@@ -80,7 +79,7 @@ def texts(args: Args) -> Iterator[str]:
     reading = Reading(args.field, args.document, args.bad_documents)
     cut = cut_files(find_files(args.paths), reading, min(64_000_000, args.max_bytes))
     total = sum(part.size for part in cut)
-    every = max(1.0, total / args.max_bytes)  # of so many parts one is learnt from
+    every = max(1.0, total / args.max_bytes)  # one in so many parts is used
     chosen = [cut[int(i * every)] for i in range(int(len(cut) / every))] or cut[:1]
     print(f"Learning from {sum(part.size for part in chosen) / 1e6:,.1f} of {total / 1e6:,.1f} MB", file=sys.stderr)
     skipped: Counter[str] = Counter()
@@ -90,7 +89,7 @@ def texts(args: Args) -> Iterator[str]:
                 continue
             yield from [document] if isinstance(document, str) else [str(m.get("content") or "") for m in document]
     if skipped:
-        print("Left out: " + ", ".join(f"{n} {what}" for what, n in sorted(skipped.items())), file=sys.stderr)
+        print("Skipped: " + ", ".join(f"{n} {what}" for what, n in sorted(skipped.items())), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The same preparation as an Apache Beam pipeline, for corpora beyond one machine. Needs the extra `beam`.
+"""Preparation as an Apache Beam pipeline, for corpora too large for one machine. Needs the extra `beam`.
 
-Every part becomes a shard by the same function as in `build`, so the folder is the same, byte for byte. Parts must be
-readable and the target writable from the workers: URLs of a bucket, except for the direct runner.
+`build_shard` makes a shard of every part, as in `build`, so the bytes are the same. Every worker must be able to read
+the parts and write the target: use URLs of a bucket, except with the direct runner.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import fsspec
 
@@ -28,18 +27,18 @@ def build_with_beam(
 ) -> Manifest:
     """Prepare `corpus` in `target` by a pipeline.
 
-    Shards appear in the target one by one; the manifest comes last, and without it nothing reads them.
+    Shards appear in the target one by one. The manifest is written last, and without it nothing reads them.
 
     Args:
       target: a folder or URL without a manifest.
-      corpus: what to prepare.
-      recipe: how; deduplication is not offered here.
+      corpus: documents to prepare.
+      recipe: how to split and pack them; without deduplication.
       tokenizer: encodes the documents.
       flags: of the pipeline; none: Beam's direct runner.
 
     Raises:
-      InputError: Beam is not installed, the target is prepared data already, duplicates were to be removed, or a
-        document is bad.
+      InputError: Beam is not installed, the target is prepared data already, the recipe deduplicates, or a document is
+        bad.
     """
     try:
         import apache_beam
@@ -47,7 +46,7 @@ def build_with_beam(
     except ImportError as error:
         raise InputError(f"--beam: Apache Beam is not installed ({error}); run: pip install 'rdlm[beam]'") from error
     if recipe.deduplicate:
-        raise InputError("--deduplicate: not with --beam; leave out duplicates in a pipeline before this one")
+        raise InputError("--deduplicate: not with --beam; remove duplicates before this pipeline")
     fs, root = fsspec.core.url_to_fs(target)
     if fs.exists(f"{root}/manifest.json"):
         raise InputError(f"{target}: is prepared data already; choose another --out")
@@ -66,7 +65,7 @@ def build_with_beam(
             )
     except InputError:
         raise
-    except Exception as error:  # runners wrap what a worker raised
+    except Exception as error:  # runners wrap a worker's error
         raise InputError(f"{target}: the pipeline failed ({_reason(error)})") from error
     names = [f"{root}/{_entry(number)}" for number in range(len(corpus.parts))]
     shards = [from_json(Shard, fs.cat_file(name).decode(), name) for name in names]
@@ -75,7 +74,7 @@ def build_with_beam(
 
 
 class _ShardWork:
-    """Makes the shard of (number, part) and notes in a file of JSON what it holds; travels by pickling."""
+    """Makes the shard of (number, part), and a JSON file that describes it. Beam pickles it."""
 
     def __init__(self, target: str, recipe: Recipe, tokenizer_files: dict[str, str]) -> None:
         self.target, self.recipe, self.tokenizer_files = target, recipe, tokenizer_files
@@ -98,8 +97,8 @@ def _entry(number: int) -> str:
     return f".work/shard-{number:05d}.json"
 
 
-def _reason(error: Any) -> str:
-    """The InputError inside what a runner raised, or its last line."""
+def _reason(error: Exception) -> str:
+    """The InputError inside a runner's error, or the last line of that."""
     lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     named = [line for line in lines if "InputError: " in line]
     return named[-1].partition("InputError: ")[2] if named else lines[-1][:300]

@@ -62,7 +62,7 @@ class CiaWorldFactbook(tfds.core.GeneratorBasedBuilder):
 
 
 def documents(folder: Path) -> list[str]:
-    """The 256 texts in order of their two-letter codes, from the TFDS dataset in `folder`, built there if need be.
+    """The 256 texts in order of their two-letter codes, from the TFDS dataset in `folder`, built there if missing.
 
     Raises:
       InputError: the package is missing or not the pinned one, or `folder` cannot be written or read.
@@ -73,7 +73,7 @@ def documents(folder: Path) -> list[str]:
     try:
         source = CiaWorldFactbook(data_dir=folder).as_data_source(split="train")
         examples = sorted((example["code"], example["text"].decode()) for example in source)
-    except Exception as error:  # TFDS and array_record raise whatever they like for damaged files
+    except Exception as error:  # TFDS and array_record raise many kinds of errors
         raise InputError(
             f"{folder / name / version}: cannot be read ({one_line(error)}); delete it to build it again"
         ) from error
@@ -86,12 +86,12 @@ def _build(final: Path) -> None:
     # TFDS makes its own temporary folder, but two processes with equal random seeds would share it.
     with complete_folder(final) as partial:
         try:
-            with contextlib.redirect_stdout(io.StringIO()):  # its announcement is not ours to print
+            with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints an announcement
                 builder = CiaWorldFactbook(data_dir=partial)
                 builder.download_and_prepare(file_format="array_record", download_dir=partial / "downloads")
         except RuntimeError as error:  # array_record reports a full disk so
             raise OSError(str(error)) from error
-        # TFDS wrote partial/NAME/VERSION/*; those files belong in `final` itself.
+        # TFDS wrote partial/NAME/VERSION/*; these files belong directly into `final`.
         for path in builder.data_path.iterdir():
             path.rename(partial / path.name)
         for name in (builder.name, "downloads"):
@@ -158,7 +158,7 @@ def render(name: str, sections: dict[str, Any]) -> str:
 
 
 def plain(markup: str) -> str:
-    """HTML fragments as plain text: no tags, no entities, one blank between words, line breaks kept."""
+    """HTML fragments as plain text: no tags, no entities, one space between words, line breaks kept."""
     text = re.sub(r"<br\b[^<>]*>|</?p\b[^<>]*>", "\n", markup)
     text = re.sub(r"<!--.*?-->|</?[a-zA-Z][^<>]*>", "", text)
     text = html.unescape(text).replace("\u200b", "")
@@ -167,7 +167,7 @@ def plain(markup: str) -> str:
 
 
 def _labelled(label: str, text: str) -> str:
-    """'label: text', without saying twice what `text` already begins with."""
+    """'label: text', without repeating the end of `label` if `text` begins with it."""
     if label == "note" and text.startswith("note"):  # "note 1: ...; note 2: ..."
         return text
     parts = label.split(": ")

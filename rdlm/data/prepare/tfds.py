@@ -9,7 +9,6 @@ import itertools
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import tensorflow_datasets as tfds
 
@@ -17,17 +16,17 @@ from rdlm.config import InputError, did_you_mean, one_line
 from rdlm.data.prepare import factbook
 from rdlm.data.prepare.parts import Part, Text, text_of
 
-# Builders whose names exist only once their module is imported.
+# TFDS knows the builders of these modules only after their import.
 _MODULES = ("text", "question_answering", "translate", "summarization")
 
 
-def dataset(name: str, data_dir: str | Path, manual_dir: str | Path | None = None) -> Any:
-    """A TFDS builder whose data lie in `data_dir` as array_record, made there first if need be.
+def dataset(name: str, data_dir: str | Path, manual_dir: str | Path | None = None) -> tfds.core.DatasetBuilder:
+    """A TFDS builder whose data are in `data_dir` as array_record; they are prepared first if missing.
 
     Args:
-      name: as TFDS writes it, for example "story_cloze/2016" or "imdb_reviews".
-      data_dir: where TFDS keeps datasets; one prepared there is used as it is.
-      manual_dir: files that the dataset asks to be put there by hand, or that were downloaded before.
+      name: as in TFDS, for example "story_cloze/2016" or "imdb_reviews".
+      data_dir: folder of TFDS datasets; one already prepared there is used as it is.
+      manual_dir: files that the dataset cannot download, or that were downloaded before.
 
     Raises:
       InputError: no such dataset, it cannot be downloaded or made without TensorFlow, files are missing or differ from
@@ -39,12 +38,12 @@ def dataset(name: str, data_dir: str | Path, manual_dir: str | Path | None = Non
     known = tfds.list_builders(with_community_datasets=False)
     folder = Path(data_dir).expanduser()
     try:
-        # Asked for by its folder first: an unknown name would be looked up in the network for half a minute.
+        # TFDS would look up an unknown name in the network for half a minute.
         if base not in known and not (folder / base).is_dir():
             raise InputError(f"tfds = {name!r}: TFDS knows no such dataset.{did_you_mean(base, known)}")
         tfds.disable_progress_bar()
-        logging.getLogger("urllib3").setLevel(logging.ERROR)  # one line when it fails is enough
-        with contextlib.redirect_stdout(io.StringIO()):  # its announcement is not ours to print
+        logging.getLogger("urllib3").setLevel(logging.ERROR)  # no line for every retry
+        with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints an announcement
             builder = _prepared(folder / name)
             if builder is None:
                 builder = tfds.builder(name, data_dir=str(folder), file_format="array_record")
@@ -58,12 +57,12 @@ def dataset(name: str, data_dir: str | Path, manual_dir: str | Path | None = Non
         raise InputError(
             f"tfds = {name!r}: a file differs from its recorded checksum ({one_line(error)}); fetch it again"
         ) from error
-    except Exception as error:  # builders raise whatever they like
+    except Exception as error:  # builders raise many kinds of errors
         raise InputError(f"tfds = {name!r}: cannot be prepared ({one_line(error)}){_hint(error, config)}") from error
     return builder
 
 
-def dataset_parts(builder: Any, split: str, field: str, part_bytes: int) -> list[Part]:
+def dataset_parts(builder: tfds.core.DatasetBuilder, split: str, field: str, part_bytes: int) -> list[Part]:
     """Parts of about `part_bytes` of a split, for example "train" or "validation".
 
     Raises:
@@ -113,7 +112,7 @@ def read(part: Part, field: str, advance: Callable[[int], None]) -> Iterator[Tex
     advance(part.size)
 
 
-def _prepared(folder: Path) -> Any | None:
+def _prepared(folder: Path) -> tfds.core.DatasetBuilder | None:
     """The newest version below `folder`, if there is one."""
     if (folder / "dataset_info.json").exists():
         found = folder
