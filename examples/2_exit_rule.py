@@ -79,7 +79,7 @@ best = forward(run.params, run.config, tokens, FULL).logits.argmax(-1)
 def compare(name, num_steps=FULL, rule=None):
     out = forward(run.params, run.config, tokens, num_steps, exit_rule=rule)
     agreement = float(jnp.mean(out.logits.argmax(-1) == best))
-    print(f"{name:20} {float(out.steps.mean()):5.2f} recurrences, {agreement:6.1%} as at full depth")
+    print(f"{name:23} {float(out.steps.mean()):5.2f} recurrences, {agreement:6.1%} as at full depth")
     return float(out.steps.mean()), agreement
 
 
@@ -87,7 +87,7 @@ results = {"fixed depth": [compare(f"r = {r}", r) for r in (1, 2, 3, 4, 6, 8)]}
 rules = {"kl": rdlm.exits.kl, "latent_diff": rdlm.exits.latent_diff, "norm_diff (ours)": NormDiff}
 thresholds = {"kl": (1e-1, 1e-2, 1e-3, 1e-4), "latent_diff": (0.3, 0.1, 0.03, 0.01)}
 for name, make in rules.items():
-    tried = thresholds.get(name, (0.1, 0.03, 0.01, 0.003))
+    tried = thresholds.get(name, (0.01, 0.003, 0.001, 0.0003))
     results[name] = [compare(f"{name} {t:g}", rule=make(t)) for t in tried]
 
 # %%
@@ -112,4 +112,4 @@ figure.savefig("exit_rules.png", bbox_inches="tight")
 # %%
 out = run.generate("Geography", max_new_tokens=24, num_steps=FULL, exit_rule=NormDiff(0.01))
 print(out.text)
-print(out.steps)
+print(out.steps[0])
