@@ -30,8 +30,8 @@ from jax.sharding import SingleDeviceSharding
 
 from rdlm import exits
 from rdlm.config import CachePolicy, Gather, InputError, MeshConfig, Remat, RunConfig, preset
-from rdlm.decode.loop import decode_tokens, progress_shapes
-from rdlm.decode.requests import as_requests
+from rdlm.decode.loop import Sizes, decode_tokens, progress_shapes
+from rdlm.decode.requests import RequestOptions, as_requests
 from rdlm.model import cast, init_params
 from rdlm.perf import flops, hlo
 from rdlm.runtime import parse_arguments, run_command
@@ -181,13 +181,14 @@ def decode_report(name: str, base: RunConfig, o: Options, device: Any, batch: in
     if not 2 <= o.capacity <= config.max_length:
         raise InputError(f"capacity = {o.capacity}: must be 2 .. {config.max_length}")
     rule = exits.named(o.exit)
-    request = as_requests(config, [[1]] * batch, 1, num_steps=o.num_steps, exit_rule=rule)[0]
+    request = as_requests(config, [[1]] * batch, 1, RequestOptions(num_steps=o.num_steps, exit_rule=rule))[0]
     params = jax.eval_shape(lambda: cast(init_params(config, jax.random.key(0)), jnp.bfloat16))
     print(
         f"{name}, decoding {batch} x {o.capacity}, {o.num_steps} recurrences, exit {o.exit}, one chip of {o.topology}"
     )
     start = time.perf_counter()
-    progress = progress_shapes(params, config, request, policy, policy.sets(o.num_steps), o.capacity)
+    sizes = Sizes(policy, policy.sets(o.num_steps), o.capacity, o.capacity)
+    progress = progress_shapes(params, config, request, sizes)
     params, *rest = hlo.specs((params, progress, request, jnp.int32(0), jnp.int32(0)), place)
     program = hlo.compile_program(decode_tokens.lower(params, config, *rest, False))
     print(f"  compiled in                {time.perf_counter() - start:8.1f} s")

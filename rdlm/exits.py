@@ -39,6 +39,8 @@ from rdlm.config import ExitName, InputError
 
 Threshold = ArrayLike | Sequence[float]
 """A scalar, or one per row of the batch."""
+Counts = ArrayLike | Sequence[int]
+"""Numbers of recurrences as users give them: a scalar, one per row [B] or one per token [B, L]."""
 
 
 class Observation(NamedTuple):
@@ -163,11 +165,26 @@ def exits(rule: ExitRule, value: Float[Array | np.ndarray, "*shape"]) -> Bool[Ar
     return rule.decide(jnp.asarray(value))
 
 
-def is_due(
-    ran: Int[Array, "*#tokens"], min_steps: Int[Array, "*#tokens"], check_every: Int[Array, "*#tokens"]
-) -> Bool[Array, "*tokens"]:
-    """Whether tokens that ran so many recurrences are checked: after min_steps + 1, then every check_every."""
-    return (ran > min_steps) & ((ran - min_steps - 1) % check_every == 0)
+class Depth(NamedTuple):
+    """When tokens stop: after `num_steps` recurrences, earlier if `rule` says so at a check."""
+
+    num_steps: Array | int  # maximum, at least 1
+    rule: ExitRule | None = None
+    min_steps: Array | int = 0  # recurrences before the first check
+    check_every: Array | int = 1  # recurrences from one check to the next
+
+    def due(self, ran: Int[Array, "..."]) -> Bool[Array, "..."]:
+        """Whether tokens that ran so many recurrences are checked: after min_steps + 1, then every check_every."""
+        return (ran > self.min_steps) & ((ran - self.min_steps - 1) % self.check_every == 0)
+
+    def per_token(self, shape: tuple[int, ...]) -> Depth:
+        """The same with int32 numbers of this shape [B, L]."""
+
+        def each(value: Array | int) -> Array:
+            array = jnp.asarray(value, jnp.int32)
+            return jnp.broadcast_to(array[:, None] if array.ndim == 1 else array, shape)
+
+        return Depth(each(self.num_steps), self.rule, each(self.min_steps), each(self.check_every))
 
 
 def seen_only(seen: Bool[Array, "B L"], new: PyTree, old: PyTree) -> PyTree:

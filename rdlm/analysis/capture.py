@@ -12,7 +12,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from rdlm.config import InputError, ModelConfig
-from rdlm.model import Params, check_tokens, noisy, readout, start, stepping
+from rdlm.model import Params, bind, check_tokens
 from rdlm.model.blocks import SandwichBlock, linear
 from rdlm.recurrence import trajectory
 
@@ -52,21 +52,17 @@ def recurrence_of(
     Raises:
       InputError: wrong shapes, ids out of range, more tokens than config.max_length.
     """
-    begin = start(
-        params, config, tokens, state=state, key=key, segment_ids=segment_ids, positions=positions
-    )  # fmt: skip
-    step, injected = stepping(params, config, begin)
+    bound = bind(params, config, tokens, state=state, key=key, segment_ids=segment_ids, positions=positions)
 
     def layers(s: Array, i: Any) -> Array:
-        s = noisy(params, config, s, i, begin.key, begin.positions)
-        x = linear(s, params["adapter"][0].astype(s.dtype)) + injected
+        x = linear(bound.noisy(s, i), params["adapter"][0].astype(s.dtype)) + bound.injected
         made = []
         for j in range(config.core_layers):
-            out: Any = SandwichBlock(config).apply({"params": params[f"core_{j}"]}, x, begin.ctx)
+            out: Any = SandwichBlock(config).apply({"params": params[f"core_{j}"]}, x, bound.text.context)
             made.append(x := out[0])
         return jnp.stack(made)
 
-    return Recurrence(begin.s0, step, layers, lambda s: readout(params, config, s, begin.ctx)[0])
+    return Recurrence(bound.s0, bound.step, layers, lambda s: bound.read(s)[0])
 
 
 @functools.partial(jax.jit, static_argnames=("config", "r", "layers"))

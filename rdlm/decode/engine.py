@@ -16,8 +16,7 @@ import asyncio
 import collections
 import dataclasses
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Callable
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +24,10 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from rdlm.config import CachePolicy, InputError, ModelConfig, Sampling
-from rdlm.decode.lanes import advance, empty_lanes, insert
-from rdlm.decode.loop import WarmStart, begin
+from rdlm.decode.lanes import Flush, advance, empty_lanes, insert
+from rdlm.decode.loop import Sizes, begin
 from rdlm.decode.passes import next_power
-from rdlm.decode.requests import Request, as_requests, padded
+from rdlm.decode.requests import Prompt, Request, RequestOptions, WarmStart, as_requests, padded
 from rdlm.exits import ExitRule
 from rdlm.model import Params, compute_dtype
 
@@ -37,31 +36,27 @@ OnToken = Callable[[int, int], None]
 
 @dataclasses.dataclass(eq=False)
 class Served:
-    """A request and what became of it.
-
-    tokens, steps: made so far; the stop token included, steps as in `generate`. prompt_steps: np.int32 per prompt
-    position, once the prompt has been read. done: nothing more will come. cancelled, error: why, if not as asked.
-    """
+    """A request and its output so far."""
 
     prompt: np.ndarray
     max_new_tokens: int
     _row: Request = dataclasses.field(repr=False)
     _engine: Engine = dataclasses.field(repr=False)
-    tokens: list[int] = dataclasses.field(default_factory=list)
-    steps: list[int] = dataclasses.field(default_factory=list)
-    prompt_steps: np.ndarray | None = None
-    done: bool = False
+    tokens: list[int] = dataclasses.field(default_factory=list)  # the stop token included
+    steps: list[int] = dataclasses.field(default_factory=list)  # recurrences of each, as in `generate`
+    prompt_steps: np.ndarray | None = None  # int32 per prompt position, once the prompt has been read
+    done: bool = False  # no more tokens will come
     cancelled: bool = False
-    error: Exception | None = None
+    error: Exception | None = None  # why the request ended early
     _on_token: OnToken | None = dataclasses.field(default=None, repr=False)
 
     def cancel(self) -> None:
-        """Give up: the lane is free for others at the next step. What was made stays in `tokens`."""
+        """Give up: the lane is free for others at the next step. `tokens` keeps the output so far."""
         if not self.done:
             self.done = self.cancelled = True
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, int]]:
-        """(token, steps) as they are made; whoever waits keeps the engine going."""
+        """(token, steps) as they are made; the consumers run the engine."""
         shown = 0
         while True:
             while shown < len(self.tokens):
@@ -78,10 +73,10 @@ class Served:
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """What the engine did: core iterations of all lanes, lanes that took part in them on average, flushes."""
+    """Counters of an engine."""
 
-    ticks: int
-    utilisation: float
+    ticks: int  # recurrences, of all lanes together
+    utilisation: float  # mean share of lanes that took part
     flushes: int
 
 
@@ -91,15 +86,15 @@ class Engine:
     Args:
       params, config: the model.
       lanes: requests in flight.
-      max_new_tokens: the most any request may ask for.
+      max_new_tokens: maximum per request.
       capacity: positions per lane, prompt and new tokens together; default config.max_length.
       num_steps: recurrences per token; None = config.mean_recurrence. A request may ask for fewer, or for as many as
         the cache then keeps (the next power of two).
       exit_rule: kind of rule for all requests, and its default thresholds.
       prefill_exit, check_every, cache, warm_start, init_scale: as in `generate`.
-      max_queue: requests that may wait; `submit` refuses more.
-      flush_every: lanes whose token has stopped wait at most this many ticks for others to share the coda with.
-      ticks_per_step: core iterations of one `step`, after which tokens are delivered.
+      max_queue: requests that may be queued; `submit` refuses more.
+      flush_every: a lane whose token has stopped runs the coda after at most this many ticks, with others if possible.
+      ticks_per_step: recurrences of one `step`, after which tokens are delivered.
 
     Raises:
       InputError: impossible sizes.
@@ -124,43 +119,45 @@ class Engine:
         flush_every: int = 4,
         ticks_per_step: int = 64,
     ):
-        sizes = {
-            "lanes": lanes, "max_new_tokens": max_new_tokens, "max_queue": max_queue, "flush_every": flush_every,
+        numbers = {
+            "lanes": lanes,
+            "max_new_tokens": max_new_tokens,
+            "max_queue": max_queue,
+            "flush_every": flush_every,
             "ticks_per_step": ticks_per_step,
-        }  # fmt: skip
-        for name, value in sizes.items():
+        }
+        for name, value in numbers.items():
             if not isinstance(value, (int, np.integer)) or value < 1:
                 raise InputError(f"Engine: {name} = {value!r}: must be at least 1")
         lanes, max_new_tokens = int(lanes), int(max_new_tokens)
-        self.params, self.config, self.usable = params, config, max_new_tokens
-        self.capacity = config.max_length if capacity is None else capacity
-        if not 2 <= self.capacity <= config.max_length:
+        capacity = config.max_length if capacity is None else capacity
+        if not 2 <= capacity <= config.max_length:
             raise InputError(f"Engine: capacity = {capacity}: must be in [2, config.max_length = {config.max_length}]")
-        self.num_steps = config.mean_recurrence if num_steps is None else num_steps
-        self.rule, self.max_queue = exit_rule, max_queue
-        self._ask: dict[str, Any] = {
-            "prefill_exit": prefill_exit, "check_every": check_every, "warm_start": warm_start,
-            "init_scale": init_scale,
-        }  # fmt: skip
+        self.params, self.config, self.max_queue = params, config, max_queue
+        self._options = RequestOptions(
+            num_steps=config.mean_recurrence if num_steps is None else num_steps,
+            exit_rule=exit_rule,
+            prefill_exit=prefill_exit,
+            check_every=check_every,
+            warm_start=warm_start,
+            init_scale=init_scale,
+        )
         self._group = max(1, lanes // 4)  # requests that are prefilled together, lanes that are flushed together
-        self._every, self._ticks = flush_every, ticks_per_step
-        # Row 0 stands for every idle lane; asking for it also checks the engine's own options.
-        idle, _ = as_requests(config, [[0]], 1, num_steps=self.num_steps, exit_rule=exit_rule, **self._ask)
-        self._idle = idle
-        self._policy, self._sets = cache, cache.sets(next_power(int(idle.num_steps[0])))
-        self._lanes = empty_lanes(
-            config, _stack([idle] * lanes), cache, self._sets, self.capacity, max_new_tokens,
-            compute_dtype(params, config),
-        )  # fmt: skip
+        self._flush, self._ticks = Flush(self._group, flush_every), ticks_per_step
+        # Row 0 stands for every idle lane; making it also checks the engine's own options.
+        self._idle, _ = as_requests(config, [[0]], 1, self._options)
+        sets = cache.sets(next_power(int(np.max(self._idle.depth.num_steps))))
+        self._sizes = Sizes(cache, sets, capacity, max_new_tokens)
+        self._lanes = empty_lanes(config, _stack([self._idle] * lanes), self._sizes, compute_dtype(params, config))
         self._queue: collections.deque[Served] = collections.deque()
         self._serving: list[Served | None] = [None] * lanes
-        self._door = threading.Lock()  # of the queue: requests may come while another thread runs a step
+        self._queue_lock = threading.Lock()  # requests may come while another thread runs a step
         self._running, self._inside = threading.RLock(), False
-        self._turn: tuple[Any, asyncio.Lock] | None = None
+        self._turn: tuple[asyncio.AbstractEventLoop, asyncio.Lock] | None = None
 
     def submit(
         self,
-        prompt: Sequence[int] | np.ndarray,
+        prompt: Prompt,
         *,
         max_new_tokens: int | None = None,
         num_steps: int | None = None,
@@ -178,30 +175,38 @@ class Engine:
         Raises:
           InputError: what `generate` refuses, more than the engine has room for, or a full queue; nothing is queued.
         """
-        most = self.usable if max_new_tokens is None else max_new_tokens
-        rule = self.rule if exit_rule is None else exit_rule
-        row, (prompt,) = as_requests(
-            self.config, [prompt], most, num_steps=self.num_steps if num_steps is None else num_steps, exit_rule=rule,
-            min_steps=min_steps, sampling=sampling, key=key, **self._ask,
-        )  # fmt: skip
-        if most > self.usable:
-            raise InputError(f"max_new_tokens = {most}: the engine was made for at most {self.usable}")
-        if prompt.size + most > self.capacity:
+        size = self._sizes
+        limit = size.tokens if max_new_tokens is None else max_new_tokens
+        own = self._options
+        options = dataclasses.replace(
+            own,
+            num_steps=own.num_steps if num_steps is None else num_steps,
+            exit_rule=own.exit_rule if exit_rule is None else exit_rule,
+            min_steps=min_steps,
+            sampling=sampling,
+            key=key,
+        )
+        row, (prompt,) = as_requests(self.config, [prompt], limit, options)
+        if limit > size.tokens:
+            raise InputError(f"max_new_tokens = {limit}: the engine was made for at most {size.tokens}")
+        if prompt.size + limit > size.capacity:
             raise InputError(
-                f"prompt: {prompt.size} tokens + max_new_tokens = {most} exceed the engine's capacity = {self.capacity}"
+                f"prompt: {prompt.size} tokens + max_new_tokens = {limit} exceed the engine's "
+                f"capacity = {size.capacity}"
             )
-        if self._policy.sets(int(row.num_steps[0])) > self._sets:
-            raise InputError(f"num_steps = {num_steps}: the engine's cache keeps {self._sets} recurrences")
-        if not _same_kind(row.rule, self._idle.rule):
-            kind = None if self.rule is None else self.rule.kind
+        if size.policy.sets(int(np.max(row.depth.num_steps))) > size.sets:
+            raise InputError(f"num_steps = {num_steps}: the engine's cache keeps {size.sets} recurrences")
+        kinds: list[object] = [jax.tree.structure(depth) for depth in (row.depth, self._idle.depth)]
+        if kinds[0] != kinds[1]:
+            kind = None if own.exit_rule is None else own.exit_rule.kind
             raise InputError(f"exit_rule: this engine serves {kind!r}; another kind needs another engine")
         if row.sampling.stop_tokens.shape != self._idle.sampling.stop_tokens.shape:
             width = self._idle.sampling.stop_tokens.shape[1]
             raise InputError(f"Sampling.stop_tokens: the engine serves at most {width} per request")
         if row.keys.dtype != self._idle.keys.dtype:
             raise InputError(f"key: {row.keys.dtype}, but this engine's are {self._idle.keys.dtype}")
-        served = Served(prompt, most, row, self, _on_token=on_token)
-        with self._door:
+        served = Served(prompt, limit, row, self, _on_token=on_token)
+        with self._queue_lock:
             if sum(not s.done for s in self._queue) >= self.max_queue:
                 raise InputError(f"Engine: max_queue = {self.max_queue} requests are waiting; run the engine first")
             self._queue.append(served)
@@ -235,12 +240,12 @@ class Engine:
             return False
         alive = np.asarray([s is not None for s in self._serving])
         # Stop as soon as the next group finds its lanes: some may be free already.
-        waiting = min(len(self._queue), self._group)
-        wake = max(waiting - int((~alive).sum()), 1) if waiting else len(alive) + 1
+        queued = min(len(self._queue), self._group)
+        wake = max(queued - int((~alive).sum()), 1) if queued else len(alive) + 1
+        ticks = jnp.int32(self._ticks), jnp.int32(wake)
         self._lanes = advance(
-            self.params, self.config, self._lanes, jnp.asarray(alive), jnp.int32(self._ticks), jnp.int32(wake),
-            width=self._group, every=self._every, warm_start=self._ask["warm_start"],
-        )  # fmt: skip
+            self.params, self.config, self._lanes, jnp.asarray(alive), *ticks, self._flush, self._options.warm_start
+        )
         self._deliver()
         return True
 
@@ -260,23 +265,24 @@ class Engine:
     def _admit(self) -> bool:
         """Prefill a group and give it lanes, once as many lanes are free as the group needs."""
         free = [lane for lane, s in enumerate(self._serving) if s is None]
-        with self._door:
+        with self._queue_lock:
             self._queue = collections.deque(s for s in self._queue if not s.done)
             size = min(len(self._queue), self._group)
             if size == 0 or len(free) < size:
                 return False
             group = [self._queue.popleft() for _ in range(size)]
-        rest = self._group - size  # rows that nobody asked for: no tokens, and a lane that does not exist
+        rest = self._group - size  # rows of padding: no tokens, and a lane that does not exist
         tokens, given = padded([s.prompt for s in group] + [np.zeros(0, np.int32)] * rest, self.config.max_length)
-        lengths = np.asarray(given, np.int32)
-        lane = np.asarray(free[:size] + [len(self._serving)] * rest, np.int32)
-        most = np.asarray([s.max_new_tokens for s in group] + [1] * rest, np.int32)
+        lengths = jnp.asarray(given, jnp.int32)
+        lane = jnp.asarray(free[:size] + [len(self._serving)] * rest, jnp.int32)
+        max_tokens = jnp.asarray([s.max_new_tokens for s in group] + [1] * rest, jnp.int32)
         request = _stack([s._row for s in group] + [self._idle] * rest)
+        sizes = self._sizes._replace(capacity=tokens.shape[1], tokens=1)
+        ways = self._options.prefill_exit, self._options.warm_start
         try:
             progress, prompt_steps = begin(
-                self.params, self.config, jnp.asarray(tokens), jnp.asarray(lengths), request, self._policy, self._sets,
-                tokens.shape[1], 1, self._ask["prefill_exit"], self._ask["warm_start"],
-            )  # fmt: skip
+                self.params, self.config, jnp.asarray(tokens), lengths, request, sizes, *ways
+            )
             depth = np.asarray(prompt_steps)
         except Exception as error:  # such as too little memory for prompts of that length: the lanes are untouched
             for s in group:
@@ -284,10 +290,7 @@ class Engine:
             return True
         for i, s in enumerate(group):
             self._serving[free[i]], s.prompt_steps = s, depth[i, : s.prompt.size]
-        self._lanes = insert(
-            self.params, self.config, self._lanes, progress, jnp.asarray(lengths), request, jnp.asarray(most),
-            jnp.asarray(lane),
-        )  # fmt: skip
+        self._lanes = insert(self.params, self.config, self._lanes, progress, lengths, request, max_tokens, lane)
         self._deliver()  # a request may be over after its first token
         return True
 
@@ -304,7 +307,7 @@ class Engine:
                 if served._on_token is not None:
                     try:
                         served._on_token(served.tokens[-1], served.steps[-1])
-                    except Exception as error:  # whatever a listener does wrong is its own request's business
+                    except Exception as error:  # a listener's error ends its own request alone
                         served.error, served.done = error, True
                 if served.done:  # or it has cancelled itself
                     break
@@ -315,9 +318,3 @@ class Engine:
 def _stack(rows: list[Request]) -> Request:
     """Requests of one row each as one of many."""
     return jax.tree.map(lambda *x: jnp.concatenate(x), *rows)
-
-
-def _same_kind(a: ExitRule | None, b: ExitRule | None) -> bool:
-    """Whether two rules differ in thresholds at most."""
-    kinds: list[Any] = [jax.tree.structure(rule) for rule in (a, b)]
-    return kinds[0] == kinds[1]

@@ -4,45 +4,40 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
 from rdlm.config import CachePolicy, ModelConfig, Sampling, Speculative
-from rdlm.decode.loop import WarmStart, begin, decode_tokens
+from rdlm.decode.loop import Sizes, begin, decode_tokens
 from rdlm.decode.passes import next_power
-from rdlm.decode.requests import as_requests, padded
+from rdlm.decode.requests import Prompt, RequestOptions, WarmStart, as_requests, padded
 from rdlm.decode.speculative import check_speculation, speculate
-from rdlm.exits import ExitRule
+from rdlm.exits import Counts, ExitRule
 from rdlm.model import Params
 
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """What `generate` returns.
+    """What `generate` returns, one entry per prompt."""
 
-    tokens: np.int32 [n] per prompt, the stop token included. steps: np.int32 [n], recurrences of the pass whose logits
-    gave each token. prompt_steps: np.int32 per prompt position. core_passes: sequential core iterations spent.
-    """
-
-    tokens: list[np.ndarray]
-    steps: list[np.ndarray]
-    prompt_steps: list[np.ndarray]
-    core_passes: int
+    tokens: list[np.ndarray]  # int32 [n], the stop token included
+    steps: list[np.ndarray]  # int32 [n], recurrences of the pass whose logits gave each token
+    prompt_steps: list[np.ndarray]  # int32, per prompt position
+    core_passes: int  # sequential core recurrences of the whole batch
 
 
 def generate(
     params: Params,
     config: ModelConfig,
-    prompts: Sequence[Sequence[int] | np.ndarray],
+    prompts: Sequence[Prompt],
     *,
     max_new_tokens: int,
-    num_steps: Any = None,
+    num_steps: Counts | None = None,
     exit_rule: ExitRule | None = None,
     prefill_exit: str = "per_token",
-    min_steps: Any = 0,
+    min_steps: Counts = 0,
     check_every: int = 1,
     cache: CachePolicy = CachePolicy(),
     sampling: Sampling = Sampling(),
@@ -52,20 +47,20 @@ def generate(
     key: ArrayLike | None = None,
     on_token: Callable[[int, int, int], None] | None = None,
 ) -> Generation:
-    """Continue prompts of any lengths (contract, "Generate"). A request's tokens and steps do not depend on its batch.
+    """Continue prompts of any lengths (docs/semantics.md, Generate). Tokens and steps do not depend on other prompts.
 
     One program is compiled per (batch size, length bucket, kind of rule), none per value.
 
     Args:
       params, config: the model.
       prompts: 1-D integer sequences.
-      max_new_tokens: most tokens to make per prompt.
-      num_steps: recurrences per token (the most of them, with an exit rule): None = config.mean_recurrence, a number,
+      max_new_tokens: maximum per prompt.
+      num_steps: recurrences per token (the maximum, with an exit rule): None = config.mean_recurrence, a number,
         or one per prompt.
       exit_rule: lets every token stop on its own; thresholds may be one per prompt.
       prefill_exit: "per_token" (each prompt token on its own), "together" (one exit per prompt, as the reference) or
         "never".
-      min_steps, check_every: the rule is asked after min_steps + 1 recurrences, then every check_every.
+      min_steps, check_every: checks happen after min_steps + 1 recurrences, then every check_every.
       cache: which keys and values are kept and read.
       sampling: how tokens are chosen; default greedy.
       warm_start: start a new token's state from its predecessor's last one, after ln_f ("normalized", as the
@@ -78,47 +73,45 @@ def generate(
     Raises:
       InputError (a ValueError): empty prompts, ids out of range, too long, a depth below 1, sampling without a key.
     """
-    request, rows = as_requests(
-        config, prompts, max_new_tokens, num_steps=num_steps, exit_rule=exit_rule, prefill_exit=prefill_exit,
-        min_steps=min_steps, check_every=check_every, sampling=sampling, warm_start=warm_start, init_scale=init_scale,
-        key=key,
-    )  # fmt: skip
+    options = RequestOptions(
+        num_steps, exit_rule, prefill_exit, min_steps, check_every, sampling, warm_start, init_scale, key
+    )
+    request, rows = as_requests(config, prompts, max_new_tokens, options)
     tokens, lengths = padded(rows, config.max_length)
-    B, lookahead = len(rows), 0
+    max_steps, lookahead = request.depth.num_steps, 0
     if speculative is not None:
-        check_speculation(speculative, cache, request.num_steps, exit_rule, warm_start)
+        check_speculation(speculative, cache, options, np.asarray(max_steps))
         lookahead = speculative.lookahead
-    room = next_power(int(max_new_tokens), 16)
-    capacity = next_power(int(max(lengths) + max_new_tokens + lookahead), 64)
-    sets = cache.sets(next_power(int(np.max(request.num_steps))))
+    sizes = Sizes(
+        cache,
+        cache.sets(next_power(int(np.max(max_steps)))),
+        next_power(int(max(lengths) + max_new_tokens + lookahead), 64),
+        next_power(int(max_new_tokens), 16),
+    )
     progress, prompt_steps = begin(
-        params, config, jnp.asarray(tokens), jnp.asarray(lengths), request, cache, sets, capacity, room,
-        prefill_exit, warm_start,
-    )  # fmt: skip
-    most, shown = jnp.int32(max_new_tokens), np.zeros(B, int)
+        params, config, jnp.asarray(tokens), jnp.asarray(lengths), request, sizes, prefill_exit, warm_start
+    )
+    max_tokens, shown = jnp.int32(max_new_tokens), np.zeros(len(rows), int)
     while True:
         # Without a listener one call makes everything; with one, each call makes the next token of the slowest row.
-        waiting = shown[~np.asarray(progress.done)]
-        limit = most if on_token is None else jnp.int32(min(waiting, default=0) + 1)
+        behind = shown[~np.asarray(progress.done)]
+        limit = max_tokens if on_token is None else jnp.int32(min(behind, default=0) + 1)
         if speculative is None:
-            progress = decode_tokens(params, config, progress, request, limit, most, warm_start)
+            progress = decode_tokens(params, config, progress, request, limit, max_tokens, warm_start)
         else:
-            progress = speculate(params, config, progress, request, limit, most, speculative)
+            progress = speculate(params, config, progress, request, limit, max_tokens, speculative)
+        count, made, steps = (np.asarray(x) for x in (progress.count, progress.tokens, progress.steps))
         if on_token is None:
             break
-        made, now, depth = (np.asarray(x) for x in (progress.count, progress.tokens, progress.steps))
-        for b in range(B):
-            for j in range(shown[b], made[b]):
-                on_token(b, int(now[b, j]), int(depth[b, j]))
-        shown = made
-        if np.all(np.asarray(progress.done) | (made >= max_new_tokens)):
+        for b in range(len(rows)):
+            for j in range(shown[b], count[b]):
+                on_token(b, int(made[b, j]), int(steps[b, j]))
+        shown = count
+        if np.all(np.asarray(progress.done) | (count >= max_new_tokens)):
             break
-    made, now, depth, prompt_depth = (
-        np.asarray(x) for x in (progress.count, progress.tokens, progress.steps, prompt_steps)
-    )
     return Generation(
-        [now[b, : made[b]] for b in range(B)],
-        [depth[b, : made[b]] for b in range(B)],
-        [prompt_depth[b, : lengths[b]] for b in range(B)],
+        [row[:n] for row, n in zip(made, count, strict=True)],
+        [row[:n] for row, n in zip(steps, count, strict=True)],
+        [row[:n] for row, n in zip(np.asarray(prompt_steps), lengths, strict=True)],
         int(progress.passes),
     )

@@ -1,164 +1,170 @@
-"""Lanes: a batch in which every row is at its own position and its own recurrence, sharing one core (design, engine).
+"""Lanes: a batch in which every row is at its own position and its own recurrence, sharing one core.
 
 The core's weights are the same at every recurrence, so one tick advances all lanes by one recurrence, whatever their
-depths. A lane whose token has stopped waits for a flush, which takes up to W such lanes through coda, sampling and the
-next token's prelude. A lane computes exactly what `generate` computes for its request, whoever its neighbours are.
+depths. A lane whose token has stopped is flushed soon: up to W such lanes pass through coda, sampling and the next
+token's prelude together. A lane computes exactly what `generate` computes for its request, whatever its neighbours do.
 
-Nothing large passes through a branch: branches return rows, which are then scattered into the cache in place.
+Branches return rows, which are then scattered into the cache in place; a branch that returned the cache would copy it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, PyTree
 
 from rdlm import exits
-from rdlm.config import CachePolicy, ModelConfig
-from rdlm.decode.loop import Progress, WarmStart, token_keys
-from rdlm.decode.requests import Request
+from rdlm.config import ModelConfig
+from rdlm.decode.loop import Progress, Sizes, token_keys
+from rdlm.decode.requests import Request, WarmStart
 from rdlm.decode.sampling import choose, known_only, stops
 from rdlm.exits import Observation
 from rdlm.model import Params, coda, context, core_step, embed, head, inject, noisy
-from rdlm.model.cache import Cache, KeyValue, allocate, cached_bias, skip_bias, write
+from rdlm.model.blocks import Context
+from rdlm.model.cache import Cache, allocate, cached_bias, skip_bias, write
+from rdlm.model.network import Layers
 from rdlm.recurrence import initial_state
-
-Rows = tuple[KeyValue, ...]
 
 
 class Lanes(NamedTuple):
-    """State of B lanes. Shapes [B] unless noted.
+    """State of B lanes. Shapes [B] unless noted."""
 
-    cache: length counts finished tokens; the present one's prelude and core entries lie just behind them.
-    request, most: what each lane serves, and its most new tokens. busy: serves a request at all. iterating: its
-    token still runs the core; busy lanes that do not are waiting for a flush. s, injected [B, 1, D]: state and
-    injected input of the present token. ran: its recurrences so far. rule: exit rule's state. tokens, steps [B, N]:
-    output so far, count of it. present [B, V]: tokens seen. ticks, used: core iterations, and lanes that took part
-    summed over them. flushes: so far. since: ticks since the last one.
-    """
+    cache: Cache  # length counts finished tokens; the present token's prelude and core entries lie just behind them
+    request: Request  # that each lane serves
+    max_tokens: Array  # int32, new tokens that the request may have
+    busy: Array  # bool, serves a request
+    iterating: Array  # bool, its token still runs the core; a busy lane that does not is due for a flush
+    s: Array  # [B, 1, D], state of the present token
+    injected: Array  # [B, 1, D], its injected input
+    ran: Array  # int32, its recurrences so far
+    rule: PyTree  # state of the exit rule
+    tokens: Array  # int32 [B, N], output so far
+    steps: Array  # int32 [B, N], recurrences of each
+    count: Array  # type: ignore[assignment]  # int32, how many; hides tuple.count, which nobody needs
+    present: Array  # bool [B, V], tokens of prompt and output
+    ticks: Array  # int32 scalar, recurrences of all lanes together
+    used: Array  # int32 scalar, lanes that took part, summed over ticks
+    flushes: Array  # int32 scalar
+    since: Array  # int32 scalar, ticks since the last flush
 
-    cache: Cache
-    request: Request
-    most: Array
-    busy: Array
-    iterating: Array
-    s: Array
-    injected: Array
-    ran: Array
-    rule: Any
-    tokens: Array
-    steps: Array
-    count: Array  # type: ignore[assignment]  # hides tuple.count, which nobody needs
-    present: Array
-    ticks: Array
-    used: Array
-    flushes: Array
-    since: Array
+
+class Flush(NamedTuple):
+    """When stopped lanes are flushed."""
+
+    width: int  # lanes that one flush takes
+    every: int  # a flush takes fewer after this many ticks, or when no lane iterates
 
 
 class _Entry(NamedTuple):
-    """A token that begins: position [W], state and injected input [W, 1, D], rule state, prelude rows [W, .]."""
+    """W tokens that begin."""
 
-    position: Array
-    s: Array
-    injected: Array
-    rule: Any
-    prelude: Rows
+    position: Array  # int32 [W]
+    s: Array  # [W, 1, D]
+    injected: Array  # [W, 1, D]
+    rule: PyTree  # state of the exit rule
+    prelude_kv: Layers  # [W, .] per layer
 
 
 class _Exit(NamedTuple):
-    """A token that ended: what it leaves in the cache (core [S, W, .], coda [W, .]) and what it said."""
+    """W tokens that ended, with what they leave in the cache."""
 
-    core: Rows
-    coda: Rows
-    depth: Array
-    token: Array
-    done: Array
+    core_kv: Layers  # [S, W, .] per layer
+    coda_kv: Layers  # [W, .] per layer
+    depth: Array  # int32 [W]
+    token: Array  # int32 [W], the one chosen
+    done: Array  # bool [W], whether it ends the request
 
 
-def empty_lanes(
-    config: ModelConfig, request: Request, policy: CachePolicy, sets: int, capacity: int, room: int, dtype: Any
-) -> Lanes:
-    """Idle lanes, as many as `request` has rows, of `capacity` positions and `room` new tokens each."""
-    B, D = request.num_steps.shape[0], config.embed_dim
+def empty_lanes(config: ModelConfig, request: Request, sizes: Sizes, dtype: jnp.dtype) -> Lanes:
+    """Idle lanes, one per row of `request`."""
+    B, D = len(request.keys), config.embed_dim
     s, zero, no = jnp.zeros((B, 1, D), dtype), jnp.zeros(B, jnp.int32), jnp.zeros(B, bool)
-    rule = () if request.rule is None else exits.init(request.rule, s, config.rows)
-    table, scalar = jnp.zeros((B, room), jnp.int32), jnp.int32(0)
+    rule = request.depth.rule
+    table, scalar = jnp.zeros((B, sizes.tokens), jnp.int32), jnp.int32(0)
     lanes = Lanes(
-        cache=allocate(config, policy, sets, B, capacity, dtype), request=request, most=zero, busy=no, iterating=no,
-        s=s, injected=s, ran=zero, rule=rule, tokens=table, steps=table, count=zero,
-        present=jnp.zeros((B, config.rows), bool), ticks=scalar, used=scalar, flushes=scalar, since=scalar,
-    )  # fmt: skip
+        cache=allocate(config, sizes.policy, sizes.sets, B, sizes.capacity, dtype),
+        request=request,
+        max_tokens=zero,
+        busy=no,
+        iterating=no,
+        s=s,
+        injected=s,
+        ran=zero,
+        rule=() if rule is None else exits.init(rule, s, config.rows),
+        tokens=table,
+        steps=table,
+        count=zero,
+        present=jnp.zeros((B, config.rows), bool),
+        ticks=scalar,
+        used=scalar,
+        flushes=scalar,
+        since=scalar,
+    )
     return jax.tree.map(jnp.copy, lanes)  # donated later, so no two may share a buffer
 
 
-@functools.partial(jax.jit, static_argnames=("config", "width", "every", "warm_start"), donate_argnames="lanes")
+@functools.partial(jax.jit, static_argnames=("config", "flush", "warm_start"), donate_argnames="lanes")
 def advance(
     params: Params,
     config: ModelConfig,
     lanes: Lanes,
     alive: Bool[Array, "B"],
-    most_ticks: Int[Array, ""],
+    max_ticks: Int[Array, ""],
     wake: Int[Array, ""],
-    *,
-    width: int,
-    every: int,
+    flush: Flush,
     warm_start: WarmStart,
 ) -> Lanes:
-    """Tick until `most_ticks` have passed, `wake` requests have ended or every lane is idle.
+    """Tick until `max_ticks` have passed, `wake` requests have ended or every lane is idle.
 
-    alive: False to give up the lane's request. width, every: a flush takes `width` waiting lanes; fewer only
-    after `every` ticks, or when nobody iterates.
+    alive: False to give up the lane's request.
     """
     lanes = lanes._replace(busy=lanes.busy & alive, iterating=lanes.iterating & alive)
     start, serving = lanes.ticks, lanes.busy.sum()
 
-    def go_on(p: Lanes) -> Array:
-        return jnp.any(p.busy) & (p.ticks - start < most_ticks) & (serving - p.busy.sum() < wake)
+    def unfinished(p: Lanes) -> Array:
+        return jnp.any(p.busy) & (p.ticks - start < max_ticks) & (serving - p.busy.sum() < wake)
 
     def body(p: Lanes) -> Lanes:
         p = _tick(params, config, p)
-        waiting = (p.busy & ~p.iterating).sum()
-        due = (waiting >= width) | ((waiting > 0) & ((p.since >= every) | ~jnp.any(p.iterating)))
-        flush = functools.partial(_flush, params, config, width=width, warm_start=warm_start)
-        nothing = jax.eval_shape(flush, p)
-        lane, left, entry = lax.cond(due, flush, lambda p: (jnp.full(width, p.busy.size), *_zeros(nothing[1:])), p)
-        p = _apply(p, lane, left, entry)
+        stopped = (p.busy & ~p.iterating).sum()
+        due = (stopped >= flush.width) | ((stopped > 0) & ((p.since >= flush.every) | ~jnp.any(p.iterating)))
+
+        def nothing(p: Lanes) -> tuple[Array, _Exit, _Entry]:
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(flushed, p))
+            return jnp.full(flush.width, p.busy.size), *zeros[1:]
+
+        flushed = functools.partial(_flush, params, config, width=flush.width, warm_start=warm_start)
+        p = _apply(p, *lax.cond(due, flushed, nothing, p))
         return p._replace(flushes=p.flushes + due, since=jnp.where(due, 0, p.since))
 
-    return lax.while_loop(go_on, body, lanes)
+    return lax.while_loop(unfinished, body, lanes)
 
 
-def _zeros(shapes: Any) -> Any:
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-
-
-def _tick(params, config: ModelConfig, p: Lanes) -> Lanes:
-    """One recurrence for every iterating lane, and a look of the exit rule at those that are due."""
+def _tick(params: Params, config: ModelConfig, p: Lanes) -> Lanes:
+    """One recurrence for every iterating lane, and a check of the exit rule for those that are due."""
     cache, lane = p.cache, jnp.arange(p.busy.size)
     m = p.ran % cache.sets
-    ctx = context(config, cache.length[:, None], None, cached_bias(cache.capacity, cache.length))
-    mine = ctx
+    ctx = visible = _context(config, cache, cache.length)
     if cache.policy.lookup == "skip":
         assert ctx.cached_bias is not None
-        mine = ctx._replace(cached_bias=ctx.cached_bias + skip_bias(cache.depth, p.ran[:, None]))
-    past = jax.tree.map(lambda x: x[0] if cache.sets == 1 else _windows(x, m, lane), cache.core)
+        visible = ctx._replace(cached_bias=ctx.cached_bias + skip_bias(cache.depth, p.ran[:, None]))
+    cached_kv = jax.tree.map(lambda x: x[0] if cache.sets == 1 else _windows(x, m, lane), cache.core)
     s = p.s
     if config.test_time_noise:
         s = jax.vmap(lambda s, i, k, at: noisy(params, config, s[None], i, k[None], at[None, None])[0])(
             s, p.ran, p.request.keys, cache.length
         )
-    s, own = core_step(params, config, s, p.injected, mine, past)
-    # Where to write depends on the new state, in name only: so the write comes after all reading. Left unordered, the
-    # CPU's compiler copies the whole cache at every tick to be safe (and removes barriers before it looks).
+    s, new_kv = core_step(params, config, s, p.injected, visible, cached_kv)
+    # A fake data dependency on the new state orders these writes after all reads. Without it the CPU compiler copies
+    # the whole cache at every tick; it removes optimization barriers before it decides that.
     writes = p.iterating & jnp.isfinite(s[:, 0, 0])
     at = jnp.where(writes, cache.length, cache.capacity)  # beyond the end: dropped
-    core = jax.tree.map(lambda x, y: write(x, y[:, 0], lane, at, m), cache.core, own)
+    core = jax.tree.map(lambda x, y: write(x, y[:, 0], lane, at, m), cache.core, new_kv)
     p = p._replace(
         cache=dataclasses.replace(cache, core=core),
         s=jnp.where(p.iterating[:, None, None], s, p.s),
@@ -167,11 +173,16 @@ def _tick(params, config: ModelConfig, p: Lanes) -> Lanes:
         used=p.used + p.iterating.sum(),
         since=p.since + 1,
     )
-    stop = p.ran >= p.request.num_steps
-    if p.request.rule is not None:
-        rule_state, exited = _look(params, config, p, ctx)
+    stop = p.ran >= p.request.depth.num_steps
+    if p.request.depth.rule is not None:
+        rule_state, exited = _check(params, config, p, ctx)
         p, stop = p._replace(rule=rule_state), stop | exited
     return p._replace(iterating=p.iterating & ~stop)
+
+
+def _context(config: ModelConfig, cache: Cache, position: Array) -> Context:
+    """One token per row, at `position`, that sees the tokens before it in the cache."""
+    return context(config, position[:, None], None, cached_bias(cache.capacity, position))
 
 
 def _windows(x: Array, m: Array, lane: Array) -> Array:
@@ -179,13 +190,13 @@ def _windows(x: Array, m: Array, lane: Array) -> Array:
     return x.reshape(-1, *x.shape[2:])[m * lane.size + lane]
 
 
-def _look(params, config: ModelConfig, p: Lanes, ctx) -> tuple[Any, Array]:
-    """(rule state, bool [B] exits) after showing the rule every lane that is due."""
-    rule = p.request.rule
+def _check(params: Params, config: ModelConfig, p: Lanes, ctx: Context) -> tuple[PyTree, Array]:
+    """(Rule state, bool [B] exits) after showing the rule every lane that is due."""
+    rule = p.request.depth.rule
     assert rule is not None
-    due = p.iterating & exits.is_due(p.ran, p.request.min_steps, p.request.check_every)
+    due = p.iterating & p.request.depth.due(p.ran)
 
-    def evaluate(state: Any, due: Array) -> tuple[Any, Array]:
+    def evaluate(state: PyTree, due: Array) -> tuple[PyTree, Array]:
         logits = None
         if rule.needs_logits:
             (y, _), _ = coda(params, config, p.s, ctx, p.cache.coda)
@@ -200,49 +211,60 @@ def _look(params, config: ModelConfig, p: Lanes, ctx) -> tuple[Any, Array]:
     return lax.cond(jnp.any(wanted), evaluate, lambda state, due: (state, jnp.zeros_like(due)), state, wanted)
 
 
-def _flush(params, config: ModelConfig, p: Lanes, *, width: int, warm_start) -> tuple[Array, _Exit, _Entry]:
-    """Take up to `width` waiting lanes through coda, sampling and the next token's prelude."""
+def _flush(
+    params: Params, config: ModelConfig, p: Lanes, *, width: int, warm_start: WarmStart
+) -> tuple[Array, _Exit, _Entry]:
+    """Take up to `width` stopped lanes through coda, sampling and the next prelude: (lanes, ends, beginnings)."""
     B = p.busy.size
-    first = p.ticks % B  # start looking at another lane each time, so that none waits for ever
+    first = p.ticks % B  # begin the search at another lane each time, so that none is starved
     lane = jnp.nonzero(jnp.roll(p.busy & ~p.iterating, -first), size=width, fill_value=B)[0].astype(jnp.int32)
     lane = jnp.where(lane < B, (lane + first) % B, B)
     row = jnp.minimum(lane, B - 1)
     position, ran, s = p.cache.length[row], p.ran[row], p.s[row]
-    ctx = context(config, position[:, None], None, cached_bias(p.cache.capacity, position))
+    ctx = _context(config, p.cache, position)
     (y, z), coda_kv = coda(params, config, s, ctx, jax.tree.map(lambda x: x[row], p.cache.coda))
     logits = known_only(head(params, config, y)[:, 0], config.vocab_size)
     request, count = jax.tree.map(lambda x: x[row], p.request), p.count[row]
     token = choose(logits, p.present[row], request.sampling, token_keys(request, count))
-    # Sets that the token never reached hold what it wrote last.
+    # Sets that the token never reached get a copy of its last.
     wrote = jnp.minimum(jnp.arange(p.cache.sets)[:, None], ran[None] - 1)
     index = (wrote * B + row[None]) * p.cache.capacity + position[None]
-    core = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1])[index], p.cache.core)
-    done = stops(token, request.sampling) | (count + 1 >= p.most[row])
-    left = _Exit(core, jax.tree.map(lambda x: x[:, 0], coda_kv), ran, token, done)
-    warm = {"normalized": z, "raw": s}.get(warm_start)
+    core_kv = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1])[index], p.cache.core)
+    done = stops(token, request.sampling) | (count + 1 >= p.max_tokens[row])
+    left = _Exit(core_kv, jax.tree.map(lambda x: x[:, 0], coda_kv), ran, token, done)
+    warm = {"normalized": z, "raw": s}.get(warm_start or "")
     return lane, left, _enter(params, config, p.cache, row, request, token, position + 1, warm)
 
 
-def _enter(params, config: ModelConfig, cache: Cache, row, request: Request, token, position, warm) -> _Entry:
+def _enter(
+    params: Params,
+    config: ModelConfig,
+    cache: Cache,
+    row: Array,
+    request: Request,
+    token: Array,
+    position: Array,
+    warm: Array | None,
+) -> _Entry:
     """The next token [W] of the lanes `row`, at its position: prelude, injected input, initial state."""
-    ctx = context(config, position[:, None], None, cached_bias(cache.capacity, position))
-    e, own = embed(params, config, token[:, None], ctx, jax.tree.map(lambda x: x[row], cache.prelude))
+    ctx = _context(config, cache, position)
+    e, new_kv = embed(params, config, token[:, None], ctx, jax.tree.map(lambda x: x[row], cache.prelude))
     s = warm
     if s is None:
         s = initial_state(request.keys, position[:, None], config.embed_dim, e.dtype, request.init_scale)
-    rule = () if request.rule is None else exits.init(request.rule, s, config.rows)
-    own = jax.tree.map(lambda x: x[:, 0], own)
-    return _Entry(position, s, inject(params, config, e), rule, own)
+    rule = () if request.depth.rule is None else exits.init(request.depth.rule, s, config.rows)
+    prelude_kv = jax.tree.map(lambda x: x[:, 0], new_kv)
+    return _Entry(position, s, inject(params, config, e), rule, prelude_kv)
 
 
 def _apply(p: Lanes, lane: Array, left: _Exit, entry: _Entry) -> Lanes:
-    """Write down what a flush found. Lane B is nobody's: its rows are dropped."""
+    """Write down the result of a flush. Rows of lane B, which does not exist, are dropped."""
     cache, row = p.cache, jnp.minimum(lane, p.busy.size - 1)
     at, count = cache.length[row], p.count[row]
     cache = dataclasses.replace(
         cache,
-        core=jax.tree.map(lambda x, y: write(x, y, lane, at), cache.core, left.core),
-        coda=jax.tree.map(lambda x, y: write(x, y, lane, at), cache.coda, left.coda),
+        core=jax.tree.map(lambda x, y: write(x, y, lane, at), cache.core, left.core_kv),
+        coda=jax.tree.map(lambda x, y: write(x, y, lane, at), cache.coda, left.coda_kv),
         depth=cache.depth.at[lane, at].set(left.depth, mode="drop"),
         length=cache.length.at[lane].add(1, mode="drop"),
     )
@@ -259,7 +281,7 @@ def _apply(p: Lanes, lane: Array, left: _Exit, entry: _Entry) -> Lanes:
 
 def _begin(p: Lanes, lane: Array, entry: _Entry) -> Lanes:
     """Put new tokens into their lanes."""
-    prelude = jax.tree.map(lambda x, y: write(x, y, lane, entry.position), p.cache.prelude, entry.prelude)
+    prelude = jax.tree.map(lambda x, y: write(x, y, lane, entry.position), p.cache.prelude, entry.prelude_kv)
     return p._replace(
         cache=dataclasses.replace(p.cache, prelude=prelude),
         s=_put(p.s, lane, entry.s),
@@ -270,7 +292,7 @@ def _begin(p: Lanes, lane: Array, entry: _Entry) -> Lanes:
     )
 
 
-def _put(target: Any, lane: Array, rows: Any) -> Any:
+def _put(target: PyTree, lane: Array, rows: PyTree) -> PyTree:
     """`target` [B, ...] with `rows` [W, ...] in place of those of `lane`; lane B drops a row."""
     return jax.tree.map(lambda x, y: x.at[lane].set(y, mode="drop"), target, rows)
 
@@ -283,32 +305,32 @@ def insert(
     progress: Progress,
     lengths: Int[Array, "W"],
     request: Request,
-    most: Int[Array, "W"],
+    max_tokens: Int[Array, "W"],
     lane: Int[Array, "W"],
 ) -> Lanes:
     """Put prefilled requests (rows of `progress`, from `rdlm.decode.loop.begin`) into lanes; lane B drops a row."""
-    held, cache = progress.cache, lanes.cache
-    columns = jnp.arange(held.capacity)[None]
+    prompt, cache = progress.cache, lanes.cache
+    columns = jnp.arange(prompt.capacity)[None]
 
-    def put(target: Any, rows: Any) -> Any:
+    def put(target: PyTree, rows: PyTree) -> PyTree:
         return jax.tree.map(lambda x, y: write(x, y, lane[:, None], columns), target, rows)
 
     cache = dataclasses.replace(
         cache,
-        prelude=put(cache.prelude, held.prelude),
-        core=put(cache.core, held.core),
-        coda=put(cache.coda, held.coda),
-        depth=put(cache.depth[..., None], held.depth[..., None])[..., 0],
+        prelude=put(cache.prelude, prompt.prelude),
+        core=put(cache.core, prompt.core),
+        coda=put(cache.coda, prompt.coda),
+        depth=put(cache.depth[..., None], prompt.depth[..., None])[..., 0],
         length=_put(cache.length, lane, lengths),
     )
     lanes = lanes._replace(
         cache=cache,
         request=_put(lanes.request, lane, request),
-        most=_put(lanes.most, lane, most),
-        busy=_put(lanes.busy, lane, ~progress.done & (most > 1)),
+        max_tokens=_put(lanes.max_tokens, lane, max_tokens),
+        busy=_put(lanes.busy, lane, ~progress.done & (max_tokens > 1)),
         tokens=lanes.tokens.at[lane, 0].set(progress.tokens[:, 0], mode="drop"),
         steps=lanes.steps.at[lane, 0].set(progress.steps[:, 0], mode="drop"),
-        count=_put(lanes.count, lane, jnp.ones_like(most)),
+        count=_put(lanes.count, lane, jnp.ones_like(max_tokens)),
         present=_put(lanes.present, lane, progress.present),
     )
     index = jnp.minimum(lane, lanes.busy.size - 1)

@@ -1,9 +1,10 @@
-"""The token loop: what a batch of requests asks for, how far it is, and one more token for every row."""
+"""The token loop: how far a batch of requests is, and one more token for every row."""
 
 from __future__ import annotations
 
 import functools
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,95 +12,97 @@ from jax import Array, lax
 from jaxtyping import Float, Int, Int32, Key
 
 from rdlm.config import CachePolicy, ModelConfig
-from rdlm.decode.passes import run_pass
-from rdlm.decode.requests import Request
+from rdlm.decode.passes import continuation, run_pass
+from rdlm.decode.requests import Request, WarmStart
 from rdlm.decode.sampling import choose, known_only, stops
-from rdlm.model import Params, compute_dtype
+from rdlm.model import Params, Pass, Start, Text, compute_dtype, start_from
 from rdlm.model.cache import Cache, allocate
 
-WarmStart = Literal[False, "normalized", "raw"]
-"""From where a token's state starts, if not from noise: its predecessor's last one, after ln_f or before."""
-
-_STREAM = 0x746F6B65  # keeps the randomness of tokens apart from that of states
+_STREAM = 0x746F6B65  # separates the randomness of tokens from that of initial states
 
 
 class Progress(NamedTuple):
-    """State of the token loop.
-
-    token [B]: last chosen, not yet processed. warm [B, 1, D]: state it starts from, if any. tokens, steps [B, N]: made
-    so far. count [B]: how many. done [B]. present [B, V]: tokens seen. passes: core iterations so far.
-    """
+    """State of the token loop."""
 
     cache: Cache
-    token: Array
-    warm: Array | None
-    tokens: Array
-    steps: Array
-    count: Array  # type: ignore[assignment]  # hides tuple.count, which nobody needs
-    done: Array
-    present: Array
-    passes: Array
+    token: Array  # int32 [B], the last one chosen, not yet processed
+    warm: Array | None  # [B, 1, D], the state it starts from; None: from noise
+    tokens: Array  # int32 [B, N], made so far
+    steps: Array  # int32 [B, N], recurrences of the pass that gave each of them
+    count: Array  # type: ignore[assignment]  # int32 [B], how many; hides tuple.count, which nobody needs
+    done: Array  # bool [B]
+    present: Array  # bool [B, V], tokens of prompt and output
+    passes: Array  # int32 scalar, sequential core recurrences so far
 
 
-@functools.partial(
-    jax.jit, static_argnames=("config", "policy", "sets", "capacity", "room", "prefill_exit", "warm_start")
-)
+class Sizes(NamedTuple):
+    """Static sizes of the arrays of a token loop."""
+
+    policy: CachePolicy
+    sets: int  # core sets that the cache keeps
+    capacity: int  # positions of the cache
+    tokens: int  # N, new tokens per row
+
+
+@functools.partial(jax.jit, static_argnames=("config", "sizes", "prefill_exit", "warm_start"))
 def begin(
     params: Params,
     config: ModelConfig,
     tokens: Int[Array, "B L"],
     lengths: Int[Array, "B"],
     request: Request,
-    policy: CachePolicy,
-    sets: int,
-    capacity: int,
-    room: int,
+    sizes: Sizes,
     prefill_exit: str,
     warm_start: WarmStart,
 ) -> tuple[Progress, Int32[Array, "B L"]]:
     """Prefill, and choose the first token: (progress, steps of each token of the prompt)."""
-    B, L = tokens.shape
-    empty = allocate(config, policy, sets, B, capacity, compute_dtype(params, config))
-    done, cache = run_pass(
-        params, config, empty, tokens, lengths, first=True, key=request.keys, init_scale=request.init_scale,
-        num_steps=request.num_steps, rule=None if prefill_exit == "never" else request.rule,
-        min_steps=request.min_steps, check_every=request.check_every, together=prefill_exit == "together",
-        last_only=True,
-    )  # fmt: skip
-    real = jnp.arange(L)[None] < lengths[:, None]
+    B = len(tokens)
+    empty = allocate(config, sizes.policy, sizes.sets, B, sizes.capacity, compute_dtype(params, config))
+    text = continuation(config, empty, tokens, lengths, first=True)
+    depth = request.depth._replace(rule=None) if prefill_exit == "never" else request.depth
+    start = request_start(params, config, text, request)
+    done, cache = run_pass(params, config, text, start, depth, empty, prefill_exit == "together", last_only=True)
     present = jnp.zeros((B, config.rows), bool)
-    present = present.at[jnp.arange(B)[:, None], jnp.where(real, tokens, config.rows)].set(True, mode="drop")
+    present = present.at[jnp.arange(B)[:, None], jnp.where(text.valid, tokens, config.rows)].set(True, mode="drop")
     last = (lengths - 1)[:, None]
-    start = Progress(
+    table = jnp.zeros((B, sizes.tokens), jnp.int32)
+    progress = Progress(
         cache=cache,
         token=jnp.zeros(B, jnp.int32),
-        warm=None if not warm_start else _warm(done, last, warm_start),
-        tokens=jnp.zeros((B, room), jnp.int32),
-        steps=jnp.zeros((B, room), jnp.int32),
+        warm=_warm(done, last, warm_start),
+        tokens=table,
+        steps=table,
         count=jnp.zeros(B, jnp.int32),
         done=jnp.zeros(B, bool),
         present=present,
         passes=done.ran,
     )
     steps = jnp.take_along_axis(done.steps, last, axis=1)[:, 0]
-    return emit(start, request, known_only(done.logits[:, 0], config.vocab_size), steps), done.steps
+    return emit(progress, request, known_only(done.logits[:, 0], config.vocab_size), steps), done.steps
 
 
-def progress_shapes(
-    params: Params, config: ModelConfig, request: Request, policy: CachePolicy, sets: int, capacity: int
-) -> Progress:
-    """Shapes of what `begin` returns, with room for `capacity` tokens; nothing is computed, shapes of params do."""
-    B = request.num_steps.shape[0]
+def progress_shapes(params: Params, config: ModelConfig, request: Request, sizes: Sizes) -> Progress:
+    """Shapes of what `begin` returns, from shapes of params; nothing is computed."""
+    B = len(request.keys)
     tokens, lengths = jnp.zeros((B, 1), jnp.int32), jnp.ones(B, jnp.int32)
     return jax.eval_shape(
-        lambda params, request: begin(
-            params, config, tokens, lengths, request, policy, sets, capacity, capacity, "never", False
-        )[0],
-        params, request,
-    )  # fmt: skip
+        lambda params, request: begin(params, config, tokens, lengths, request, sizes, "never", False)[0],
+        params,
+        request,
+    )
 
 
-def _warm(done, index: Array, kind: str) -> Array:
+def request_start(
+    params: Params, config: ModelConfig, text: Text, request: Request, state: Array | None = None
+) -> Start:
+    """The initial states that a request asks for, or `state`."""
+    return start_from(params, config, text, request.keys, state, request.init_scale)
+
+
+def _warm(done: Pass, index: Array, kind: WarmStart) -> Array | None:
+    """The state [B, 1, D] that a token passes on to the next, at `index` [B, 1]."""
+    if not kind:
+        return None
     states = done.latents if kind == "normalized" else done.state
     return jnp.take_along_axis(states, index[..., None], axis=1)
 
@@ -111,8 +114,7 @@ def token_keys(request: Request, index: Int[Array, "B"]) -> Key[Array, "B"]:
 
 def emit(p: Progress, request: Request, logits: Float[Array, "B V"], steps: Int[Array, "B"]) -> Progress:
     """Choose a token for every row that is not done, and write it down."""
-    keys = token_keys(request, p.count)
-    token = choose(logits, p.present, request.sampling, keys)
+    token = choose(logits, p.present, request.sampling, token_keys(request, p.count))
     rows = jnp.arange(len(token))
     where = jnp.where(p.done, p.tokens.shape[1], p.count)
     return p._replace(
@@ -125,6 +127,11 @@ def emit(p: Progress, request: Request, logits: Float[Array, "B V"], steps: Int[
     )
 
 
+def until(limit: Int[Array, ""], one_round: Callable[[Progress], Progress], progress: Progress) -> Progress:
+    """Repeat `one_round` until every row is done or has at least `limit` tokens."""
+    return lax.while_loop(lambda p: jnp.any(~p.done & (p.count < limit)), one_round, progress)
+
+
 @functools.partial(jax.jit, static_argnames=("config", "warm_start"), donate_argnames="progress")
 def decode_tokens(
     params: Params,
@@ -132,25 +139,19 @@ def decode_tokens(
     progress: Progress,
     request: Request,
     limit: Int[Array, ""],
-    most: Int[Array, ""],
+    max_tokens: Int[Array, ""],
     warm_start: WarmStart,
 ) -> Progress:
     """Make tokens until every row is done or has `limit` of them."""
 
-    def go_on(p: Progress) -> Array:
-        return jnp.any(~p.done & (p.count < limit))
-
     def one(p: Progress) -> Progress:
-        count = jnp.where(p.done, 0, 1)
-        done, cache = run_pass(
-            params, config, p.cache, p.token[:, None], count, first=False, state=p.warm, key=request.keys,
-            init_scale=request.init_scale, num_steps=request.num_steps, rule=request.rule,
-            min_steps=request.min_steps, check_every=request.check_every,
-        )  # fmt: skip
-        p = p._replace(cache=cache, passes=p.passes + done.ran)
-        if warm_start:
-            p = p._replace(warm=_warm(done, jnp.zeros((len(count), 1), jnp.int32), warm_start))
+        text = continuation(config, p.cache, p.token[:, None], jnp.where(p.done, 0, 1))
+        start = request_start(params, config, text, request, p.warm)
+        done, cache = run_pass(params, config, text, start, request.depth, p.cache)
+        p = p._replace(
+            cache=cache, passes=p.passes + done.ran, warm=_warm(done, jnp.zeros_like(text.tokens), warm_start)
+        )
         p = emit(p, request, known_only(done.logits[:, 0], config.vocab_size), done.steps[:, 0])
-        return p._replace(done=p.done | (p.count >= most))
+        return p._replace(done=p.done | (p.count >= max_tokens))
 
-    return lax.while_loop(go_on, one, progress)
+    return until(limit, one, progress)

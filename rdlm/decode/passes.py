@@ -2,109 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from rdlm.config import CachePolicy, InputError, ModelConfig
-from rdlm.exits import ExitRule
+from rdlm.exits import Counts, Depth, ExitRule
 from rdlm.model import (
     Output,
     Params,
     Pass,
+    Start,
+    Text,
     adaptive_pass,
     check_depth,
-    check_rule,
     check_shape,
     check_tokens,
     compute_dtype,
     context,
-    typed_key,
+    start_from,
 )
 from rdlm.model.cache import Cache, allocate, append, cached_bias, grow
-from rdlm.recurrence import initial_state
-
-PREFILL_EXITS = ("per_token", "together", "never")
+from rdlm.model.inputs import Tokens, depth_from
 
 
-def next_power(n: int, least: int = 8) -> int:
-    """Smallest power of two that is at least n and `least`: sizes that share one compiled program."""
-    return max(least, 1 << (n - 1).bit_length())
+def next_power(n: int, minimum: int = 8) -> int:
+    """Smallest power of two that is at least n and `minimum`: sizes that share one compiled program."""
+    return max(minimum, 1 << (n - 1).bit_length())
+
+
+def check_prefill_exit(prefill_exit: str) -> None:
+    """Refuse what is not a way for prompts to exit."""
+    if prefill_exit not in ("per_token", "together", "never"):
+        raise InputError(f"prefill_exit = {prefill_exit!r}: must be one of per_token, together, never")
+
+
+def continuation(
+    config: ModelConfig, cache: Cache, tokens: Int[Array, "B L"], count: Int[Array, "B"], first: bool = False
+) -> Text:
+    """The first `count` of a row's `tokens`, behind those in the cache. first: the cache is empty and is not read."""
+    L = tokens.shape[1]
+    positions = cache.length[:, None] + jnp.arange(L)[None]
+    valid = jnp.arange(L)[None] < count[:, None]
+    bias = None if first else cached_bias(cache.capacity, cache.length)
+    return Text(tokens, positions, valid, context(config, positions, valid.astype(jnp.int32), bias))
 
 
 def run_pass(
     params: Params,
     config: ModelConfig,
+    text: Text,
+    start: Start,
+    depth: Depth,
     cache: Cache,
-    tokens: Int[Array, "B L"],
-    count: Int[Array, "B"],
-    *,
-    first: bool,
-    state: Float[ArrayLike, "B L D"] | None = None,
-    key: ArrayLike | None = None,
-    init_scale: Any = 1.0,
-    num_steps: Any,
-    rule: ExitRule | None = None,
-    min_steps: Any = 0,
-    check_every: Any = 1,
     together: bool = False,
     last_only: bool = False,
-    resume: Any = None,
 ) -> tuple[Pass, Cache]:
-    """Process `count` of the tokens behind what `cache` holds. Traced: the body of the public functions.
-
-    first: the cache is known to be empty, so nothing is read from it. The other arguments as in `adaptive_pass`.
-    """
-    L = tokens.shape[1]
-    positions = cache.length[:, None] + jnp.arange(L)[None]
-    valid = jnp.arange(L)[None] < count[:, None]
-    dtype = compute_dtype(params, config)
-    key = typed_key(key)
-    if state is None:
-        state = initial_state(key, positions, config.embed_dim, dtype, init_scale)
-    ctx = context(
-        config, positions, valid.astype(jnp.int32), None if first else cached_bias(cache.capacity, cache.length)
-    )
-    done = adaptive_pass(
-        params, config, tokens, positions, ctx, jnp.asarray(state, dtype), valid,
-        num_steps=num_steps, rule=rule, min_steps=min_steps, check_every=check_every, together=together,
-        policy=cache.policy, cache=None if first else cache, sets=cache.sets, last_only=last_only,
-        key=key, resume=resume,
-    )  # fmt: skip
-    start = jnp.int32(0) if first else cache.length
-    return done, append(cache, done.own, done.steps, done.ran, start, count)
+    """Process a text from `continuation` and append it to the cache. Arguments as in `adaptive_pass`."""
+    done = adaptive_pass(params, config, text, start, depth, cache, together, last_only)
+    at = jnp.int32(0) if text.context.cached_bias is None else cache.length
+    return done, append(cache, done.new_kv, done.steps, done.ran, at, text.valid.sum(-1))
 
 
 def prefill(
     params: Params,
     config: ModelConfig,
-    tokens: ArrayLike | Sequence[Sequence[int]],
-    num_steps: Any = None,
+    tokens: Tokens,
+    num_steps: Counts | None = None,
     *,
-    lengths: Any = None,
+    lengths: ArrayLike | None = None,
     state: ArrayLike | None = None,
     key: ArrayLike | None = None,
-    init_scale: Any = 1.0,
+    init_scale: ArrayLike = 1.0,
     exit_rule: ExitRule | None = None,
     prefill_exit: str = "per_token",
-    min_steps: Any = 0,
-    check_every: Any = 1,
+    min_steps: Counts = 0,
+    check_every: Counts = 1,
     cache: CachePolicy = CachePolicy(),
     capacity: int | None = None,
     max_steps: int | None = None,
 ) -> tuple[Output, Cache]:
-    """Process prompts in one parallel pass and keep what later tokens need (contract, "Prefill, scoring").
+    """Process prompts in one parallel pass and keep what later tokens need (docs/semantics.md, Prefill and exactness).
 
     Args:
       params, config: the model.
       tokens: int [B, L], prompts padded on the right.
-      num_steps: recurrences (the most of them, with an exit rule): None = config.mean_recurrence, a scalar, one per
+      num_steps: recurrences (the maximum, with an exit rule): None = config.mean_recurrence, a scalar, one per
         row [B] or one per token [B, L].
       lengths: int [B], real tokens per row; None: all.
       state: [B, L, D] initial states; wins over `key`.
@@ -125,27 +111,26 @@ def prefill(
     B, L = tokens.shape
     num_steps = config.mean_recurrence if num_steps is None else num_steps
     check_depth(num_steps)
-    check_rule(exit_rule, B, min_steps, check_every)
-    if prefill_exit not in PREFILL_EXITS:
-        raise InputError(f"prefill_exit = {prefill_exit!r}: must be one of {', '.join(PREFILL_EXITS)}")
+    check_prefill_exit(prefill_exit)
     capacity = config.max_length if capacity is None else capacity
     if capacity < L:
         raise InputError(f"tokens: {L} positions do not fit capacity = {capacity}")
     if max_steps is None:
-        max_steps = config.mean_recurrence if isinstance(num_steps, jax.core.Tracer) else int(np.max(num_steps))
+        max_steps = config.mean_recurrence if isinstance(num_steps, jax.core.Tracer) else _largest(num_steps)
     num_steps = _within(num_steps, cache, cache.sets(max_steps), f"max_steps = {max_steps}")
+    depth = depth_from(B, num_steps, exit_rule, min_steps, check_every)
+    if prefill_exit == "never":
+        depth = depth._replace(rule=None)
     check_shape("lengths", lengths, (B,))
-    check_shape("state", state, (B, L, config.embed_dim))
-    known = lengths is not None and not isinstance(lengths, jax.core.Tracer)
-    if known and (np.min(lengths) < 1 or np.max(lengths) > L):
-        raise InputError(f"lengths = {np.asarray(lengths).tolist()}: must be between 1 and {L}")
+    if lengths is not None and not isinstance(lengths, jax.core.Tracer):
+        known = np.asarray(lengths)
+        if known.min() < 1 or known.max() > L:
+            raise InputError(f"lengths = {known.tolist()}: must be between 1 and {L}")
     empty = allocate(config, cache, cache.sets(max_steps), B, capacity, compute_dtype(params, config))
     count = jnp.full(B, L, jnp.int32) if lengths is None else jnp.asarray(lengths, jnp.int32)
-    done, full = run_pass(
-        params, config, empty, tokens, count, first=True, state=state, key=key, init_scale=init_scale,
-        num_steps=num_steps, rule=None if prefill_exit == "never" else exit_rule, min_steps=min_steps,
-        check_every=check_every, together=prefill_exit == "together",
-    )  # fmt: skip
+    text = continuation(config, empty, tokens, count, first=True)
+    start = start_from(params, config, text, key, state, init_scale)
+    done, full = run_pass(params, config, text, start, depth, empty, prefill_exit == "together")
     return Output(done.logits, done.latents, done.steps, done.state), full
 
 
@@ -154,14 +139,14 @@ def decode_step(
     config: ModelConfig,
     cache: Cache,
     token: Array | np.ndarray,
-    num_steps: Any = None,
+    num_steps: Counts | None = None,
     *,
     state: ArrayLike | None = None,
     key: ArrayLike | None = None,
-    init_scale: Any = 1.0,
+    init_scale: ArrayLike = 1.0,
     exit_rule: ExitRule | None = None,
-    min_steps: Any = 0,
-    check_every: Any = 1,
+    min_steps: Counts = 0,
+    check_every: Counts = 1,
 ) -> tuple[Output, Cache]:
     """Process the next token of every row, each with its own depth. Donate `cache` when calling it under jit.
 
@@ -187,31 +172,33 @@ def decode_step(
     check_shape("state", state, (B, D) if single else (B, tokens.shape[1], D))
     if state is not None:
         state = jnp.asarray(state).reshape(*tokens.shape, D)
-    check_rule(exit_rule, tokens.shape[0], min_steps, check_every)
     if not isinstance(cache.length, jax.core.Tracer):
-        cache = _with_room(cache, config, tokens.shape[1], num_steps)
+        cache = _large_enough(cache, config, tokens.shape[1], num_steps)
     num_steps = _within(num_steps, cache.policy, cache.sets, "max_steps of prefill")
-    count = jnp.full(tokens.shape[0], tokens.shape[1], jnp.int32)
-    done, cache = run_pass(
-        params, config, cache, tokens, count, first=False, state=state, key=key, init_scale=init_scale,
-        num_steps=num_steps, rule=exit_rule, min_steps=min_steps, check_every=check_every,
-    )  # fmt: skip
+    depth = depth_from(B, num_steps, exit_rule, min_steps, check_every)
+    text = continuation(config, cache, tokens, jnp.full(B, tokens.shape[1], jnp.int32))
+    start = start_from(params, config, text, key, state, init_scale)
+    done, cache = run_pass(params, config, text, start, depth, cache)
     out = Output(done.logits, done.latents, done.steps, done.state)
     return (jax.tree.map(lambda x: x[:, 0], out) if single else out), cache
 
 
-def _within(num_steps: Any, policy: CachePolicy, sets: int, room: str) -> Any:
+def _largest(counts: Counts) -> int:
+    return int(np.max(np.asarray(counts)))
+
+
+def _within(num_steps: Counts, policy: CachePolicy, sets: int, limit: str) -> Counts:
     """`num_steps` as far as every recurrence has a set of its own: refused beyond when concrete, cut when traced."""
     if policy.recurrences is not None:
         return num_steps
     if isinstance(num_steps, jax.core.Tracer):
         return jnp.minimum(num_steps, sets)
-    if int(np.max(num_steps)) > sets:
-        raise InputError(f"num_steps = {num_steps!r}: exceeds {room}, the cache keeps {sets} recurrences")
+    if _largest(num_steps) > sets:
+        raise InputError(f"num_steps = {num_steps!r}: exceeds {limit}, the cache keeps {sets} recurrences")
     return num_steps
 
 
-def _with_room(cache: Cache, config: ModelConfig, L: int, num_steps: Any) -> Cache:
+def _large_enough(cache: Cache, config: ModelConfig, L: int, num_steps: Counts) -> Cache:
     """The cache itself, or a larger copy when a concrete call needs more positions or sets than it has."""
     needed = int(jnp.max(cache.length)) + L
     if needed > config.max_length:
@@ -219,5 +206,5 @@ def _with_room(cache: Cache, config: ModelConfig, L: int, num_steps: Any) -> Cac
     capacity = cache.capacity if needed <= cache.capacity else min(2 * needed, config.max_length)
     sets = cache.sets
     if not isinstance(num_steps, jax.core.Tracer):
-        sets = max(sets, cache.policy.sets(int(np.max(num_steps))))
+        sets = max(sets, cache.policy.sets(_largest(num_steps)))
     return grow(cache, sets, capacity)

@@ -19,8 +19,8 @@ from jax import Array
 
 from rdlm.config import InputError, ModelConfig
 from rdlm.exits import ExitRule
-from rdlm.model import Params, check_ids, check_rule, coda, compute_dtype, forward, head, start, stepping
-from rdlm.recurrence import check_depths, checkpoints, initial_state
+from rdlm.model import Params, bind_text, check_ids, check_rule, coda, forward, head, start_from, text_from
+from rdlm.recurrence import check_depths, checkpoints
 
 Pair = tuple[Sequence[int] | np.ndarray, Sequence[int] | np.ndarray]
 """Context and continuation, token ids; neither is empty."""
@@ -189,30 +189,25 @@ def _arrays(rows: list[_Row], B: int, L: int, C: int, K: int) -> _Arrays:
     return _Arrays(*(jnp.asarray(x) for x in (tokens, segments, at, labels, scored)))
 
 
-def _state(params: Params, config: ModelConfig, tokens: Array, scale: Any) -> Array:
-    positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)
-    s = initial_state(jax.random.key(0), positions, config.embed_dim, compute_dtype(params, config), scale)
-    return jnp.broadcast_to(s, (*tokens.shape, config.embed_dim))
-
-
 @functools.partial(jax.jit, static_argnames=("config", "depths"))
 def _by_depth(params: Params, config: ModelConfig, batch: _Arrays, depths: tuple[int, ...], scale: Any):
     """(log-likelihoods f32 [R, B, K, C], greedy bool [R, B, K])."""
     # Segments are left out: padding is on the right, where nothing that is scored looks.
-    begin = start(params, config, batch.tokens, state=_state(params, config, batch.tokens, scale))
+    text = text_from(config, batch.tokens)
+    bound = bind_text(params, config, text, start_from(params, config, text, None, scale=scale))
 
     def read(s: Array) -> tuple[Array, Array]:
-        (y, _), _ = coda(params, config, s, begin.ctx)
+        (y, _), _ = coda(params, config, s, text.context)
         y = jnp.take_along_axis(y, batch.at[..., None], axis=1)  # the head is for scored positions only
         return _continuations(head(params, config, y), batch)
 
-    return checkpoints(stepping(params, config, begin)[0], begin.s0, depths, read)
+    return checkpoints(bound.step, bound.s0, depths, read)
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
 def _by_exit(params: Params, config: ModelConfig, batch: _Arrays, rule: ExitRule, most: Array, scale: Any):
     """((log-likelihoods f32 [1, B, K, C], greedy bool [1, B, K]), steps int32 [B, L], looks int32 [B, L])."""
-    s = _state(params, config, batch.tokens, scale)
+    s = start_from(params, config, text_from(config, batch.tokens), None, scale=scale).s
     out = forward(
         params, config, batch.tokens, most, state=s, segment_ids=batch.segment_ids, exit_rule=rule
     )  # fmt: skip

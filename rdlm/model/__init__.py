@@ -1,17 +1,18 @@
 """The model: three pure functions (embed, core_step, readout), and what is made of them."""
 
 from rdlm.model.adaptive import Pass, adaptive_pass
-from rdlm.model.forward import (
-    Output,
+from rdlm.model.forward import Bound, Output, bind, bind_text, forward
+from rdlm.model.inputs import (
+    Start,
+    Text,
     check_depth,
     check_ids,
     check_rule,
     check_shape,
     check_tokens,
-    forward,
     split_steps,
-    start,
-    stepping,
+    start_from,
+    text_from,
     typed_key,
 )
 from rdlm.model.network import (
@@ -34,11 +35,16 @@ from rdlm.model.network import (
 from rdlm.model.noise import noisy
 
 __all__ = [
+    "Bound",
     "Output",
     "Params",
     "Pass",
     "RecurrentDepth",
+    "Start",
+    "Text",
     "adaptive_pass",
+    "bind",
+    "bind_text",
     "cast",
     "check_depth",
     "check_ids",
@@ -59,8 +65,8 @@ __all__ = [
     "positions_of",
     "readout",
     "split_steps",
-    "start",
-    "stepping",
+    "start_from",
+    "text_from",
     "typed_key",
     "vectors",
 ]

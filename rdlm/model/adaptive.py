@@ -1,189 +1,212 @@
-"""One parallel pass over L tokens in which every token stops on its own (contract, "Prefill, scoring").
+"""One parallel pass over L tokens in which every token stops on its own (docs/semantics.md, Prefill and exactness).
 
-Serves scoring (`forward` with an exit rule), prefill, chunked prefill, decoding (L = 1) and verification of drafts.
-At recurrence i every unfinished token iterates; a query reads what each earlier token holds at that recurrence, and a
-token that has stopped holds its last. When all have stopped, coda and head read every token's final state once more,
-in parallel.
+Serves scoring (`forward` with an exit rule), prefill, decoding (L = 1) and verification of drafts. At recurrence i
+every active token runs the core; a query reads the keys and values that each earlier token has at that recurrence, and
+a stopped token keeps its last. When all have stopped, coda and head read every token's final state, in parallel.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float, Int, Key
+from jaxtyping import PyTree
 
 from rdlm import exits
-from rdlm.config import CachePolicy, ModelConfig
-from rdlm.exits import ExitRule, Observation
+from rdlm.config import ModelConfig
+from rdlm.exits import Depth, ExitRule, Observation
 from rdlm.model.attention import HIDDEN
-from rdlm.model.blocks import Context
-from rdlm.model.cache import Cache, Own, held_set, read_set, skip_bias, write_set, zeros
+from rdlm.model.cache import Cache, NewKV, frozen_set, read_set, skip_bias, write_set, zeros
+from rdlm.model.inputs import Start, Text
 from rdlm.model.network import Layers, Params, coda, core_step, embed, head, inject
 from rdlm.model.noise import noisy
 from rdlm.recurrence import unroll_until
 
 
 class Pass(NamedTuple):
-    """What a pass leaves behind.
+    """The result of a pass."""
 
-    logits f32 [B, L, V] (L = 1 when only the last position was asked for); latents, state [B, L, D] (after and before
-    ln_f); steps int32 [B, L]; ran int32 scalar, the recurrence at which the last token stopped; own: keys and values to
-    append to the cache; looks int32 [B, L], how often the rule read a token's logits.
-    """
-
-    logits: Array
-    latents: Array
-    state: Array
-    steps: Array
-    ran: Array
-    own: Own
-    looks: Array
+    logits: Array  # f32 [B, L, V], or [B, 1, V] of each row's last valid position
+    latents: Array  # [B, L, D], after ln_f
+    state: Array  # [B, L, D], before ln_f
+    steps: Array  # int32 [B, L], recurrences each token ran
+    ran: Array  # int32 scalar, the recurrence at which the last token stopped
+    new_kv: NewKV  # to append to the cache
+    looks: Array  # int32 [B, L], how often the rule read a token's logits
 
 
-class _Loop(NamedTuple):
-    s: Array
-    active: Array  # bool [B, L]: still iterating
+class _Carry(NamedTuple):
+    """What a recurrence changes."""
+
+    s: Array  # [B, L, D]
+    active: Array  # bool [B, L], still running
     steps: Array  # int32 [B, L]
-    looks: Array  # int32 [B, L]: looks at logits
-    core: Any  # own core sets
-    rule: Any  # rule state
-    coda: Any  # own coda keys and values as of the last check
-    fresh: Array  # bool [B, L]: `coda` belongs to the present state
+    looks: Array  # int32 [B, L]
+    core_kv: Layers  # [S, B, L, .] per core layer
+    rule: PyTree  # state of the exit rule
+    coda_kv: Layers  # [B, L, .] per coda layer, as of the last check
+    fresh: Array  # bool [B, L], whether `coda_kv` belongs to the present state
 
 
 def adaptive_pass(
     params: Params,
     config: ModelConfig,
-    tokens: Int[Array, "B L"],
-    positions: Int[Array, "L"] | Int[Array, "B L"],
-    ctx: Context,
-    s0: Float[Array, "B L D"],
-    valid: Bool[Array, "B L"],
-    *,
-    num_steps: Any,
-    rule: ExitRule | None = None,
-    min_steps: Any = 0,
-    check_every: Any = 1,
+    text: Text,
+    start: Start,
+    depth: Depth,
+    cache: Cache,
     together: bool = False,
-    policy: CachePolicy = CachePolicy(),
-    cache: Cache | None = None,
-    sets: int | None = None,
     last_only: bool = False,
-    key: Key[Array, ""] | Key[Array, "B"] | None = None,
-    resume: tuple[Int[Array, ""], Layers] | None = None,
 ) -> Pass:
     """Run the pass.
 
     Args:
-      tokens, positions: the text.
-      ctx: from `context`; its cached_bias shows the cached tokens.
-      s0: states to begin with.
-      valid: False for padding, which never iterates.
-      num_steps: most recurrences: scalar, [B] or [B, L], at least 1.
-      rule, min_steps, check_every: when to stop; scalars or [B].
-      together: one decision per row: logit rules look at the last valid position, others average values over positions.
-      policy, cache: what is read of earlier tokens; `cache` is only read.
-      sets: sets of own keys and values to keep for a cache; None: as few as the pass itself needs.
+      params, config: the model.
+      text: padding never runs. With `text.context.cached_bias` its tokens see those in the cache.
+      start: initial states, or where an earlier pass over the same tokens stopped.
+      depth: when tokens stop.
+      cache: policy, number of core sets, and earlier tokens, which are only read.
+      together: one decision per row: logit rules check the last valid position, others average values over positions.
       last_only: logits of each row's last valid position only.
-      key: of the test-time noise.
-      resume: (i, own core sets [S, B, L, .]) to go on where an earlier pass over the same tokens stopped: s0 are their
-        states after i recurrences, and the sets below i are written.
     """
-    B, L = tokens.shape
-    most = _per_token(num_steps, tokens)
-    min_steps, check_every = _per_token(min_steps, tokens), _per_token(check_every, tokens)
-    if sets is None:
-        # Reading a stopped token at its deepest set is all that "latest" without a limit asks for.
-        sets = 1 if policy.recurrences is None else policy.recurrences
-    last = jnp.maximum(valid.sum(-1) - 1, 0)  # [B]
-    e, prelude = embed(params, config, tokens, ctx, None if cache is None else cache.prelude)
-    injected = inject(params, config, e)
-    dtype = e.dtype
-    by_last = together and rule is not None and rule.needs_logits
+    depth = depth.per_token(text.tokens.shape)
+    e, prelude_kv = embed(params, config, text.tokens, text.context, _if_cached(text, cache.prelude))
+    loop = _Loop(params, config, text, depth, cache, together, inject(params, config, e), start.key)
+    c, ran = unroll_until(loop.step, _all_stopped, loop.begin(start), jnp.max(depth.num_steps), start.ran)
+    (y, z), coda_kv = loop.coda(c.s)
+    logits = head(params, config, loop.at_last(y) if last_only else y)
+    return Pass(logits, z, c.s, c.steps, ran, NewKV(prelude_kv, c.core_kv, coda_kv), c.looks)
 
-    def at_last(x: Array) -> Array:
-        return jnp.take_along_axis(x, last[:, None, None], axis=1)
 
-    def read(s: Array, held: Any, update: Array | None, narrow: bool) -> tuple[Array, Array, Any]:
-        (y, z), coda_kv = coda(params, config, s, ctx, None if cache is None else cache.coda, held, update)
-        return head(params, config, at_last(y) if narrow else y), z, coda_kv
+def _all_stopped(c: _Carry, i: Array) -> Array:
+    return ~jnp.any(c.active)
 
-    def look(c: _Loop, i: Array, due: Array) -> _Loop:
-        """Show the rule every token that is due; stop those that exit."""
-        assert rule is not None  # nobody looks without one
-        if not rule.gated:
-            return evaluate(c, i, due)
-        state, opened = rule.open_gate(c.rule, Observation(at_last(c.s) if by_last else c.s, None, i))
-        c = c._replace(rule=shown_only(state, c.rule, due))
-        wanted = due & opened
-        return jax.lax.cond(jnp.any(wanted), lambda c: evaluate(c, i, wanted), lambda c: c, c)
 
-    def evaluate(c: _Loop, i: Array, due: Array) -> _Loop:
-        assert rule is not None
-        logits, coda_kv, fresh, looks = None, c.coda, c.fresh, c.looks
-        if rule.needs_logits:
-            # Only rows with a token that is due: what a stopped token shows in the coda must not depend on other rows.
-            asked = jnp.any(due, axis=1, keepdims=True)
-            logits, _, coda_kv = read(c.s, c.coda, ~c.fresh & asked, by_last)
-            fresh = c.fresh | asked
-            looks = c.looks + due
-        shown = Observation(at_last(c.s) if by_last else c.s, logits, i)
-        state, value = exits.update(rule, c.rule, shown)
-        if together and not by_last:
-            value = jnp.where(valid, value, 0).sum(-1, keepdims=True) / valid.sum(-1, keepdims=True)
-        stop = jnp.broadcast_to(exits.exits(rule, value), (B, L)) & due
-        rule_state = shown_only(state, c.rule, due)
-        return c._replace(rule=rule_state, active=c.active & ~stop, coda=coda_kv, fresh=fresh, looks=looks)
+def _if_cached(text: Text, layers: Layers) -> Layers | None:
+    return None if text.context.cached_bias is None else layers
 
-    def shown_only(new: Any, old: Any, due: Array) -> Any:
-        return exits.seen_only(at_last(due[..., None])[..., 0] if by_last else due, new, old)
 
-    def step(c: _Loop, i: Array) -> _Loop:
-        mine = ctx
-        if policy.lookup == "skip":
-            assert mine.bias is not None  # the fused kernel serves training alone
-            hide = jnp.where(c.active, 0.0, HIDDEN)[:, None]
-            mine = mine._replace(bias=mine.bias + jnp.where(jnp.eye(L, dtype=bool), 0.0, hide))
-            if cache is not None:
-                assert mine.cached_bias is not None  # a cache comes with what it shows
-                mine = mine._replace(cached_bias=mine.cached_bias + skip_bias(cache.depth, i))
-        past = None if cache is None else read_set(cache.core, i % cache.sets)
-        s = c.s if key is None else noisy(params, config, c.s, i, key, positions)
-        s, own = core_step(params, config, s, injected, mine, past, held_set(c.core, i), c.active)
+@dataclasses.dataclass(frozen=True)
+class _Loop:
+    """What stays the same in all recurrences of a pass, and one recurrence."""
+
+    params: Params
+    config: ModelConfig
+    text: Text
+    depth: Depth  # per token
+    cache: Cache
+    together: bool
+    injected: Array  # [B, L, D]
+    key: Array | None
+
+    @property
+    def rule(self) -> ExitRule:
+        """The rule, in functions that run only if there is one."""
+        assert self.depth.rule is not None
+        return self.depth.rule
+
+    @property
+    def by_last(self) -> bool:
+        """Whether the rule sees only each row's last position."""
+        return self.together and self.rule.needs_logits
+
+    def begin(self, start: Start) -> _Carry:
+        """The carry before the first recurrence."""
+        config, rule, shape, dtype = self.config, self.depth.rule, self.text.tokens.shape, self.injected.dtype
+        ran, core_kv = jnp.int32(start.ran), start.core_kv
+        coda_kv: Layers = ()
+        rule_state: PyTree = ()
+        if not core_kv:
+            core_kv = tuple(zeros(config, (self.cache.sets, *shape), dtype) for _ in range(config.core_layers))
+        if rule is not None:
+            rule_state = exits.init(rule, self.observed(start.s), config.rows)
+        if rule is not None and rule.needs_logits:
+            coda_kv = tuple(zeros(config, shape, dtype) for _ in range(config.coda_layers))
+        return _Carry(
+            s=start.s,
+            active=self.text.valid & (ran < self.depth.num_steps),
+            steps=jnp.where(self.text.valid, ran, 0),
+            looks=jnp.zeros(shape, jnp.int32),
+            core_kv=core_kv,
+            rule=rule_state,
+            coda_kv=coda_kv,
+            fresh=jnp.zeros(shape, bool),
+        )
+
+    def step(self, c: _Carry, i: Array) -> _Carry:
+        """Recurrence i: the core for all active tokens, then the rule for those that are due."""
+        s = c.s
+        if self.key is not None:
+            s = noisy(self.params, self.config, s, i, self.key, self.text.positions)
+        text = self.text if self.cache.policy.lookup == "latest" else self.hide(c.active, i)
+        cached_kv = _if_cached(text, self.cache.core) and read_set(self.cache.core, i % self.cache.sets)
+        frozen_kv = frozen_set(c.core_kv, i)
+        s, new_kv = core_step(self.params, self.config, s, self.injected, text.context, cached_kv, frozen_kv, c.active)
         c = c._replace(
             s=jnp.where(c.active[..., None], s, c.s),
-            core=write_set(c.core, own, i),
+            core_kv=write_set(c.core_kv, new_kv, i),
             steps=c.steps + c.active,
             fresh=c.fresh & ~c.active,
         )
-        if rule is not None:
-            ran = i + 1
-            due = c.active & exits.is_due(ran, min_steps, check_every)
-            c = jax.lax.cond(jnp.any(due), lambda c: look(c, ran, due), lambda c: c, c)
-        return c._replace(active=c.active & (c.steps < most))
+        if self.depth.rule is not None:
+            due = c.active & self.depth.due(i + 1)
+            c = jax.lax.cond(jnp.any(due), lambda c: self.check(c, i + 1, due), lambda c: c, c)
+        return c._replace(active=c.active & (c.steps < self.depth.num_steps))
 
-    def shape(count: int, *lead: int) -> tuple:
-        return tuple(zeros(config, (*lead, B, L), dtype) for _ in range(count))
+    def hide(self, active: Array, i: Array) -> Text:
+        """The text with tokens hidden that do not run recurrence i (lookup "skip")."""
+        context = self.text.context
+        assert context.bias is not None  # the fused kernel serves training alone
+        others = jnp.where(jnp.eye(active.shape[1], dtype=bool), 0.0, jnp.where(active, 0.0, HIDDEN)[:, None])
+        context = context._replace(bias=context.bias + others)
+        if context.cached_bias is not None:
+            context = context._replace(cached_bias=context.cached_bias + skip_bias(self.cache.depth, i))
+        return self.text._replace(context=context)
 
-    begin, core = (jnp.int32(0), shape(config.core_layers, sets)) if resume is None else resume
-    start = _Loop(
-        s=s0,
-        active=valid & (begin < most),
-        steps=jnp.where(valid, begin, 0),
-        looks=jnp.zeros((B, L), jnp.int32),
-        core=core,
-        rule=() if rule is None else exits.init(rule, at_last(s0) if by_last else s0, config.rows),
-        coda=shape(config.coda_layers) if rule is not None and rule.needs_logits else (),
-        fresh=jnp.zeros((B, L), bool),
-    )
-    c, ran = unroll_until(step, lambda c, i: ~jnp.any(c.active), start, jnp.max(most), begin)
-    logits, z, coda_kv = read(c.s, None, None, last_only)
-    return Pass(logits, z, c.s, c.steps, ran, Own(prelude, c.core, coda_kv), c.looks)
+    def check(self, c: _Carry, ran: Array, due: Array) -> _Carry:
+        """Show the rule every token that is due; stop those that exit."""
+        if not self.rule.gated:
+            return self.evaluate(c, ran, due)
+        state, opened = self.rule.open_gate(c.rule, Observation(self.observed(c.s), None, ran))
+        c = c._replace(rule=self.seen_only(due, state, c.rule))
+        due = due & opened
+        return jax.lax.cond(jnp.any(due), lambda c: self.evaluate(c, ran, due), lambda c: c, c)
 
+    def evaluate(self, c: _Carry, ran: Array, due: Array) -> _Carry:
+        """The same without a gate."""
+        logits = None
+        if self.rule.needs_logits:
+            # Only rows with a token that is due: the coda keys of a stopped token must not depend on other rows.
+            row = jnp.any(due, axis=1, keepdims=True)
+            (y, _), coda_kv = self.coda(c.s, c.coda_kv, ~c.fresh & row)
+            logits = head(self.params, self.config, self.at_last(y) if self.by_last else y)
+            c = c._replace(coda_kv=coda_kv, fresh=c.fresh | row, looks=c.looks + due)
+        state, value = exits.update(self.rule, c.rule, Observation(self.observed(c.s), logits, ran))
+        if self.together and not self.by_last:
+            valid = self.text.valid
+            value = jnp.where(valid, value, 0).sum(-1, keepdims=True) / valid.sum(-1, keepdims=True)
+        stop = jnp.broadcast_to(exits.exits(self.rule, value), due.shape) & due
+        return c._replace(rule=self.seen_only(due, state, c.rule), active=c.active & ~stop)
 
-def _per_token(value: Any, tokens: Array) -> Array:
-    value = jnp.asarray(value, jnp.int32)
-    return jnp.broadcast_to(value[:, None] if value.ndim == 1 else value, tokens.shape)
+    def coda(
+        self, s: Array, frozen_kv: Layers | None = None, update: Array | None = None
+    ) -> tuple[tuple[Array, Array], Layers]:
+        """((y, latents), coda keys and values) of states; where `update` is False they are those of `frozen_kv`."""
+        cached_kv = _if_cached(self.text, self.cache.coda)
+        return coda(self.params, self.config, s, self.text.context, cached_kv, frozen_kv, update)
+
+    def at_last(self, x: Array) -> Array:
+        """[B, 1, .]: x [B, L, .] at each row's last valid position."""
+        last = jnp.maximum(self.text.valid.sum(-1) - 1, 0)
+        return jnp.take_along_axis(x, last[:, None, None], axis=1)
+
+    def observed(self, s: Array) -> Array:
+        """The states that the rule sees."""
+        return self.at_last(s) if self.by_last else s
+
+    def seen_only(self, due: Array, new: PyTree, old: PyTree) -> PyTree:
+        """The rule's state: `new` for the tokens that were due, `old` for the others."""
+        return exits.seen_only(self.at_last(due[..., None])[..., 0] if self.by_last else due, new, old)

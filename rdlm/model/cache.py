@@ -4,7 +4,7 @@ A token writes one set of core keys and values per recurrence, at index i mod S 
 token that stopped early is read at its deepest set from then on; so when it stops, that set is copied into the sets
 above, once, and every later read is a plain slice. Under "skip" a reader hides tokens whose depth it has passed.
 
-During a pass the cache is only read; the pass keeps its own sets (`Own`) and writes them once, at its end.
+During a pass the cache is only read; the pass keeps its new sets (`NewKV`) and writes them once, at its end.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Cache:
         return self.core[0].k.shape[0]
 
 
-class Own(NamedTuple):
+class NewKV(NamedTuple):
     """Keys and values that one pass over L tokens made: like Cache, with L in place of T."""
 
     prelude: tuple[KeyValue, ...]
@@ -116,16 +116,16 @@ def read_set(layers: tuple[KeyValue, ...], m: Int[Array, ""]) -> tuple[KeyValue,
     return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, m, keepdims=False), layers)
 
 
-def held_set(own: tuple[KeyValue, ...], i: Int[Array, ""]) -> tuple[KeyValue, ...]:
-    """What stopped tokens hold at recurrence i of a pass: their last write to set i mod S, else the set below it."""
-    sets = own[0].k.shape[0]
-    return read_set(own, jnp.where(i < sets, jnp.maximum(i - 1, 0), i % sets))
+def frozen_set(core_kv: tuple[KeyValue, ...], i: Int[Array, ""]) -> tuple[KeyValue, ...]:
+    """Keys and values of stopped tokens at recurrence i: their last write to set i mod S, else the set below it."""
+    sets = core_kv[0].k.shape[0]
+    return read_set(core_kv, jnp.where(i < sets, jnp.maximum(i - 1, 0), i % sets))
 
 
-def write_set(own: tuple[KeyValue, ...], new: tuple[KeyValue, ...], i: Int[Array, ""]) -> tuple[KeyValue, ...]:
+def write_set(core_kv: tuple[KeyValue, ...], new: tuple[KeyValue, ...], i: Int[Array, ""]) -> tuple[KeyValue, ...]:
     """Put `new` [B, L, .] into set i mod S of each layer's [S, B, L, .]."""
-    sets = own[0].k.shape[0]
-    return jax.tree.map(lambda x, y: lax.dynamic_update_index_in_dim(x, y, i % sets, 0), own, new)
+    sets = core_kv[0].k.shape[0]
+    return jax.tree.map(lambda x, y: lax.dynamic_update_index_in_dim(x, y, i % sets, 0), core_kv, new)
 
 
 def write(
@@ -165,7 +165,7 @@ def _wide(new: Array, target: Array) -> Array:
 
 def append(
     cache: Cache,
-    own: Own,
+    new_kv: NewKV,
     steps: Int[Array, "B L"],
     ran: Int[Array, ""],
     start: Int[Array, ""] | Int[Array, "B"],
@@ -175,7 +175,7 @@ def append(
 
     Args:
       cache: donated by callers that loop.
-      own: what the pass made.
+      new_kv: the keys and values of the pass.
       steps: recurrences each token ran.
       ran: recurrences the pass ran: sets from `ran` up were never touched, and take the deepest.
       start: one position for all rows (a prefill chunk), or one for each (decoding).
@@ -197,9 +197,9 @@ def append(
 
     return dataclasses.replace(
         cache,
-        prelude=jax.tree.map(lambda t, n: put(t, n, 0), cache.prelude, own.prelude),
-        core=jax.tree.map(lambda t, n: put(t, filled(n), 1), cache.core, own.core),
-        coda=jax.tree.map(lambda t, n: put(t, n, 0), cache.coda, own.coda),
+        prelude=jax.tree.map(lambda t, n: put(t, n, 0), cache.prelude, new_kv.prelude),
+        core=jax.tree.map(lambda t, n: put(t, filled(n), 1), cache.core, new_kv.core),
+        coda=jax.tree.map(lambda t, n: put(t, n, 0), cache.coda, new_kv.coda),
         depth=put(cache.depth[..., None], steps[..., None], 0)[..., 0],
         length=start + count if jnp.ndim(start) else jnp.where(count > 0, start + count, cache.length),
     )

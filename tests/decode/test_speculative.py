@@ -107,8 +107,8 @@ def test_sampled_output_keeps_its_distribution(monkeypatch):
     plain = pair_counts(params, None)
     assert p_value(plain, pair_counts(params, Speculative(1, 2))) > 1e-3
 
-    def accept_all(target, q, at, logits, request, count, spec, drafts):
-        return jnp.ones(drafts.shape, bool), drafts
+    def accept_all(logits, drafts, request, count, spec):
+        return jnp.ones(drafts.tokens.shape, bool), drafts.tokens
 
     monkeypatch.setattr(speculative, "_accept", accept_all)
     speculate.clear_cache()

@@ -9,9 +9,9 @@ from jax.sharding import SingleDeviceSharding
 
 from rdlm import exits
 from rdlm.config import CachePolicy, preset
-from rdlm.decode.lanes import advance, empty_lanes
-from rdlm.decode.loop import decode_tokens, progress_shapes
-from rdlm.decode.requests import as_requests
+from rdlm.decode.lanes import Flush, advance, empty_lanes
+from rdlm.decode.loop import Sizes, decode_tokens, progress_shapes
+from rdlm.decode.requests import RequestOptions, as_requests
 from rdlm.model import cast, init_params
 from rdlm.perf import flops, hlo
 
@@ -36,14 +36,14 @@ def place():
 def lowered(place, lanes):
     """Adaptive decoding with a KL exit at mixed depths, in lock-step or in lanes."""
     params = jax.eval_shape(lambda: cast(init_params(CONFIG, jax.random.key(0)), jnp.bfloat16))
-    request = as_requests(CONFIG, [[1]] * B, 16, num_steps=R, exit_rule=exits.kl())[0]
+    request = as_requests(CONFIG, [[1]] * B, 16, RequestOptions(num_steps=R, exit_rule=exits.kl()))[0]
 
     numbers = jnp.int32(0), jnp.int32(0)
     if lanes:
-        state = jax.eval_shape(lambda r: empty_lanes(CONFIG, r, POLICY, 4, T, 64, jnp.bfloat16), request)
+        state = jax.eval_shape(lambda r: empty_lanes(CONFIG, r, Sizes(POLICY, 4, T, 64), jnp.bfloat16), request)
         params, *rest = hlo.specs((params, state, jnp.ones(B, bool), *numbers), place)
-        return advance.lower(params, CONFIG, *rest, width=4, every=4, warm_start=False)
-    progress = progress_shapes(params, CONFIG, request, POLICY, 4, T)
+        return advance.lower(params, CONFIG, *rest, Flush(width=4, every=4), False)
+    progress = progress_shapes(params, CONFIG, request, Sizes(POLICY, 4, T, T))
     params, *rest = hlo.specs((params, progress, request, *numbers), place)
     return decode_tokens.lower(params, CONFIG, *rest, False)
 

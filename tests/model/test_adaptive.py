@@ -18,7 +18,7 @@ from rdlm import exits
 from rdlm.config import CachePolicy, ModelConfig
 from rdlm.decode import decode_step, prefill
 from rdlm.model import core_step, forward
-from rdlm.model.cache import allocate, held_set, read_set
+from rdlm.model.cache import allocate, frozen_set, read_set
 
 SMALL = ModelConfig(
     vocab_size=48, embed_dim=16, num_heads=4, num_kv_heads=2, mlp_dim=24, prelude_layers=1, core_layers=2,
@@ -223,7 +223,7 @@ def test_control_without_freezing(monkeypatch):
 
 
 def test_control_own_sets_read_off_by_one(monkeypatch):
-    monkeypatch.setattr(rdlm.model.adaptive, "held_set", lambda own, i: held_set(own, i + 1))
+    monkeypatch.setattr(rdlm.model.adaptive, "frozen_set", lambda core_kv, i: frozen_set(core_kv, i + 1))
     ours = parallel(SMALL, "4 sets", "latent_diff", run=compiled(forward))
     assert not agrees(ours, oracle(SMALL, "4 sets", "latent_diff", [L], ours[1]))
 
