@@ -1,46 +1,85 @@
 """rdlm: recurrent-depth language models in JAX/Flax for TPUs.
 
-params, config = rdlm.load_checkpoint("runs/quickstart")
-out = rdlm.forward(params, config, tokens, 16)
-text = rdlm.generate(params, config, prompts, max_new_tokens=64, exit_rule=rdlm.exits.kl())
+    run = rdlm.load("runs/quickstart")
+    print(run.generate("Geography", exit_rule=rdlm.exits.kl()).text)
+
+    out = rdlm.forward(run.params, run.config, run.tokenizer.encode("Geography")[None], num_steps=16)
+
+Every room of the library is there after `import rdlm`, such as `rdlm.exits` and `rdlm.analysis`.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+import pkgutil
+from typing import TYPE_CHECKING
 
-# Names are imported on first use: a script that only needs `rdlm.config` starts without JAX.
-_HOME = {
+if TYPE_CHECKING:
+    from rdlm import (
+        analysis,
+        checkpoint,
+        config,
+        data,
+        decode,
+        evaluation,
+        exits,
+        hf,
+        losses,
+        model,
+        optim,
+        perf,
+        recurrence,
+        remat,
+        report,
+        run,
+        runtime,
+        sharding,
+        tasks,
+        tokenizer,
+        train,
+    )
+    from rdlm.checkpoint import load_checkpoint
+    from rdlm.config import CachePolicy, InputError, ModelConfig, Sampling, Speculative
+    from rdlm.decode import Engine, decode_step, prefill
+    from rdlm.decode.generate import generate
+    from rdlm.hf import load_huggingface, save_huggingface
+    from rdlm.losses import loss
+    from rdlm.model import bind, cast, init_params
+    from rdlm.model.forward import forward
+    from rdlm.optim import ellis_adam
+    from rdlm.run import Run, load
+
+# Rooms and names are imported on first use: a script that only needs `rdlm.config` starts without JAX.
+_ROOM_OF = {
     "CachePolicy": "config",
     "Engine": "decode",
     "InputError": "config",
     "ModelConfig": "config",
+    "Run": "run",
     "Sampling": "config",
     "Speculative": "config",
+    "bind": "model",
     "cast": "model",
     "decode_step": "decode",
     "ellis_adam": "optim",
     "forward": "model",
     "generate": "decode",
     "init_params": "model",
+    "load": "run",
     "load_checkpoint": "checkpoint",
     "load_huggingface": "hf",
     "loss": "losses",
     "prefill": "decode",
     "save_huggingface": "hf",
 }
-_ROOMS = (
-    "analysis", "checkpoint", "config", "data", "decode", "evaluation", "exits", "hf", "losses", "model", "optim",
-    "perf", "recurrence", "remat", "report", "runtime", "sharding", "tasks", "tokenizer", "train",
-)  # fmt: skip
+_ROOMS = [room.name for room in pkgutil.iter_modules(__path__)]
 
-__all__ = [*_HOME, *_ROOMS]
+__all__ = [*_ROOM_OF, *_ROOMS]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(importlib.import_module(f"rdlm.{_HOME[name]}"), name)
+def __getattr__(name: str) -> object:
+    if name in _ROOM_OF:
+        return getattr(importlib.import_module(f"rdlm.{_ROOM_OF[name]}"), name)
     if name in _ROOMS:
         return importlib.import_module(f"rdlm.{name}")
     raise AttributeError(f"module 'rdlm' has no attribute {name!r}")

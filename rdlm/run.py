@@ -1,0 +1,184 @@
+"""`Run`: a trained model with its config, tokenizer and data. Text in, text out; loss by depth."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rdlm.checkpoint import load_checkpoint, load_tokenizer, read_config, read_meta
+from rdlm.config import InputError, ModelConfig, RunConfig, Sampling
+from rdlm.data import Batch, Chain
+from rdlm.decode import Generation, generate
+from rdlm.evaluation.depth import DepthCurve, depth_curve
+from rdlm.evaluation.held_out import validation
+from rdlm.hf import is_huggingface, load_huggingface
+from rdlm.model import Params
+from rdlm.tokenizer import Tokenizer
+
+Chat = Sequence[Mapping[str, str]]
+"""Messages {"role": ..., "content": ...}."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TextGeneration(Generation):
+    """A `Generation` with its text: a string for one prompt, a list for a list of prompts."""
+
+    text: str | list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A trained model in a folder. `load` makes one."""
+
+    folder: Path
+    step: int | None  # of the checkpoint; None for a Hugging Face folder
+    ema: bool  # whether parameters are their moving average
+    tokenizer: Tokenizer | None  # None where the folder has none
+    run_config: RunConfig | None  # how it was trained; None for a Hugging Face folder
+
+    @functools.cached_property
+    def _model(self) -> tuple[Params, ModelConfig]:
+        if self.run_config is None:
+            return load_huggingface(self.folder)
+        return load_checkpoint(self.folder, self.step, self.ema)
+
+    @property
+    def params(self) -> Params:
+        """The parameters, read on first use."""
+        return self._model[0]
+
+    @property
+    def config(self) -> ModelConfig:
+        """The shape of the model."""
+        return self._model[1] if self.run_config is None else self.run_config.model
+
+    def require_tokenizer(self) -> Tokenizer:
+        """The tokenizer.
+
+        Raises:
+          InputError: there is none.
+        """
+        if self.tokenizer is None:
+            raise InputError(f"{self.folder}: has no tokenizer, so it takes token ids only: use rdlm.generate")
+        return self.tokenizer
+
+    def generate(
+        self,
+        prompt: str | Sequence[str] | Chat,
+        *,
+        max_new_tokens: int = 64,
+        sampling: Sampling = Sampling(),
+        **options: Any,
+    ) -> TextGeneration:
+        """Continue a text, each of several texts, or a chat.
+
+        Args:
+          prompt: text, a list of texts, or chat messages {"role": ..., "content": ...} to reply to.
+          max_new_tokens: maximum per prompt.
+          sampling: as in `rdlm.generate`; without stop tokens, generation stops at the tokenizer's end tokens.
+          options: other arguments of `rdlm.generate`.
+
+        Raises:
+          InputError: no tokenizer, or arguments that `rdlm.generate` refuses.
+        """
+        tokenizer = self.require_tokenizer()
+        single = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], Mapping))
+        prompts: Any = [prompt] if single else prompt
+        if not sampling.stop_tokens:
+            ends = {tokenizer.eos_id, tokenizer.special_ids.get("<|end_turn|>", tokenizer.eos_id)}
+            sampling = dataclasses.replace(sampling, stop_tokens=tuple(sorted(ends)))
+        out = generate(
+            self.params,
+            self.config,
+            [_encode(tokenizer, p) for p in prompts],
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            **options,
+        )
+        texts = [tokenizer.decode(tokens) for tokens in out.tokens]
+        return TextGeneration(**vars(out), text=texts[0] if single else texts)
+
+    def validation(self, folder: str | None = None) -> Chain:
+        """The run's validation data; folder: of prepared data, if it is not where the run's config says.
+
+        Raises:
+          InputError: no data, or data made with another tokenizer.
+        """
+        if self.run_config is None:
+            raise InputError(f"{self.folder}: a Hugging Face folder has no data; convert it to a run folder first")
+        config = self.run_config.data
+        if folder is not None:
+            config = dataclasses.replace(config, folder=folder)
+        return validation(self.folder, self.step, config, self.require_tokenizer())
+
+    def evaluate(
+        self,
+        depths: Sequence[int] | None = None,
+        *,
+        batches: int | None = None,
+        data: Chain | None = None,
+        on_batch: Callable[[int, int], None] | None = None,
+    ) -> DepthCurve:
+        """Validation loss at every depth, from one unroll.
+
+        Args:
+          depths: recurrences to read the loss at; None: those of the run's config.
+          batches: only the first batches; None: all.
+          data: from `validation`, if it is there already.
+          on_batch: called with the number of batches that are done, and of all.
+
+        Raises:
+          InputError: no data, or data made with another tokenizer.
+        """
+        data = self.validation() if data is None else data
+        if depths is None:
+            assert self.run_config is not None  # or there would be no data
+            depths = self.run_config.evaluation.depths
+        total = data.steps_per_epoch if batches is None else min(batches, data.steps_per_epoch)
+
+        def counted() -> Iterator[Batch]:
+            for i, batch in enumerate(data.batches(total)):
+                if on_batch is not None:
+                    on_batch(i + 1, total)
+                yield batch
+
+        ordered = tuple(sorted(set(depths)))
+        curve = depth_curve(self.params, self.config, counted(), ordered, self.require_tokenizer().token_bytes)
+        assert curve is not None  # it was not asked to stop
+        return curve
+
+
+def _encode(tokenizer: Tokenizer, prompt: str | Chat) -> Any:
+    return tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(prompt)
+
+
+def find(folder: str | Path, step: int | None = None, ema: bool = False) -> Run:
+    """As `load`, but parameters are read on first use."""
+    folder = Path(folder)
+    if is_huggingface(folder):
+        if step is not None or ema:
+            raise InputError(f"{folder}: a Hugging Face folder has one set of weights; leave out step and ema")
+        found = (folder / "tokenizer.json").exists()
+        return Run(folder, None, False, Tokenizer.load(folder) if found else None, None)
+    config, step = read_config(folder), read_meta(folder, step)["step"]
+    found = (folder / "tokenizer" / "tokenizer.json").exists()
+    return Run(folder, step, ema, load_tokenizer(folder, step) if found else None, config)
+
+
+def load(folder: str | Path, step: int | None = None, ema: bool = False) -> Run:
+    """A trained model from a run folder or a Hugging Face folder.
+
+    Args:
+      folder: made by training or conversion, or of the reference's kind.
+      step: checkpoint of a run folder; None: the newest.
+      ema: the moving average of the parameters in their place, if the run kept one.
+
+    Raises:
+      InputError: no such folder or checkpoint, damaged files, or a tokenizer that is not the checkpoint's.
+    """
+    run = find(folder, step, ema)
+    _ = run.params
+    return run
