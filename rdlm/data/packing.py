@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -43,7 +43,8 @@ class Row:
 
 EMPTY = Row(np.zeros(0, np.int32), np.zeros((0, 3), np.int64))
 """A row of padding alone: nothing attended, nothing scored."""
-_Piece = tuple[Document, int, int]  # document, offset, length
+Piece = tuple[Document, int, int]
+"""Document, offset, length."""
 
 
 def concatenate_and_split(documents: Iterable[Document], sequence_length: int) -> Iterator[Row]:
@@ -61,7 +62,7 @@ def concatenate_and_split(documents: Iterable[Document], sequence_length: int) -
       Rows of L + 1 tokens; the last may have fewer, but at least two.
     """
     size = sequence_length + 1
-    pieces: list[_Piece] = []
+    pieces: list[Piece] = []
     room = size
     for document in documents:
         offset = 0
@@ -71,11 +72,11 @@ def concatenate_and_split(documents: Iterable[Document], sequence_length: int) -
             offset += length
             room -= length
             if room == 0:
-                yield _row(pieces)
+                yield row_of(pieces)
                 pieces, room = [], size
                 offset -= 1  # the last label is the first input of the next row
     if size - room > 1:
-        yield _row(pieces)
+        yield row_of(pieces)
 
 
 def best_fit(documents: Iterable[Document], sequence_length: int) -> Iterator[Row]:
@@ -88,7 +89,7 @@ def best_fit(documents: Iterable[Document], sequence_length: int) -> Iterator[Ro
     """
     size = sequence_length + 1
     rooms: list[tuple[int, int]] = []  # (tokens that still fit, number of the row), ascending
-    rows: dict[int, list[_Piece]] = {}
+    rows: dict[int, list[Piece]] = {}
     begun = 0
     for document in documents:
         n = len(document.tokens)
@@ -102,12 +103,12 @@ def best_fit(documents: Iterable[Document], sequence_length: int) -> Iterator[Ro
                 rows[row], begun = [], begun + 1
             rows[row].append((document, offset, length))
             if room - length < 2:  # no document is shorter than its begin and end tokens
-                yield _row(rows.pop(row))
+                yield row_of(rows.pop(row))
             else:
                 bisect.insort(rooms, (room - length, row))
             if len(rooms) > _OPEN_ROWS:
-                yield _row(rows.pop(rooms.pop(0)[1]))
-    yield from (_row(pieces) for pieces in rows.values() if sum(length for *_, length in pieces) > 1)
+                yield row_of(rows.pop(rooms.pop(0)[1]))
+    yield from (row_of(pieces) for pieces in rows.values() if sum(length for *_, length in pieces) > 1)
 
 
 def document_start(documents: Iterable[Document], sequence_length: int) -> Iterator[Row]:
@@ -118,14 +119,14 @@ def document_start(documents: Iterable[Document], sequence_length: int) -> Itera
 
     Args and rows: as `concatenate_and_split`; every row is full.
     """
-    pieces: list[_Piece] = []
+    pieces: list[Piece] = []
     room = sequence_length + 1
     for document in documents:
         length = min(room, len(document.tokens))
         pieces.append((document, 0, length))
         room -= length
         if room == 0:
-            yield _row(pieces)
+            yield row_of(pieces)
             pieces, room = [], sequence_length + 1
 
 
@@ -135,7 +136,8 @@ def pack(packing: Packing) -> Callable[[Iterable[Document], int], Iterator[Row]]
     return modes[packing]
 
 
-def _row(pieces: list[_Piece]) -> Row:
+def row_of(pieces: Sequence[Piece]) -> Row:
+    """Pieces of documents, one after the other, as a row."""
     tokens = np.concatenate([d.tokens[offset : offset + length] for d, offset, length in pieces]).astype(np.int32)
     scored = None
     if any(d.scored is not None for d, *_ in pieces):

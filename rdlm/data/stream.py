@@ -11,16 +11,15 @@ import contextlib
 import itertools
 import json
 from collections.abc import Generator, Sequence
-from typing import NamedTuple, TypedDict
+from typing import TypedDict
 
 import grain
-import numpy as np
 from grain.experimental import WindowShuffleIterDataset
 
 from rdlm.config import InputError
 from rdlm.data.loader import Batch, DataState, Example, PackedData, Share, check_sources, shuffled, stack
 from rdlm.data.manifest import Manifest
-from rdlm.data.packing import Document, Row
+from rdlm.data.packing import Document, Piece, row_of
 from rdlm.data.prepare.documents import read_documents
 from rdlm.data.prepare.input_files import find_files
 from rdlm.data.prepare.parts import Part, cut_files
@@ -87,8 +86,7 @@ class StreamedData:
         self.steps_per_epoch = max(1, round(tokens / self.sequence_length / batch_size))
         """Estimated from the size of the files and the sample's tokens per byte."""
         mine = [(number, part) for number, part in enumerate(all_parts) if number % process_count == process_index]
-        documents = _Documents(mine, manifest, Tokenizer.load(sample.folder / "tokenizer"), seed)
-        rows = _Rows(documents, self.sequence_length)
+        rows = _Rows(mine, manifest, Tokenizer.load(sample.folder / "tokenizer"), seed)
         self._rows = iter(WindowShuffleIterDataset(rows, window_size=window, seed=seed))
         self._next = 0
         self._states: dict[int, str] = {0: self._position()}
@@ -146,29 +144,44 @@ class _Position(TypedDict):
 
 
 class _RowPosition(TypedDict):
+    """Where the rows of a process continue."""
+
     documents: _Position
     """Before the document in which the next row starts."""
     offset: int
     """Token of that document."""
 
 
-class _Seen(NamedTuple):
-    document: Document
-    epoch: int
-
-
-class _Documents(grain.IterDataset):
-    """The train documents of some parts, epoch after epoch, the parts in another order in every epoch."""
+class _Rows(grain.IterDataset):
+    """The train documents of some parts as rows, epoch after epoch, the parts in another order in every epoch."""
 
     def __init__(self, parts: list[tuple[int, Part]], manifest: Manifest, tokenizer: Tokenizer, seed: int) -> None:
         super().__init__()
         self.parts, self.manifest, self.tokenizer, self.seed = parts, manifest, tokenizer, seed
 
-    def __iter__(self) -> _DocumentIterator:
-        return _DocumentIterator(self)
+    def __iter__(self) -> _RowIterator:
+        return _RowIterator(self)
 
-    def since(self, state: _Position) -> Generator[tuple[_Position, _Seen], None, None]:
-        """Documents from a position on, each with the position after it."""
+    def since(self, state: _RowPosition) -> Generator[tuple[_RowPosition, Example], None, None]:
+        """Rows as by `packing.concatenate_and_split` from a position on, each with the position after it."""
+        before, offset = state["documents"], state["offset"]
+        with contextlib.closing(self._documents(before)) as documents:
+            after, document, epoch = next(documents)
+            while True:
+                row_epoch, room = epoch, self.manifest.recipe.sequence_length + 1
+                pieces: list[Piece] = []
+                while room:
+                    length = min(room, len(document.tokens) - offset)
+                    pieces.append((document, offset, length))
+                    offset, room = offset + length, room - length
+                    if room:  # the document is used up
+                        before, offset = after, 0
+                        after, document, epoch = next(documents)
+                offset -= 1  # the last label is the first input of the next row
+                yield _RowPosition(documents=before, offset=offset), Example(row_of(pieces), row_epoch)
+
+    def _documents(self, state: _Position) -> Generator[tuple[_Position, Document, int], None, None]:
+        """Documents from a position on, each with the position after it and its epoch."""
         recipe, fruitless = self.manifest.recipe, 0
         for turn in itertools.count(state["part"]):
             epoch, i = divmod(turn, len(self.parts))
@@ -183,78 +196,30 @@ class _Documents(grain.IterDataset):
                     encoded = encode([text for _, text in batch], self.tokenizer)
                     for (at, _), (tokens, scored) in zip(batch, encoded, strict=True):
                         index = (number * DOCUMENT_STRIDE + at) % 2**32
-                        yield _Position(part=turn, document=at + 1), _Seen(Document(index, tokens, scored), epoch)
+                        yield _Position(part=turn, document=at + 1), Document(index, tokens, scored), epoch
             if fruitless > len(self.parts):
                 raise InputError("data.stream: the files hold no train document")
 
 
-class _DocumentIterator(grain.DatasetIterator):
-    """Documents as a resumable iterator."""
+class _RowIterator(grain.DatasetIterator):
+    """`_Rows.since` as a resumable iterator."""
 
-    def __init__(self, data: _Documents) -> None:
+    def __init__(self, data: _Rows) -> None:
         super().__init__()
-        self._data, self._position = data, _Position(part=0, document=0)
-        self._found = data.since(self._position)
+        self._data, self._position = data, _RowPosition(documents=_Position(part=0, document=0), offset=0)
+        self._rows = data.since(self._position)
 
-    def __next__(self) -> _Seen:
-        self._position, seen = next(self._found)
-        return seen
+    def __next__(self) -> Example:
+        self._position, example = next(self._rows)
+        return example
 
-    def get_state(self) -> _Position:
+    def get_state(self) -> _RowPosition:
         return self._position
 
-    def set_state(self, state: _Position) -> None:
-        self._position, self._found = state, self._data.since(state)
+    def set_state(self, state: _RowPosition) -> None:
+        self._rows.close()
+        self._position, self._rows = state, self._data.since(state)
 
     def close(self) -> None:
         super().close()
-        self._found.close()
-
-
-class _Rows(grain.IterDataset):
-    """Documents cut into rows as by `packing.concatenate_and_split`, resumable at every row."""
-
-    def __init__(self, documents: _Documents, sequence_length: int) -> None:
-        super().__init__(documents)
-        self.size = sequence_length + 1
-
-    def __iter__(self) -> _RowIterator:
-        return _RowIterator(iter(self._parent), self.size)
-
-
-class _RowIterator(grain.DatasetIterator):
-    """Rows as a resumable iterator."""
-
-    def __init__(self, documents: grain.DatasetIterator, size: int) -> None:
-        super().__init__(documents)
-        self._size = size
-        self._current: _Seen | None = None
-        self._before, self._offset = documents.get_state(), 0
-
-    def __next__(self) -> Example:
-        if self._current is None:
-            self._current = next(self._parent)
-        epoch, room = self._current.epoch, self._size  # tokens that still fit
-        tokens, scored, chunks = [], [], []
-        while room:
-            document = self._current.document
-            piece = slice(self._offset, min(self._offset + room, len(document.tokens)))
-            length = piece.stop - piece.start
-            tokens.append(document.tokens[piece])
-            scored.append(np.ones(length, bool) if document.scored is None else document.scored[piece])
-            chunks.append((document.number, self._offset, length))
-            self._offset, room = piece.stop, room - length
-            if room and self._offset == len(document.tokens):
-                self._before, self._offset = self._parent.get_state(), 0
-                self._current = next(self._parent)
-        self._offset -= 1  # the last label is the first input of the next row
-        mask = np.concatenate(scored)
-        row = Row(np.concatenate(tokens).astype(np.int32), np.array(chunks, np.int64), None if mask.all() else mask)
-        return Example(row, epoch)
-
-    def get_state(self) -> _RowPosition:
-        return _RowPosition(documents=self._before, offset=self._offset)
-
-    def set_state(self, state: _RowPosition) -> None:
-        self._parent.set_state(state["documents"])
-        self._before, self._offset, self._current = state["documents"], state["offset"], None
+        self._rows.close()

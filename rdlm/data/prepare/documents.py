@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
@@ -68,7 +69,8 @@ def _text_or_json(part: Part, reading: Reading, advance: Callable[[int], None]) 
             elif part.kind == "text" and reading.document == "blank_line":
                 pieces = _paragraphs(_lines(stream, part, path), part, path)
             else:
-                pieces = _before(part.end, _lines(stream, part, path))
+                lines = _lines(stream, part, path)
+                pieces = itertools.takewhile(lambda line: part.end is None or line[0] < part.end, lines)
             seen = 0 if part.end is None else part.start
             for at, content in pieces:
                 where = f"{path}, byte {at}"
@@ -98,14 +100,6 @@ def _lines(stream: io.BufferedReader, part: Part, path: str) -> Iterator[_Locate
     while line := stream.readline(_MAX_BYTES + 1):
         yield at, _limited(line, path, at).rstrip(b"\r\n")
         at += len(line)
-
-
-def _before(end: int | None, lines: Iterator[_Located]) -> Iterator[_Located]:
-    """The lines that start before `end`."""
-    for at, line in lines:
-        if end is not None and at >= end:
-            return
-        yield at, line
 
 
 def _paragraphs(lines: Iterator[_Located], part: Part, path: str) -> Iterator[_Located]:
