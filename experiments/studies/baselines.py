@@ -173,9 +173,9 @@ def universal_transformer(model: ModelConfig, depths: tuple[int, ...]) -> Contes
     def loss(params: Params, batch: dict[str, Array], depth_key: Array, state_key: Array) -> Array:
         states, cost, ctx = run(params, batch["tokens"], ACT_STEPS)
         logits, _ = readout(params["model"], model, states[-1], ctx)
-        asked = batch["labels"] != IGNORED
-        total = losses.cross_entropy(logits, batch["labels"]) + ACT_COST * jnp.where(asked, cost, 0)
-        return total.sum() / asked.sum()
+        scored = batch["labels"] != IGNORED
+        total = losses.cross_entropy(logits, batch["labels"]) + ACT_COST * jnp.where(scored, cost, 0)
+        return total.sum() / scored.sum()
 
     def answers(params: Params, tokens: Array) -> Array:
         states, _, ctx = run(params, tokens, max(depths))

@@ -389,14 +389,14 @@ def tested(params: Params, model: ModelConfig, recipe: Recipe, name: str) -> ByD
 
 def measure(params: Params, model: ModelConfig, recipe: Recipe) -> Json:
     """Accuracy by depth and by difficulty, and with exits, on every test."""
-    out, most = {}, recipe.max_steps
+    out, limit = {}, recipe.max_steps
     for name in recipe.tests:
         data, curve = test_data(recipe, name), tested(params, model, recipe, name)
         rules = {
-            "kl 5e-4, per sequence": with_sequence_exits(params, model, data, exits.kl(5e-4), most),
-            "kl 5e-4, per token": with_exits(params, model, data, exits.kl(5e-4), most),
-            "kl 1e-5, per token": with_exits(params, model, data, exits.kl(1e-5), most),
-            "latent_diff 0.03, per token": with_exits(params, model, data, exits.latent_diff(0.03), most),
+            "kl 5e-4, per sequence": with_sequence_exits(params, model, data, exits.kl(5e-4), limit),
+            "kl 5e-4, per token": with_exits(params, model, data, exits.kl(5e-4), limit),
+            "kl 1e-5, per token": with_exits(params, model, data, exits.kl(1e-5), limit),
+            "latent_diff 0.03, per token": with_exits(params, model, data, exits.latent_diff(0.03), limit),
         }
         out[name] = {
             "answers": int(curve.count.sum()),

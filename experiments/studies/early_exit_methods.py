@@ -154,13 +154,13 @@ def contestant(name: str, model: ModelConfig, depths: tuple[int, ...]) -> Contes
 
 def calibrated(reader: Reader, name: str, epsilon: float) -> float | None:
     """The loosest threshold that agrees with full depth on 1 - epsilon of these answers; None if there is none."""
-    asked = reader.labels != IGNORED
-    full = reader.stopped(exits.fixed(np.float32(reader.most)))[0]
+    scored = reader.labels != IGNORED
+    full = reader.stopped(exits.fixed(np.float32(reader.max_steps)))[0]
 
     def losses() -> Iterator[tuple[float, np.ndarray]]:
         for threshold in reversed(SWEEP[name]):
             other = reader.stopped(reader.rule(name, threshold))[0] != full
-            yield threshold, (other & asked).sum(1) / asked.sum(1)
+            yield threshold, (other & scored).sum(1) / scored.sum(1)
 
     return loosest(losses(), epsilon, DELTA)
 
@@ -282,8 +282,8 @@ def fitted_head(params: Params, model: ModelConfig, protocol: Protocol, quick: b
 
 def at_calibrated(reader: Reader, rule: str, threshold: float | None) -> Json:
     """A point at a calibrated threshold, and the threshold; without a threshold, all recurrences run."""
-    asked = ("fixed", reader.most) if threshold is None else (rule, threshold)
-    return {"threshold": threshold} | reader.point(*asked)
+    point = ("fixed", reader.max_steps) if threshold is None else (rule, threshold)
+    return {"threshold": threshold} | reader.point(*point)
 
 
 def finished_run(runs: Path, seed: int, model: ModelConfig, steps: int) -> tuple[Params, float] | None:

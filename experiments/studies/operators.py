@@ -152,7 +152,7 @@ def at_equilibrium(
     """The loss at the fixed point of the core, with the implicit gradient. There is no depth to draw."""
     step, s, ctx = started(params, model, batch, state_key)
     found = equilibrium(
-        lambda s: step(s, jnp.int32(0)), s, most=MAX_FORWARD, most_backward=MAX_BACKWARD, tolerance=TOLERANCE
+        lambda s: step(s, jnp.int32(0)), s, max_calls=MAX_FORWARD, max_backward=MAX_BACKWARD, tolerance=TOLERANCE
     )
     return mean(token_losses(params, model, found.state, ctx, batch["labels"]), batch["labels"])
 
@@ -169,20 +169,20 @@ def settling(params: Params, model: ModelConfig, tokens: Array, labels: Array) -
     def core(s: Array) -> Array:
         return step(s, jnp.int32(0))
 
-    out = {"residual_r16": anderson(core, s, most=16, tolerance=0.0, memory=1).residual.mean()}
+    out = {"residual_r16": anderson(core, s, max_calls=16, tolerance=0.0, memory=1).residual.mean()}
     for name, memory in (("plain", 1), ("anderson", 5)):
-        found = anderson(core, s, most=MAX_READ, tolerance=TOLERANCE, memory=memory)
+        found = anderson(core, s, max_calls=MAX_READ, tolerance=TOLERANCE, memory=memory)
         answers = jnp.argmax(readout(params, model, found.state, ctx)[0], -1)
-        right = (answers == labels) & (labels != IGNORED)
+        correct = (answers == labels) & (labels != IGNORED)
         out |= {
             f"{name}_evaluations": found.evaluations.astype(jnp.float32),
             f"{name}_residual": found.residual.mean(),
-            f"{name}_accuracy": right.sum() / (labels != IGNORED).sum(),
+            f"{name}_accuracy": correct.sum() / (labels != IGNORED).sum(),
         }
     _, pull = jax.vjp(core, found.state)
     g = jax.random.normal(jax.random.key(1), s.shape)
     for name, memory in (("plain", 1), ("anderson", 5)):
-        adjoint = anderson(lambda u: pull(u)[0] + g, g, most=MAX_READ, tolerance=TOLERANCE, memory=memory)
+        adjoint = anderson(lambda u: pull(u)[0] + g, g, max_calls=MAX_READ, tolerance=TOLERANCE, memory=memory)
         out |= {
             f"adjoint_{name}_evaluations": adjoint.evaluations.astype(jnp.float32),
             f"adjoint_{name}_residual": adjoint.residual.mean(),

@@ -7,8 +7,8 @@
 All have the same 132,736 parameters (1+1+1 layers, D = 64), the same S3 words of 16 letters in the same order, batches
 of 64, learning rate 3e-3, and are graded on the product of the whole word, of 16 letters and of 32. Up to 1,000 steps:
 
-  at_once         every layer once, the product asked for after every letter: no room to think
-  latent          the recurrent model, asked in the same way, tested at r = 4, 8, 16
+  at_once         every layer once, a product after every letter: no room to think
+  latent          the recurrent model, on the same task, tested at r = 4, 8, 16
   verbal          every layer once; it writes all products down, `BOS g1..gT BOS p1..pT`, is trained on written ones and
                   tested on those it writes itself, token by token (the second BOS is the "=": no parameter is added)
   verbal_coupled  the same, but p_t has the position of g_t, so that the next letter is equally near at any length
@@ -132,8 +132,8 @@ class Args(Options):
 def protocol(method: Method) -> Protocol:
     """Training and test instances of a method. With thoughts only the last product is scored."""
 
-    def task(T: int, asked: int = 1) -> Task:
-        return WordProblem("S3", T) if method.kind == "letters" else Scratchpad(T, asked)
+    def task(T: int, first: int = 1) -> Task:
+        return WordProblem("S3", T) if method.kind == "letters" else Scratchpad(T, first)
 
     tests = {f"length {T}": task(T, T if method.kind == "thoughts" else 1) for T in TESTED}
     return Protocol(task(LENGTH), tests, method.recurrences or (1,), steps=method.steps)
@@ -240,7 +240,7 @@ def walk(
 
 def walks(params: Params, model: ModelConfig, tokens: Array, labels: Array, write: bool) -> dict[str, Array]:
     """With a KL exit, for every start, threshold and cache: final and mean accuracy, and recurrences per token."""
-    asked = labels != IGNORED
+    scored = labels != IGNORED
     out = {}
     cases = [(start, threshold) for start in WALKS.values() for threshold in THRESHOLDS]
     for kept, policy in (("all", CachePolicy()), ("last", CachePolicy(recurrences=1))):
@@ -248,10 +248,10 @@ def walks(params: Params, model: ModelConfig, tokens: Array, labels: Array, writ
         def case(it: tuple[Array, Array], policy: CachePolicy = policy) -> tuple[Array, Array, Array]:
             start, threshold = it
             answers, steps = walk(params, model, tokens, MAX_STEPS, write, exits.kl(threshold), start, policy)
-            right = (answers == labels) & asked
+            right = (answers == labels) & scored
             # The first product comes from the prompt, which always runs MAX_STEPS.
-            taken = asked.at[:, tokens.shape[1] // 2 + 1].set(False) if write else asked
-            return right[:, -1].mean(), right.sum() / asked.sum(), jnp.where(taken, steps, 0).sum() / taken.sum()
+            taken = scored.at[:, tokens.shape[1] // 2 + 1].set(False) if write else scored
+            return right[:, -1].mean(), right.sum() / scored.sum(), jnp.where(taken, steps, 0).sum() / taken.sum()
 
         starts, thresholds = (jnp.asarray(x) for x in zip(*cases, strict=True))
         found = jax.lax.map(case, (starts, thresholds))

@@ -53,9 +53,9 @@ class RecurrenceConfig:
     recurrences in host memory."""
 
     def __post_init__(self) -> None:
-        for name, least in (("curriculum_steps", 0), ("least", 1)):
+        for name, minimum in (("curriculum_steps", 0), ("least", 1)):
             value = getattr(self, name)
-            require(value >= least, f"recurrence.{name}", value, f"must be at least {least}")
+            require(value >= minimum, f"recurrence.{name}", value, f"must be at least {minimum}")
         require(abs(self.loss_power) <= 4, "recurrence.loss_power", self.loss_power, "must be in [-4, 4]")
 
 

@@ -86,12 +86,12 @@ class Scratchpad:
 
     length: int = 16
     """Letters T; there are 2 T + 1 tokens."""
-    asked: int = 1
+    first: int = 1
     """Number of the first product that is scored."""
 
     def __post_init__(self) -> None:
         integer("Scratchpad.length", self.length, 1)
-        integer("Scratchpad.asked", self.asked, 1, self.length)
+        integer("Scratchpad.first", self.first, 1, self.length)
 
     @property
     def vocab_size(self) -> int:
@@ -101,10 +101,10 @@ class Scratchpad:
     def instance(self, seed: int, index: int) -> Instance:
         """Word number `index` of stream `seed`, the same as `WordProblem` makes: int32 [2T+1]. Raises InputError."""
         tokens, products, number = WordProblem("S3", self.length).instance(seed, index)
-        unasked = number[1:] < self.asked
+        unscored = number[1:] < self.first
         before = np.zeros(self.length + 1, np.int32)
         return Instance(
             np.concatenate([tokens, tokens[:1], products[1:-1]]),
-            np.concatenate([np.full_like(before, IGNORED), np.where(unasked, IGNORED, products[1:])]),
-            np.concatenate([before, np.where(unasked, 0, number[1:])]),
+            np.concatenate([np.full_like(before, IGNORED), np.where(unscored, IGNORED, products[1:])]),
+            np.concatenate([before, np.where(unscored, 0, number[1:])]),
         )

@@ -28,18 +28,18 @@ def linear(s):
 
 def test_finds_the_fixed_point_of_a_linear_map():
     known = INPUT @ np.linalg.inv(np.eye(D) - SLOW)
-    found = jax.jit(lambda s: anderson(linear, s, most=60, tolerance=1e-6, memory=D + 1))(START)
+    found = jax.jit(lambda s: anderson(linear, s, max_calls=60, tolerance=1e-6, memory=D + 1))(START)
     np.testing.assert_allclose(found.state, known, rtol=1e-4, atol=1e-4)
     assert (found.residual < 1e-6).all()
     assert found.evaluations <= 3 * D
     # As many plain steps are nowhere near it.
-    plain = jax.jit(lambda s: anderson(linear, s, most=int(found.evaluations), tolerance=1e-6, memory=1))(START)
+    plain = jax.jit(lambda s: anderson(linear, s, max_calls=int(found.evaluations), tolerance=1e-6, memory=1))(START)
     assert plain.evaluations == found.evaluations
     assert np.abs(plain.state - known).max() > 0.01
 
 
 def test_memory_of_one_iterates_and_the_best_iterate_is_returned():
-    found = jax.jit(lambda s: anderson(linear, s, most=7, tolerance=0.0, memory=1))(START)
+    found = jax.jit(lambda s: anderson(linear, s, max_calls=7, tolerance=0.0, memory=1))(START)
     states = [START]
     for _ in range(7):
         states.append(linear(states[-1]))
@@ -53,7 +53,7 @@ def test_memory_of_one_iterates_and_the_best_iterate_is_returned():
 
 
 def test_rows_do_not_depend_on_each_other():
-    solve = jax.jit(lambda s, x: anderson(lambda s: jnp.tanh(s @ SLOW + x), s, most=60, tolerance=1e-4))
+    solve = jax.jit(lambda s, x: anderson(lambda s: jnp.tanh(s @ SLOW + x), s, max_calls=60, tolerance=1e-4))
     # The first row starts at its fixed point and has to wait for the others.
     first = solve(START, INPUT).state[0]
     start = np.stack([first, *START[1:]])
@@ -73,7 +73,7 @@ def gradient(run):
 
 
 def test_implicit_gradient_equals_a_long_unroll():
-    implicit, to_start = gradient(lambda f, s: equilibrium(f, s, most=100, tolerance=1e-6).state)
+    implicit, to_start = gradient(lambda f, s: equilibrium(f, s, max_calls=100, tolerance=1e-6).state)
     unrolled, _ = gradient(lambda f, s: unroll(lambda s, i: f(s), s, 0, 60))
     one_step, _ = gradient(lambda f, s: unroll(lambda s, i: f(s), s, 60, 1))  # as if J were 0
     for name in WEIGHTS:
@@ -84,17 +84,17 @@ def test_implicit_gradient_equals_a_long_unroll():
 
 
 def test_too_few_backward_evaluations_are_seen():
-    exact, _ = gradient(lambda f, s: equilibrium(f, s, most=100, tolerance=1e-6).state)
-    cut, _ = gradient(lambda f, s: equilibrium(f, s, most=100, most_backward=1, tolerance=1e-6).state)
+    exact, _ = gradient(lambda f, s: equilibrium(f, s, max_calls=100, tolerance=1e-6).state)
+    cut, _ = gradient(lambda f, s: equilibrium(f, s, max_calls=100, max_backward=1, tolerance=1e-6).state)
     assert np.abs(cut["w"] - exact["w"]).max() > 0.01 * np.abs(exact["w"]).max()
 
 
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
-        ({"most": 0, "tolerance": 1e-3}, "most = 0: must be at least 1"),
-        ({"most": 5, "tolerance": -1.0}, "tolerance = -1.0: must not be negative"),
-        ({"most": 5, "tolerance": 1e-3, "memory": 0}, "memory = 0: must be at least 1"),
+        ({"max_calls": 0, "tolerance": 1e-3}, "max_calls = 0: must be at least 1"),
+        ({"max_calls": 5, "tolerance": -1.0}, "tolerance = -1.0: must not be negative"),
+        ({"max_calls": 5, "tolerance": 1e-3, "memory": 0}, "memory = 0: must be at least 1"),
     ],
 )
 def test_refusals(settings, line):

@@ -56,7 +56,7 @@ def test_a_scratchpad_holds_the_products_of_its_word():
             assert t == T or tokens[T + 1 + t] == labels[T + t]
             swapped += moved != back
         assert (labels[: T + 1] == IGNORED).all()
-        last = Scratchpad(T, asked=T).instance(7, index)
+        last = Scratchpad(T, first=T).instance(7, index)
         assert (last.labels[:-1] == IGNORED).all()
         assert last.labels[-1] == labels[-1]
         assert not last.difficulty[:-1].any()

@@ -40,7 +40,12 @@ Pure = Callable[..., Array]
 
 
 def anderson(
-    f: Callable[[Array], Array], x: Float[Array | np.ndarray, "B ..."], *, most: int, tolerance: float, memory: int = 5
+    f: Callable[[Array], Array],
+    x: Float[Array | np.ndarray, "B ..."],
+    *,
+    max_calls: int,
+    tolerance: float,
+    memory: int = 5,
 ) -> Solution:
     """Solve f(x) = x for every row: the next x is the combination of the last values of f with the smallest residual.
 
@@ -50,14 +55,14 @@ def anderson(
     Args:
       f: [B, ...] -> the same shape and dtype.
       x: start.
-      most: maximum number of evaluations.
+      max_calls: maximum number of evaluations.
       tolerance: relative residual at which a row stops.
       memory: number of values that are combined.
 
     Raises:
-      InputError: most or memory below 1, or a negative tolerance.
+      InputError: max_calls or memory below 1, or a negative tolerance.
     """
-    require(most >= 1, "most", most, "must be at least 1")
+    require(max_calls >= 1, "max_calls", max_calls, "must be at least 1")
     require(memory >= 1, "memory", memory, "must be at least 1")
     require(tolerance >= 0, "tolerance", tolerance, "must not be negative")
     x = jnp.asarray(x)
@@ -65,16 +70,16 @@ def anderson(
 
     def unfinished(carry: Search) -> Array:
         i, (_, residual) = carry[0], carry[2]
-        return (i < most) & jnp.any(residual >= tolerance)
+        return (i < max_calls) & jnp.any(residual >= tolerance)
 
     def evaluate(carry: Search) -> Search:
-        i, x, (state, least), values, residuals = carry
+        i, x, (state, smallest), values, residuals = carry
         value = f(x.reshape(shape).astype(dtype)).astype(jnp.float32).reshape(B, -1)
         change = value - x
         size = jnp.linalg.norm(change, axis=-1)
         residual = size / jnp.maximum(jnp.linalg.norm(value, axis=-1), 1e-30)
-        better = (least >= tolerance) & (residual < least)
-        best = jnp.where(better[:, None], value, state), jnp.where(better, residual, least)
+        better = (smallest >= tolerance) & (residual < smallest)
+        best = jnp.where(better[:, None], value, state), jnp.where(better, residual, smallest)
         values, residuals = values.at[:, i % memory].set(value), residuals.at[:, i % memory].set(change)
         # Weights a with sum 1 that minimise |sum_j a_j residual_j|. Residuals shrink from one to the next; they are
         # normalised first, so that the ridge is equally large for all of them.
@@ -101,38 +106,40 @@ def equilibrium(
     step: Callable[[Array], Array],
     s: Float[Array | np.ndarray, "B ..."],
     *,
-    most: int,
+    max_calls: int,
     tolerance: float,
-    most_backward: int | None = None,
+    max_backward: int | None = None,
 ) -> Solution:
     """The fixed point of `step`, with the implicit gradient for everything `step` closes over; `s` has none.
 
     Args:
       step: s [B, ...] -> s; a contraction near its fixed point, otherwise the solvers may not converge.
       s: start.
-      most, tolerance: see `anderson`. most_backward: evaluations of the gradient's solver (default: most).
+      max_calls, tolerance: see `anderson`. max_backward: evaluations of the gradient's solver (default: max_calls).
 
     Raises:
       InputError: see `anderson`.
     """
     pure, captured = jax.closure_convert(step, s)
-    return _equilibrium(pure, most, most_backward or most, tolerance, s, *captured)
+    return _equilibrium(pure, max_calls, max_backward or max_calls, tolerance, s, *captured)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _equilibrium(pure: Pure, most: int, most_backward: int, tolerance: float, s: Array, *captured: Array) -> Solution:
-    return anderson(lambda s: pure(s, *captured), s, most=most, tolerance=tolerance)
+def _equilibrium(
+    pure: Pure, max_calls: int, max_backward: int, tolerance: float, s: Array, *captured: Array
+) -> Solution:
+    return anderson(lambda s: pure(s, *captured), s, max_calls=max_calls, tolerance=tolerance)
 
 
-def _forward(pure: Pure, most: int, most_backward: int, tolerance: float, s: Array, *captured: Array):
-    found = _equilibrium(pure, most, most_backward, tolerance, s, *captured)
+def _forward(pure: Pure, max_calls: int, max_backward: int, tolerance: float, s: Array, *captured: Array):
+    found = _equilibrium(pure, max_calls, max_backward, tolerance, s, *captured)
     return found, (found.state, captured)
 
 
 def _backward(
     pure: Pure,
-    most: int,
-    most_backward: int,
+    max_calls: int,
+    max_backward: int,
     tolerance: float,
     kept: tuple[Array, tuple[Array, ...]],
     gradient: Solution,
@@ -140,7 +147,7 @@ def _backward(
     state, captured = kept
     _, pull = jax.vjp(pure, state, *captured)
     g = gradient.state
-    u = anderson(lambda u: pull(u)[0] + g, g, most=most_backward, tolerance=tolerance).state
+    u = anderson(lambda u: pull(u)[0] + g, g, max_calls=max_backward, tolerance=tolerance).state
     _, *to_captured = pull(u)
     return jnp.zeros_like(state), *to_captured
 

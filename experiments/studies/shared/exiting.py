@@ -26,13 +26,13 @@ from rdlm.tasks.instance import IGNORED
 
 @functools.partial(jax.jit, static_argnames="config")
 def stopped(
-    params: Params, config: ModelConfig, tokens: Array, rule: ExitRule, most: int | Array
+    params: Params, config: ModelConfig, tokens: Array, rule: ExitRule, max_steps: int | Array
 ) -> tuple[Array, Array, Array]:
     """(answers, recurrences, checks of logits), int [B, L] each, of tokens int [B, L] that exit by `rule`.
 
     As in `rdlm.forward`, later tokens see the keys and values that a token held when it exited.
     """
-    out = forward(params, config, tokens, most, exit_rule=rule)
+    out = forward(params, config, tokens, max_steps, exit_rule=rule)
     assert out.looks is not None  # counted with any rule
     return jnp.argmax(out.logits, axis=-1), out.steps, out.looks
 
@@ -45,11 +45,11 @@ class Watched(NamedTuple):
     logits: Array
 
 
-@functools.partial(jax.jit, static_argnames=("config", "most"))
-def watched(params: Params, config: ModelConfig, tokens: Array, most: int) -> Watched:
-    """`most` recurrences of tokens int [B, L], from the initial states of `stopped`."""
+@functools.partial(jax.jit, static_argnames=("config", "max_steps"))
+def watched(params: Params, config: ModelConfig, tokens: Array, max_steps: int) -> Watched:
+    """`max_steps` recurrences of tokens int [B, L], from the initial states of `stopped`."""
     step, s0, ctx = setup(params, config, tokens, jax.random.key(0))
-    states = trajectory(step, s0, most)[1:]
+    states = trajectory(step, s0, max_steps)[1:]
     return Watched(s0, states, jax.lax.map(lambda s: readout(params, config, s, ctx)[0], states))
 
 
@@ -59,16 +59,16 @@ def alone(rule: ExitRule, seen: Watched) -> tuple[Array, Array]:
 
     A token that never exits is read at the last depth. A rule's gate is not applied.
     """
-    most = len(seen.states)
+    max_steps = len(seen.states)
 
     def check(carry: tuple[PyTree, Array], at: tuple[Array, Array, Array]) -> tuple[tuple[PyTree, Array], None]:
         state, steps = carry
         r, s, logits = at
         state, value = exits.update(rule, state, Observation(s, logits, r))
-        return (state, jnp.where((steps == most) & exits.exits(rule, value), r, steps)), None
+        return (state, jnp.where((steps == max_steps) & exits.exits(rule, value), r, steps)), None
 
-    start = exits.init(rule, seen.s0, seen.logits.shape[-1]), jnp.full(seen.s0.shape[:-1], most, jnp.int32)
-    depths = jnp.arange(1, most + 1, dtype=jnp.int32)
+    start = exits.init(rule, seen.s0, seen.logits.shape[-1]), jnp.full(seen.s0.shape[:-1], max_steps, jnp.int32)
+    depths = jnp.arange(1, max_steps + 1, dtype=jnp.int32)
     (_, steps), _ = jax.lax.scan(check, start, (depths, seen.states, seen.logits))
     return jnp.take_along_axis(jnp.argmax(seen.logits, axis=-1), steps[None] - 1, axis=0)[0], steps
 
@@ -79,12 +79,12 @@ LEARNT = ("classifier", "halting")
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-    """Tests a model with exit rules on batches of one length, at most `most` recurrences; `head`: of learnt rules."""
+    """Tests a model with exit rules on batches of one length; `head`: of learnt rules."""
 
     params: Params
     config: ModelConfig
     batches: list[dict[str, np.ndarray]]
-    most: int
+    max_steps: int
     head: rules.Head | None = None
 
     def rule(self, name: str, threshold: float) -> ExitRule:
@@ -96,7 +96,7 @@ class Reader:
 
     def stopped(self, rule: ExitRule) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """As the function `stopped`, for all batches: int [N, L] each."""
-        found = [stopped(self.params, self.config, b["tokens"], rule, np.int32(self.most)) for b in self.batches]
+        found = [stopped(self.params, self.config, b["tokens"], rule, np.int32(self.max_steps)) for b in self.batches]
         answers, steps, checks = (np.concatenate([np.asarray(part[i]) for part in found]) for i in range(3))
         return answers, steps, checks
 
@@ -108,7 +108,7 @@ class Reader:
     @functools.cached_property
     def seen(self) -> list[Watched]:
         """Every batch, without exits."""
-        return [watched(self.params, self.config, b["tokens"], self.most) for b in self.batches]
+        return [watched(self.params, self.config, b["tokens"], self.max_steps) for b in self.batches]
 
     def point(self, name: str, threshold: float) -> dict[str, float]:
         """accuracy, steps (recurrences per answer) and mflop (forward, per token, with checks and heads)."""

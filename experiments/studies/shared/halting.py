@@ -69,16 +69,16 @@ def divergence_from_geometric(logits: Array, last: Array | int, rate: float) -> 
     return jnp.where(n < last, reached * coin, 0.0).sum(0)
 
 
-def ponder(model: ModelConfig, depths: tuple[int, ...], most: int, rate: float, weight: float) -> Contestant:
+def ponder(model: ModelConfig, depths: tuple[int, ...], max_steps: int, rate: float, weight: float) -> Contestant:
     """PonderNet: the expected loss under every token's halting distribution, plus `weight` times its KL from the prior.
 
-    The depth of a training step is drawn as for the plain model, at most `most`. All recurrences carry gradient and are
-    checked; at the last one everything still running halts. The prior is geometric with mean 1 / `rate`.
+    The depth of a training step is drawn as for the plain model, at most `max_steps`. All recurrences carry gradient
+    and are checked; at the last one everything still running halts. The prior is geometric with mean 1 / `rate`.
     """
 
     def loss(params: Params, batch: dict[str, Array], depth_key: Array, state_key: Array) -> Array:
         n, k = sample_steps(depth_key, model.mean_recurrence, model.backprop_depth)
-        last = jnp.minimum(n + k, most)
+        last = jnp.minimum(n + k, max_steps)
         step, s, ctx = started(params["model"], model, batch, state_key)
 
         def check(s: Array, i: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -89,7 +89,7 @@ def ponder(model: ModelConfig, depths: tuple[int, ...], most: int, rate: float, 
             nothing = jnp.zeros(batch["tokens"].shape)
             return jax.lax.cond(i < last, check, lambda s, i: (s, (nothing, nothing)), s, i)
 
-        _, (losses, logits) = jax.lax.scan(slot, s, jnp.arange(most, dtype=jnp.int32))
+        _, (losses, logits) = jax.lax.scan(slot, s, jnp.arange(max_steps, dtype=jnp.int32))
         return ponder_loss(losses, logits, batch["labels"], last, rate, weight)
 
     return with_head(model, depths, rate, loss)
@@ -150,11 +150,13 @@ def classified(model: ModelConfig, depths: tuple[int, ...], weight: float) -> Co
     return with_head(model, depths, 0.5, loss)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "most"))
-def states_and_oracle(params: Params, model: ModelConfig, tokens: Array, most: int, key: Array) -> tuple[Array, Array]:
-    """(states f32 [N, B, L, D], whether the answer is from there on that of N = `most`, bool [N, B, L])."""
+@functools.partial(jax.jit, static_argnames=("model", "max_steps"))
+def states_and_oracle(
+    params: Params, model: ModelConfig, tokens: Array, max_steps: int, key: Array
+) -> tuple[Array, Array]:
+    """(states f32 [N, B, L, D], whether the answer is from there on that of N = `max_steps`, bool [N, B, L])."""
     step, s, ctx = setup(params, model, tokens, key)
-    states = trajectory(step, s, most)[1:]
+    states = trajectory(step, s, max_steps)[1:]
     answers = jax.lax.map(lambda s: jnp.argmax(readout(params, model, s, ctx)[0], -1), states)
     return states, stays(answers == answers[-1:])
 

@@ -97,8 +97,8 @@ def chain_loss(params: Params, model: ModelConfig, batch: dict[str, Array], thou
     return cross_entropy(logits, wanted).sum() / (len(tokens) * written.sum())
 
 
-def stage(step: Array, steps: int, most: int, between: tuple[float, float]) -> Array:
-    """Number of thoughts at a training step, int32: it grows from 1 to `most` between two shares of all `steps`."""
+def stage(step: Array, steps: int, max_thoughts: int, between: tuple[float, float]) -> Array:
+    """Thoughts at a training step, int32: grows from 1 to `max_thoughts` between two shares of all `steps`."""
     first, last = between
     share = (step / steps - first) / (last - first)
-    return jnp.clip(jnp.floor(1 + share * (most - 1)), 0, most).astype(jnp.int32)
+    return jnp.clip(jnp.floor(1 + share * (max_thoughts - 1)), 0, max_thoughts).astype(jnp.int32)
