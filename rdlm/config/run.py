@@ -125,7 +125,7 @@ class DataConfig:
     validation_fraction: float = 0.05
     """Share of documents held out for validation."""
     task: str = ""
-    """Task of `rdlm.tasks.TASKS` that the run is trained on instead of text, as in experiments/studies."""
+    """Task of `rdlm.tasks.TASKS` that the run is trained on instead of text. Studies set it; train.py reads text."""
     task_size: int = 0
     """Size of the task's largest training instances: letters, digits, operators, hops or distance."""
 

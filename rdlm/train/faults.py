@@ -57,7 +57,7 @@ class Faults(NamedTuple):
     shift: int = 0
     origin: int = -1
 
-    def after(self, step: int, values: Mapping[str, Any], limit: int, names: list[str]) -> Faults:
+    def after(self, step: int, values: Mapping[str, float], limit: int, names: list[str]) -> Faults:
         """After `step` with these metrics. From `limit` in a row on nothing counts: those steps are thrown away."""
         if self.streak >= limit:
             return self
@@ -76,9 +76,9 @@ class Faults(NamedTuple):
         return self._replace(streak=0, first="", shift=self.next_batch - step, origin=step)
 
 
-def describe(step: int, values: Mapping[str, Any], names: list[str]) -> str:
+def describe(step: int, values: Mapping[str, float], names: list[str]) -> str:
     """One line about a skipped step."""
-    bad = values["first_bad"]
+    bad = int(values["first_bad"])
     where = f"first gradient not finite (backward order): {names[bad]}" if bad >= 0 else "every gradient is finite"
     return (
         f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}, update norm "
