@@ -9,6 +9,7 @@ from typing import Any, Literal
 from rdlm.config.errors import InputError, require
 
 DTYPES = ("float32", "bfloat16", "float16")
+NOISES = ("fixed", "geom", "sqrt", "line", "chi")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,51 +73,27 @@ class ModelConfig:
             require(
                 isinstance(value, int) and value >= minimum, name, value, f"must be an integer of at least {minimum}"
             )
-        above = -(-self.embed_dim // self.num_heads) * self.num_heads
-        require(
-            self.embed_dim % self.num_heads == 0,
-            "embed_dim",
-            self.embed_dim,
-            f"must be a multiple of num_heads = {self.num_heads} (try {above})",
-        )
-        require(
-            self.head_dim % 2 == 0,
-            "embed_dim / num_heads",
-            self.head_dim,
-            "the head dimension must be even, because rotary positions rotate pairs",
-        )
-        require(
-            self.kv_heads >= 1 and self.num_heads % self.kv_heads == 0,
-            "num_kv_heads",
-            self.num_kv_heads,
-            f"must divide num_heads = {self.num_heads}",
-        )
-        require(
-            self.rows >= self.vocab_size,
-            "padded_vocab_size",
-            self.padded_vocab_size,
-            f"must be at least vocab_size = {self.vocab_size}",
-        )
-        require(self.rope_base > 0, "rope_base", self.rope_base, "must be positive")
-        window = self.attention_window
-        require(
-            window is None or (isinstance(window, int) and window >= 1),
-            "attention_window",
-            window,
-            "must be an integer of at least 1, or None to see every earlier token",
-        )
-        require(self.norm_eps > 0, "norm_eps", self.norm_eps, "must be positive")
-        require(self.test_time_noise >= 0, "test_time_noise", self.test_time_noise, "must not be negative")
-        kinds = ("fixed", "geom", "sqrt", "line", "chi")
-        kind = self.test_time_noise_type
-        require(kind in kinds, "test_time_noise_type", kind, f"must be one of {', '.join(kinds)}")
-        require(self.param_dtype in DTYPES, "param_dtype", self.param_dtype, f"must be one of {DTYPES}")
-        require(
-            self.compute_dtype is None or self.compute_dtype in DTYPES,
-            "compute_dtype",
-            self.compute_dtype,
-            f"must be one of {DTYPES}, or None for the dtype of the parameters",
-        )
+        above, window = -(-self.embed_dim // self.num_heads) * self.num_heads, self.attention_window
+        divides = self.kv_heads >= 1 and self.num_heads % self.kv_heads == 0
+        sees = window is None or (isinstance(window, int) and window >= 1)
+        checks = {
+            "embed_dim": (above == self.embed_dim, f"must be a multiple of num_heads = {self.num_heads} (try {above})"),
+            "num_kv_heads": (divides, f"must divide num_heads = {self.num_heads}"),
+            "padded_vocab_size": (self.rows >= self.vocab_size, f"must be at least vocab_size = {self.vocab_size}"),
+            "rope_base": (self.rope_base > 0, "must be positive"),
+            "attention_window": (sees, "must be an integer of at least 1, or None to see every earlier token"),
+            "norm_eps": (self.norm_eps > 0, "must be positive"),
+            "test_time_noise": (self.test_time_noise >= 0, "must not be negative"),
+            "test_time_noise_type": (self.test_time_noise_type in NOISES, f"must be one of {', '.join(NOISES)}"),
+            "param_dtype": (self.param_dtype in DTYPES, f"must be one of {DTYPES}"),
+            "compute_dtype": (
+                self.compute_dtype in (None, *DTYPES),
+                f"must be one of {DTYPES}, or None for the dtype of the parameters",
+            ),
+        }
+        for name, (fulfilled, fix) in checks.items():
+            require(fulfilled, name, getattr(self, name), fix)
+        require(self.head_dim % 2 == 0, "embed_dim / num_heads", self.head_dim, "must be even for rotary positions")
 
     @property
     def head_dim(self) -> int:

@@ -133,30 +133,17 @@ class DataConfig:
         # Training a tokenizer needs at least 262 entries and checks that; a converted model may have any number.
         for name in ("sequence_length", "batch_size", "microbatches", "tokenizer_size"):
             require(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "must be at least 1")
-        require(
-            0 < self.validation_fraction < 1,
-            "data.validation_fraction",
-            self.validation_fraction,
-            "must be between 0 and 1",
-        )
-        require(
-            not self.weights or (len(self.weights) == len(self.prepared) and min(self.weights) > 0),
-            "data.weights",
-            self.weights,
-            f"must be empty, or one positive number for each of the {len(self.prepared)} folders in data.prepared",
-        )
-        require(
-            not self.stream or len(self.prepared) == 1,
-            "data.stream",
-            self.stream,
-            "needs exactly one folder in data.prepared: a sample of the stream, made by experiments/prepare_data.py",
-        )
-        require(
-            (self.task_size >= 1) == bool(self.task),
-            "data.task_size",
-            self.task_size,
-            "must be at least 1 with data.task, and 0 without",
-        )
+        folders = len(self.prepared)
+        weighted = not self.weights or (len(self.weights) == folders and min(self.weights) > 0)
+        sample = "a sample of the stream, made by experiments/prepare_data.py"
+        checks = {
+            "validation_fraction": (0 < self.validation_fraction < 1, "must be between 0 and 1"),
+            "weights": (weighted, f"must be empty, or a positive number for each of the {folders} in data.prepared"),
+            "stream": (not self.stream or folders == 1, f"needs exactly one folder in data.prepared: {sample}"),
+            "task_size": ((self.task_size >= 1) == bool(self.task), "must be at least 1 with data.task, and 0 without"),
+        }
+        for name, (fulfilled, fix) in checks.items():
+            require(fulfilled, f"data.{name}", getattr(self, name), fix)
 
 
 @dataclasses.dataclass(frozen=True)
