@@ -15,6 +15,9 @@ die() {
 
 current() { [[ -L $STATE/current ]] && readlink "$STATE/current"; }
 
+# last_line ID: the last line of its log that says something: no stack frames of JAX, no lower edge of a message's box.
+last_line() { grep -vE '^ *@ +0x|^\*\*\* Check failure|^(╭|╰)' "$STATE/$1/log" | tail -n 1; }
+
 status() {
   local id=${1:-$(current || true)} code
   if [[ -z $id || ! -d $STATE/$id ]]; then
@@ -25,8 +28,8 @@ status() {
       0) echo "$id done" ;;
       75) echo "$id preempted (saved, exit code 75)" ;;
       3) echo "$id alarm (saved, exit code 3)" ;;
-      2) echo "$id wrong input (exit code 2): $(tail -n 1 "$STATE/$id/log")" ;;
-      *) echo "$id failed (exit code $code): $(tail -n 1 "$STATE/$id/log")" ;;
+      2) echo "$id wrong input (exit code 2): $(last_line "$id")" ;;
+      *) echo "$id failed (exit code $code): $(last_line "$id")" ;;
     esac
   elif tmux -S "$TMUX_SOCKET" has-session -t "=$id" 2>/dev/null; then
     echo "$id running"
