@@ -1,15 +1,15 @@
-"""What does depth buy, and what do exit rules save? Quality against effort of a trained run, fixed depth and exits.
+"""Quality against cost of a trained run, at fixed depths and with exit rules.
 
     python experiments/depth_sweep.py runs/quickstart
     python experiments/depth_sweep.py runs/s3 --size 32 --batches 4      # words of 32 letters, twice training's
     python experiments/depth_sweep.py RUN --depths 1 4 16 --batches 2 --rules kl gated_kl
 
-All fixed depths come from one unroll and cost little more than the deepest. Then every exit rule is run at several
-thresholds, on the same labels and initial states, with at most the deepest of --depths. Reads the run's validation
-text, or new instances of its task. Prints a table; writes RUN/analysis/depth_sweep.json, .csv and, where matplotlib is
-installed, .png. Every row has mean recurrences and FLOPs per token (attention counted in full; every look of a rule at
-logits costs coda and head) and the parameters of the unrolled model. Exit codes: 0 done, 2 wrong input.
-Hardware: any. On two CPU cores with a load of 15, runs/s3 took 4 minutes (73 s of processor time for four batches) and
+All fixed depths come from one unroll and cost little more than the deepest. Then every exit rule runs at several
+thresholds, on the same labels and initial states, with at most the largest of --depths. Reads the run's validation
+text, or new instances of its task. Prints a table; writes RUN/analysis/depth_sweep.json, .csv and, if matplotlib is
+installed, .png. Every row has mean recurrences, FLOPs per token (attention in full; a check that reads logits costs
+coda and head) and the parameters of the unrolled model. Exit codes: 0 done, 2 wrong input.
+Hardware: any. On two busy CPU cores runs/s3 took 4 minutes (73 s of processor time for four batches) and
 runs/quickstart 11.
 """
 
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -25,8 +25,11 @@ from rdlm.config import ExitName, InputError, ModelConfig, require
 from rdlm.runtime import parse_arguments, run_command
 
 if TYPE_CHECKING:
+    from rdlm.evaluation.depth import ExitScore
     from rdlm.evaluation.held_out import HeldOut
     from rdlm.model import Params
+    from rdlm.perf.flops import Cost
+    from rdlm.report.results import Json
 
 THRESHOLDS: dict[ExitName, tuple[float, ...]] = {
     "kl": (0.1, 1e-2, 1e-3, 5e-4, 1e-4, 1e-5),
@@ -38,13 +41,17 @@ THRESHOLDS: dict[ExitName, tuple[float, ...]] = {
     "argmax_stability": (1, 2, 3, 5, 8),
 }
 UNITS = {
-    "threshold": "of the rule", "nats": "nats per scored token", "bits_per_byte": "bits per byte of text",
-    "accuracy": "share of scored tokens", "iterations": "mean recurrences per token",
-    "most_iterations": "recurrences of the token that took most", "looks": "mean looks at logits per token",
+    "threshold": "of the rule",
+    "nats": "nats per scored token",
+    "bits_per_byte": "bits per byte of text",
+    "accuracy": "share of scored tokens",
+    "iterations": "mean recurrences per token",
+    "most_iterations": "maximum recurrences of a token",
+    "looks": "mean checks that read logits, per token",
     "flops_per_token": "forward FLOPs, attention in full",
     "equivalent_parameters": "parameters of the unrolled model at the mean recurrences",
     "pareto": "no other row is as good for fewer FLOPs",
-}  # fmt: skip
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,11 +63,11 @@ class Args:
     depths: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     """Fixed recurrences r. Exit rules stop after at most the largest."""
     rules: tuple[ExitName, ...] = tuple(THRESHOLDS)
-    """Exit rules to try, each at several thresholds."""
+    """Exit rules, each at several thresholds."""
     batches: int | None = 2
     """Batches of held-out data. None: all of them."""
     size: int | None = None
-    """Of a task's instances: letters, operators, hops, distance. None: as large as training's."""
+    """Size of a task's instances: letters, operators, hops, distance. None: that of training."""
     step: int | None = None
     """Checkpoint. None: the newest."""
 
@@ -85,11 +92,15 @@ def main() -> int:
     show(f"{args.run_dir}, step {step}: {data.what}", rows, tokens)
     path = args.run_dir / "analysis" / "depth_sweep.json"
     found = {
-        "run": str(args.run_dir), "step": step, "data": data.what, "tokens": tokens, "length": data.length,
-        "one_unroll_over_deepest_flops":
-            sweep_flops(config, depths, data.length) / forward_flops(config, depths[-1], data.length),
+        "run": str(args.run_dir),
+        "step": step,
+        "data": data.what,
+        "tokens": tokens,
+        "length": data.length,
+        "one_unroll_over_deepest_flops": sweep_flops(config, depths, data.length)
+        / forward_flops(config, depths[-1], data.length),
         "rows": rows,
-    }  # fmt: skip
+    }
     print(f"numbers: {write_result(path, found, UNITS)}")
     print(f"table:   {write_table(path.with_suffix('.csv'), rows)}")
     title = f"{args.run_dir.resolve().name}, step {step}: {data.what}, {tokens:,} scored tokens"
@@ -98,23 +109,23 @@ def main() -> int:
 
 
 def read_max_length(run_dir: Path) -> int:
-    """Most tokens the model of a run takes."""
+    """Maximum number of tokens of the run's model."""
     from rdlm.checkpoint import read_config
 
     return read_config(run_dir).model.max_length
 
 
 def quality(data: HeldOut) -> str:
-    """What counts: answers of a task are right or wrong, a text has a loss."""
+    """The measure of quality: accuracy for a task, loss for a text."""
     return "accuracy" if data.is_task else "nats"
 
 
 def sweep(
     params: Params, config: ModelConfig, data: HeldOut, depths: tuple[int, ...], args: Args
-) -> tuple[list[dict[str, Any]], int]:
-    """(a row per depth and per threshold of every rule, how many tokens were scored)."""
+) -> tuple[list[Json], int]:
+    """(a row for each depth and each threshold of every rule, number of scored tokens)."""
     from rdlm import exits
-    from rdlm.evaluation.depth import depth_curve, exit_score
+    from rdlm.evaluation.depth import ExitScore, depth_curve, exit_score
     from rdlm.perf.flops import cost
     from rdlm.report import FIXED, on_front
     from rdlm.runtime.progress import Progress
@@ -125,19 +136,16 @@ def sweep(
     progress = Progress(1 + len(tries))
     progress.update(0, f"depths {', '.join(map(str, depths))} in one unroll")
     curve = depth_curve(params, config, batches, depths, data.token_bytes)
-    assert curve is not None  # nothing asks it to stop
-    rows = [
-        row(FIXED, None, nats, bits, accuracy, r, 0.0, cost(config, r, data.length))
-        for r, nats, bits, accuracy in zip(curve.depths, curve.nats, curve.bits_per_byte, curve.accuracy, strict=True)
-    ]
+    assert curve is not None  # it is never stopped
+    rows = []
+    for r, nats, bits, accuracy in zip(curve.depths, curve.nats, curve.bits_per_byte, curve.accuracy, strict=True):
+        fixed = ExitScore(nats, bits, accuracy, r, 0.0, r, curve.tokens)
+        rows.append(row(FIXED, None, fixed, cost(config, r, data.length)))
     for i, (name, threshold) in enumerate(tries):
-        progress.update(1 + i, f"{name} below {threshold:g}, at most {depths[-1]} recurrences")
+        progress.update(1 + i, f"{name} at {threshold:g}, at most {depths[-1]} recurrences")
         rule = exits.named(name, threshold)
         found = exit_score(params, config, batches, rule, depths[-1], data.token_bytes)
-        price = cost(config, found.iterations, data.length, found.looks)
-        rows.append(
-            row(name, threshold, found.nats, found.bits_per_byte, found.accuracy, found.most, found.looks, price)
-        )
+        rows.append(row(name, threshold, found, cost(config, found.recurrences, data.length, found.checks)))
     progress.update(1 + len(tries), "done", last=True)
     good = [(1 if data.is_task else -1) * x[quality(data)] for x in rows]
     for x, best in zip(rows, on_front(good, [x["flops_per_token"] for x in rows]), strict=True):
@@ -145,24 +153,29 @@ def sweep(
     return rows, curve.tokens
 
 
-def row(
-    rule: str, threshold: float | None, nats: float, bits: float, accuracy: float, most: int, looks: float, price: Any
-) -> dict[str, Any]:
+def row(rule: str, threshold: float | None, found: ExitScore, price: Cost) -> Json:
     """One row of the table."""
     return {
-        "rule": rule, "threshold": threshold, "nats": nats, "bits_per_byte": bits, "accuracy": accuracy,
-        "iterations": float(price.iterations), "most_iterations": most, "looks": looks,
-        "flops_per_token": price.flops_per_token, "equivalent_parameters": price.equivalent_parameters,
-    }  # fmt: skip
+        "rule": rule,
+        "threshold": threshold,
+        "nats": found.nats,
+        "bits_per_byte": found.bits_per_byte,
+        "accuracy": found.accuracy,
+        "iterations": float(price.iterations),
+        "most_iterations": found.max_steps,
+        "looks": found.checks,
+        "flops_per_token": price.flops_per_token,
+        "equivalent_parameters": price.equivalent_parameters,
+    }
 
 
-def show(what: str, rows: list[dict[str, Any]], tokens: int) -> None:
+def show(what: str, rows: list[Json], tokens: int) -> None:
     """Print the table."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    text = rows[0]["bits_per_byte"] == rows[0]["bits_per_byte"]  # a task has none: NaN
+    text = rows[0]["bits_per_byte"] == rows[0]["bits_per_byte"]  # NaN for a task
     caption = f"{tokens:,} scored tokens; *: no other row is as good for fewer FLOPs"
     table = Table(title=what, caption=caption, box=SIMPLE_HEAD)
     table.add_column("rule, threshold", no_wrap=True)
@@ -172,10 +185,14 @@ def show(what: str, rows: list[dict[str, Any]], tokens: int) -> None:
     for x in rows:
         name = x["rule"] if x["threshold"] is None else f"{x['rule']} {x['threshold']:g}"
         table.add_row(
-            f"{name} *" if x["pareto"] else name, f"{x['nats']:.4f}", *((f"{x['bits_per_byte']:.4f}",) if text else ()),
-            f"{x['accuracy']:.2%}", f"{x['iterations']:.2f}", f"{x['flops_per_token'] / 1e6:.2f}",
+            f"{name} *" if x["pareto"] else name,
+            f"{x['nats']:.4f}",
+            *((f"{x['bits_per_byte']:.4f}",) if text else ()),
+            f"{x['accuracy']:.2%}",
+            f"{x['iterations']:.2f}",
+            f"{x['flops_per_token'] / 1e6:.2f}",
             f"{x['equivalent_parameters'] / 1e6:.2f}M",
-        )  # fmt: skip
+        )
     Console(highlight=False).print(table)
 
 

@@ -5,9 +5,9 @@
     python experiments/evaluate.py runs/quickstart --saved
 
 Prints a table: loss in nats per token, bits per byte of text, the change from the row above, forward FLOPs per token
-and the parameters of the unrolled model (the core r times, as the paper counts them). Writes loss_by_depth.json and,
-where matplotlib is installed, loss_by_depth.png into the run folder. Those are always about the newest checkpoint and
-all of the validation data: --step, --ema and --batches write files of their own beside them, named after these.
+and the parameters of the unrolled model (with the core r times, as in the paper). Writes loss_by_depth.json and, if
+matplotlib is installed, loss_by_depth.png into the run folder. Those are always about the newest checkpoint and all of
+the validation data; --step, --ema and --batches write files of their own, with these options in their names.
 Exit codes: 0 done, 2 wrong input.
 """
 
@@ -37,26 +37,24 @@ class Args:
     run_dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
     """Run folder, made by train.py or convert_huggingface.py."""
     depths: tuple[int, ...] | None = None
-    """Recurrences r to read the loss at. None: those of the run's config (evaluation.depths)."""
+    """Recurrences r. None: those of the run's config (evaluation.depths)."""
     batches: int | None = None
     """Only the first N validation batches: quicker, noisier. None: all."""
     step: int | None = None
     """Checkpoint to evaluate. None: the newest."""
     ema: bool = False
-    """Evaluate the moving average of the weights, if the run kept one (optimizer.ema_decay)."""
+    """Evaluate the moving average of the weights, if the run has one (optimizer.ema_decay)."""
     data_folder: str | None = None
     """Folder of prepared data. None: the one in the run's config (data.folder)."""
     saved: bool = False
-    """Evaluate nothing: print and draw the loss_by_depth.json that is there."""
+    """Evaluate nothing; print and draw the saved loss_by_depth.json."""
 
 
 def main() -> int:
-    args = parse_arguments(
-        Args, prog="evaluate.py", description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)
-    )  # fmt: skip
+    args = parse_arguments(Args, prog="evaluate.py", description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
     require(args.batches is None or args.batches >= 1, "--batches", args.batches, "must be at least 1")
     if args.saved and args.depths:
-        raise InputError("--saved: shows the depths that were evaluated; leave out --depths, or --saved")
+        raise InputError("--saved: shows the saved depths; leave out --depths or --saved")
     from rdlm.checkpoint import load_tokenizer, read_config, saved_steps
     from rdlm.evaluation.held_out import validation  # JAX takes seconds to import
     from rdlm.report import CURVE, picture_line, plot_loss_by_depth, read_curve
@@ -98,12 +96,12 @@ def evaluate(args: Args, step: int, depths: tuple[int, ...], data: Chain, tokeni
             yield batch
 
     curve = depth_curve(params, config, batches(), tuple(sorted(set(depths))), tokenizer.token_bytes)
-    assert curve is not None  # nothing asks it to stop
+    assert curve is not None  # it is never stopped
     return curve
 
 
 def saved_curve(saved: dict[int, float], data: Chain, tokenizer: Tokenizer, batches: int | None) -> DepthCurve:
-    """A saved curve with the bits per byte that follow from the validation text."""
+    """A saved curve, with bits per byte computed from the validation text."""
     from rdlm.data import IGNORED
     from rdlm.evaluation.depth import DepthCurve
 
@@ -116,7 +114,7 @@ def saved_curve(saved: dict[int, float], data: Chain, tokenizer: Tokenizer, batc
 
 
 def check_writable(path: Path) -> None:
-    """Refuse now what could not be written after minutes of work."""
+    """Refuse before minutes of work a file that cannot be written."""
     new = not path.exists()
     try:
         path.open("a").close()
@@ -155,9 +153,13 @@ def show(what: str, curve: DepthCurve, batches: int | None, run: RunConfig) -> N
     for r, nats, bits in zip(curve.depths, curve.nats, curve.bits_per_byte, strict=True):
         price = cost(run.model, r, run.data.sequence_length)
         table.add_row(
-            str(r), f"{nats:.4f}", f"{bits:.4f}", "" if before is None else f"{nats - before:+.4f}",
-            f"{price.flops_per_token / 1e6:,.2f}", f"{price.equivalent_parameters:,.0f}",
-        )  # fmt: skip
+            str(r),
+            f"{nats:.4f}",
+            f"{bits:.4f}",
+            "" if before is None else f"{nats - before:+.4f}",
+            f"{price.flops_per_token / 1e6:,.2f}",
+            f"{price.equivalent_parameters:,.0f}",
+        )
         before = nats
     Console(highlight=False).print(table)
 

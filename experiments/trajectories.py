@@ -1,4 +1,4 @@
-"""What do a text's latent states do as the core runs on? Paths, limits, starts, contraction, and a logit lens.
+"""Follow the latent states of a text: paths, limits, initial states, contraction, and a logit lens.
 
     python experiments/trajectories.py runs/quickstart                       # the first row of the validation text
     python experiments/trajectories.py runs/quickstart --prompt "Geography of the sea"
@@ -7,14 +7,14 @@
 Captures the states of one text for 128 recurrences from several initial states and writes to RUN/analysis/trajectories/
 
     paths          every token's path in its own principal components; fixed point, orbit, drift or unsettled
-    distance       distance to the limit (the deepest state) by recurrence, every token
-    heatmap        the same over the text: which tokens need long
+    distance       distance of every token to its limit (the deepest state), by recurrence
+    heatmap        the same over the text: which tokens take long
     independence   do different initial states lead to the same limit?
-    contraction    largest singular value and spectral radius of a recurrence; rate observed at every token
-    lens           what it would have said after i recurrences
+    contraction    largest singular value and spectral radius of a recurrence; observed rate of every token
+    lens           the prediction after each recurrence
 
-as JSON (with a CSV of all tokens, tokens.csv) and, where matplotlib is installed, PNG. The rules behind the classes are
-in rdlm/analysis/paths.py. Exit codes: 0 done, 2 wrong input. Hardware: any; two CPU cores take about a minute.
+as JSON (with a CSV of all tokens, tokens.csv) and, if matplotlib is installed, PNG. The kinds of paths are defined in
+rdlm/analysis/paths.py. Exit codes: 0 done, 2 wrong input. Hardware: any; two CPU cores take about a minute.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import tyro
 
@@ -30,13 +30,16 @@ from rdlm.config import InputError, ModelConfig, require
 from rdlm.runtime import parse_arguments, run_command
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy as np
 
     from rdlm.evaluation.held_out import HeldOut
     from rdlm.model import Params
+    from rdlm.report.results import Json
 
 LENS_ROWS, LENS_SHOWN = 40, 10  # tokens in the picture of the lens, and in the printed table
-PANELS = 12  # paths that are drawn
+PANELS = 12  # paths in the figure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,23 +51,23 @@ class Args:
     prompt: str | None = None
     """Text to follow. None: a row of the validation text, or an instance of the run's task."""
     row: int = 0
-    """Which row or instance."""
+    """Index of the row or instance."""
     tokens: int = 96
-    """Only so many tokens from its beginning (a prompt is never cut)."""
+    """Maximum number of tokens, from the beginning (a prompt is never cut)."""
     recurrences: int = 128
     """Depth R of the capture; the state there counts as the limit. At least 16."""
     starts: int = 5
-    """Initial states: noise of all but one, and zero."""
+    """Number of initial states: all but one are noise, and one is zero."""
     depths: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
-    """Recurrences at which the lens reads and the contraction is estimated."""
+    """Recurrences of the lens and of the contraction."""
     size: int | None = None
-    """Of a task's instance: letters, operators, hops, distance. None: as large as training's."""
+    """Size of a task's instance: letters, operators, hops, distance. None: that of training."""
     step: int | None = None
     """Checkpoint. None: the newest."""
 
 
 class Text(NamedTuple):
-    """What is followed: ids and labels int [L], names of the tokens, what it is in words, what a label means."""
+    """The text: ids and labels int [L], names of the tokens, a description, and the meaning of a label."""
 
     ids: np.ndarray
     labels: np.ndarray
@@ -105,7 +108,7 @@ def prompted(prompt: str, data: HeldOut) -> Text:
         raise InputError("--prompt: this run was trained on a task and reads no text; choose an instance with --row")
     ids = data.tokenizer.encode(prompt)
     if len(ids) < 2:
-        raise InputError("--prompt: one token or none; give a word at least")
+        raise InputError("--prompt: has fewer than two tokens; give at least a word")
     labels = np.append(ids[1:], -100)
     return Text(ids, labels, data.pieces(ids), f"prompt of {len(ids)} tokens", "the text's next token")
 
@@ -127,29 +130,32 @@ def chosen(args: Args, data: HeldOut) -> Text:
 
 
 class Writer:
-    """Writes the files of one analysis after another, and shows progress."""
+    """Writes the files of the analyses, and shows progress."""
 
     def __init__(self, args: Args, step: int, text: Text) -> None:
-        """Nothing is written yet."""
+        """Write nothing yet."""
         from rdlm.report import can_draw
         from rdlm.runtime.progress import Progress
 
         self.folder = args.run_dir / "analysis" / "trajectories"
         self.title = f"{args.run_dir.resolve().name}, step {step}: {text.what}"
         self.common = {
-            "run": str(args.run_dir), "step": step, "text": text.what, "tokens": text.names,
+            "run": str(args.run_dir),
+            "step": step,
+            "text": text.what,
+            "tokens": text.names,
             "recurrences": args.recurrences,
-        }  # fmt: skip
+        }
         self.draws = can_draw()
         self.progress, self.done = Progress(6), 0
 
     def start(self, what: str) -> None:
-        """Say what comes next."""
+        """Show which analysis starts."""
         self.progress.update(self.done, what)
         self.done += 1
 
-    def write(self, name: str, found: dict[str, Any], units: dict[str, str], draw: Any, heading: str) -> None:
-        """NAME.json, and NAME.png by draw(path, title)."""
+    def write(self, name: str, found: Json, units: dict[str, str], draw: Callable[..., Path], heading: str) -> None:
+        """Write NAME.json, and NAME.png by draw(path, title)."""
         from rdlm.report import write_result
 
         write_result(self.folder / f"{name}.json", self.common | found, units)
@@ -158,7 +164,7 @@ class Writer:
 
 
 def analyse(args: Args, params: Params, config: ModelConfig, text: Text, data: HeldOut, out: Writer) -> None:
-    """All six questions about one text."""
+    """All six analyses of one text."""
     import numpy as np
 
     from rdlm.analysis import from_starts
@@ -175,7 +181,7 @@ def analyse(args: Args, params: Params, config: ModelConfig, text: Text, data: H
     out.start("contraction")
     lines.append(contract(args, params, config, text, own, out))
     out.start("logit lens")
-    look(args, params, config, text, data.pieces, out)
+    show_lens(args, params, config, text, data, out)
     out.progress.update(6, "done", last=True)
     print(f"{out.title}\n" + "\n".join(lines))
     files = "JSON, CSV and PNG" if out.draws else "JSON and CSV (no pictures: pip install 'rdlm[plots]')"
@@ -183,7 +189,7 @@ def analyse(args: Args, params: Params, config: ModelConfig, text: Text, data: H
 
 
 def paths(text: Text, states: np.ndarray, out: Writer) -> str:
-    """Classes and principal components; also the table of all tokens."""
+    """Kinds of paths and principal components; also the table of all tokens."""
     import numpy as np
 
     from rdlm.analysis import KINDS, SETTLED, classify, distances, pca, settled_after
@@ -191,20 +197,26 @@ def paths(text: Text, states: np.ndarray, out: Writer) -> str:
 
     out.start("paths")
     settled = settled_after(distances(states))
-    rows: list[dict[str, Any]] = []
-    panels: list[dict[str, Any]] = []
+    rows: list[Json] = []
+    panels: list[Json] = []
     for i, name in enumerate(text.names):
         found = classify(states[:, i])
         coordinates, explained = pca(states[1:, i])
         share = dict(zip(("explained_1", "explained_2", "explained_3"), explained.tolist(), strict=False))
         rows.append({"position": i, "token": name} | found._asdict() | {"settled_after": int(settled[i])} | share)
         note = f", period {found.period:.1f}" if found.kind == "orbit" else f", settled after {settled[i]}"
-        panels.append({
-            "token": name, "position": i, "kind": found.kind, "note": note if found.kind != "drift" else "",
-            "coordinates": coordinates, "explained": explained,
-        })  # fmt: skip
+        panels.append(
+            {
+                "token": name,
+                "position": i,
+                "kind": found.kind,
+                "note": note if found.kind != "drift" else "",
+                "coordinates": coordinates,
+                "explained": explained,
+            }
+        )
     counts = collections.Counter(row["kind"] for row in rows)
-    # From every class in turn, quick ones and slow ones.
+    # Of every kind, from quick to slow.
     by_kind = [sorted((p for p in panels if p["kind"] == k), key=lambda p: settled[p["position"]]) for k in KINDS]
     by_kind = [kind for kind in by_kind if kind]
     each = PANELS // len(by_kind)
@@ -212,18 +224,25 @@ def paths(text: Text, states: np.ndarray, out: Writer) -> str:
     out.write(
         "paths",
         {
-            "counts": {kind: counts[kind] for kind in KINDS}, "settled_within": SETTLED, "rows": rows,
+            "counts": {kind: counts[kind] for kind in KINDS},
+            "settled_within": SETTLED,
+            "rows": rows,
             "coordinates": [p["coordinates"] for p in panels],
         },
         {
-            "spread": "share of the state's length", "shrink": "ratio of mean steps, last quarter over the one before",
-            "straight": "share of the tail's variance", "returns": "squared distance over twice the variance",
-            "period": "recurrences", "rate": "factor per recurrence", "settled_after": "recurrences",
+            "spread": "share of the state's length",
+            "shrink": "ratio of mean steps, last quarter over the one before",
+            "straight": "share of the tail's variance",
+            "returns": "squared distance over twice the variance",
+            "period": "recurrences",
+            "rate": "factor per recurrence",
+            "settled_after": "recurrences",
             "explained_1": "share of the path's variance",
             "coordinates": "units of the state; [token][r - 1][component], r from 1",
         },
-        lambda path, title: plot_paths(path, title, some), "Paths of tokens through latent space",
-    )  # fmt: skip
+        lambda path, title: plot_paths(path, title, some),
+        "Paths of tokens through latent space",
+    )
     write_table(out.folder / "tokens.csv", rows)
     kinds = ", ".join(f"{counts[kind]} {kind}" for kind in KINDS if counts[kind])
     return (
@@ -240,12 +259,12 @@ def distance(text: Text, states: np.ndarray, out: Writer) -> str:
     from rdlm.report import plot_distance, plot_heatmap
 
     out.start("distances")
-    # Only half way: near its end a path is close to the end point whatever it does.
+    # The first half only: near its end every path is close to its end point.
     found = distances(states)[: len(states) // 2 + 1]
     units = {"distance": "share of the limit's length; [r][token], r from 0"}
     draw = lambda path, title: plot_distance(path, title, found, text.names, SETTLED)  # noqa: E731
     out.write("distance", {"distance": found}, units, draw, "Distance to the limit")
-    # Down to where the slowest token has settled to a hundredth of the threshold, or as far as there is.
+    # Until the slowest token has settled to a hundredth of the threshold, or to the end.
     shown = min(max(int(np.max(settled_after(found, SETTLED / 100))), 8), len(found) - 1)
     part = found[1 : shown + 1]
     units = {"log10_distance": "log10 of the share of the limit's length; [r - 1][token], r from 1"}
@@ -259,7 +278,7 @@ def distance(text: Text, states: np.ndarray, out: Writer) -> str:
 
 
 def independence(states: np.ndarray, out: Writer) -> str:
-    """Different starts."""
+    """Different initial states."""
     import numpy as np
 
     from rdlm.analysis import SETTLED, spread
@@ -273,10 +292,10 @@ def independence(states: np.ndarray, out: Writer) -> str:
         {"spread": "share of the starts' distance; [r][token], r from 0", "same_limit": "tokens"},
         lambda path, title: plot_independence(path, title, found),
         "Do different initial states lead to the same limit?",
-    )  # fmt: skip
+    )
     return (
         f"  independence  {same} of {found.shape[1]} tokens reach the same limit from {states.shape[1]} initial states "
-        f"(of their distance there remain {np.median(found[-1]):.1e}, at most {found[-1].max():.1e})"
+        f"(remaining share of their distance: median {np.median(found[-1]):.1e}, at most {found[-1].max():.1e})"
     )
 
 
@@ -299,21 +318,23 @@ def contract(args: Args, params: Params, config: ModelConfig, text: Text, states
         "contraction",
         {"rows": rows, "observed_rate": rates},
         {
-            "norm": "largest singular value of ds_{i+1}/ds_i over all tokens", "radius": "its largest |eigenvalue|",
-            "period": "recurrences per turn of that eigenvalue, null: it does not turn",
-            "residual": "||J v - lambda v|| of a unit vector", "observed_rate": "factor per recurrence, per token",
+            "norm": "largest singular value of ds_{i+1}/ds_i over all tokens",
+            "radius": "its largest |eigenvalue|",
+            "period": "recurrences per turn of that eigenvalue; null: it does not turn",
+            "residual": "||J v - lambda v|| of a unit vector",
+            "observed_rate": "factor per recurrence, per token",
         },
         lambda path, title: plot_contraction(path, title, depths, norm, radius, rates),
         "What a recurrence does to small differences",
-    )  # fmt: skip
+    )
     known = [x for x in rates if x is not None]
     observed = f"; observed per token {np.median(known):.2f} (median of {len(known)})" if known else ""
     at = f"spectral radius {radius[-1]:.3f}, largest singular value {norm[-1]:.2f}"
     return f"  contraction   at the limit: {at}{observed}"
 
 
-def look(args: Args, params: Params, config: ModelConfig, text: Text, pieces: Any, out: Writer) -> None:
-    """The logit lens, as files and, for the first tokens, on the terminal."""
+def show_lens(args: Args, params: Params, config: ModelConfig, text: Text, data: HeldOut, out: Writer) -> None:
+    """The logit lens, as files and, for the first tokens, as a table."""
     import numpy as np
 
     from rdlm.analysis import lens
@@ -322,33 +343,43 @@ def look(args: Args, params: Params, config: ModelConfig, text: Text, pieces: An
     depths = tuple(sorted(set(args.depths)))
     found = lens(params, config, text.ids[None], text.labels[None], depths)
     known = np.unique(np.concatenate([found.top.ravel(), text.labels[text.labels >= 0]]))
-    names = dict(zip(known.tolist(), pieces(known), strict=True))
+    names = dict(zip(known.tolist(), data.pieces(known), strict=True))
     rows = []
     for i, token in enumerate(text.names):
         label = int(text.labels[i])
         top = found.top[:, 0, i]
-        rows.append({
-            "position": i, "token": token, "label": names.get(label), "top": [names[t] for t in top[:, 0].tolist()],
-            "probability": found.probability[:, 0, i, 0], "hit": [t == label for t in top[:, 0].tolist()],
-            "others": [[names[t] for t in row] for row in top[:, 1:].tolist()],
-            "others_probability": found.probability[:, 0, i, 1:],
-            "nats": found.nats[:, 0, i] if label >= 0 else None, "divergence": found.divergence[:, 0, i],
-        })  # fmt: skip
+        rows.append(
+            {
+                "position": i,
+                "token": token,
+                "label": names.get(label),
+                "top": [names[t] for t in top[:, 0].tolist()],
+                "probability": found.probability[:, 0, i, 0],
+                "hit": [t == label for t in top[:, 0].tolist()],
+                "others": [[names[t] for t in row] for row in top[:, 1:].tolist()],
+                "others_probability": found.probability[:, 0, i, 1:],
+                "nats": found.nats[:, 0, i] if label >= 0 else None,
+                "divergence": found.divergence[:, 0, i],
+            }
+        )
     out.write(
         "lens",
         {"depths": depths, "rows": rows},
         {
-            "top": "likeliest next token at each depth", "probability": "its share", "nats": "nats, of the label",
-            "divergence": "KL(deepest || this depth), nats", "hit": f"whether the likeliest is {text.label}",
+            "top": "likeliest next token at each depth",
+            "probability": "its share",
+            "nats": "nats, of the label",
+            "divergence": "KL(deepest || this depth), nats",
+            "hit": f"whether the likeliest is {text.label}",
         },
         lambda path, title: plot_lens(path, title, rows[:LENS_ROWS], depths, text.label),
         "Logit lens: the likeliest next token after r recurrences",
-    )  # fmt: skip
+    )
     show(rows[:LENS_SHOWN], depths, text.label)
 
 
-def show(rows: list[dict[str, Any]], depths: tuple[int, ...], label: str) -> None:
-    """Print the lens of the first tokens."""
+def show(rows: list[Json], depths: tuple[int, ...], label: str) -> None:
+    """Print the lens of some tokens."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text as Cell

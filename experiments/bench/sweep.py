@@ -1,11 +1,11 @@
-"""What does a whole depth curve cost over its deepest point alone? Measured beside the count of FLOPs.
+"""Cost of a depth curve relative to its deepest point alone: measured, and by the count of FLOPs.
 
     python experiments/bench/sweep.py                      # D=256, V=8192, 2/4/2 layers, depths 1 .. 64, f32
     python experiments/bench/sweep.py --depths 1 8 64 --repeats 9
 
-The curve (one unroll, readout and loss at every depth) and the deepest depth alone take turns in one process; the
-best turn of each counts, by the clock and by processor time, which a busy machine disturbs less. Prints both, their
-ratios, and the ratio of FLOPs. Hardware: any; two quiet CPU cores take about a minute.
+The curve (one unroll, readout and loss at every depth) and the deepest depth alone alternate in one process. Prints the
+best repeat of each in wall-clock and in processor time, which a busy machine disturbs less, their ratios, and the ratio
+of FLOPs. Hardware: any; two quiet CPU cores take about a minute.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Options:
     sequence_length: int = 256
     depths: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     repeats: int = 5
-    """Turns of each."""
+    """Repeats of each."""
     json: bool = False
     """Print one JSON object instead."""
 
@@ -49,10 +49,15 @@ def measure(options: Options) -> dict[str, float]:
     """Seconds, ratio, and predicted ratio."""
     prelude, core, coda = options.layers
     config = ModelConfig(
-        vocab_size=options.vocab_size, embed_dim=options.embed_dim, num_heads=options.num_heads,
-        mlp_dim=options.mlp_dim, prelude_layers=prelude, core_layers=core, coda_layers=coda,
+        vocab_size=options.vocab_size,
+        embed_dim=options.embed_dim,
+        num_heads=options.num_heads,
+        mlp_dim=options.mlp_dim,
+        prelude_layers=prelude,
+        core_layers=core,
+        coda_layers=coda,
         max_length=options.sequence_length,
-    )  # fmt: skip
+    )
     depths = tuple(sorted(set(options.depths)))
     params = init_params(config, jax.random.key(0))
     shape = options.batch_size, options.sequence_length + 1
@@ -75,12 +80,17 @@ def measure(options: Options) -> dict[str, float]:
     )
     clock, processor = (seconds["curve"] / seconds["deepest"] for seconds in (best, least))
     return {
-        "curve_seconds": best["curve"], "deepest_seconds": best["deepest"],
-        "curve_processor_seconds": least["curve"], "deepest_processor_seconds": least["deepest"],
-        "predicted_ratio": predicted, "ratio_by_the_clock": clock, "ratio_of_processor_time": processor,
-        "clock_over_predicted": clock / predicted, "processor_over_predicted": processor / predicted,
+        "curve_seconds": best["curve"],
+        "deepest_seconds": best["deepest"],
+        "curve_processor_seconds": least["curve"],
+        "deepest_processor_seconds": least["deepest"],
+        "predicted_ratio": predicted,
+        "ratio_by_the_clock": clock,
+        "ratio_of_processor_time": processor,
+        "clock_over_predicted": clock / predicted,
+        "processor_over_predicted": processor / predicted,
         "loss_difference_at_the_deepest": abs(losses["curve"].nats[-1] - losses["deepest"].nats[0]),
-    }  # fmt: skip
+    }
 
 
 def main() -> None:

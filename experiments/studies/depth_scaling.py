@@ -37,7 +37,7 @@ from experiments.studies.shared.training import check_seeds, small_run, train
 from rdlm import exits
 from rdlm.checkpoint import Checkpoints, load_checkpoint, read_config, saved_steps, write_config
 from rdlm.config import InputError, ModelConfig, RunConfig, differences, require
-from rdlm.evaluation.difficulty import ByDifficulty, by_depth, with_exits, with_sequence_exits
+from rdlm.evaluation.difficulty import ByDifficulty, by_depth, with_exits
 from rdlm.model import Params
 from rdlm.optim import optimizer
 from rdlm.runtime import Progress, parse_arguments, reuse_freed_memory, run_command
@@ -393,7 +393,7 @@ def measure(params: Params, model: ModelConfig, recipe: Recipe) -> Json:
     for name in recipe.tests:
         data, curve = test_data(recipe, name), tested(params, model, recipe, name)
         rules = {
-            "kl 5e-4, per sequence": with_sequence_exits(params, model, data, exits.kl(5e-4), limit),
+            "kl 5e-4, per sequence": with_exits(params, model, data, exits.kl(5e-4), limit, per_sequence=True),
             "kl 5e-4, per token": with_exits(params, model, data, exits.kl(5e-4), limit),
             "kl 1e-5, per token": with_exits(params, model, data, exits.kl(1e-5), limit),
             "latent_diff 0.03, per token": with_exits(params, model, data, exits.latent_diff(0.03), limit),

@@ -1,14 +1,14 @@
-"""How good is a model at depth r: losses, tasks, questions, lm-eval, and calibrated exits.
+"""How good is a model at depth r?
 
 depth           loss and accuracy against r, at fixed depths and with exit rules
-difficulty      the same by difficulty of a procedural task
+difficulty      accuracy on a procedural task, by its difficulty
 scoring         log-likelihoods of continuations
-questions       multiple choice and cloze, with intervals and baselines
-question_files  their JSON lines
-question_sets   question sets that a package ships
+questions       accuracy on multiple choice and cloze questions, with intervals and baselines
+question_files  files of questions
+question_sets   two question sets from a pinned package
 answer_steps    recurrences that a generated answer takes
 calibration     exit thresholds with a guarantee
-held_out        examples that a run has not been trained on
+held_out        examples that a run was not trained on
 lm_eval         lm-eval's tasks; needs the extra `eval`
 """
 

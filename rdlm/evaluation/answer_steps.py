@@ -1,4 +1,4 @@
-"""How long does a model think about questions of each kind? Recurrences of the tokens it answers with."""
+"""Recurrences that a generated answer takes."""
 
 from __future__ import annotations
 
@@ -20,43 +20,48 @@ def answer_steps(
     config: ModelConfig,
     prompts: Sequence[np.ndarray],
     exit_rule: ExitRule,
-    most: int,
+    max_steps: int,
     *,
     new_tokens: int = 32,
     warm_start: Literal[False, "normalized", "raw"] = False,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[np.ndarray]:
-    """Recurrences of `new_tokens` tokens that are made greedily after every prompt, int32 [new_tokens] each.
+    """Recurrences of `new_tokens` greedy tokens after every prompt, int32 [new_tokens] each.
 
-    The first new token is the prompt's doing (its last position makes it), so one more is made and the first left out:
-    with `warm_start` every token counted here began where its predecessor stopped. Prompts that leave no room are cut
-    on the left.
+    The first generated token belongs to the last position of the prompt, so one more is generated and the first is left
+    out. With `warm_start` every counted token therefore starts at its predecessor's last state. Prompts that are too
+    long are cut on the left.
 
     Args:
       params, config: the model.
       prompts: token ids.
       exit_rule: when a token stops.
-      most: recurrences at most.
-      new_tokens: counted per prompt.
+      max_steps: maximum recurrences of a token.
+      new_tokens: counted tokens per prompt.
       warm_start: as in `rdlm.generate`.
-      progress: called with the number of prompts done.
+      progress: called with the number of finished prompts.
 
     Raises:
       InputError: more new tokens than the model's max_length holds.
     """
-    room = config.max_length - new_tokens - 1
-    if new_tokens < 1 or room < 1:
+    max_prompt = config.max_length - new_tokens - 1
+    if new_tokens < 1 or max_prompt < 1:
         raise InputError(f"new_tokens = {new_tokens}: must be in [1, config.max_length - 2 = {config.max_length - 2}]")
-    cut = [np.asarray(p, np.int32)[-room:] for p in prompts]
+    cut = [np.asarray(p, np.int32)[-max_prompt:] for p in prompts]
     found: list[np.ndarray] = [np.zeros(0, np.int32)] * len(cut)
-    order = sorted(range(len(cut)), key=lambda i: -cut[i].size)  # similar lengths share a compiled program
+    order = sorted(range(len(cut)), key=lambda i: -cut[i].size)  # similar lengths share a program
     for start in range(0, len(order), _ROWS):
         group = order[start : start + _ROWS]
-        rows = [cut[i] for i in group] + [cut[group[-1]]] * (_ROWS - len(group))  # always as many rows: one program
+        rows = [cut[i] for i in group] + [cut[group[-1]]] * (_ROWS - len(group))  # one shape, one program
         out = generate(
-            params, config, rows, max_new_tokens=new_tokens + 1, num_steps=most, exit_rule=exit_rule,
+            params,
+            config,
+            rows,
+            max_new_tokens=new_tokens + 1,
+            num_steps=max_steps,
+            exit_rule=exit_rule,
             warm_start=warm_start,
-        )  # fmt: skip
+        )
         for i, steps in zip(group, out.steps, strict=False):
             found[i] = steps[1:]
         progress(start + len(group))

@@ -1,10 +1,10 @@
-"""Quality against depth: every fixed depth from one unroll, exit rules beside it, and what each of them costs."""
+"""Quality against depth: every fixed depth from one unroll, and exit rules with their cost."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from rdlm.config import InputError, ModelConfig
+from rdlm.config import InputError, ModelConfig, require
 from rdlm.exits import ExitRule
 from rdlm.losses import IGNORED, as_batch, batch_state, cross_entropy, is_likeliest, scores_by_depth
 from rdlm.model import Params, forward
@@ -25,8 +25,7 @@ class DepthCurve(NamedTuple):
     """Mean loss at several depths.
 
     depths: recurrences r. nats: mean cross-entropy per scored token. bits_per_byte: the same per byte of text.
-    tokens, bytes: how many were scored. accuracy: share of scored tokens whose label is the likeliest; empty where it
-    is not known.
+    tokens, bytes: how many were scored. accuracy: share of scored tokens whose label is the likeliest; () if unknown.
     """
 
     depths: tuple[int, ...]
@@ -38,38 +37,41 @@ class DepthCurve(NamedTuple):
 
 
 class ExitScore(NamedTuple):
-    """Quality and effort when every token stops on its own.
+    """Quality and cost when every token stops on its own.
 
-    nats, bits_per_byte, accuracy: as in `DepthCurve`. iterations: mean recurrences over all tokens, scored or not,
-    padding left out. looks: mean number of times the rule read a token's logits. most: largest number of recurrences
-    that a token took. tokens: how many were scored.
+    nats, bits_per_byte, accuracy, tokens: as in `DepthCurve`. recurrences: mean over all tokens but padding, scored or
+    not. checks: mean number of times the rule read a token's logits. max_steps: maximum recurrences of a token.
     """
 
     nats: float
     bits_per_byte: float
     accuracy: float
-    iterations: float
-    looks: float
-    most: int
+    recurrences: float
+    checks: float
+    max_steps: int
     tokens: int
 
 
 @functools.partial(jax.jit, static_argnames=("config", "depths", "layout"))
 def _sums(
-    params: Params, config: ModelConfig, batch: dict[str, Array], depths: tuple[int, ...], token_bytes: Array,
+    params: Params,
+    config: ModelConfig,
+    batch: dict[str, Array],
+    depths: tuple[int, ...],
+    token_bytes: Array,
     layout: Layout | None = None,
-):  # fmt: skip
-    """Sums over a batch: of losses and of right tokens per depth, of scored labels, of their bytes."""
+) -> tuple[Array, ...]:
+    """Sums over a batch: losses [R] and right tokens [R] at each depth, scored labels, their bytes."""
     if layout is None:
         labelled = as_batch(batch)
         losses, right = scores_by_depth(params, config, labelled, depths, jax.random.key(0))
         return losses.sum((1, 2)), right.sum((1, 2)), *_scored(labelled.labels, token_bytes)
 
-    def mine(params: Params, batch: dict[str, Array], token_bytes: Array) -> Any:
-        # All weights are fetched once for all depths; a row at a time, so that logits of one row are all that is held.
+    def mine(params: Params, batch: dict[str, Array], token_bytes: Array) -> tuple[Array, ...]:
+        # Weights are gathered once for all depths. Rows run one by one, so only the logits of one row are in memory.
         whole = {name: layout.fetch(name, stored) for name, stored in params.items()}
 
-        def one(row: dict[str, Array]) -> Any:
+        def one(row: dict[str, Array]) -> tuple[Array, ...]:
             labelled = as_batch({name: x[None] for name, x in row.items()})
             losses, right = scores_by_depth(whole, config, labelled, depths, jax.random.key(0), layout.flash)
             return losses.sum((1, 2)), right.sum((1, 2)), *_scored(labelled.labels, token_bytes)
@@ -78,14 +80,18 @@ def _sums(
 
     every, rows = PartitionSpec(), PartitionSpec(SPLIT)
     spread = jax.shard_map(
-        mine, mesh=layout.mesh, in_specs=(layout.parameter_parts, jax.tree.map(lambda _: rows, batch), every),
-        out_specs=every, axis_names=set(layout.manual), check_vma=False,
-    )  # fmt: skip
+        mine,
+        mesh=layout.mesh,
+        in_specs=(layout.parameter_parts, jax.tree.map(lambda _: rows, batch), every),
+        out_specs=every,
+        axis_names=set(layout.manual),
+        check_vma=False,
+    )
     return spread(params, batch, token_bytes)
 
 
 def _scored(labels: Array, token_bytes: Array) -> tuple[Array, Array]:
-    """How many labels are scored, and the bytes behind them."""
+    """Number of scored labels, and of their bytes."""
     scored = labels != IGNORED
     size = jnp.where(scored, token_bytes[jnp.where(scored, labels, 0)], 0)
     return scored.sum(), size.sum()
@@ -101,48 +107,51 @@ def depth_curve(
     stop: Callable[[], bool] = lambda: False,
     layout: Layout | None = None,
 ) -> DepthCurve | None:
-    """Loss and accuracy at each depth over `batches`, from one unroll to the deepest. Sums are kept in float64.
+    """Loss and accuracy at each depth over `batches`, from one unroll to the deepest, with sums in float64.
 
     Args:
       params, config: the model.
       batches: dicts as `rdlm.data.PackedData.batches` yields them.
       depths: increasing recurrences.
-      token_bytes: int [V], bytes of text behind each token (zeros where there is no text: bits per byte become NaN).
+      token_bytes: int [V], bytes of text of each token; zeros for a task, which makes bits per byte NaN.
       place: puts a batch onto devices.
-      stop: polled between batches; when true the result is None.
-      layout: how weights travel, where parameters and rows are split over a mesh.
+      stop: called between batches; if it returns true, the result is None.
+      layout: the mesh and the shards, if parameters and rows are split.
 
     Raises:
       InputError: depths that are not increasing, or nothing to score.
     """
     depths = check_depths(depths)
-    sums, hits, count, size = np.zeros(len(depths)), np.zeros(len(depths)), 0, 0
     table = jnp.asarray(token_bytes)
+    total: list[np.ndarray] = [np.zeros(())] * 4
     for batch in batches:
         if stop():
             return None
-        s, h, c, b = _sums(params, config, place(batch), depths, table, layout)
-        sums, hits = sums + np.asarray(s, np.float64), hits + np.asarray(h)
-        count, size = count + int(c), size + int(b)
-    if not count:
-        raise InputError("validation: there is no label to score")
-    bits = [_bits_per_byte(x, size) for x in sums.tolist()]
-    return DepthCurve(tuple(depths), (sums / count).tolist(), bits, count, size, tuple((hits / count).tolist()))
+        total = _add(total, _sums(params, config, place(batch), depths, table, layout))
+    nats, right = total[:2]
+    tokens, size = (float(x) for x in total[2:])
+    _require_labels(tokens)
+    bits = [_bits_per_byte(x, size) for x in nats.tolist()]
+    return DepthCurve(
+        tuple(depths), (nats / tokens).tolist(), bits, int(tokens), int(size), tuple((right / tokens).tolist())
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
 def _exit_sums(
-    params: Params, config: ModelConfig, batch: dict[str, Array], rule: ExitRule, most: Array, token_bytes: Array
-):
+    params: Params, config: ModelConfig, batch: dict[str, Array], rule: ExitRule, max_steps: Array, token_bytes: Array
+) -> tuple[tuple[Array, ...], Array]:
+    """Sums over a batch (losses, right tokens, recurrences, checks, tokens, scored labels, bytes), and max steps."""
     labelled = as_batch(batch)
+    s0 = batch_state(params, config, labelled, None, jax.random.key(0))
+    tokens, segments, positions = labelled.tokens, labelled.segment_ids, labelled.positions
     out = forward(
-        params, config, labelled.tokens, most, state=batch_state(params, config, labelled, None, jax.random.key(0)),
-        segment_ids=labelled.segment_ids, positions=labelled.positions, exit_rule=rule,
-    )  # fmt: skip
-    assert out.looks is not None  # a rule's looks are counted
+        params, config, tokens, max_steps, state=s0, segment_ids=segments, positions=positions, exit_rule=rule
+    )
+    assert out.looks is not None  # with a rule, checks are counted
     nats, right = cross_entropy(out.logits, labelled.labels).sum(), is_likeliest(out.logits, labelled.labels).sum()
-    spent = out.steps.sum(), out.looks.sum(), (out.steps > 0).sum(), out.steps.max()
-    return nats, right, *spent, *_scored(labelled.labels, token_bytes)
+    ran = out.steps.sum(), out.looks.sum(), (out.steps > 0).sum()
+    return (nats, right, *ran, *_scored(labelled.labels, token_bytes)), out.steps.max()
 
 
 def exit_score(
@@ -150,33 +159,37 @@ def exit_score(
     config: ModelConfig,
     batches: Iterable[dict[str, Any]],
     rule: ExitRule,
-    most: int,
+    max_steps: int,
     token_bytes: np.ndarray,
 ) -> ExitScore:
-    """Loss, accuracy and effort with an exit rule, over the same labels and initial states as `depth_curve`.
+    """Loss, accuracy and cost with an exit rule, over the same labels and initial states as `depth_curve`.
 
-    Every token stops on its own, after at most `most` recurrences, in one parallel pass (`rdlm.forward`). Neither
-    another threshold nor another `most` compiles anything anew.
+    Every token stops on its own, after at most `max_steps` recurrences, in one parallel pass (`rdlm.forward`). Another
+    threshold or another `max_steps` does not recompile.
 
     Raises:
-      InputError: `most` below 1, or nothing to score.
+      InputError: `max_steps` below 1, or nothing to score.
     """
-    if most < 1:
-        raise InputError(f"most = {most}: at least one recurrence is needed")
-    sums, deepest = np.zeros(7), 0
-    table = jnp.asarray(token_bytes)
+    require(max_steps >= 1, "max_steps", max_steps, "must be at least 1")
+    table, deepest = jnp.asarray(token_bytes), 0
+    total: list[np.ndarray] = [np.zeros(())] * 7
     for batch in batches:
-        nats, right, steps, looks, ran, deep, count, size = _exit_sums(
-            params, config, batch, rule, jnp.int32(most), table
-        )
-        sums += [float(x) for x in (nats, right, steps, looks, ran, count, size)]
-        deepest = max(deepest, int(deep))
-    nats, right, steps, looks, ran, count, size = sums.tolist()
-    if not count:
+        sums, steps = _exit_sums(params, config, batch, rule, jnp.int32(max_steps), table)
+        total, deepest = _add(total, sums), max(deepest, int(steps))
+    nats, right, steps, checks, ran, tokens, size = (float(x) for x in total)
+    _require_labels(tokens)
+    bits = _bits_per_byte(nats, size)
+    return ExitScore(nats / tokens, bits, right / tokens, steps / ran, checks / ran, deepest, int(tokens))
+
+
+def _add(total: Sequence[np.ndarray], part: Sequence[Array]) -> list[np.ndarray]:
+    return [a + np.asarray(b, np.float64) for a, b in zip(total, part, strict=True)]
+
+
+def _require_labels(tokens: float) -> None:
+    if not tokens:
         raise InputError("validation: there is no label to score")
-    bits = _bits_per_byte(nats, int(size))
-    return ExitScore(nats / count, bits, right / count, steps / ran, looks / ran, deepest, int(count))
 
 
-def _bits_per_byte(nats: float, size: int) -> float:
+def _bits_per_byte(nats: float, size: float) -> float:
     return nats / math.log(2) / size if size else math.nan

@@ -1,4 +1,4 @@
-"""How right a model is as a function of depth: by difficulty and r, and with exits. Counts are exact integers."""
+"""Accuracy on a procedural task by difficulty, at every depth and with exit rules. Counts are exact integers."""
 
 from __future__ import annotations
 
@@ -24,28 +24,29 @@ from rdlm.tasks.instance import IGNORED
 
 @dataclasses.dataclass
 class ByDifficulty:
-    """Answers counted by difficulty. count int64 [N+1]: answers; right int64 [N+1, R]: right ones, at each of R depths.
+    """Answers counted by difficulty: row d is difficulty d, and row 0 is empty.
 
-    steps int64 [N+1]: recurrences spent, for exits. Row d is difficulty d; row 0 stays empty.
+    count int64 [N+1]: answers. right int64 [N+1, R]: right answers at each of R depths. steps int64 [N+1]: their
+    recurrences, with exits.
     """
 
     count: np.ndarray
     right: np.ndarray
     steps: np.ndarray
 
-    def accuracy(self, least: int = 1, most: int | None = None) -> np.ndarray:
-        """Share of right answers at each depth, [R], over difficulties least .. most (both included)."""
-        rows = slice(least, None if most is None else most + 1)
+    def accuracy(self, first: int = 1, last: int | None = None) -> np.ndarray:
+        """Share of right answers at each depth, [R], over difficulties first .. last (both included)."""
+        rows = slice(first, None if last is None else last + 1)
         return self.right[rows].sum(0) / self.count[rows].sum()
 
-    def mean_steps(self, least: int = 1, most: int | None = None) -> float:
+    def mean_steps(self, first: int = 1, last: int | None = None) -> float:
         """Recurrences per answer over those difficulties."""
-        rows = slice(least, None if most is None else most + 1)
+        rows = slice(first, None if last is None else last + 1)
         return float(self.steps[rows].sum() / self.count[rows].sum())
 
 
 def setup(params: Params, config: ModelConfig, tokens: Array, key: Array) -> tuple[Step, Array, Context]:
-    """What every way of running the core starts from: (step(s, i) -> s, the initial state s0 [B, L, D], the context).
+    """The recurrence over `tokens`: (step(s, i) -> s, the initial state s0 [B, L, D], the context).
 
     tokens: int [B, L]. key: one, for the same noise in every row, or one per row [B].
     """
@@ -53,15 +54,13 @@ def setup(params: Params, config: ModelConfig, tokens: Array, key: Array) -> tup
 
 
 def started(params: Params, config: ModelConfig, batch: dict[str, Array], key: Array) -> tuple[Step, Array, Context]:
-    """`setup` of a training batch (with sequence_ids), every row with the noise that `rdlm.loss` gives it."""
+    """`setup` of a training batch with sequence_ids: every row has the noise that `rdlm.loss` gives it."""
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(batch["sequence_ids"][:, 0])
     return setup(params, config, batch["tokens"], keys)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "depths"))
-def logits_by_depth(
-    params: Params, config: ModelConfig, tokens: Array, depths: tuple[int, ...], key: Array
-) -> Array:  # fmt: skip
+def logits_by_depth(params: Params, config: ModelConfig, tokens: Array, depths: tuple[int, ...], key: Array) -> Array:
     """Logits f32 [R, B, L, V] of tokens int [B, L] after each of the R increasing `depths`, from one unroll."""
     step, s, ctx = setup(params, config, tokens, key)
     return checkpoints(step, s, depths, lambda s: readout(params, config, s, ctx)[0])
@@ -72,28 +71,34 @@ def _answers(params: Params, config: ModelConfig, tokens: Array, depths: tuple[i
     return jnp.argmax(logits_by_depth(params, config, tokens, depths, key), axis=-1)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "most"))
-def _adaptive(params: Params, config: ModelConfig, tokens: Array, rule: ExitRule, most: int, key: Array):
-    out = forward(params, config, tokens, most, exit_rule=rule, key=key)
+@functools.partial(jax.jit, static_argnames=("config", "max_steps"))
+def _per_token(
+    params: Params, config: ModelConfig, tokens: Array, rule: ExitRule, max_steps: int, key: Array
+) -> tuple[Array, Array]:
+    """Answers [1, B, L] and recurrences [B, L] when every token stops on its own."""
+    out = forward(params, config, tokens, max_steps, exit_rule=rule, key=key)
     return jnp.argmax(out.logits, axis=-1)[None], out.steps
 
 
-@functools.partial(jax.jit, static_argnames=("config", "most"))
-def _together(params: Params, config: ModelConfig, tokens: Array, rule: ExitRule, most: int, key: Array):
-    logits = logits_by_depth(params, config, tokens, tuple(range(1, most + 1)), key)
+@functools.partial(jax.jit, static_argnames=("config", "max_steps"))
+def _per_sequence(
+    params: Params, config: ModelConfig, tokens: Array, rule: ExitRule, max_steps: int, key: Array
+) -> tuple[Array, Array]:
+    """The same when the largest value over the tokens so far decides."""
+    logits = logits_by_depth(params, config, tokens, tuple(range(1, max_steps + 1)), key)
     state = exits.init(rule, jnp.zeros((*tokens.shape, 1)), logits.shape[-1])
 
-    def look(carry: Any, seen: tuple[Array, Array]) -> tuple[Any, None]:
+    def check(carry: tuple[Any, Array], seen: tuple[Array, Array]) -> tuple[tuple[Any, Array], None]:
         state, steps = carry
         r, at_r = seen
         state, value = exits.update(rule, state, Observation(jnp.zeros(()), at_r, r))
-        # As if the sequence ended at each of its positions: the largest value so far decides. The model is causal.
+        # The model is causal, so the maximum up to a position is that of the sequence that ends there.
         value = jax.lax.cummax(value[:, 1:], axis=1)
-        stop = (steps == most) & jnp.pad(exits.exits(rule, value), ((0, 0), (1, 0)))
+        stop = (steps == max_steps) & jnp.pad(exits.exits(rule, value), ((0, 0), (1, 0)))
         return (state, jnp.where(stop, r, steps)), None
 
-    start = state, jnp.full(tokens.shape, most, jnp.int32)
-    (_, steps), _ = jax.lax.scan(look, start, (jnp.arange(1, most + 1, dtype=jnp.int32), logits))
+    start = state, jnp.full(tokens.shape, max_steps, jnp.int32)
+    (_, steps), _ = jax.lax.scan(check, start, (jnp.arange(1, max_steps + 1, dtype=jnp.int32), logits))
     answers = jnp.take_along_axis(jnp.argmax(logits, axis=-1), steps[None] - 1, axis=0)
     return answers, steps
 
@@ -120,34 +125,25 @@ def with_exits(
     config: ModelConfig,
     batches: Iterable[dict[str, np.ndarray]],
     rule: ExitRule,
-    most: int,
+    max_steps: int,
     key: Array | None = None,
+    *,
+    per_sequence: bool = False,
 ) -> ByDifficulty:
-    """Right answers (R = 1) and recurrences when every token stops on its own, after at most `most`."""
-    key = jax.random.key(0) if key is None else key
-    return counted((b, *_adaptive(params, config, jnp.asarray(b["tokens"]), rule, most, key)) for b in batches)
+    """Right answers (R = 1) and recurrences with an exit rule, after at most `max_steps` recurrences.
 
-
-def with_sequence_exits(
-    params: Params,
-    config: ModelConfig,
-    batches: Iterable[dict[str, np.ndarray]],
-    rule: ExitRule,
-    most: int,
-    key: Array | None = None,
-) -> ByDifficulty:
-    """As `with_exits`, but all tokens run until the rule's largest value over them is below its threshold.
-
-    An answer counts with the steps of the sequence that ends with it. The first token (BOS) has no answer, is never
-    trained, and is left out of the largest value.
+    Every token stops on its own or, with `per_sequence`, all tokens run until the rule's largest value over them is
+    below its threshold. Then an answer counts with the steps of the sequence that ends with it, and the first token
+    (BOS), which has no answer and is not trained, is left out of the maximum.
 
     Raises:
-      InputError: a rule that looks at states, or that is not of the kind "value < threshold".
+      InputError: nothing to score; `per_sequence` with a rule that does not compare predictions with a threshold.
     """
-    if not rule.needs_logits or rule.kind == "argmax_stability":
+    if per_sequence and (not rule.needs_logits or rule.kind == "argmax_stability"):
         raise InputError(f"sequence exits: rule {rule.kind!r} must compare predictions, such as rdlm.exits.kl()")
     key = jax.random.key(0) if key is None else key
-    return counted((b, *_together(params, config, jnp.asarray(b["tokens"]), rule, most, key)) for b in batches)
+    run = _per_sequence if per_sequence else _per_token
+    return counted((b, *run(params, config, jnp.asarray(b["tokens"]), rule, max_steps, key)) for b in batches)
 
 
 def counted(results: Iterable[Any]) -> ByDifficulty:

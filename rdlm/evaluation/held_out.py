@@ -1,4 +1,4 @@
-"""What a trained run is analysed on: its validation text, or new instances of the task it was trained on."""
+"""Held-out examples of a run: its validation text, or new instances of the task it was trained on."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from rdlm.tasks.instance import TEST_STREAM
 from rdlm.tokenizer import Tokenizer
 
 INSTANCES = 64
-"""In a batch."""
+"""Per batch."""
 
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """Labelled examples that the run has not been trained on.
+    """Labelled examples that the run was not trained on.
 
-    what: in words. batches(n): the first n batches (None: all), dicts as `rdlm.losses.as_batch` takes them. total: how
-    many there are. length: L of their rows. token_bytes: int [V], bytes of text behind each token; zeros for a task.
-    pieces(ids) -> a readable name for each token. tokenizer: None for a task.
+    what: description. batches(n): the first n batches (None: all), dicts as `rdlm.losses.as_batch` takes them. total:
+    number of batches. length: L of their rows. token_bytes: int [V], bytes of text of each token; zeros for a task.
+    pieces(ids) -> a readable name of each token. tokenizer: None for a task.
     """
 
     what: str
@@ -40,7 +40,7 @@ class HeldOut:
 
     @property
     def is_task(self) -> bool:
-        """Whether labels are answers to a problem; otherwise they are the next tokens of a text."""
+        """Whether labels are answers of a task; otherwise they are the next tokens of a text."""
         return self.tokenizer is None
 
 
@@ -49,15 +49,15 @@ def held_out(run_dir: str | Path, step: int | None = None, size: int | None = No
 
     Args:
       run_dir: run folder.
-      step: checkpoint whose tokenizer must fit; None: the newest.
-      size: of a task's instances (letters, operators, hops, distance); None: as large as training's.
+      step: checkpoint whose tokenizer must match; None: the newest.
+      size: of a task's instances (letters, operators, hops, distance); None: the size of training.
 
     Raises:
       InputError: not a run folder, no checkpoint, a task that is not known, no validation data, a size for a text.
     """
     folder = Path(run_dir)
     run = read_config(folder)
-    read_meta(folder, step)  # says so if there is no such checkpoint
+    read_meta(folder, step)  # raises if there is no such checkpoint
     if run.data.task:
         return _instances(run, named(run.data.task, run.data.task_size if size is None else size))
     if size is not None:
@@ -65,15 +65,20 @@ def held_out(run_dir: str | Path, step: int | None = None, size: int | None = No
     tokenizer = load_tokenizer(folder, step)
     data = validation(folder, step, run.data, tokenizer)
     return HeldOut(
-        "validation text", data.batches, data.steps_per_epoch, run.data.sequence_length, tokenizer.token_bytes,
-        lambda ids: [tokenizer.decode([i], skip_special=False) for i in np.asarray(ids).tolist()], tokenizer,
-    )  # fmt: skip
+        what="validation text",
+        batches=data.batches,
+        total=data.steps_per_epoch,
+        length=run.data.sequence_length,
+        token_bytes=tokenizer.token_bytes,
+        pieces=lambda ids: [tokenizer.decode([i], skip_special=False) for i in np.asarray(ids).tolist()],
+        tokenizer=tokenizer,
+    )
 
 
 def validation(run_dir: Path, step: int | None, config: DataConfig, tokenizer: Tokenizer) -> Chain:
     """The run's validation data, refused unless it was made with the run's tokenizer."""
-    # A converted model brings its own tokenizer; data for it are made on first use. A run trained here must find
-    # what it was trained on, which `prepare_embedded` makes again, equal in every byte, if it is gone.
+    # A converted model has its own tokenizer, and data for it are prepared on first use. A run trained here needs the
+    # data it was trained on; if they are gone, `prepare_embedded` makes the same bytes again.
     foreign = "source" in read_meta(run_dir, step) and not config.prepared and not prepared_folder(config).exists()
     return open_validation(config, tokenizer, make_with_it=foreign)
 
@@ -86,19 +91,24 @@ def _instances(run: RunConfig, task: Task) -> HeldOut:
             made = batch(task, TEST_STREAM, i, INSTANCES)
             scored = made["labels"] != IGNORED
             last = scored.shape[1] - 1 - np.argmax(scored[:, ::-1], axis=1)
-            # Rows shorter than the longest are filled up behind their last answer: padding, which costs nothing.
+            # Rows are padded after their last answer.
             inside = np.arange(scored.shape[1])[None] <= last[:, None]
             yield {"tokens": made["tokens"], "labels": made["labels"], "segment_ids": inside.astype(np.int32)}
 
     total, length = 4, len(task.instance(TEST_STREAM, 0).tokens)
     return HeldOut(
-        f"new instances of {task}", batches, total, length, np.zeros(run.model.rows, np.int32),
-        lambda ids: [names[i] if i < len(names) else str(i) for i in np.asarray(ids).tolist()], None,
-    )  # fmt: skip
+        what=f"new instances of {task}",
+        batches=batches,
+        total=total,
+        length=length,
+        token_bytes=np.zeros(run.model.rows, np.int32),
+        pieces=lambda ids: [names[i] if i < len(names) else str(i) for i in np.asarray(ids).tolist()],
+        tokenizer=None,
+    )
 
 
 def token_names(task: Task) -> list[str]:
-    """A readable name for every token of a task; permutations are written as what 0 1 2 ... become."""
+    """A readable name of every token of a task; a permutation is named by the images of 0 1 2 ..."""
     from rdlm.tasks.words import elements
 
     if isinstance(task, WordProblem):

@@ -1,10 +1,10 @@
-"""Questions on disk: JSON lines, one question each, all of one kind.
+"""Files of questions: JSON lines, one question per line, all of one kind.
 
     {"question": "How many legs has a spider?", "choices": ["6", "8"], "answer": 1, "category": "animals"}
     {"prompt": "A spider has eight", "answer": " legs", "category": "animals"}
 
 Multiple choice: `answer` is the index of the right choice, from 0, or its letter ("B"). Cloze: `answer` is the text
-that follows the prompt, its leading blank included. `category` is optional; other fields are not read.
+that follows the prompt, with its leading space. `category` is optional; other fields are ignored.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Choice:
     def texts(self, style: Style) -> tuple[str, list[str]]:
         """(context, continuations).
 
-        "text": the choices themselves behind "Question: ... Answer:", as lm-eval asks ARC. "letters": the choices are
-        listed and their letters compared, as it asks MMLU.
+        "text": each choice after "Question: ... Answer:", as in lm-eval's ARC. "letters": the choices are listed, and
+        the continuations are their letters, as in its MMLU.
         """
         if style == "text":
             return f"Question: {self.question}\nAnswer:", [f" {choice}" for choice in self.choices]
@@ -44,21 +44,21 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class Cloze:
-    """A text and what must follow it."""
+    """A text and its only right continuation."""
 
     prompt: str
     answer: str
     category: str = ""
 
 
-Questions = Sequence[Choice] | Sequence[Cloze]
+Questions = list[Choice] | list[Cloze]
 
 
 def read_questions(path: str | Path) -> list[Choice] | list[Cloze]:
-    """Every question of a file of JSON lines.
+    """All questions of a file.
 
     Raises:
-      InputError: no such file, no questions in it, or a line that is not one: named with its number.
+      InputError: no such file, no questions, or a line that is not one: named with its number.
     """
     path = Path(path)
     try:

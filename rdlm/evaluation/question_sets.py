@@ -1,9 +1,9 @@
-"""Two small real question sets, out of a package that is pinned by its hash.
+"""Two small question sets from a package that is pinned by its hash.
 
 * `fcc`: 591 questions of the FCC Amateur Extra pool (a work of the US Government, public domain).
 * `mmlu`: 200 questions of MMLU in 49 categories (MIT licence).
 
-Both lie as JSON lines inside the MIT-licensed wheel `evals` 3.0.1.post1, which is downloaded and read, not installed.
+Both are files of the MIT-licensed wheel `evals` 3.0.1.post1, which is downloaded and read but not installed.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ SETS: dict[str, tuple[str, Callable[[dict[str, Any]], Choice]]] = {
     "fcc": ("evals/registry/data/fcc_amateur_extra/samples.jsonl", _fcc),
     "mmlu": ("evals/registry/data/sandbagging/samples-all.jsonl", _mmlu),
 }
-"""Name of a set: (its file in the wheel, how a line of it becomes a question)."""
+"""{name: (file in the wheel, function from a line to a question)}."""
 
 
 def question_file(name: str, folder: str | Path) -> Path:
-    """`folder`/questions/NAME.jsonl, made from the package (45 MB, downloaded by pip) when it is not there yet.
+    """`folder`/questions/NAME.jsonl; if absent, it is made from the package (pip downloads 45 MB).
 
     Raises:
       InputError: pip or the network is missing, the wheel is not the pinned one, or the folder cannot be written.
@@ -85,10 +85,8 @@ def _download(folder: Path) -> Path:
         raise InputError(f"{PACKAGE}: pip is not installed, which fetches it; or give a file of questions of your own")
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{PACKAGE} --hash=sha256:{SHA256}\n")
-    command = [
-        sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
-        "--only-binary", ":all:", "--require-hashes", "-r", str(requirements), "-d", str(folder),
-    ]  # fmt: skip
+    download = "pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: --require-hashes"
+    command = [sys.executable, "-m", *download.split(), "-r", str(requirements), "-d", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     requirements.unlink()
     wheels = list(folder.glob("*.whl"))

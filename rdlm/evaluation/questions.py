@@ -1,4 +1,4 @@
-"""What a model answers: right or wrong per question, at every depth, beside what no model at all would score."""
+"""Accuracy on questions at every depth, with intervals and baselines."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from rdlm.tokenizer import Tokenizer
 
 
 class Answers(NamedTuple):
-    """What became of N questions at R depths (R = 1 with an exit rule).
+    """Answers to N questions at R depths (R = 1 with an exit rule).
 
-    right: bool [R, N] for every way of choosing. Multiple choice: "sum", the likeliest choice; "per_character", the
-    likeliest after division by its length in characters (lm-eval's acc and acc_norm). Cloze: "greedy", every token of
-    the answer is the likeliest. nats: f64 [R, N], minus the log-likelihood of the right answer. iterations f64 [R],
-    looks f64: means over the tokens that were read. length: their mean sequence length, every token counted once.
-    steps: with an exit rule, the recurrences of the tokens of every prompt, int32 [n] per question.
+    right: bool [R, N] for each way to choose. Multiple choice: "sum", the likeliest choice (lm-eval's acc);
+    "per_character", the likeliest after division by its length in characters (acc_norm). Cloze: "greedy", every token
+    of the answer is the likeliest. nats f64 [R, N]: minus the log-likelihood of the right answer. recurrences f64 [R],
+    checks: means over all input tokens. length: mean over input tokens of the length of their sequence. steps: with an
+    exit rule, the recurrences of the tokens of every prompt, int32 [n] per question.
     """
 
     right: dict[str, np.ndarray]
     nats: np.ndarray
-    iterations: np.ndarray
-    looks: float
+    recurrences: np.ndarray
+    checks: float
     length: float
     steps: list[np.ndarray] | None
 
@@ -45,18 +45,18 @@ def answer(
     exit_rule: ExitRule | None = None,
     **options: Any,
 ) -> Answers:
-    """Ask every question, all depths from one unroll.
+    """Answer every question, at all depths from one unroll.
 
     Args:
       params, config, tokenizer: the model.
       questions: all of one kind.
-      depths: increasing recurrences; with an exit rule a single one, the most that a token may take.
-      style: how multiple-choice questions are put, see `Choice.texts`.
-      exit_rule: lets every token stop on its own.
+      depths: increasing recurrences; with an exit rule one number, the maximum of a token.
+      style: form of multiple-choice questions, see `Choice.texts`.
+      exit_rule: stops every token on its own.
       options: init_scale, tokens_per_batch and progress, as `score` takes them.
 
     Raises:
-      InputError: what `score` refuses.
+      InputError: as `score`.
     """
     encode = functools.partial(tokenizer.encode, bos=True)
     asked = [_texts(question, style) for question in questions]
@@ -71,21 +71,21 @@ def answer(
         if isinstance(question, Cloze):
             true, chosen = 0, {"greedy": np.where(greedy[:, 0], 0, -1)}
         else:
-            assert isinstance(question, Choice)  # a sequence of either kind is known as one of both
+            assert isinstance(question, Choice)  # the two kinds are not mixed
             true, sizes = question.answer, [len(choice) for choice in question.choices]
             chosen = {"sum": log_p.argmax(1), "per_character": (log_p / sizes).argmax(1)}
         nats[:, i] = -log_p[:, true]
         for way, choice in chosen.items():
             right.setdefault(way, np.zeros((R, N), bool))[:, i] = choice == true
     if isinstance(questions[0], Choice) and style == "letters":
-        del right["per_character"]  # letters are all of one length: the same answers
+        del right["per_character"]  # all letters have one length
     steps = None
     if found.steps is not None:
-        # The prompt's tokens stop alike whatever choice follows them: a token never sees later ones.
+        # Attention is causal, so the prompt's tokens stop at the same recurrences before every choice.
         steps = [found.steps[j][: found.length[j] - len(pairs[j][1]) + 1] for j in first[:-1].tolist()]
     weight = found.length / found.length.sum()
     length = float((found.length * weight).sum())
-    return Answers(right, nats, found.iterations @ weight, float(found.looks @ weight), length, steps)
+    return Answers(right, nats, found.recurrences @ weight, float(found.checks @ weight), length, steps)
 
 
 def _texts(question: Choice | Cloze, style: Style) -> tuple[str, list[str]]:
@@ -101,7 +101,7 @@ def wilson(right: int, count: int) -> tuple[float, float]:
 
 
 def bootstrap_mean(groups: Sequence[np.ndarray], draws: int = 2000, seed: int = 0) -> tuple[float, float, float]:
-    """Mean over all values, and its 95 % interval when whole groups (the tokens of a question) are drawn again."""
+    """Mean over all values with its 95 % interval, from a bootstrap over groups (the tokens of a question)."""
     sums, sizes = np.array([g.sum() for g in groups], float), np.array([g.size for g in groups])
     drawn = np.random.default_rng(seed).integers(len(groups), size=(draws, len(groups)))
     means = sums[drawn].sum(1) / np.maximum(sizes[drawn].sum(1), 1)
@@ -110,10 +110,10 @@ def bootstrap_mean(groups: Sequence[np.ndarray], draws: int = 2000, seed: int = 
 
 
 def baselines(questions: Sequence[Choice]) -> dict[str, float]:
-    """Shares of right answers without reading a question.
+    """Accuracy without reading a question.
 
-    "chance": one choice at random; "majority": always the place that is right most often; "longest", "shortest":
-    always that choice, counted in characters (equally long ones share the point).
+    "chance": a random choice; "majority": always the position that is right most often; "longest", "shortest": always
+    that choice, in characters (choices of equal length share the point).
     """
     places = np.bincount([q.answer for q in questions], minlength=len(LETTERS))
 

@@ -27,8 +27,8 @@ from rdlm.evaluation import calibration
 from rdlm.perf import flops
 from rdlm.report.charts import MAX_LINES, Series, bar_chart, line_chart
 from rdlm.report.figures import can_draw, shown
+from rdlm.report.results import Json
 
-Json = dict[str, Any]
 Found = tuple[Json, Markup | None]
 """What a file holds and how the page shows it; ({}, None) where there is no file."""
 

@@ -15,6 +15,9 @@ from typing import Any
 
 from rdlm.runtime import write_output
 
+Json = dict[str, Any]
+"""An object of JSON."""
+
 
 def write_result(path: Path, found: Mapping[str, Any], units: Mapping[str, str]) -> Path:
     """Write `found` to `path` with `command`, `commit` (where known) and `units`, atomically.

@@ -76,7 +76,7 @@ def test_depth_zero_is_refused(params):
     for depths in ((0, 1), (), (2, 1)):
         with pytest.raises(InputError, match="increasing recurrences, each at least 1"):
             depth_curve(params, CONFIG, BATCHES, depths, BYTES)
-    with pytest.raises(InputError, match="most = 0"):
+    with pytest.raises(InputError, match="max_steps = 0"):
         exit_score(params, CONFIG, BATCHES, exits.kl(), 0, BYTES)
 
 
@@ -87,17 +87,21 @@ def test_exits_are_scored_as_fixed_depths_are(params, separate):
     for r in (1, 3):
         found = score(exits.fixed(r))
         assert found.nats == pytest.approx(separate[r][0] / separate[r][2], abs=1e-5)
-        assert (found.iterations, found.most, found.looks) == (r, r, 0)  # padding does not run, nor does it count
+        assert (found.recurrences, found.max_steps, found.checks) == (
+            r,
+            r,
+            0,
+        )  # padding does not run, nor does it count
         assert found.tokens == separate[r][2]
     assert score(exits.fixed(9), 4).nats == pytest.approx(separate[4][0] / separate[4][2], abs=1e-5)
     never, always = score(exits.kl(0.0)), score(exits.kl(1e9))
-    assert (never.iterations, never.looks, always.iterations, always.looks) == (8, 8, 1, 1)
+    assert (never.recurrences, never.checks, always.recurrences, always.checks) == (8, 8, 1, 1)
     some = score(exits.kl(1e-2))
-    assert 1 < some.iterations == some.looks < 8
+    assert 1 < some.recurrences == some.checks < 8
     tokens = np.concatenate([b["tokens"][b["segment_ids"] > 0] for b in BATCHES]).size
     run = jax.jit(lambda b: rdlm.forward(params, CONFIG, b["tokens"], 8, segment_ids=b["segment_ids"], exit_rule=rule))
     rule = exits.kl(1e-2)
-    assert some.iterations == pytest.approx(sum(run(b).steps.sum() for b in BATCHES) / tokens)
+    assert some.recurrences == pytest.approx(sum(run(b).steps.sum() for b in BATCHES) / tokens)
 
 
 def test_the_cost_of_a_token_is_counted_as_the_paper_counts_it():

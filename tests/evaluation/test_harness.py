@@ -142,7 +142,7 @@ def test_multiple_choice_is_what_forward_says(model, tokenizer, task, quick_comp
             chosen.append(scores)
         assert row.results["mine"]["acc,none"] == right / len(rows)
         assert (row.depth, row.rule) == (r, None)
-        assert row.effort["mine"].iterations == r * row.effort["mine"].tokens
+        assert row.effort["mine"].recurrences == r * row.effort["mine"].tokens
     assert calls == [DEPTHS]  # asking again costs nothing
     assert np.abs(np.subtract(chosen[:5], chosen[5:])).min() > 1e-3  # and the depths do differ
     assert headline(found[0].results["mine"]) == [("", found[0].results["mine"]["acc,none"])]
@@ -218,12 +218,12 @@ def test_an_exit_rule_is_one_more_row(model, tokenizer, task, quick_compile):
     params, config = model
     rows = [{"question": spelt([5, 6, 7]), "choices": [spelt([c]) for c in range(10, 19)], "gold": 1}]
     rule = rdlm.exits.latent_diff(0.3)
-    lm = DepthLM(params, config, tokenizer, (4,), exit_rule=rule, most=12)
+    lm = DepthLM(params, config, tokenizer, (4,), exit_rule=rule, max_steps=12)
     _, row = evaluate(lm, task("exits", MULTIPLE_CHOICE, rows), Protocol())
     out = rdlm.forward(params, config, np.array([[1, 5, 6, 7]]), 12, exit_rule=rule)
     assert (row.depth, row.rule) == (12, "latent_diff")
     effort = row.effort["exits"]
-    assert effort.iterations / effort.tokens == pytest.approx(float(out.steps.mean()))
+    assert effort.recurrences / effort.tokens == pytest.approx(float(out.steps.mean()))
     lm.row = 1
     logits = np.asarray(out.logits[0, -1], np.float64)
     asked = [harness_model.Instance("loglikelihood", {}, (spelt([5, 6, 7]), spelt([c])), c) for c in range(10, 19)]

@@ -89,7 +89,7 @@ def test_every_depth_of_one_unroll_is_forward_at_that_depth(model, pairs, quick_
     assert found.greedy[2, -1]
     assert not found.greedy[2, :-1].any()
     assert np.abs(found.log_likelihood[0] - found.log_likelihood[2]).min() > 1e-3  # another depth
-    assert found.iterations.tolist() == [[r] * len(pairs) for r in DEPTHS]
+    assert found.recurrences.tolist() == [[r] * len(pairs) for r in DEPTHS]
     assert found.length.tolist() == [min(len(a) + len(b) - 1, 48) for a, b in pairs]
 
 
@@ -102,7 +102,7 @@ def test_exits_are_those_of_a_pair_alone(model, pairs, quick_compile):
         assert found.steps[i].tolist() == steps.tolist()
         assert found.log_likelihood[0, i] == pytest.approx(chosen, abs=1e-4)
         assert found.greedy[0, i] == greedy
-        assert found.iterations[0, i] == pytest.approx(steps.mean())
+        assert found.recurrences[0, i] == pytest.approx(steps.mean())
     assert len(set(np.concatenate(found.steps).tolist())) > 2  # tokens do stop apart
 
 
@@ -234,7 +234,7 @@ def test_answers_by_likelihood_and_by_length(model, monkeypatch):
     assert found.nats.tolist() == [[6.0]]
     found = answer(params, config, tokenizer, [Cloze("a", " yes"), Cloze("a", " no")], (3,))
     assert found.right["greedy"].tolist() == [[True, False]]
-    assert found.iterations.tolist() == [3.0]
+    assert found.recurrences.tolist() == [3.0]
 
 
 def test_wilson_covers():

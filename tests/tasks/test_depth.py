@@ -6,7 +6,7 @@ import pytest
 
 from rdlm import exits
 from rdlm.config import InputError, ModelConfig
-from rdlm.evaluation.difficulty import by_depth, logits_by_depth, with_exits, with_sequence_exits
+from rdlm.evaluation.difficulty import by_depth, logits_by_depth, with_exits
 from rdlm.model import forward, init_params
 from rdlm.tasks import IGNORED, WordProblem, batch
 
@@ -64,7 +64,7 @@ def test_sequences_stop_when_their_least_settled_answer_has_settled(params, logi
     middle = np.sort(kl[2, :, 1:].ravel())[10:30]
     gap = np.argmax(np.diff(np.log(middle)))
     threshold = float(np.sqrt(middle[gap] * middle[gap + 1]))  # no value is near it: rounding decides nothing
-    found = with_sequence_exits(params, CONFIG, DATA[:1], exits.kl(threshold), MOST, KEY)
+    found = with_exits(params, CONFIG, DATA[:1], exits.kl(threshold), MOST, KEY, per_sequence=True)
     labels, steps, right = DATA[0]["labels"], np.zeros(6), np.zeros(6)
     for b in range(8):
         for end in range(1, 6):
@@ -83,6 +83,6 @@ def test_refusals(params):
     with pytest.raises(InputError, match="no answer to score"):
         by_depth(params, CONFIG, [nothing], (1, 3), KEY)
     with pytest.raises(InputError, match="latent_diff"):
-        with_sequence_exits(params, CONFIG, DATA, exits.latent_diff(), MOST)
+        with_exits(params, CONFIG, DATA, exits.latent_diff(), MOST, per_sequence=True)
     with pytest.raises(InputError, match="depths"):
         by_depth(params, CONFIG, DATA, (3, 1), KEY)

@@ -3,7 +3,7 @@
 from rdlm.config import InputError
 
 try:
-    import lm_eval.api.model  # noqa: F401  (for what its absence says)
+    import lm_eval.api.model  # noqa: F401  (to report that it is missing)
 except ImportError as error:
     raise InputError(
         f"lm-eval: not installed ({error}); it comes with the extra `eval` (pip install 'rdlm[eval]')"
@@ -11,15 +11,15 @@ except ImportError as error:
 
 from rdlm.evaluation.lm_eval.model import DepthLM, Effort
 from rdlm.evaluation.lm_eval.protocols import PROTOCOLS, PUBLISHED, Protocol
-from rdlm.evaluation.lm_eval.tasks import Row, evaluate, headline, load_tasks
+from rdlm.evaluation.lm_eval.tasks import DepthResult, evaluate, headline, load_tasks
 
 __all__ = [
     "PROTOCOLS",
     "PUBLISHED",
     "DepthLM",
+    "DepthResult",
     "Effort",
     "Protocol",
-    "Row",
     "evaluate",
     "headline",
     "load_tasks",

@@ -1,13 +1,12 @@
-"""A run as lm-eval sees a language model: three kinds of requests, answered at whatever depth is asked for.
+"""Our models as a language model of lm-eval, which answers its three kinds of requests at a chosen depth.
 
-Likelihoods are computed at all depths in one unroll and kept, so that asking again at another depth costs nothing.
+Likelihoods are computed at all depths in one unroll and cached, so another depth costs nothing.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -17,6 +16,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from rdlm.config import InputError, ModelConfig, Sampling
 from rdlm.decode import Engine
+from rdlm.decode.engine import Served
 from rdlm.evaluation import Pair, score, split
 from rdlm.exits import ExitRule
 from rdlm.model import Params
@@ -29,33 +29,33 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 @dataclasses.dataclass
 class Effort:
-    """Tokens that went through the model, and their sums of recurrences, looks of the exit rule and context lengths."""
+    """Number of tokens that the model read, and sums over them of recurrences, checks and context lengths."""
 
     tokens: int = 0
-    iterations: float = 0.0
-    looks: float = 0.0
+    recurrences: float = 0.0
+    checks: float = 0.0
     lengths: float = 0.0
 
     def add(self, other: Effort) -> None:
-        """Count `other` as well."""
+        """Add `other` to this."""
         for field in dataclasses.fields(self):
             setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
 
 
 class DepthLM(LM):
-    """lm-eval's view of a model. `row` chooses the depth that is answered at: one of `depths`, or the exit rule.
+    """A model for lm-eval. `row` chooses how requests are answered: at one of `depths`, or with the exit rule.
 
     Args:
       params, config, tokenizer: the model.
       depths: increasing recurrences; the likelihoods at all of them come from one unroll.
-      exit_rule: None, or one more row behind the depths: tokens stop on their own, after at most `most` recurrences.
-      most: None is the deepest of `depths`.
-      bos: whether contexts begin with the tokenizer's begin token. (Chats begin as their template says.)
-      lanes: requests that are generated side by side.
-      tokens_per_batch: of the likelihoods.
+      exit_rule: adds a last row, in which every token stops on its own, after at most `max_steps` recurrences.
+      max_steps: None is the deepest of `depths`.
+      bos: whether contexts begin with the begin token. Chats begin as their template says.
+      lanes: number of texts that are generated at once.
+      tokens_per_batch: of likelihoods.
       init_scale: of the initial states; 0.0 is the zero state.
-      seed: of sampling, where a task asks for it.
-      progress: called with (what is being done, requests done, of so many).
+      seed: of sampling, if a task samples.
+      progress: called with (kind of request, finished requests, total).
 
     Raises:
       InputError: depths that are not increasing, or below 1.
@@ -69,7 +69,7 @@ class DepthLM(LM):
         depths: Sequence[int],
         *,
         exit_rule: ExitRule | None = None,
-        most: int | None = None,
+        max_steps: int | None = None,
         bos: bool = True,
         lanes: int = 16,
         tokens_per_batch: int = 4096,
@@ -80,28 +80,29 @@ class DepthLM(LM):
         super().__init__()
         self.params, self.config, self._tokens = params, config, tokenizer
         self.depths, self.exit_rule = check_depths(depths), exit_rule
-        self.most = check_depths([self.depths[-1] if most is None else most])[0]
+        self.max_steps = check_depths([self.depths[-1] if max_steps is None else max_steps])[0]
         self.bos, self.lanes, self.tokens_per_batch, self.init_scale = bos, lanes, tokens_per_batch, init_scale
         self.seed, self._progress = seed, progress
         self.row = 0
-        self._written: set[str] = set()  # contexts that a chat template wrote
-        # Answers by request: per row (log-likelihood, greedy) and what they took.
-        self._known: dict[tuple[Any, ...], tuple[tuple[float, bool], Effort]] = {}
+        self._written: set[str] = set()  # contexts made by a chat template
+        # By request and row: (log-likelihood, greedy), and their cost.
+        self._known: dict[tuple[str | int, ...], tuple[tuple[float, bool], Effort]] = {}
 
     @property
     def rows(self) -> list[tuple[int, ExitRule | None]]:
-        """(most recurrences, exit rule) of every row."""
-        return [(r, None) for r in self.depths] + ([] if self.exit_rule is None else [(self.most, self.exit_rule)])
+        """(maximum recurrences, exit rule) of every row."""
+        last = [] if self.exit_rule is None else [(self.max_steps, self.exit_rule)]
+        return [*((r, None) for r in self.depths), *last]
 
     def effort(self, requests: Sequence[Instance]) -> Effort:
-        """What answering these requests in the present row took."""
+        """The cost of these requests in the current row."""
         total = Effort()
         for request in requests:
             total.add(self._known[self._name(request)][1])
         return total
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
-        """(log-likelihood of the continuation, whether greedy decoding gives it) per request."""
+        """(log-likelihood of the continuation, whether it is the greedy one) per request."""
         new = self._unknown(requests)
         pairs = [self._pair(*request.args) for request in new]
         for request, answer in zip(new, self._score(pairs, "likelihoods"), strict=True):
@@ -109,9 +110,9 @@ class DepthLM(LM):
         return [self._answer(request) for request in requests]
 
     def loglikelihood_rolling(self, requests: Sequence[Instance]) -> list[float]:
-        """Log-likelihood of whole texts: every token once, the first behind the begin token.
+        """Log-likelihood of whole texts: every token is scored once, the first one after the begin token.
 
-        Texts longer than the model reads are cut into windows; the last one keeps a full context.
+        A text longer than config.max_length is split into windows; the last window has a full context.
         """
         new = self._unknown(requests)
         windows = [self._windows(request.args[0]) for request in new]
@@ -128,24 +129,29 @@ class DepthLM(LM):
         return [self._answer(request)[0] for request in requests]
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
-        """Continuations, cut at the first stop string; greedy unless a task asks for sampling."""
+        """Continuations up to the first stop string; greedy unless the task samples."""
         wanted = [self._wanted(request) for request in requests]
-        longest = max((w.tokens.size + w.most for w in wanted), default=0)
-        most, rule = self.rows[self.row]
+        longest = max((w.tokens.size + w.max_tokens for w in wanted), default=0)
+        max_steps, rule = self.rows[self.row]
         engine = Engine(
-            self.params, self.config, lanes=min(self.lanes, len(wanted)), max_new_tokens=max(w.most for w in wanted),
-            capacity=min(1 << max(longest - 1, 1).bit_length(), self.config.max_length), num_steps=most,
-            exit_rule=rule, init_scale=self.init_scale, max_queue=len(wanted),
-        )  # fmt: skip
-        served = []
-        for w in wanted:  # one key for all, so that no answer depends on the order of the requests
+            self.params,
+            self.config,
+            lanes=min(self.lanes, len(wanted)),
+            max_new_tokens=max(w.max_tokens for w in wanted),
+            capacity=min(1 << max(longest - 1, 1).bit_length(), self.config.max_length),
+            num_steps=max_steps,
+            exit_rule=rule,
+            init_scale=self.init_scale,
+            max_queue=len(wanted),
+        )
+        key = jax.random.key(self.seed)  # one for all, so that no answer depends on the order of the requests
+        for w in wanted:
             w.request = engine.submit(
-                w.tokens, max_new_tokens=w.most, sampling=w.sampling, on_token=w.token,
-                key=jax.random.key(self.seed),
-            )  # fmt: skip
-            served.append(w.request)
+                w.tokens, max_new_tokens=w.max_tokens, sampling=w.sampling, on_token=w.token, key=key
+            )
+        served = [w.request for w in wanted]
         while engine.step():
-            self._progress("texts made", sum(s.done for s in served), len(served))
+            self._progress("generated texts", sum(s.done for s in served), len(served))
         for request, s in zip(requests, served, strict=True):
             if s.error is not None:
                 raise s.error
@@ -153,9 +159,9 @@ class DepthLM(LM):
         return [w.text for w in wanted]
 
     def apply_chat_template(self, chat_history: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation as the tokenizer's template writes it, up to where the assistant goes on.
+        """A conversation in the tokenizer's chat template, up to the point where the assistant continues.
 
-        Without `add_generation_prompt` the last message is the begin of the assistant's reply and stays open.
+        Without `add_generation_prompt` the last message is the beginning of the assistant's reply.
         """
         messages = list(chat_history)
         opened = "" if add_generation_prompt else messages.pop()["content"]
@@ -165,18 +171,18 @@ class DepthLM(LM):
 
     @property
     def tokenizer_name(self) -> str:
-        """Identity of the tokenizer; lm-eval names caches after it."""
+        """Identity of the tokenizer, which lm-eval uses in names of caches."""
         return self._tokens.hash
 
     def chat_template(self, chat_template: bool | str = False) -> str:
         """Name of the template, for lm-eval's records."""
         return f"of tokenizer {self._tokens.hash[:8]}" if chat_template else ""
 
-    def _name(self, request: Instance) -> tuple[Any, ...]:
+    def _name(self, request: Instance) -> tuple[str | int, ...]:
         return request.request_type, self.row, *(str(x) for x in request.args)
 
     def _unknown(self, requests: Sequence[Instance]) -> list[Instance]:
-        """The requests that were not answered yet, each once."""
+        """The requests without an answer, each once."""
         return list({self._name(r): r for r in requests if self._name(r) not in self._known}.values())
 
     def _learn(self, request: Instance, answers: Sequence[tuple[tuple[float, bool], Effort]]) -> None:
@@ -205,30 +211,35 @@ class DepthLM(LM):
         return [make_disjoint_window(window) for window in windows]
 
     def _score(self, pairs: list[Pair], what: str) -> Iterator[list[tuple[tuple[float, bool], Effort]]]:
-        """Per pair, in order: the answers of every row."""
+        """For every pair in order: its answer in every row."""
         if not pairs:
             return
-        options: dict[str, Any] = {"init_scale": self.init_scale, "tokens_per_batch": self.tokens_per_batch}
-        every = len(pairs) * (1 if self.exit_rule is None else 2)
-        found = [
-            score(
-                self.params, self.config, pairs, self.depths, **options,
-                progress=lambda done: self._progress(what, done, every),
-            )
-        ]  # fmt: skip
+        passes: list[tuple[Sequence[int], ExitRule | None]] = [(self.depths, None)]
         if self.exit_rule is not None:
-            found.append(
-                score(
-                    self.params, self.config, pairs, [self.most], exit_rule=self.exit_rule, **options,
-                    progress=lambda done: self._progress(what, len(pairs) + done, every),
-                )
-            )  # fmt: skip
+            passes.append(([self.max_steps], self.exit_rule))
+        found = []
+        for i, (depths, rule) in enumerate(passes):
+
+            def progress(done: int, before: int = i * len(pairs)) -> None:
+                self._progress(what, before + done, len(passes) * len(pairs))
+
+            scores = score(
+                self.params,
+                self.config,
+                pairs,
+                depths,
+                exit_rule=rule,
+                init_scale=self.init_scale,
+                tokens_per_batch=self.tokens_per_batch,
+                progress=progress,
+            )
+            found.append(scores)
         for i in range(len(pairs)):
             answers = []
             for scores in found:
                 n = int(scores.length[i])
                 for row in range(len(scores.log_likelihood)):
-                    effort = Effort(n, n * scores.iterations[row, i], n * scores.looks[i], float(n) * n)
+                    effort = Effort(n, n * scores.recurrences[row, i], n * scores.checks[i], float(n) * n)
                     answer = float(scores.log_likelihood[row, i]), bool(scores.greedy[row, i])
                     answers.append((answer, effort))
             yield answers
@@ -239,16 +250,16 @@ class DepthLM(LM):
         until = options.pop("until", None) or []
         until = [until] if isinstance(until, str) else list(until)
         limits = [options.pop(name) for name in _LIMITS if name in options]
-        most = int(limits[0]) if limits else 256
+        max_tokens = int(limits[0]) if limits else 256
         sampled = bool(options.pop("do_sample", False))
         chosen = {name: options.pop(name) for name in _SAMPLING if options.get(name) is not None}
         if options:
             raise InputError(f"generation_kwargs: {next(iter(options))!r} is not supported")
-        room = self.config.max_length - most
-        if most < 1 or room < 1:
+        max_prompt = self.config.max_length - max_tokens
+        if max_tokens < 1 or max_prompt < 1:
             raise InputError(
-                f"generation_kwargs: max_gen_toks = {most}: must be in [1, {self.config.max_length - 1}], as the model "
-                f"reads {self.config.max_length} tokens, prompt included"
+                f"generation_kwargs: max_gen_toks = {max_tokens}: must be in [1, {self.config.max_length - 1}], since "
+                f"the model reads {self.config.max_length} tokens, prompt included"
             )
         special = self._tokens.special_ids
         ends = {self._tokens.eos_id, self._tokens.bos_id} | {
@@ -259,28 +270,27 @@ class DepthLM(LM):
         tokens = self._encode_written(before) if before in self._written else self._encode(before)
         if not len(tokens):
             tokens = np.array([self._tokens.bos_id], np.int32)
-        return _Wanted(
-            tokens[-room:], most, [u for u in until if u and u not in special],
-            Sampling(stop_tokens=tuple(sorted(ends)), **chosen), self._tokens,
-        )  # fmt: skip
+        sampling = Sampling(stop_tokens=tuple(sorted(ends)), **chosen)
+        strings = [u for u in until if u and u not in special]
+        return _Wanted(tokens[-max_prompt:], max_tokens, strings, sampling, self._tokens)
 
 
 @dataclasses.dataclass
 class _Wanted:
-    """A text that is being made: it ends at its first stop string."""
+    """A text in generation; it ends at its first stop string."""
 
     tokens: np.ndarray
-    most: int
+    max_tokens: int
     until: list[str]
     sampling: Sampling
     tokenizer: Tokenizer
-    request: Any = None
+    request: Served = dataclasses.field(init=False)  # set when it is submitted
 
     def __post_init__(self) -> None:
         self.stream, self.so_far = self.tokenizer.decode_stream(), ""
 
     def token(self, token: int, steps: int) -> None:
-        """One more token: give up the lane once a stop string has appeared."""
+        """Take a token; cancel the request once a stop string has appeared."""
         del steps
         self.so_far += self.stream.push(token)
         if any(u in self.so_far for u in self.until):
@@ -288,15 +298,16 @@ class _Wanted:
 
     @property
     def text(self) -> str:
-        """What was made before the first stop string, special tokens left out."""
+        """The text before the first stop string, without special tokens."""
         whole = self.so_far + self.stream.end()
         return whole[: min((whole.find(u) for u in self.until if u in whole), default=len(whole))]
 
 
-def _generated(served: Any, rule: ExitRule | None) -> Effort:
-    """What a text took: its prompt, and every new token but the last, which was not read."""
+def _generated(served: Served, rule: ExitRule | None) -> Effort:
+    """The cost of a text: its prompt, and every new token but the last, which the model does not read."""
+    assert served.prompt_steps is not None  # it is done
     steps = [*served.prompt_steps.tolist(), *served.steps[1:]]
-    n, iterations = len(steps), float(sum(steps))
-    # A rule without a gate looks after every recurrence; looks of a gated one are not counted while decoding.
-    looks = iterations if rule is not None and rule.needs_logits and not rule.gated else 0.0
-    return Effort(n, iterations, looks, float(n) * n)
+    n, recurrences = len(steps), float(sum(steps))
+    # A rule without a gate is checked after every recurrence; the checks of a gated rule are not counted in decoding.
+    checks = recurrences if rule is not None and rule.needs_logits and not rule.gated else 0.0
+    return Effort(n, recurrences, checks, float(n) * n)

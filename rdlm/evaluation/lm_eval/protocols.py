@@ -1,4 +1,4 @@
-"""What the paper measured, and how: protocols to repeat, rows to compare with."""
+"""Protocols of the paper, and its published numbers."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """Everything beside model and depth that moves a score.
+    """Everything but model and depth that changes a score.
 
-    tasks: lm-eval's names. fewshot: examples in the context, None as the task says. chat: through the tokenizer's chat
-    template, examples as turns of their own if `multiturn`. system: system prompt. bos: contexts begin with the begin
-    token. dtype: parameters are cast to it, None leaves them. source: who says so. unknown: what nobody says.
+    tasks: lm-eval's names. fewshot: examples in the context; None: as the task says. chat: use the tokenizer's chat
+    template, with one turn per example if `multiturn`. system: system prompt. bos: contexts begin with the begin token.
+    dtype: parameters are cast to it; None: as stored. source: where this is documented. unknown: what is not.
     """
 
     tasks: tuple[str, ...] = ()
@@ -57,7 +57,7 @@ PROTOCOLS = {
         unknown=("the version of lm-eval, and with it the task's stop strings",),
     ),
 }
-"""The paper's protocols. In a chat the template writes the begin token, whatever `bos` says."""
+"""The paper's protocols. In a chat, the template decides about the begin token."""
 
 _ROWS = {
     "Huginn-0125, r = 4": (49.07, 27.99, 43.46, 23.39, 28.20, 64.96, 80.00, 55.24),

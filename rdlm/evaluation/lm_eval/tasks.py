@@ -1,4 +1,4 @@
-"""Load lm-eval's tasks, run them once per depth, and say what is wrong with a task in one line."""
+"""Load lm-eval's tasks and run them once per depth; errors in a task become one line."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _FIELDS = ("doc_to_text", "doc_to_target", "doc_to_choice")
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class DepthResult:
     """All tasks at one depth, or with the exit rule.
 
-    depth: most recurrences. rule: kind of the exit rule, or None. results: {task or group: {"metric,filter": value}},
-    shares from 0 to 1 where lm-eval's are. effort: {task: what its requests took}. versions, fewshot: of every task.
+    depth: maximum recurrences. rule: kind of the exit rule, or None. results: {task or group: {"metric,filter":
+    value}}, as lm-eval reports them. effort: {task: cost of its requests}. versions, fewshot: of every task.
     """
 
     depth: int
@@ -47,7 +47,7 @@ def load_tasks(names: Sequence[str], include_path: Path | None = None) -> list[T
     relative to the folder where the command runs.
 
     Raises:
-      InputError: unknown names, files that are not tasks, data that are missing, empty or lack a column.
+      InputError: unknown names, files that are not tasks, or data that are missing, empty or lack a column.
     """
     if include_path is not None and not include_path.is_dir():
         raise InputError(f"--include-path {include_path}: not a folder; it should hold lm-eval's task files (.yaml)")
@@ -73,7 +73,9 @@ def load_tasks(names: Sequence[str], include_path: Path | None = None) -> list[T
     return loaded
 
 
-def evaluate(lm: DepthLM, tasks: Sequence[Task | Group], protocol: Protocol, limit: int | None = None) -> list[Row]:
+def evaluate(
+    lm: DepthLM, tasks: Sequence[Task | Group], protocol: Protocol, limit: int | None = None
+) -> list[DepthResult]:
     """Every task at every row of `lm` (its depths, then its exit rule), as `protocol` says.
 
     limit: only the first documents of each task.
@@ -87,23 +89,29 @@ def evaluate(lm: DepthLM, tasks: Sequence[Task | Group], protocol: Protocol, lim
         lm.row = row
         try:
             results = simple_evaluate(
-                model=lm, tasks=list(tasks), num_fewshot=protocol.fewshot, limit=limit, log_samples=False,
-                apply_chat_template=protocol.chat, fewshot_as_multiturn=protocol.multiturn,
-                system_instruction=protocol.system, bootstrap_iters=1000,
-            )  # fmt: skip
+                model=lm,
+                tasks=list(tasks),
+                num_fewshot=protocol.fewshot,
+                limit=limit,
+                log_samples=False,
+                apply_chat_template=protocol.chat,
+                fewshot_as_multiturn=protocol.multiturn,
+                system_instruction=protocol.system,
+                bootstrap_iters=1000,
+            )
         except (jinja2.UndefinedError, KeyError) as error:
             raise InputError(f"tasks: a document has no column for its template ({one_line(error)})") from error
         effort = {task.task_name: lm.effort(task.instances) for task in leaves}
         numbers = {name: _numbers(found) for name, found in {**results.get("groups", {}), **results["results"]}.items()}
         versions, fewshot = dict(results["versions"]), dict(results["n-shot"])
-        rows.append(Row(depth, None if rule is None else rule.kind, numbers, effort, versions, fewshot))
+        rows.append(DepthResult(depth, None if rule is None else rule.kind, numbers, effort, versions, fewshot))
     return rows
 
 
 def headline(results: dict[str, float]) -> list[tuple[str, float]]:
-    """[(filter, value)] that a table shows of a task: acc_norm where it has one, else acc, exact_match, or its first.
+    """The metric of a task that a table shows, [(filter, value)]: acc_norm, else acc, else exact_match, else the first.
 
-    Filters other than lm-eval's default get a column each.
+    The name of lm-eval's default filter is "".
     """
     by_metric: dict[str, list[tuple[str, float]]] = {}
     for name, value in results.items():
@@ -121,7 +129,7 @@ def _numbers(found: dict[str, Any]) -> dict[str, float]:
 
 
 def _quiet() -> None:
-    """lm-eval and datasets tell about every step; what matters is an exception or in the results."""
+    """Silence lm-eval and datasets, which log every step."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
@@ -148,7 +156,7 @@ def _load(manager: TaskManager, name: str) -> list[Task | Group]:
 
 
 def _check_files(folder: Path) -> None:
-    """Refuse YAML files that lm-eval would pass over in silence."""
+    """Refuse YAML files that lm-eval would ignore without a message."""
     for path in sorted(folder.rglob("*.yaml")):
         text = re.sub(r"!function\s+", "", path.read_text(encoding="utf-8", errors="replace"))
         try:
@@ -167,6 +175,6 @@ def _check_columns(task: Task, local: bool) -> None:
     columns = list(getattr(documents, "features", None) or documents[0])
     for field in _FIELDS if local else ():
         value = task.get_config(field)
-        # lm-eval takes a bare word for text when no column has that name, and asks every question alike.
+        # If no column has this name, lm-eval takes the word as text, and every question becomes the same.
         if isinstance(value, str) and re.fullmatch(r"[A-Za-z_]\w*", value) and value not in columns:
             raise InputError(f"task {name!r}: {field}: column {value!r} is missing (there: {', '.join(columns)})")
