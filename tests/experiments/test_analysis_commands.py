@@ -190,7 +190,7 @@ def test_runs_that_cannot_be_analysed_are_one_line(name, text_run, task_run, tmp
 
 def test_prompts_that_do_not_fit_are_one_line(text_run, command):
     refused(command("trajectories", text_run, "--prompt", "x" * 40), ["--prompt", "41 tokens", "at most 40"])
-    refused(command("trajectories", text_run, "--prompt", ""), ["--prompt", "one token or none"])
+    refused(command("trajectories", text_run, "--prompt", ""), ["--prompt", "fewer than two tokens"])
 
 
 # Pictures of what the models at hand do not show
