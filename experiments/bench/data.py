@@ -1,4 +1,4 @@
-"""How fast are data prepared and read, and how much memory does that take?
+"""Measure how fast data are prepared and read, and in how much memory.
 
     python experiments/bench/data.py --megabytes 2000 --folder /tmp/bench        # 2 GB: some minutes
 
@@ -33,7 +33,7 @@ class Args:
     """Sizes."""
 
     folder: str = "build/bench_data"
-    """Where to work; the corpus is kept there for the next time, what is prepared is deleted."""
+    """Working folder; the corpus is kept for the next run, the prepared data are deleted."""
     megabytes: int = 200
     """Size of the corpus."""
     vocabulary: int = 8192
@@ -45,9 +45,9 @@ class Args:
     packing: Packing = "concatenate_and_split"
     """How documents are laid into rows."""
     processes: int = 1
-    """That prepare side by side."""
+    """Processes that prepare data."""
     seconds: float = 20.0
-    """For which the consumer runs."""
+    """Time for which the consumer reads."""
 
 
 def main() -> int:
@@ -87,7 +87,7 @@ def main() -> int:
 
 
 def reading(target: Path, args: Args) -> None:
-    """Speed of `batch(step)`, and time blocked in `next()` of a prefetched loader."""
+    """Print the speed of `batch(step)`, and the time blocked in `next()` of a prefetched loader."""
     from rdlm.data import PackedData, prefetch
 
     data = PackedData(target, sequence_length=args.sequence_length, batch_size=args.batch_size)
