@@ -63,9 +63,9 @@ def main() -> int:
     require(0 <= args.seed < 2**31, "--seed", args.seed, "must be in [0, 2**31)")
     require(args.steps is None or args.steps >= 2, "--steps", args.steps, "must be at least 2, or nothing is saved")
     require(len(args.rules) > 0, "--rules", args.rules, "name at least one rule")
-    from rdlm.checkpoint import load_checkpoint, read_config, saved_steps
     from rdlm.evaluation import calibration  # JAX takes seconds to import
     from rdlm.evaluation.held_out import held_out
+    from rdlm.run import find
     from rdlm.runtime.progress import Progress
 
     calibration.check_risk(args.epsilon, args.delta)
@@ -73,12 +73,13 @@ def main() -> int:
         calibration.thresholds(rule, 2)  # refuse a wrong name before minutes of work
     data = held_out(args.run_dir)
     calibration.read(args.run_dir)
-    params, config = load_checkpoint(args.run_dir)
-    step, num_steps = saved_steps(args.run_dir)[-1], args.steps or 2 * config.mean_recurrence
-    run = read_config(args.run_dir)
-    what = f"validation text of {', '.join(run.data.prepared) or run.data.source}"
+    run = find(args.run_dir)
+    made = run.require_config().data
+    params, config, step = run.params, run.config, run.step
+    num_steps = args.steps or 2 * config.mean_recurrence
+    what = f"validation text of {', '.join(made.prepared) or made.source}"
     if data.is_task:
-        what = f"new instances of {run.data.task}"
+        what = f"new instances of {made.task}"
     chosen, others = draw(data, args.rows, args.seed)
     count = len(chosen["tokens"])
     print(f"{args.run_dir}, step {step}: {count:,} rows of {what}, up to {num_steps} recurrences", flush=True)

@@ -77,23 +77,23 @@ def main() -> int:
     require(bool(args.depths) and min(args.depths) >= 1, "--depths", args.depths, "must be recurrences of at least 1")
     require(args.batches is None or args.batches >= 1, "--batches", args.batches, "must be at least 1")
     require(args.size is None or args.size >= 1, "--size", args.size, "must be at least 1")
-    from rdlm.checkpoint import load_checkpoint, saved_steps
     from rdlm.evaluation.held_out import held_out  # JAX takes seconds to import
     from rdlm.perf.flops import forward_flops, sweep_flops
     from rdlm.report import picture_line, plot_sweep, write_result, write_table
+    from rdlm.run import find
 
     data = held_out(args.run_dir, args.step, args.size)
-    if data.length > read_max_length(args.run_dir):
+    run = find(args.run_dir, args.step)
+    if data.length > run.config.max_length:
         raise InputError(f"--size {args.size}: {data.length} tokens, more than the model's max_length; choose less")
-    params, config = load_checkpoint(args.run_dir, args.step)
+    params, config = run.params, run.config
     depths = tuple(sorted(set(args.depths)))
     rows, tokens = sweep(params, config, data, depths, args)
-    step = saved_steps(args.run_dir)[-1] if args.step is None else args.step
-    show(f"{args.run_dir}, step {step}: {data.what}", rows, tokens)
+    show(f"{args.run_dir}, step {run.step}: {data.what}", rows, tokens)
     path = args.run_dir / "analysis" / "depth_sweep.json"
     found = {
         "run": str(args.run_dir),
-        "step": step,
+        "step": run.step,
         "data": data.what,
         "tokens": tokens,
         "length": data.length,
@@ -103,16 +103,9 @@ def main() -> int:
     }
     print(f"numbers: {write_result(path, found, UNITS)}")
     print(f"table:   {write_table(path.with_suffix('.csv'), rows)}")
-    title = f"{args.run_dir.resolve().name}, step {step}: {data.what}, {tokens:,} scored tokens"
+    title = f"{args.run_dir.resolve().name}, step {run.step}: {data.what}, {tokens:,} scored tokens"
     print(picture_line(lambda: plot_sweep(path.with_suffix(".png"), title, rows, quality(data))))
     return 0
-
-
-def read_max_length(run_dir: Path) -> int:
-    """Maximum number of tokens of the run's model."""
-    from rdlm.checkpoint import read_config
-
-    return read_config(run_dir).model.max_length
 
 
 def quality(data: HeldOut) -> str:

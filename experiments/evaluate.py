@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,8 +24,9 @@ from rdlm.config import InputError, RunConfig, require
 from rdlm.runtime import parse_arguments, run_command
 
 if TYPE_CHECKING:
-    from rdlm.data import Batch, Chain
+    from rdlm.data import Chain
     from rdlm.evaluation.depth import DepthCurve
+    from rdlm.run import Run
     from rdlm.tokenizer import Tokenizer
 
 
@@ -55,49 +55,39 @@ def main() -> int:
     require(args.batches is None or args.batches >= 1, "--batches", args.batches, "must be at least 1")
     if args.saved and args.depths:
         raise InputError("--saved: shows the saved depths; leave out --depths or --saved")
-    from rdlm.checkpoint import load_tokenizer, read_config, saved_steps
-    from rdlm.evaluation.held_out import validation  # JAX takes seconds to import
+    from rdlm.checkpoint import saved_steps  # JAX takes seconds to import
     from rdlm.report import CURVE, picture_line, plot_loss_by_depth, read_curve
+    from rdlm.run import find
 
-    run, tokenizer = read_config(args.run_dir), load_tokenizer(args.run_dir, args.step)
-    newest = saved_steps(args.run_dir)[-1]
-    step = newest if args.step is None else args.step
-    part = ("" if step == newest else f"_step_{step}") + ("_ema" if args.ema else "")
+    run = find(args.run_dir, args.step, args.ema)
+    config, step = run.require_config(), run.step
+    part = ("" if step == saved_steps(args.run_dir)[-1] else f"_step_{step}") + ("_ema" if args.ema else "")
     part += f"_batches_{args.batches}" if args.batches else ""
     name = CURVE.replace(".", part + ".")
     saved = read_curve(args.run_dir, name) if args.saved else None
-    folder = run.data.folder if args.data_folder is None else args.data_folder
-    data = validation(args.run_dir, step, dataclasses.replace(run.data, folder=folder), tokenizer)
+    data = run.validation(args.data_folder)
     if saved is not None:
-        curve = saved_curve(saved, data, tokenizer, args.batches)
+        curve = saved_curve(saved, data, run.require_tokenizer(), args.batches)
     else:
         check_writable(args.run_dir / name)
-        curve = evaluate(args, step, args.depths or run.evaluation.depths, data, tokenizer)
+        curve = evaluate(run, args.depths or config.evaluation.depths, args.batches, data)
         write(args.run_dir, name, curve)
-    show(f"{args.run_dir}, step {step}{', averaged weights' if args.ema else ''}", curve, args.batches, run)
+    show(f"{args.run_dir}, step {step}{', averaged weights' if args.ema else ''}", curve, args.batches, config)
     print(f"numbers: {args.run_dir / name}")
     print(picture_line(lambda: plot_loss_by_depth(args.run_dir, name)))
     return 0
 
 
-def evaluate(args: Args, step: int, depths: tuple[int, ...], data: Chain, tokenizer: Tokenizer) -> DepthCurve:
-    """The curve at the given depths."""
-    from rdlm.checkpoint import load_checkpoint
-    from rdlm.evaluation.depth import depth_curve
+def evaluate(run: Run, depths: tuple[int, ...], batches: int | None, data: Chain) -> DepthCurve:
+    """The curve at the given depths, with a progress bar."""
     from rdlm.runtime.progress import Progress
 
-    params, config = load_checkpoint(args.run_dir, step, args.ema)
-    total = data.steps_per_epoch if args.batches is None else min(args.batches, data.steps_per_epoch)
-    progress = Progress(total)
+    progress = Progress(data.steps_per_epoch if batches is None else min(batches, data.steps_per_epoch))
 
-    def batches() -> Iterator[Batch]:
-        for i, batch in enumerate(data.batches(total)):
-            progress.update(i + 1, f"validation batches, r up to {max(depths)}", last=i + 1 == total)
-            yield batch
+    def show(done: int, total: int) -> None:
+        progress.update(done, f"validation batches, r up to {max(depths)}", last=done == total)
 
-    curve = depth_curve(params, config, batches(), tuple(sorted(set(depths))), tokenizer.token_bytes)
-    assert curve is not None  # it is never stopped
-    return curve
+    return run.evaluate(depths, batches=batches, data=data, on_batch=show)
 
 
 def saved_curve(saved: dict[int, float], data: Chain, tokenizer: Tokenizer, batches: int | None) -> DepthCurve:

@@ -89,33 +89,31 @@ def main() -> int:
     import jax  # takes seconds, so only now
 
     from rdlm import exits
-    from rdlm.checkpoint import load_checkpoint, load_tokenizer, read_config, saved_steps
-    from rdlm.decode import generate
     from rdlm.evaluation.calibration import load
+    from rdlm.run import find
 
-    model, tokenizer = read_config(args.run_dir).model, load_tokenizer(args.run_dir)
+    run = find(args.run_dir, ema=args.ema)
+    tokenizer = run.require_tokenizer()
     if args.calibrated:
-        found = load(
-            args.run_dir,
-            args.exit,
-            saved_steps(args.run_dir)[-1],
-            f"python experiments/calibrate_exits.py {args.run_dir}",
-        )
+        found = load(args.run_dir, args.exit, run.step, f"python experiments/calibrate_exits.py {args.run_dir}")
         args = dataclasses.replace(args, threshold=found.threshold, steps=found.goal.num_steps)
         print(f"calibrated: {found.guarantee}", file=sys.stderr)
     rule = exits.named(args.exit, args.threshold)
-    most = args.steps or model.mean_recurrence * (1 if rule is None else 2)
-    prompt = tokenizer.encode(args.prompt)
-    params, model = load_checkpoint(args.run_dir, ema=args.ema)
+    max_steps = args.steps or run.config.mean_recurrence * (1 if rule is None else 2)
     with Stream(tokenizer, args.prompt) as stream:
-        out = generate(
-            params, model, [prompt], max_new_tokens=args.max_new_tokens, num_steps=most, exit_rule=rule,
-            min_steps=args.min_steps, sampling=sampling(args, tokenizer), key=jax.random.key(args.seed),
+        out = run.generate(
+            args.prompt,
+            max_new_tokens=args.max_new_tokens,
+            num_steps=max_steps,
+            exit_rule=rule,
+            min_steps=args.min_steps,
+            sampling=sampling(args, tokenizer),
+            key=jax.random.key(args.seed),
             on_token=stream.token,
-        )  # fmt: skip
+        )
     if args.show_steps:
-        show_steps(tokenizer, out, most)
-    summary(out, args, most, stream.rate)
+        show_steps(tokenizer, out, max_steps)
+    summary(out, args, max_steps, stream.rate)
     return 0
 
 

@@ -118,13 +118,12 @@ def run(args: Args, protocol: Protocol, tasks: list[Any]) -> int:
     """Evaluate, print and write."""
     import rdlm
     from rdlm import exits
-    from rdlm.checkpoint import load_checkpoint, load_tokenizer, saved_steps
     from rdlm.evaluation.lm_eval import DepthLM, evaluate
     from rdlm.report import write_result, write_table
+    from rdlm.run import find
 
-    tokenizer = load_tokenizer(args.run_dir, args.step)
-    step = saved_steps(args.run_dir)[-1] if args.step is None else args.step
-    params, config = load_checkpoint(args.run_dir, args.step)
+    model = find(args.run_dir, args.step)
+    tokenizer, params, config = model.require_tokenizer(), model.params, model.config
     if protocol.dtype is not None:
         params = rdlm.cast(params, protocol.dtype)
     lm = DepthLM(
@@ -141,11 +140,11 @@ def run(args: Args, protocol: Protocol, tasks: list[Any]) -> int:
     rows = evaluate(lm, tasks, protocol, args.limit)
     names = [getattr(task, "task_name", None) or task.name for task in tasks]
     found = [record(config, x, name_of(args, x)) for x in rows]
-    show(f"{args.run_dir}, step {step}", rows, [name_of(args, x) for x in rows], found, names, args.limit)
+    show(f"{args.run_dir}, step {model.step}", rows, [name_of(args, x) for x in rows], found, names, args.limit)
     path = args.run_dir / "analysis" / "lm_eval.json"
     result = {
         "run": str(args.run_dir),
-        "step": step,
+        "step": model.step,
         "preset": args.preset,
         "protocol": protocol.record() | {"tasks": names, "limit": args.limit, "seeds": "lm-eval's defaults"},
         "lm_eval": importlib.metadata.version("lm-eval"),

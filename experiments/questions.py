@@ -99,13 +99,12 @@ def main() -> int:
 def ask(args: Args, path: Path, questions: Questions) -> int:
     """Score, print and write."""
     from rdlm import exits
-    from rdlm.checkpoint import load_checkpoint, load_tokenizer, saved_steps
     from rdlm.evaluation import Choice, answer, baselines
     from rdlm.report import write_result, write_table
+    from rdlm.run import find
 
-    tokenizer = load_tokenizer(args.run_dir, args.step)
-    step = saved_steps(args.run_dir)[-1] if args.step is None else args.step
-    params, config = load_checkpoint(args.run_dir, args.step)
+    run = find(args.run_dir, args.step)
+    tokenizer, params, config = run.require_tokenizer(), run.params, run.config
     depths = tuple(sorted(set(args.depths)))
     asked = sum(len(q.choices) if isinstance(q, Choice) else 1 for q in questions)
     options: Json = {"style": args.style, "tokens_per_batch": args.tokens_per_batch}
@@ -117,7 +116,7 @@ def ask(args: Args, path: Path, questions: Questions) -> int:
     known = baselines(plain) if plain else {}
     result: Json = {
         "run": str(args.run_dir),
-        "step": step,
+        "step": run.step,
         "questions": str(path),
         "count": len(questions),
         "protocol": {"style": args.style, "fewshot": 0, "begin_token": True, "normalisation": "characters"},
@@ -141,7 +140,7 @@ def ask(args: Args, path: Path, questions: Questions) -> int:
         assert stopped.steps is not None  # a rule's steps are kept
         result["prompt_steps"] = steps_of(grouped(questions, stopped.steps, args.min_category))
     result["rows"] = rows
-    show(f"{args.run_dir}, step {step}: {len(questions)} questions of {path.name}", rows, known)
+    show(f"{args.run_dir}, step {run.step}: {len(questions)} questions of {path.name}", rows, known)
     base = args.run_dir / "analysis" / f"questions_{path.stem}.json"
     new = None
     if args.steps_tokens:
@@ -150,7 +149,7 @@ def ask(args: Args, path: Path, questions: Questions) -> int:
         show_steps(result["new_token_steps"])
     print(f"numbers: {write_result(base, result, UNITS)}")
     print(f"table:   {write_table(base.with_suffix('.csv'), flat(rows))}")
-    pictures(args, base, f"{args.run_dir.resolve().name}, step {step}", questions, depths, rows, known, new)
+    pictures(args, base, f"{args.run_dir.resolve().name}, step {run.step}", questions, depths, rows, known, new)
     return 0
 
 

@@ -85,17 +85,17 @@ def main() -> int:
     require(args.size is None or args.size >= 1, "--size", args.size, "must be at least 1")
     right = bool(args.depths) and min(args.depths) >= 1 and max(args.depths) <= args.recurrences
     require(right, "--depths", args.depths, f"must be recurrences from 1 to --recurrences ({args.recurrences})")
-    from rdlm.checkpoint import load_checkpoint, saved_steps
     from rdlm.evaluation.held_out import held_out  # JAX takes seconds to import
+    from rdlm.run import find
 
     data = held_out(args.run_dir, args.step, args.size)
-    params, config = load_checkpoint(args.run_dir, args.step)
+    run = find(args.run_dir, args.step)
+    params, config = run.params, run.config
     text = prompted(args.prompt, data) if args.prompt is not None else chosen(args, data)
     if len(text.ids) > config.max_length:
         what = "--prompt" if args.prompt is not None else f"--size {args.size}"
         raise InputError(f"{what}: {len(text.ids)} tokens, the model takes at most {config.max_length}; shorten it")
-    step = saved_steps(args.run_dir)[-1] if args.step is None else args.step
-    out = Writer(args, step, text)
+    out = Writer(args, run.step, text)
     analyse(args, params, config, text, data, out)
     return 0
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rdlm.checkpoint import load_checkpoint, load_tokenizer, read_config, read_meta
+from rdlm.checkpoint import load_checkpoint, load_tokenizer, read_config, read_meta, saved_steps
 from rdlm.config import InputError, ModelConfig, RunConfig, Sampling
 from rdlm.data import Batch, Chain
 from rdlm.decode import Generation, generate
@@ -34,7 +34,7 @@ class Run:
     """A trained model in a folder. `load` makes one."""
 
     folder: Path
-    step: int | None  # of the checkpoint; None for a Hugging Face folder
+    step: int  # of the checkpoint; 0 for a Hugging Face folder, as for a converted one
     ema: bool  # whether parameters are their moving average
     tokenizer: Tokenizer | None  # None where the folder has none
     run_config: RunConfig | None  # how it was trained; None for a Hugging Face folder
@@ -62,8 +62,20 @@ class Run:
           InputError: there is none.
         """
         if self.tokenizer is None:
-            raise InputError(f"{self.folder}: has no tokenizer, so it takes token ids only: use rdlm.generate")
+            raise InputError(
+                f"{self.folder}: no tokenizer.json; put the tokenizer there, or pass token ids to rdlm.generate"
+            )
         return self.tokenizer
+
+    def require_config(self) -> RunConfig:
+        """How the model was trained, and on what.
+
+        Raises:
+          InputError: a Hugging Face folder does not say.
+        """
+        if self.run_config is None:
+            raise InputError(f"{self.folder}: a Hugging Face folder has no data; convert it to a run folder first")
+        return self.run_config
 
     def generate(
         self,
@@ -107,9 +119,7 @@ class Run:
         Raises:
           InputError: no data, or data made with another tokenizer.
         """
-        if self.run_config is None:
-            raise InputError(f"{self.folder}: a Hugging Face folder has no data; convert it to a run folder first")
-        config = self.run_config.data
+        config = self.require_config().data
         if folder is not None:
             config = dataclasses.replace(config, folder=folder)
         return validation(self.folder, self.step, config, self.require_tokenizer())
@@ -134,9 +144,7 @@ class Run:
           InputError: no data, or data made with another tokenizer.
         """
         data = self.validation() if data is None else data
-        if depths is None:
-            assert self.run_config is not None  # or there would be no data
-            depths = self.run_config.evaluation.depths
+        depths = self.require_config().evaluation.depths if depths is None else depths
         total = data.steps_per_epoch if batches is None else min(batches, data.steps_per_epoch)
 
         def counted() -> Iterator[Batch]:
@@ -162,8 +170,10 @@ def find(folder: str | Path, step: int | None = None, ema: bool = False) -> Run:
         if step is not None or ema:
             raise InputError(f"{folder}: a Hugging Face folder has one set of weights; leave out step and ema")
         found = (folder / "tokenizer.json").exists()
-        return Run(folder, None, False, Tokenizer.load(folder) if found else None, None)
-    config, step = read_config(folder), read_meta(folder, step)["step"]
+        return Run(folder, 0, False, Tokenizer.load(folder) if found else None, None)
+    config = read_config(folder)
+    read_meta(folder, step)  # refuses a step that is not saved
+    step = saved_steps(folder)[-1] if step is None else step
     found = (folder / "tokenizer" / "tokenizer.json").exists()
     return Run(folder, step, ema, load_tokenizer(folder, step) if found else None, config)
 

@@ -89,7 +89,7 @@ def test_a_huggingface_folder(run, tmp_path, with_tokenizer):
         run.tokenizer.save(tmp_path / "hf")
     found = rdlm.load(tmp_path / "hf")
     jax.tree.map(np.testing.assert_array_equal, found.params, run.params)
-    assert found.step is None
+    assert found.step == 0
     if with_tokenizer:
         options = {"max_new_tokens": 3, "num_steps": 2}
         assert found.generate("12 ba", **options).text == run.generate("12 ba", **options).text
@@ -97,7 +97,7 @@ def test_a_huggingface_folder(run, tmp_path, with_tokenizer):
             found.evaluate([1])
     else:
         assert found.tokenizer is None
-        with pytest.raises(InputError, match=r"hf: has no tokenizer.*rdlm.generate"):
+        with pytest.raises(InputError, match=r"hf: no tokenizer.json.*rdlm.generate"):
             found.generate("12 ba")
 
 

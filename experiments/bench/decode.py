@@ -33,8 +33,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import rdlm
 from rdlm import exits
-from rdlm.checkpoint import load_checkpoint
 from rdlm.config import CachePolicy, InputError, ModelConfig, Speculative, preset
 from rdlm.decode import Engine, generate
 from rdlm.exits import ExitRule
@@ -118,8 +118,8 @@ def trained(folder: str) -> tuple[Params, ModelConfig]:
     if not Path(folder).is_dir():
         made_by = "make quickstart" if folder == "runs/quickstart" else "python experiments/studies/depth_scaling.py"
         raise InputError(f"runs: {folder} does not exist; {made_by} makes it")
-    params, config = load_checkpoint(folder)
-    return params, dataclasses.replace(config, max_length=max(config.max_length, 512))
+    run = rdlm.load(folder)
+    return run.params, dataclasses.replace(run.config, max_length=max(run.config.max_length, 512))
 
 
 def text(config: ModelConfig, folder: str, rows: int, length: int) -> np.ndarray:
@@ -128,11 +128,7 @@ def text(config: ModelConfig, folder: str, rows: int, length: int) -> np.ndarray
         from rdlm.tasks import WordProblem, batch
 
         return np.asarray(batch(WordProblem("S3", length=length - 1), seed=2_000_000, index=0, size=rows)["tokens"])
-    from rdlm.checkpoint import load_tokenizer, read_config
-    from rdlm.data import open_validation
-
-    run = Path(folder)
-    data = open_validation(read_config(run).data, load_tokenizer(run))
+    data = rdlm.load(folder).validation()
     found = np.concatenate([batch["tokens"] for batch in data.batches(rows)])  # of one row each at least
     return np.asarray(found[:rows, :length])
 
