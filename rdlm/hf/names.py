@@ -1,4 +1,4 @@
-"""One table of tensor names and layouts (spec section 7), used in both directions.
+"""One table of tensor names and layouts, used in both directions.
 
 A tensor of the reference becomes ours by: split into axes, reorder the first of them (attention heads only), permute,
 reshape. Each of these has an obvious inverse, so the table is written once.

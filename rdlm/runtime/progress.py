@@ -107,7 +107,7 @@ class Progress:
 def _columns(in_bytes: bool) -> list[rich.progress.ProgressColumn]:
     text = TextColumn("{task.fields[text]}", markup=False)
     if not in_bytes:
-        return [TextColumn("step {task.completed:.0f}/{task.total:.0f}"), rich.progress.BarColumn(bar_width=20), text]
+        return [TextColumn("step {task.completed:.0f}/{task.total:.0f}"), rich.progress.BarColumn(bar_width=8), text]
     return [
         TextColumn("{task.description}", markup=False),
         rich.progress.BarColumn(),

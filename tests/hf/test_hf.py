@@ -65,7 +65,7 @@ def test_config_is_written_as_the_reference_writes_it(name, tmp_path):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_names_and_shapes_are_the_references(tied, tmp_path):
-    # Spec section 7, written out, for the model that `make quickstart` trains.
+    # The table written out for the model that `make quickstart` trains.
     config = dataclasses.replace(PRESETS["quickstart"].model, tie_embeddings=tied)
     save_huggingface(tmp_path, fresh(config, jax.random.key(6)), config)
     D, F, V, H, Q = config.embed_dim, config.mlp_dim, config.vocab_size, config.num_heads, config.head_dim
