@@ -8,7 +8,7 @@ lens           what does the model predict after each recurrence?
 vitals         is the recurrence healthy during training?
 """
 
-from rdlm.analysis.capture import Captured, Recurrence, capture, recurrence_of
+from rdlm.analysis.capture import Captured, capture, core_layers
 from rdlm.analysis.contraction import Contraction, contraction
 from rdlm.analysis.independence import from_starts, spread
 from rdlm.analysis.lens import Lens, lens
@@ -21,16 +21,15 @@ __all__ = [
     "Classified",
     "Contraction",
     "Lens",
-    "Recurrence",
     "capture",
     "classify",
     "contraction",
+    "core_layers",
     "distances",
     "from_starts",
     "lens",
     "pca",
     "rate",
-    "recurrence_of",
     "settled_after",
     "spread",
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,22 +11,9 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from rdlm.config import InputError, ModelConfig
-from rdlm.model import Params, bind, check_tokens
+from rdlm.model import Bound, Params, bind, check_tokens
 from rdlm.model.blocks import SandwichBlock, linear
 from rdlm.recurrence import trajectory
-
-
-class Recurrence(NamedTuple):
-    """A model as functions of its latent state alone, with the text closed over.
-
-    s0: [B, L, D]. step(s, i) -> next state: one recurrence, i int32 from 0. layers(s, i) -> [C, B, L, D]: the outputs
-    of the C core layers; the last is the next state. read(s) -> logits f32 [B, L, V].
-    """
-
-    s0: Array
-    step: Callable[[Array, Any], Array]
-    layers: Callable[[Array, Any], Array]
-    read: Callable[[Array], Array]
 
 
 class Captured(NamedTuple):
@@ -37,46 +23,29 @@ class Captured(NamedTuple):
     layers: Array | None
 
 
-def recurrence_of(
-    params: Params,
-    config: ModelConfig,
-    tokens: ArrayLike,
-    *,
-    state: ArrayLike | None = None,
-    key: ArrayLike | None = None,
-    segment_ids: ArrayLike | None = None,
-    positions: ArrayLike | None = None,
-) -> Recurrence:
-    """The model over `tokens` int [B, L] as a `Recurrence`. Arguments as in `rdlm.forward`.
-
-    Raises:
-      InputError: wrong shapes, ids out of range, more tokens than config.max_length.
-    """
-    bound = bind(params, config, tokens, state=state, key=key, segment_ids=segment_ids, positions=positions)
-
-    def layers(s: Array, i: Any) -> Array:
-        x = linear(bound.noisy(s, i), params["adapter"][0].astype(s.dtype)) + bound.injected
-        made = []
-        for j in range(config.core_layers):
-            out: Any = SandwichBlock(config).apply({"params": params[f"core_{j}"]}, x, bound.text.context)
-            made.append(x := out[0])
-        return jnp.stack(made)
-
-    return Recurrence(bound.s0, bound.step, layers, lambda s: bound.read(s)[0])
+def core_layers(bound: Bound, s: Array, i: Array | int) -> Array:
+    """Outputs [C, B, L, D] of the C core layers in recurrence i from state [B, L, D]; the last is the next state."""
+    x = linear(bound.noisy(s, i), bound.params["adapter"][0].astype(s.dtype)) + bound.injected
+    made = []
+    for j in range(bound.config.core_layers):
+        weights = {"params": bound.params[f"core_{j}"]}
+        out: Any = SandwichBlock(bound.config).apply(weights, x, bound.text.context)
+        made.append(x := out[0])
+    return jnp.stack(made)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "r", "layers"))
 def _capture(params: Params, config: ModelConfig, tokens: Array, r: int, layers: bool, given: dict[str, Any]):
-    of = recurrence_of(params, config, tokens, **given)
+    bound = bind(params, config, tokens, **given)
     if not layers:
-        return Captured(trajectory(of.step, of.s0, r), None)
+        return Captured(trajectory(bound.step, bound.s0, r), None)
 
     def step(carry: tuple[Array, Array], i: Array) -> tuple[Array, Array]:
-        within = of.layers(carry[0], i)
+        within = core_layers(bound, carry[0], i)
         return within[-1], within
 
-    unused = jnp.zeros((config.core_layers, *of.s0.shape), of.s0.dtype)
-    states, within = trajectory(step, (of.s0, unused), r)
+    unused = jnp.zeros((config.core_layers, *bound.s0.shape), bound.s0.dtype)
+    states, within = trajectory(step, (bound.s0, unused), r)
     return Captured(states, within[1:])
 
 

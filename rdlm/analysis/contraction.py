@@ -16,9 +16,8 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Float32, Key
 
-from rdlm.analysis.capture import recurrence_of
 from rdlm.config import InputError, ModelConfig
-from rdlm.model import Params
+from rdlm.model import Params, bind
 
 
 class Contraction(NamedTuple):
@@ -92,7 +91,7 @@ def dominant(H: Float[np.ndarray, "_ M"]) -> tuple[complex, float]:
 
 @functools.partial(jax.jit, static_argnames=("config", "rounds", "basis"))
 def _iterate(params: Params, config: ModelConfig, tokens: Array, s: Array, key: Array, rounds: int, basis: int):
-    of = recurrence_of(params, config, tokens, state=s)
+    of = bind(params, config, tokens, state=s)
     return power_iterations(lambda s: of.step(s, 0), s, key, rounds, basis)
 
 

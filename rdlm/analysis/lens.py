@@ -10,11 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from rdlm.analysis.capture import recurrence_of
 from rdlm.config import InputError, ModelConfig
 from rdlm.exits import divergence
 from rdlm.losses import cross_entropy
-from rdlm.model import Params, check_tokens
+from rdlm.model import Params, bind, check_tokens
 from rdlm.recurrence import checkpoints
 
 
@@ -35,12 +34,12 @@ class Lens(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("config", "depths", "count"))
 def _lens(params: Params, config: ModelConfig, tokens: Array, labels: Array, depths: tuple[int, ...], count: int):
-    of = recurrence_of(params, config, tokens)
-    states = checkpoints(of.step, of.s0, depths, lambda s: s)
-    last = jax.nn.log_softmax(of.read(states[-1]))
+    bound = bind(params, config, tokens)
+    states = checkpoints(bound.step, bound.s0, depths, lambda s: s)
+    last = jax.nn.log_softmax(bound.read(states[-1])[0])
 
     def at(s: Array):
-        logits = of.read(s)
+        logits, _ = bound.read(s)
         log_p = jax.nn.log_softmax(logits)
         probability, top = jax.lax.top_k(jnp.exp(log_p), count)
         return top, probability, cross_entropy(logits, labels), divergence(last, log_p)

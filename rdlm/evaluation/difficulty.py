@@ -16,7 +16,7 @@ from rdlm import exits, losses
 from rdlm.config import InputError, ModelConfig
 from rdlm.exits import ExitRule, Observation
 from rdlm.losses import as_batch
-from rdlm.model import Params, forward, readout
+from rdlm.model import Params, bind, forward
 from rdlm.model.blocks import Context
 from rdlm.recurrence import Step, check_depths, checkpoints
 from rdlm.tasks.instance import IGNORED
@@ -62,8 +62,8 @@ def started(params: Params, config: ModelConfig, batch: dict[str, Array], key: A
 @functools.partial(jax.jit, static_argnames=("config", "depths"))
 def logits_by_depth(params: Params, config: ModelConfig, tokens: Array, depths: tuple[int, ...], key: Array) -> Array:
     """Logits f32 [R, B, L, V] of tokens int [B, L] after each of the R increasing `depths`, from one unroll."""
-    step, s, ctx = setup(params, config, tokens, key)
-    return checkpoints(step, s, depths, lambda s: readout(params, config, s, ctx)[0])
+    bound = bind(params, config, tokens, key=key)
+    return checkpoints(bound.step, bound.s0, depths, lambda s: bound.read(s)[0])
 
 
 @functools.partial(jax.jit, static_argnames=("config", "depths"))

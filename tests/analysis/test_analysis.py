@@ -18,12 +18,12 @@ from rdlm.analysis import (
     lens,
     pca,
     rate,
-    recurrence_of,
     settled_after,
     spread,
 )
 from rdlm.analysis.contraction import dominant, power_iterations
 from rdlm.config import InputError, ModelConfig
+from rdlm.model import bind
 
 R, D = 128, 6
 TINY = ModelConfig(
@@ -147,7 +147,7 @@ def test_captured_states_are_those_of_stepping_by_hand(params):
     found = capture(params, TINY, TOKENS, 4, layers=True)
     assert found.states.shape == (5, 2, 5, 8)
     assert found.layers.shape == (4, 2, 2, 5, 8)
-    of = recurrence_of(params, TINY, TOKENS)
+    of = bind(params, TINY, TOKENS)
     np.testing.assert_allclose(found.states[0], of.s0, atol=1e-6)
     s, step, forward = of.s0, jax.jit(of.step), jax.jit(lambda r: rdlm.forward(params, TINY, TOKENS, r))
     for i in range(4):
@@ -155,7 +155,7 @@ def test_captured_states_are_those_of_stepping_by_hand(params):
         np.testing.assert_allclose(found.states[i + 1], out.state, atol=1e-5)
         s = step(s, i)
         np.testing.assert_allclose(found.states[i + 1], s, atol=1e-5)
-        np.testing.assert_allclose(of.read(found.states[i + 1]), out.logits, atol=1e-5)
+        np.testing.assert_allclose(of.read(found.states[i + 1])[0], out.logits, atol=1e-5)
         assert np.abs(found.states[i + 1] - found.states[i]).max() > 0.01, "states must differ to mean something"
     np.testing.assert_allclose(capture(params, TINY, TOKENS, 4).states, found.states, atol=1e-6)
 
@@ -163,7 +163,7 @@ def test_captured_states_are_those_of_stepping_by_hand(params):
 def test_captured_layers_are_those_of_a_core_of_fewer_layers(params):
     found = capture(params, TINY, TOKENS, 3, layers=True)
     np.testing.assert_array_equal(found.layers[:, -1], found.states[1:])
-    first = recurrence_of(params, dataclasses.replace(TINY, core_layers=1), TOKENS)  # stops behind core_0
+    first = bind(params, dataclasses.replace(TINY, core_layers=1), TOKENS)  # stops behind core_0
     for i in range(3):
         np.testing.assert_allclose(found.layers[i, 0], first.step(found.states[i], i), atol=1e-5)
     assert np.abs(found.layers[:, 0] - found.layers[:, 1]).max() > 0.1
@@ -187,7 +187,7 @@ def test_what_cannot_be_captured_is_refused(given, match, params):
 
 
 def test_products_with_a_jacobian_are_those_with_the_explicit_one(params):
-    of = recurrence_of(params, TINY, TOKENS[:1])
+    of = bind(params, TINY, TOKENS[:1])
     s = capture(params, TINY, TOKENS[:1], 3).states[-1]
     jacobian = jax.jit(jax.jacrev(lambda x: of.step(x.reshape(1, 5, 8), 0).ravel()))
     explicit = np.asarray(jacobian(s.ravel()), np.float64)
