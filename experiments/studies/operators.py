@@ -47,12 +47,11 @@ from experiments.studies.shared.comparison import (
 from experiments.studies.shared.equilibrium import anderson, equilibrium
 from experiments.studies.shared.halting import mean, token_losses
 from experiments.studies.shared.record import Json, publish
-from experiments.studies.shared.training import small_run
+from experiments.studies.shared.training import bind_batch, small_run
 from rdlm import losses
 from rdlm.config import ModelConfig, Scheme
-from rdlm.evaluation.difficulty import setup, started
 from rdlm.losses import IGNORED
-from rdlm.model import Params, readout
+from rdlm.model import Params, bind
 from rdlm.recurrence import sample_steps, unroll
 from rdlm.runtime import parse_arguments, reuse_freed_memory, run_command
 
@@ -137,12 +136,12 @@ def per_sequence(
 
 def deep(params: Params, model: ModelConfig, batch: dict[str, Array], depth_key: Array, state_key: Array) -> Array:
     """The mean of the losses after each of the last k recurrences, instead of the loss after the last one."""
-    step, s, ctx = started(params, model, batch, state_key)
+    bound = bind_batch(params, model, batch, state_key)
     n, _ = sample_steps(depth_key, model.mean_recurrence, model.backprop_depth)
-    s, found = unroll(step, s, n, 0), []
+    s, found = unroll(bound.step, bound.s0, n, 0), []
     for j in range(model.backprop_depth):
-        s = step(s, n + j)
-        found.append(mean(token_losses(params, model, s, ctx, batch["labels"]), batch["labels"]))
+        s = bound.step(s, n + j)
+        found.append(mean(token_losses(bound, s, batch["labels"]), batch["labels"]))
     return jnp.stack(found).mean()
 
 
@@ -150,11 +149,15 @@ def at_equilibrium(
     params: Params, model: ModelConfig, batch: dict[str, Array], depth_key: Array, state_key: Array
 ) -> Array:
     """The loss at the fixed point of the core, with the implicit gradient. There is no depth to draw."""
-    step, s, ctx = started(params, model, batch, state_key)
+    bound = bind_batch(params, model, batch, state_key)
     found = equilibrium(
-        lambda s: step(s, jnp.int32(0)), s, max_calls=MAX_FORWARD, max_backward=MAX_BACKWARD, tolerance=TOLERANCE
+        lambda s: bound.step(s, jnp.int32(0)),
+        bound.s0,
+        max_calls=MAX_FORWARD,
+        max_backward=MAX_BACKWARD,
+        tolerance=TOLERANCE,
     )
-    return mean(token_losses(params, model, found.state, ctx, batch["labels"]), batch["labels"])
+    return mean(token_losses(bound, found.state, batch["labels"]), batch["labels"])
 
 
 def settling(params: Params, model: ModelConfig, tokens: Array, labels: Array) -> dict[str, Array]:
@@ -164,15 +167,15 @@ def settling(params: Params, model: ModelConfig, tokens: Array, labels: Array) -
     evaluations until every row is below the tolerance (at most 64), the residual and the accuracy there. adjoint: the
     same for the linear system of the gradient, with a random right-hand side.
     """
-    step, s, ctx = setup(params, model, tokens, jax.random.key(0))
+    bound = bind(params, model, tokens, key=jax.random.key(0))
 
     def core(s: Array) -> Array:
-        return step(s, jnp.int32(0))
+        return bound.step(s, jnp.int32(0))
 
-    out = {"residual_r16": anderson(core, s, max_calls=16, tolerance=0.0, memory=1).residual.mean()}
+    out = {"residual_r16": anderson(core, bound.s0, max_calls=16, tolerance=0.0, memory=1).residual.mean()}
     for name, memory in (("plain", 1), ("anderson", 5)):
-        found = anderson(core, s, max_calls=MAX_READ, tolerance=TOLERANCE, memory=memory)
-        answers = jnp.argmax(readout(params, model, found.state, ctx)[0], -1)
+        found = anderson(core, bound.s0, max_calls=MAX_READ, tolerance=TOLERANCE, memory=memory)
+        answers = jnp.argmax(bound.read(found.state)[0], -1)
         correct = (answers == labels) & (labels != IGNORED)
         out |= {
             f"{name}_evaluations": found.evaluations.astype(jnp.float32),
@@ -180,7 +183,7 @@ def settling(params: Params, model: ModelConfig, tokens: Array, labels: Array) -
             f"{name}_accuracy": correct.sum() / (labels != IGNORED).sum(),
         }
     _, pull = jax.vjp(core, found.state)
-    g = jax.random.normal(jax.random.key(1), s.shape)
+    g = jax.random.normal(jax.random.key(1), bound.s0.shape)
     for name, memory in (("plain", 1), ("anderson", 5)):
         adjoint = anderson(lambda u: pull(u)[0] + g, g, max_calls=MAX_READ, tolerance=TOLERANCE, memory=memory)
         out |= {

@@ -16,9 +16,8 @@ from jaxtyping import PyTree
 from experiments.studies.shared import rules
 from rdlm import exits
 from rdlm.config import ModelConfig
-from rdlm.evaluation.difficulty import setup
 from rdlm.exits import ExitRule, Observation
-from rdlm.model import Params, forward, readout
+from rdlm.model import Params, bind, forward
 from rdlm.perf import flops
 from rdlm.recurrence import trajectory
 from rdlm.tasks.instance import IGNORED
@@ -48,9 +47,9 @@ class Watched(NamedTuple):
 @functools.partial(jax.jit, static_argnames=("config", "max_steps"))
 def watched(params: Params, config: ModelConfig, tokens: Array, max_steps: int) -> Watched:
     """`max_steps` recurrences of tokens int [B, L], from the initial states of `stopped`."""
-    step, s0, ctx = setup(params, config, tokens, jax.random.key(0))
-    states = trajectory(step, s0, max_steps)[1:]
-    return Watched(s0, states, jax.lax.map(lambda s: readout(params, config, s, ctx)[0], states))
+    bound = bind(params, config, tokens, key=jax.random.key(0))
+    states = trajectory(bound.step, bound.s0, max_steps)[1:]
+    return Watched(bound.s0, states, jax.lax.map(lambda s: bound.read(s)[0], states))
 
 
 @jax.jit

@@ -16,11 +16,10 @@ from jax import Array
 
 from experiments.studies.shared.comparison import Contestant, answers_by_depth
 from experiments.studies.shared.rules import Head, unit
+from experiments.studies.shared.training import bind_batch
 from rdlm.config import ModelConfig
-from rdlm.evaluation.difficulty import setup, started
 from rdlm.losses import IGNORED, cross_entropy
-from rdlm.model import Params, init_params, readout
-from rdlm.model.blocks import Context
+from rdlm.model import Bound, Params, bind, init_params
 from rdlm.recurrence import Step, sample_steps, trajectory, unroll
 
 
@@ -79,17 +78,17 @@ def ponder(model: ModelConfig, depths: tuple[int, ...], max_steps: int, rate: fl
     def loss(params: Params, batch: dict[str, Array], depth_key: Array, state_key: Array) -> Array:
         n, k = sample_steps(depth_key, model.mean_recurrence, model.backprop_depth)
         last = jnp.minimum(n + k, max_steps)
-        step, s, ctx = started(params["model"], model, batch, state_key)
+        bound = bind_batch(params["model"], model, batch, state_key)
 
         def check(s: Array, i: Array) -> tuple[Array, tuple[Array, Array]]:
-            s = step(s, i)
-            return s, (token_losses(params["model"], model, s, ctx, batch["labels"]), unit(params["exit"], s))
+            s = bound.step(s, i)
+            return s, (token_losses(bound, s, batch["labels"]), unit(params["exit"], s))
 
         def slot(s: Array, i: Array) -> tuple[Array, tuple[Array, Array]]:
             nothing = jnp.zeros(batch["tokens"].shape)
             return jax.lax.cond(i < last, check, lambda s, i: (s, (nothing, nothing)), s, i)
 
-        _, (losses, logits) = jax.lax.scan(slot, s, jnp.arange(max_steps, dtype=jnp.int32))
+        _, (losses, logits) = jax.lax.scan(slot, bound.s0, jnp.arange(max_steps, dtype=jnp.int32))
         return ponder_loss(losses, logits, batch["labels"], last, rate, weight)
 
     return with_head(model, depths, rate, loss)
@@ -108,9 +107,9 @@ def mean(values: Array, labels: Array) -> Array:
     return jnp.where(scored, values, 0).sum() / scored.sum()
 
 
-def token_losses(params: Params, model: ModelConfig, s: Array, ctx: Context, labels: Array) -> Array:
+def token_losses(bound: Bound, s: Array, labels: Array) -> Array:
     """Cross-entropy f32 [B, L] of states s [B, L, D], 0 at ignored labels."""
-    return cross_entropy(readout(params, model, s, ctx)[0], labels)
+    return cross_entropy(bound.read(s)[0], labels)
 
 
 # The depth-adaptive exit classifier
@@ -132,14 +131,14 @@ def classified(model: ModelConfig, depths: tuple[int, ...], weight: float) -> Co
     """
 
     def loss(params: Params, batch: dict[str, Array], depth_key: Array, state_key: Array) -> Array:
-        inner, labels = params["model"], batch["labels"]
+        labels = batch["labels"]
         n, _ = sample_steps(depth_key, model.mean_recurrence, model.backprop_depth)
-        step, s, ctx = started(inner, model, batch, state_key)
-        s = unroll(step, s, n, 0)
+        bound = bind_batch(params["model"], model, batch, state_key)
+        s = unroll(bound.step, bound.s0, n, 0)
         losses, correct, logits = [], [], []
         for j in range(model.backprop_depth):
-            s = step(s, n + j)
-            found, _ = readout(inner, model, s, ctx)
+            s = bound.step(s, n + j)
+            found, _ = bound.read(s)
             losses.append(cross_entropy(found, labels))
             correct.append(jnp.argmax(found, -1) == labels)
             logits.append(unit(params["exit"], s))
@@ -155,9 +154,9 @@ def states_and_oracle(
     params: Params, model: ModelConfig, tokens: Array, max_steps: int, key: Array
 ) -> tuple[Array, Array]:
     """(states f32 [N, B, L, D], whether the answer is from there on that of N = `max_steps`, bool [N, B, L])."""
-    step, s, ctx = setup(params, model, tokens, key)
-    states = trajectory(step, s, max_steps)[1:]
-    answers = jax.lax.map(lambda s: jnp.argmax(readout(params, model, s, ctx)[0], -1), states)
+    bound = bind(params, model, tokens, key=key)
+    states = trajectory(bound.step, bound.s0, max_steps)[1:]
+    answers = jax.lax.map(lambda s: jnp.argmax(bound.read(s)[0], -1), states)
     return states, stays(answers == answers[-1:])
 
 
@@ -205,10 +204,10 @@ def layer_drop(model: ModelConfig, depths: tuple[int, ...], probability: float, 
 
     def loss(params: Params, batch: dict[str, Array], depth_key: Array, state_key: Array) -> Array:
         steps = sample_steps(depth_key, model.mean_recurrence, model.backprop_depth)
-        step, s, ctx = started(params, model, batch, state_key)
+        bound = bind_batch(params, model, batch, state_key)
         shape = (*batch["tokens"].shape, 1) if per_token else ()
-        step = skipping(step, jax.random.fold_in(depth_key, 1), probability, shape)
-        s = unroll(step, s, *steps, max_k=model.backprop_depth)
-        return mean(token_losses(params, model, s, ctx, batch["labels"]), batch["labels"])
+        step = skipping(bound.step, jax.random.fold_in(depth_key, 1), probability, shape)
+        s = unroll(step, bound.s0, *steps, max_k=model.backprop_depth)
+        return mean(token_losses(bound, s, batch["labels"]), batch["labels"])
 
     return Contestant(lambda key: init_params(model, key), loss, answers_by_depth(model, depths))

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import jax
 import numpy as np
 from jax import Array
 
@@ -19,6 +20,7 @@ from rdlm.config import (
     Scheme,
     require,
 )
+from rdlm.model import Bound, Params, bind
 from rdlm.tasks.instance import TEST_STREAM, Task, batch
 
 State = TypeVar("State")
@@ -95,6 +97,12 @@ def training_batch(tasks: Sequence[Task], seed: int, step: int, size: int) -> Ba
     made = batch(tasks, seed, step, size)
     rows = np.broadcast_to(np.arange(size, dtype=np.int32)[:, None], made["tokens"].shape)
     return {"tokens": made["tokens"], "labels": made["labels"], "sequence_ids": rows}
+
+
+def bind_batch(params: Params, model: ModelConfig, batch: dict[str, Array], key: Array) -> Bound:
+    """The model bound to a training batch, every row with the noise that `rdlm.loss` gives it."""
+    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(batch["sequence_ids"][:, 0])
+    return bind(params, model, batch["tokens"], key=keys)
 
 
 def train(
