@@ -109,17 +109,29 @@ def check_training(name: str, base: RunConfig, o: Options, devices: list[Any], b
         counts[inside[0] if inside else "once"] += 1
         kinds[collective.kind] = kinds.get(collective.kind, 0) + 1
     return {
-        "preset": name, "topology": o.topology, "chips": len(devices), "gather": o.gather,
-        "gradient_dtype": o.gradient_dtype, "remat": run.recurrence.remat, "batch_per_chip": batch,
-        "sequence_length": run.data.sequence_length, "n": n, "k": k,
+        "preset": name,
+        "topology": o.topology,
+        "chips": len(devices),
+        "gather": o.gather,
+        "gradient_dtype": o.gradient_dtype,
+        "remat": run.recurrence.remat,
+        "batch_per_chip": batch,
+        "sequence_length": run.data.sequence_length,
+        "n": n,
+        "k": k,
         "compile_seconds": time.perf_counter() - start,
-        "peak_gib": program.peak / GIB, "limit_gib": flops.datasheet(kind).gib,
-        "collectives": counts, "collective_kinds": kinds,
+        "peak_gib": program.peak / GIB,
+        "limit_gib": flops.datasheet(kind).gib,
+        "collectives": counts,
+        "collective_kinds": kinds,
         "wire_gib": {loop: size / GIB for loop, size in wire.items()},
-        "model_tflops": estimate.model_flops / 1e12, "recompute": estimate.recompute,
+        "model_tflops": estimate.model_flops / 1e12,
+        "recompute": estimate.recompute,
         "seconds": {name: getattr(estimate, name) for name in ("compute", "memory", "interconnect")},
-        "bound": estimate.bound, "mfu": estimate.mfu, "mfu_exposed": estimate.mfu_exposed,
-    }  # fmt: skip
+        "bound": estimate.bound,
+        "mfu": estimate.mfu,
+        "mfu_exposed": estimate.mfu_exposed,
+    }
 
 
 def show_training(found: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Float32, Int, Int32
 
-from rdlm.config import IGNORED, InputError, ModelConfig
+from rdlm.config import IGNORED, InputError, ModelConfig, Remat
 from rdlm.model import (
     Params,
     check_ids,
@@ -27,9 +27,9 @@ from rdlm.model import (
     split_steps,
     typed_key,
 )
-from rdlm.model.blocks import Context
-from rdlm.recurrence import Step, Weights, checkpoints, initial_state, unroll, unroll_for_training
-from rdlm.remat import PLAIN, Plan
+from rdlm.model.blocks import Block, Context
+from rdlm.recurrence import Step, checkpoints, initial_state, unroll
+from rdlm.sharding import Layout
 
 
 class Batch(NamedTuple):
@@ -43,7 +43,7 @@ class Batch(NamedTuple):
 
 
 def as_batch(batch: Any) -> Batch:
-    """A batch from int [B, L+1] (labels are the next tokens) or from a dict (contract, "Forward and loss").
+    """A batch from int [B, L+1] (labels are the next tokens) or from a dict (docs/semantics.md, Forward and loss).
 
     Labels that would cross a segment border, or that belong to padding (segment 0), are ignored. A dict may carry
     `sequence_ids` [B, L], which give every document its own noise however it is packed.
@@ -72,7 +72,7 @@ def as_batch(batch: Any) -> Batch:
             raise InputError(f"batch: {name} has shape {value.shape}, tokens {tokens.shape}")
     if segments is not None:
         follows = jnp.concatenate([segments[:, 1:] == segments[:, :-1], jnp.ones_like(segments[:, :1], bool)], axis=1)
-        # The last label of a row has no segment of its own here; whoever cut the row has already ignored it if needed.
+        # The segment of a row's last label is not known here; the packing has already ignored that label where needed.
         labels = jnp.where(follows & (segments != 0), labels, IGNORED)
     positions = given.get("positions")
     if positions is None:
@@ -127,103 +127,91 @@ def batch_state(
     return jnp.broadcast_to(s, (*batch.tokens.shape, config.embed_dim))
 
 
+class Depths(NamedTuple):
+    """How deep a training step runs.
+
+    n, k: recurrences without and with gradient. max_k: slots compiled for a traced k. rows: (n, k) of every row, int
+    [B] each and none above n and k. Rows with fewer recurrences start later, so that all rows finish both phases
+    together; the loss of each row is what it would be on its own.
+    """
+
+    n: Array | int
+    k: Array | int
+    max_k: int
+    rows: tuple[Array, Array] | None = None
+
+
 def token_losses(
     params: Params,
     config: ModelConfig,
     batch: Batch,
+    depths: Depths,
     *,
-    steps: Any,
     state: Float[ArrayLike, "B L D"] | None = None,
     key: Array | None = None,
-    max_k: int | None = None,
-    rows: tuple[Int[Array, "B"], Int[Array, "B"]] | None = None,
-    plan: Plan = PLAIN,
-    flash: bool = False,
+    remat: Remat = "none",
+    layout: Layout | None = None,
 ) -> Float32[Array, "B L"]:
-    """Cross-entropy of every token after `steps` = r or (n, k) recurrences; 0 where ignored.
+    """Cross-entropy of every token after n + k recurrences; 0 where ignored.
 
     Args:
       params, config, batch, state, key: as in `loss`.
-      steps: r or (n, k).
-      max_k: slots compiled for a traced k (default backprop_depth).
-      rows: (n, k) of every row, none above those of `steps`. A shallower row waits: its own n steps end
-        where the others' do, and its own k too, so that its loss is the one it would have alone.
-      plan: how activations and weights are held.
-      flash: use the fused attention kernel (TPU; one device, or inside `jax.shard_map`).
+      depths: n and k.
+      remat: what the backward pass recomputes (`config.Recurrence.remat`).
+      layout: how parameters are split over devices, inside `jax.shard_map`: `params` are shards. None: they are full.
     """
-    n, k = split_steps(steps, config)
+    (n, k, max_k, rows), flash = depths, layout is not None and layout.flash
     ctx = context(config, batch.positions, batch.segment_ids, flash=flash)
     s = batch_state(params, config, batch, state, key)
-    e, _ = embed(params, config, batch.tokens, ctx, plan=plan)
-    injected = inject(params, config, e, plan)
-    s = _unrolled(
-        params, config, injected, ctx, s, (n, k), config.backprop_depth if max_k is None else max_k, rows, plan
-    )
-    (y, _), _ = coda(params, config, s, ctx, plan=plan)
-    return head_losses(params, config, y, batch.labels, plan)
 
+    def full(name: str) -> Params:
+        return params if layout is None else params | layout.full({name: params[name]})
 
-def _unrolled(
-    params: Params, config: ModelConfig, injected: Array, ctx: Context, s: Array, steps: tuple[Any, Any], max_k: int,
-    rows: tuple[Array, Array] | None, plan: Plan,
-) -> Array:  # fmt: skip
-    """The state after n + k recurrences, held as `plan` says."""
-    n, k = steps
-    names = ["adapter", *(f"core_{j}" for j in range(config.core_layers))]
-    stored = {name: params[name] for name in names}
-    once = plan.gather != "each"
-    inside = plan.fetched() if once else plan
+    def outer(name: str, run: Block) -> Block:
+        run = run if layout is None else layout.block(name, run)
+        return jax.checkpoint(run) if remat in ("layer", "offload") else run
 
-    def fetch(stored: Any) -> Any:
-        return {name: plan.fetch(name, x) for name, x in stored.items()} if once else stored
+    def inner(name: str, run: Block) -> Block:
+        run = layout.block(name, run) if layout is not None and layout.gather == "each" else run
+        return jax.checkpoint(run) if remat in ("layer", "offload") else run
 
-    def give_back(gradient: Any) -> Any:
-        if not once:
-            return gradient
-        back: Any = {}
-        for name, g in gradient.items():  # one after the other, which needs less memory
-            back[name] = plan.give_back(name, jax.lax.optimization_barrier((g, back))[0])
-        return back
+    core = {name: params[name] for name in ("adapter", *(f"core_{j}" for j in range(config.core_layers)))}
+    weights = (lambda: core) if layout is None else layout.for_recurrences(core)
+    e, _ = embed(full("wte"), config, batch.tokens, ctx._replace(around=outer))
+    injected = inject(weights(), config, e)
 
-    def step(whole: Any, injected: Array, constants: Any, s: Array, i: Array) -> Array:
-        ctx, n, k, rows = constants
-        new, _ = core_step(whole, config, s, injected, ctx, plan=inside)
+    def step(s: Array, i: Array) -> Array:
+        new, _ = core_step(weights(), config, s, injected, ctx._replace(around=inner))
         if rows is None:
             return new
         running = jnp.where(i < n, i >= n - rows[0], i - n >= k - rows[1])
         return jnp.where(running[:, None, None], new, s)
 
-    constants = (ctx, n, k, rows)
-    slots = k if isinstance(k, int) else max_k
-    if slots == 0:
-        whole = fetch(stored)
-        return unroll(lambda s, i: step(whole, injected, constants, s, i), s, n, 0)
-    weights = Weights(fetch, give_back, plan.gather == "weights_once", plan.sum_dtype)
-    return unroll_for_training(step, stored, injected, constants, s, n, k, slots, weights, plan.remat)
+    s = unroll(step, s, n, k, max_k, remat)
+    (y, _), _ = coda(params, config, s, ctx._replace(around=outer))
+    return head_losses(full("wte" if config.tie_embeddings else "head"), config, y, batch.labels)
 
 
 LOGITS_AT_ONCE = 2**26
-"""Most logits a training step holds at a time (256 MiB); more are made, used and made again in parts."""
+"""Most logits that a training step holds at a time (256 MiB); larger sets are computed, and recomputed, in parts."""
 
 
 def head_losses(
-    params: Params, config: ModelConfig, y: Float[Array, "B L D"], labels: Int[Array, "B L"], plan: Plan = PLAIN
+    params: Params, config: ModelConfig, y: Float[Array, "B L D"], labels: Int[Array, "B L"]
 ) -> Float32[Array, "B L"]:
     """Cross-entropies of y, never more than about `LOGITS_AT_ONCE` logits held at once."""
     tokens = labels.size
     parts = -(-tokens * config.rows // LOGITS_AT_ONCE)
-    name = "wte" if config.tie_embeddings else "head"
-    whole = {"wte": params["wte"], name: plan.fetch(name, params[name])}
     if parts <= 1:
-        return cross_entropy(head(whole, config, y), labels)
+        return cross_entropy(head(params, config, y), labels)
     size = -(-tokens // parts)
-    fill = size * parts - tokens
-    flat = jnp.pad(y.reshape(tokens, -1), ((0, fill), (0, 0))).reshape(parts, size, -1)
-    wanted = jnp.pad(labels.reshape(-1), (0, fill), constant_values=IGNORED).reshape(parts, size)
+    padding = size * parts - tokens
+    flat = jnp.pad(y.reshape(tokens, -1), ((0, padding), (0, 0))).reshape(parts, size, -1)
+    wanted = jnp.pad(labels.reshape(-1), (0, padding), constant_values=IGNORED).reshape(parts, size)
 
     @jax.checkpoint
     def part(y: Array, labels: Array) -> Array:
-        return cross_entropy(head(whole, config, y), labels)
+        return cross_entropy(head(params, config, y), labels)
 
     losses = jax.lax.map(lambda part_of: part(*part_of), (flat, wanted))
     return losses.reshape(-1)[:tokens].reshape(labels.shape)
@@ -238,9 +226,9 @@ def loss(
     state: Float[ArrayLike, "B L D"] | None = None,
     key: Array | None = None,
     max_k: int | None = None,
-    plan: Plan = PLAIN,
+    remat: Remat = "none",
 ) -> Float32[Array, ""]:
-    """Mean cross-entropy over the scored labels of the batch (contract, "Forward and loss").
+    """Mean cross-entropy over the scored labels of the batch (docs/semantics.md, Forward and loss).
 
     Args:
       params, config: the model.
@@ -249,13 +237,15 @@ def loss(
         core are exact zeros.
       state: initial state; wins over `key`.
       key: one key, or one per row.
-      max_k, plan: see `token_losses`.
+      max_k: slots compiled for a traced k (default backprop_depth).
+      remat: see `token_losses`.
     """
     batch = as_batch(batch)
     check_ids("batch: tokens", batch.tokens, config)
     if not isinstance(batch.labels, jax.core.Tracer):
         check_ids(f"batch: labels (ignored ones are {IGNORED})", batch.labels[batch.labels != IGNORED], config)
-    losses = token_losses(params, config, batch, steps=steps, state=state, key=key, max_k=max_k, plan=plan)
+    depths = Depths(*split_steps(steps, config), config.backprop_depth if max_k is None else max_k)
+    losses = token_losses(params, config, batch, depths, state=state, key=key, remat=remat)
     return losses.sum() / jnp.maximum((batch.labels != IGNORED).sum(), 1)
 
 

@@ -1,28 +1,28 @@
-"""The heart: how often the core runs, from which state, and with which gradient. Functions and pytrees, no Flax.
+"""How often the core runs, from which state, and with which gradient. Functions and pytrees, no Flax.
 
-A `step` is any function `step(s, i) -> s` of a state pytree s and the recurrence index i (int32, from 0). Train,
-evaluate, decode and analysis differ only in which of these functions drives it:
+A `step` is any function `step(s, i) -> s` of a state pytree s and the index i of the recurrence (int32, from 0).
+Training, evaluation, decoding and analysis differ only in which of these functions drives it:
 
-  unroll        n steps without gradient, then k with (training; fixed-depth scoring with k = 0)
+  unroll        n recurrences without gradient, then k with (training; scoring at a fixed depth with k = 0)
   unroll_until  until every token has stopped (decoding, exact scoring with exits)
-  checkpoints   one unroll that stops by at several depths (a whole loss-by-depth curve)
+  checkpoints   one unroll that is read at several depths (a whole loss-by-depth curve)
   trajectory    every state (analysis)
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int, Int32, Key
 
 from rdlm.config import InputError, Remat, Scheme
-from rdlm.remat import recomputed
+from rdlm.remat import STATE, recomputed
 
 State = Any
 Step = Callable[[State, Array], State]
@@ -35,10 +35,10 @@ def sample_steps(
     scheme: Scheme | str = "poisson-lognormal-filling",
     progress: Float[Array, ""] | float | None = None,
 ) -> tuple[Int32[Array, ""], Int32[Array, ""]]:
-    """Draw (n, k): core steps without and with gradient (spec section 3).
+    """Draw (n, k): recurrences without and with gradient (docs/model.md, Sampling the depth).
 
     With t = max(mean_recurrence - backprop_depth, 0) and s = backprop_depth, the default draws
-    rate ~ LogNormal(ln(t+s) - 1/8, 1/2), p ~ Poisson(rate) + 1, and fills the gradient steps first:
+    rate ~ LogNormal(ln(t+s) - 1/8, 1/2), p ~ Poisson(rate) + 1, and fills those with gradient first:
     k = min(s, p), n = p - k; E[n + k] = t + s + 1.
 
     Args:
@@ -47,7 +47,7 @@ def sample_steps(
       scheme: the reference's names. "-fill": n ~ PoissonLogNormal(t), k = s. "poisson-lognormal": k ~ U{1..2s}.
         "poisson-*": Poisson(t) without the log-normal. "simple": n ~ U{0..2t-1}, k ~ U{1..2s}. "fixed": (t, s).
         "non-recurrent": (0, 1). "full": (0, U{1..2s}).
-      progress: None, or the share of a depth curriculum done, in (0, 1]: t and s grow to ceil(progress * t) and
+      progress: None, or the completed share of a depth curriculum, in (0, 1]: t and s grow to ceil(progress * t) and
         max(ceil(progress * s), 1).
     """
     t: Array | int = max(mean_recurrence - backprop_depth, 0)
@@ -58,8 +58,8 @@ def sample_steps(
         s = jnp.maximum(jnp.ceil(share * s).astype(jnp.int32), 1)
     n_key, k_key, rate_key = jax.random.split(key, 3)
 
-    def uniform(key: Array, least: int, most: Array | int) -> Array:
-        return jax.random.randint(key, (), least, jnp.maximum(jnp.asarray(most), least) + 1)
+    def uniform(key: Array, low: int, high: Array | int) -> Array:
+        return jax.random.randint(key, (), low, jnp.maximum(jnp.asarray(high), low) + 1)
 
     def poisson(mean: Array | int) -> Array:
         return jax.random.poisson(n_key, jnp.asarray(mean, jnp.float32), ())
@@ -113,8 +113,8 @@ def initial_state(
 ) -> Float[Array, "L {dim}"] | Float[Array, "B L {dim}"]:
     """s0 as a function of (key, position): batching, packing or resuming never changes a token's noise.
 
-    Each element is sqrt(D) times a normal of variance 2/(5D) cut at +-3 standard deviations (spec section 2), so its
-    deviation is 0.6240 at any width.
+    Each element is sqrt(D) times a normal of variance 2/(5D) cut at +-3 standard deviations (docs/model.md, Initial
+    state), so its deviation is 0.6240 at any width.
 
     Args:
       key: one key (the same noise in every row), one per row, or one per token (for rows that hold several documents).
@@ -136,197 +136,51 @@ def initial_state(
     return (noise.reshape(*keys.shape, dim) * (scale * math.sqrt(0.4))).astype(dtype)
 
 
-def unroll(step: Step, s: State, n: Int[Array, ""] | int, k: Int[Array, ""] | int, max_k: int | None = None) -> State:
-    """n steps under stop_gradient, then k steps with gradient: truncated backpropagation (spec section 3).
+def unroll(
+    step: Step,
+    s: State,
+    n: Int[Array, ""] | int,
+    k: Int[Array, ""] | int,
+    max_k: int | None = None,
+    remat: Remat = "none",
+) -> State:
+    """n recurrences under `stop_gradient`, then k with gradient: truncated backpropagation (arXiv 2502.05171, 3.3).
 
-    Gradients reach whatever `step` closes over only through the last k steps, and never reach `s`.
+    Gradients reach what `step` closes over through the last k recurrences only, and never reach `s`.
 
     Args:
       step: step(s, i); may close over anything, traced values included.
       s: initial state.
-      n: steps without gradient; a traced scalar does not recompile.
-      k: steps with gradient. A traced k needs `max_k` and skips the slots beyond it, so one program serves every
-        (n, k); a Python k compiles exactly k slots.
+      n: recurrences without gradient; a traced scalar does not recompile.
+      k: recurrences with gradient. A Python int compiles exactly k slots. A traced k needs `max_k` and computes all
+        slots, those beyond k without effect, so that one program serves every (n, k). Of a k above `max_k` only the
+        last `max_k` recurrences are differentiated.
       max_k: number of gradient slots for a traced k.
-
-    What `step` marked with `rdlm.remat.keep` is stored for the backward pass, in every slot, used or not. A training
-    step runs `unroll_for_training`.
+      remat: what each slot stores for the backward pass, see `rdlm.remat.recomputed`.
 
     Returns:
-      The state after n + k steps.
+      The state after n + k recurrences.
     """
-    frozen = _without_gradient(step, s)
-    s = lax.fori_loop(0, n, lambda i, s: frozen(s, i), jax.tree.map(lax.stop_gradient, s))
-    s = jax.tree.map(lax.stop_gradient, s)
-    static = isinstance(k, int)
     slots = k if isinstance(k, int) else max_k
     if slots is None:
         raise InputError("unroll: a traced k needs max_k, the number of gradient slots to compile")
+    live = None if isinstance(k, int) else jnp.minimum(k, slots)
+    n = n if live is None else n + k - live
+    frozen = _without_gradient(step, s)
+    with jax.named_scope("recurrence_free"):
+        s = lax.fori_loop(0, n, lambda i, s: frozen(s, i), jax.tree.map(lax.stop_gradient, s))
+    s = jax.tree.map(lax.stop_gradient, s)
     if slots == 0:
         return s
 
     def slot(s: State, j: Array) -> tuple[State, None]:
-        if static:
-            return step(s, n + j), None
-        # The k live slots come first; a skipped slot costs a branch.
-        return lax.cond(j < k, lambda s: step(s, n + j), lambda s: s, s), None
+        new = step(jax.tree.map(lambda x: checkpoint_name(x, STATE), s), n + j)
+        if live is not None:
+            new = jax.tree.map(lambda x, old: jnp.where(j < live, x, old), new, s)
+        return new, None
 
-    return lax.scan(recomputed(slot), s, jnp.arange(slots, dtype=jnp.int32))[0]
-
-
-class Weights(NamedTuple):
-    """How the weights of a step are kept while it runs n + k times, and what becomes of their gradient.
-
-    fetch(stored): the weights as the step wants them, made once and used by every recurrence, forward and backward.
-    give_back(gradient): undoes it, once, for the summed gradient of what `fetch` made: the gradient of `stored`.
-    every_time: give the gradient of every recurrence back by itself, so that only stored ones are summed up.
-    dtype: of the sum over recurrences; None: that of what `fetch` made.
-    """
-
-    fetch: Callable[[Any], Any] = lambda stored: stored
-    give_back: Callable[[Any], Any] = lambda gradient: gradient
-    every_time: bool = False
-    dtype: Any = None
-
-
-AS_STORED = Weights()
-
-
-def unroll_for_training(
-    step: Callable[[Any, Any, Any, State, Array], State],
-    stored: Any,
-    inputs: Any,
-    constants: Any,
-    s: Float[Array, "*state"],
-    n: Int[Array, ""] | int,
-    k: Int[Array, ""] | int,
-    slots: int,
-    weights: Weights = AS_STORED,
-    remat: Remat = "none",
-) -> Float[Array, "*state"]:
-    """`unroll` with its backward pass written out: it runs exactly k gradient steps, there and back.
-
-    It walks back over what the forward pass kept and sums the gradients itself. So weights can be fetched from other
-    devices once for all recurrences and their gradient returned once, and slots that a small k leaves unused take no
-    time.
-
-    Args:
-      step: step(whole, inputs, constants, s, i) -> s.
-      stored: parameters, as `weights.fetch` takes them.
-      inputs: what else needs a gradient, the same at every recurrence (the injected embedding).
-      constants: arrays that need none (positions, segments). What `step` closes over instead may be kept k times.
-      s: initial state, an array; no gradient reaches it.
-      n, k: steps without and with gradient, traced or not. Of a k beyond `slots` the first steps lose their gradient.
-      slots: most steps with gradient.
-      weights: see `Weights`.
-      remat: "none" keeps what `step` marked with `rdlm.remat.keep`. Otherwise the input of each gradient step is kept
-        and the step run again; under "offload" it waits in the host's memory (TPU).
-    """
-    differentiated = _keeping_marked if remat == "none" else _keeping_input
-    to_host = _on_host if remat == "offload" else lambda kept: kept
-    to_device = _on_device if remat == "offload" else lambda kept: kept
-
-    @jax.custom_vjp
-    def run(stored: Any, inputs: Any, constants: Any, s: Array, n: Array, k: Array) -> Array:
-        whole = weights.fetch(stored)
-        return lax.fori_loop(0, n + k, lambda i, s: step(whole, inputs, constants, s, i), s)
-
-    def forward(stored: Any, inputs: Any, constants: Any, s: Array, n: Array, k: Array) -> tuple[Array, Any]:
-        whole = weights.fetch(stored)
-        with jax.named_scope("recurrence_free"):
-            s = lax.fori_loop(0, n, lambda i, s: step(whole, inputs, constants, s, i), s)
-        pulls: list[Callable[..., Any]] = []  # what turns kept arrays into gradients; known once a step is traced
-
-        def once(s: Array, i: Array) -> tuple[Array, list[Array]]:
-            after, keep, pull = differentiated(step, whole, inputs, constants, s, i)
-            pulls.append(pull)
-            return after, keep
-
-        kept = to_host([jnp.zeros((slots, *x.shape), x.dtype) for x in jax.eval_shape(once, s, n)[1]])
-
-        def one(j: Array, carry: tuple[Array, list[Array]]) -> tuple[Array, list[Array]]:
-            s, kept = carry
-            s, keep = once(s, n + j)
-            pairs = zip(kept, to_host(keep), strict=True)
-            return s, [lax.dynamic_update_index_in_dim(all_of_it, x, j, 0) for all_of_it, x in pairs]
-
-        with jax.named_scope("recurrence_forward"):
-            s, kept = lax.fori_loop(0, k, one, (s, kept))
-        return s, (whole, inputs, constants, kept, jax.tree_util.Partial(pulls[-1]), n, k)
-
-    def backward(saved: Any, d_s: Array) -> tuple[Any, Any, None, None, None, None]:
-        whole, inputs, constants, kept, pull, n, k = saved
-
-        def zeros(like: Any) -> Any:
-            return jax.tree.map(lambda x: jnp.zeros(x.shape, weights.dtype or x.dtype), like)
-
-        def one(done: Array, carry: tuple[Array, Any, Any]) -> tuple[Array, Any, Any]:
-            d_s, d_whole, d_inputs = carry
-            j = k - 1 - done
-            at_j = to_device([lax.dynamic_index_in_dim(x, j, 0, keepdims=False) for x in kept])
-            more_whole, more_inputs, d_s = pull(whole, inputs, constants, at_j, n + j, d_s)
-            if weights.every_time:
-                more_whole = weights.give_back(more_whole)
-            add = functools.partial(jax.tree.map, lambda total, more: total + more.astype(total.dtype))
-            return d_s, add(d_whole, more_whole), add(d_inputs, more_inputs)
-
-        total = zeros(jax.eval_shape(weights.give_back, whole) if weights.every_time else whole)
-        with jax.named_scope("recurrence_backward"):
-            _, d_whole, d_inputs = lax.fori_loop(0, k, one, (d_s, total, zeros(inputs)))
-        if not weights.every_time:
-            d_whole = weights.give_back(d_whole)
-        cast = functools.partial(jax.tree.map, lambda d, like: d.astype(like.dtype))
-        return cast(d_whole, stored), cast(d_inputs, inputs), None, None, None, None
-
-    run.defvjp(forward, backward)
-    kept = jnp.minimum(jnp.asarray(k, jnp.int32), slots)
-    return run(stored, inputs, constants, lax.stop_gradient(s), jnp.asarray(n + k, jnp.int32) - kept, kept)
-
-
-def _keeping_input(
-    step: Any, whole: Any, inputs: Any, constants: Any, s: Array, i: Array
-) -> tuple[Array, list[Array], Callable[..., Any]]:
-    """(state after the step, arrays to keep, pull(whole, inputs, constants, kept, i, d_after)).
-
-    `pull` gives the gradients of whole, inputs and s.
-    """
-
-    def pull(whole: Any, inputs: Any, constants: Any, kept: list[Array], i: Array, d_after: Array) -> Any:
-        _, back = jax.vjp(lambda whole, inputs, s: step(whole, inputs, constants, s, i), whole, inputs, *kept)
-        return back(d_after)
-
-    return step(whole, inputs, constants, s, i), [s], pull
-
-
-def _keeping_marked(
-    step: Any, whole: Any, inputs: Any, constants: Any, s: Array, i: Array
-) -> tuple[Array, list[Array], Callable[..., Any]]:
-    """As `_keeping_input`, but keeps what the backward pass reads and is dear to make again."""
-    marked = recomputed(lambda whole, inputs, s: step(whole, inputs, constants, s, i))
-    after, back = jax.vjp(marked, whole, inputs, s)
-    needed, tree = jax.tree.flatten(back)
-    always = jax.tree.leaves((whole, inputs, constants))  # there at every recurrence: not kept for each
-    place = [next((at for at, x in enumerate(always) if x is y), None) for y in needed]
-    known = [None if isinstance(y, jax.core.Tracer) else y for y in needed]  # masks of a kernel, made while tracing
-
-    def pull(whole: Any, inputs: Any, constants: Any, kept: list[Array], i: Array, d_after: Array) -> Any:
-        always, rest = jax.tree.leaves((whole, inputs, constants)), iter(kept)
-        leaves = [
-            always[at] if at is not None else next(rest) if y is None else y
-            for at, y in zip(place, known, strict=True)
-        ]  # fmt: skip
-        return jax.tree.unflatten(tree, leaves)(d_after)
-
-    changing = zip(needed, place, known, strict=True)
-    return after, [x for x, at, y in changing if at is None and y is None], pull
-
-
-def _on_host(arrays: list[Array]) -> list[Array]:
-    return jax.device_put(arrays, jax.memory.Space.Host)
-
-
-def _on_device(arrays: list[Array]) -> list[Array]:
-    return jax.device_put(arrays, jax.memory.Space.Device)
+    with jax.named_scope("recurrence_gradient"):
+        return lax.scan(recomputed(slot, remat), s, jnp.arange(slots, dtype=jnp.int32))[0]
 
 
 def unroll_until(

@@ -9,15 +9,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from rdlm.config import InputError, MeshConfig, ModelConfig
+from rdlm.config import Gather, InputError, MeshConfig, ModelConfig
+
+Params = dict[str, Any]
+"""Some of the top-level entries of a model's parameters."""
 
 AXES = ("data", "fsdp", "rest", "tensor")
 SPLIT = ("data", "fsdp", "rest")
@@ -133,16 +138,21 @@ def check_batch(mesh: Mesh, batch_size: int, microbatches: int = 1) -> None:
 
 @dataclasses.dataclass(frozen=True, eq=False)  # compared by identity, so that programs may depend on one
 class Layout:
-    """How the weights of one model travel between devices inside `jax.shard_map`.
+    """How the parameters of one model are split over a mesh, and how they are assembled inside `jax.shard_map`.
 
-    specs: of all parameters, by top-level entry. dtype: of the weights as the computation wants them. sum_dtype: in
-    which gradients are summed over devices; None: in `dtype`.
+    A shard is the part of a parameter that one device stores; full parameters are in the compute dtype.
+
+    specs: of all parameters, by top-level entry. dtype: of full parameters. sum_dtype: in which gradients are summed,
+    over recurrences and over devices; None: in `dtype`. gather: "once" gathers the core once for all recurrences and
+    reduce-scatters its gradient once; "weights_once" reduce-scatters it after every recurrence, so that only the
+    sharded gradient is accumulated; "each" gathers block by block at every use, forward and backward (plain FSDP).
     """
 
     mesh: Mesh
     specs: Any
     dtype: Any
     sum_dtype: Any = None
+    gather: Gather = "once"
 
     @property
     def manual(self) -> frozenset[str]:
@@ -164,8 +174,29 @@ class Layout:
         keep = [tuple(a for a in _axes(part) if a in self.manual) for part in spec]
         return PartitionSpec(*(part or None for part in keep))
 
-    def gathered(self, name: str, stored: Any) -> Any:
-        """The whole of entry `name`, in the compute dtype, from the part that this device stores."""
+    def full(self, shards: Params) -> Params:
+        """Assemble some entries of the parameters; the gradient of the result is reduce-scattered to `shards`."""
+        return self._scattered(shards, lax.stop_gradient(self.all_gather(shards)))
+
+    def for_recurrences(self, shards: Params) -> Callable[[], Params]:
+        """A function that each recurrence calls for its weights: the adapter and the core, assembled as `gather` says.
+
+        Every call returns arrays of the same values; what differs is where their gradients are summed.
+        """
+        if self.gather == "each":  # blocks are gathered where they run, see `block`
+            return lambda: shards | self.full({"adapter": shards["adapter"]})
+        full = lax.stop_gradient(self.all_gather(shards))
+        if self.gather == "weights_once":
+            return lambda: self._scattered(shards, full)
+        total = self._gradient_sum(shards, full)
+        return lambda: _with_sum(full, total)
+
+    def block(self, name: str, run: Callable[..., Any]) -> Callable[..., Any]:
+        """`run(weights, x)`, a block, for the shards of its weights: gathered where it runs."""
+        return lambda shards, x: run(self.full({name: shards})[name], x)
+
+    def all_gather(self, shards: Params) -> Params:
+        """Full entries of the parameters from their shards, without a derivative."""
 
         def one(x: Array, spec: PartitionSpec) -> Array:
             x, cuts = x.astype(self.dtype), _cuts(spec)
@@ -176,15 +207,15 @@ class Layout:
             parts = lax.all_gather(x, tuple(axis for _, axis in cuts))
             sizes = [self.mesh.shape[axis] for _, axis in cuts]
             order = [i for dim in range(x.ndim) for i in (*_of(cuts, dim), len(cuts) + dim)]
-            whole = [size * math.prod(sizes[i] for i in _of(cuts, dim)) for dim, size in enumerate(x.shape)]
-            return parts.reshape(*sizes, *x.shape).transpose(order).reshape(whole)
+            shape = [size * math.prod(sizes[i] for i in _of(cuts, dim)) for dim, size in enumerate(x.shape)]
+            return parts.reshape(*sizes, *x.shape).transpose(order).reshape(shape)
 
-        return jax.tree.map(one, stored, self.specs[name])
+        return self._in_turn(one, shards)
 
-    def given_back(self, name: str, gradient: Any) -> Any:
-        """The gradient of what is stored here, summed over the devices that share it, of a gradient of the whole.
+    def reduce_scatter(self, gradients: Params) -> Params:
+        """Shards of the sum over devices of gradients of full entries.
 
-        What every device stores is not summed: see `summed`.
+        Parameters that every device stores in full are not summed: see `summed`.
         """
 
         def one(g: Array, spec: PartitionSpec) -> Array:
@@ -205,36 +236,69 @@ class Layout:
             parts = g.reshape(split).transpose(first + rest).reshape(math.prod(sizes), *(split[i] for i in rest))
             return lax.psum_scatter(parts, tuple(axis for _, axis in cuts))
 
-        # One after the other: all at once, every one would need its own room to be turned and summed in.
-        structure: Any  # its type knows too little
-        leaves, structure = jax.tree.flatten(gradient)
-        back: list[Array] = []
-        for g, spec in zip(leaves, structure.flatten_up_to(self.specs[name]), strict=True):
-            back.append(one(lax.optimization_barrier((g, back[-1]))[0] if back else g, spec))
-        return structure.unflatten(back)
+        return self._in_turn(one, gradients)
 
-    def fetch(self, name: str, stored: Any) -> Any:
-        """`gathered`, with `given_back` as its derivative."""
+    def _in_turn(self, move: Callable[[Array, PartitionSpec], Array], entries: Params) -> Params:
+        """`move` every array, each after the one before: all at once, each would need memory of its own to be
+        transposed in.
+        """
+        structure: Any  # its type knows too little
+        leaves, structure = jax.tree.flatten(entries)
+        specs = structure.flatten_up_to({name: self.specs[name] for name in entries})
+        moved: list[Array] = []
+        for x, spec in zip(leaves, specs, strict=True):
+            moved.append(move(lax.optimization_barrier((x, moved[-1]))[0] if moved else x, spec))
+        return structure.unflatten(moved)
+
+    def _scattered(self, shards: Params, full: Params) -> Params:
+        """`full`, whose gradient is reduce-scattered and becomes that of `shards`."""
 
         @jax.custom_vjp
-        def run(stored: Any) -> Any:
-            return self.gathered(name, stored)
+        def run(shards: Params, full: Params) -> Params:
+            return full
 
-        def backward(_: None, gradient: Any) -> tuple[Any]:
-            back = self.given_back(name, gradient)
-            return (jax.tree.map(lambda g, like: g.astype(like.dtype), back, stored),)
+        def backward(_: None, gradient: Params) -> tuple[Params, None]:
+            return _as(self.reduce_scatter(gradient), shards), None
 
-        run.defvjp(lambda stored: (self.gathered(name, stored), None), backward)
-        return run(stored)
+        run.defvjp(lambda shards, full: (full, None), backward)
+        return run(shards, full)
+
+    def _gradient_sum(self, shards: Params, full: Params) -> Params:
+        """Zeros like `full` in `sum_dtype`, whose gradient is reduce-scattered and becomes that of `shards`.
+
+        They are never stored: only their gradient is, see `_with_sum`.
+        """
+
+        @jax.custom_vjp
+        def run(shards: Params) -> Params:
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, self.sum_dtype or x.dtype), full)
+
+        run.defvjp(lambda shards: (run(shards), None), lambda _, g: (_as(self.reduce_scatter(g), shards),))
+        return run(shards)
 
     def summed(self, gradients: Any) -> Any:
         """Sum gradients of stored parts over the devices that hold copies of them."""
 
         def one(g: Array, spec: PartitionSpec) -> Array:
-            held = {a for part in spec for a in _axes(part)}
-            return lax.psum(g, tuple(a for a in SPLIT if a not in held))
+            used = {a for part in spec for a in _axes(part)}
+            return lax.psum(g, tuple(a for a in SPLIT if a not in used))
 
         return jax.tree.map(one, gradients, self.specs)
+
+
+def _with_sum(full: Params, total: Params) -> Params:
+    """`full`, whose gradient becomes that of `total`, in its dtype: so a loop over `total` sums in that dtype."""
+
+    @jax.custom_vjp
+    def run(full: Params, total: Params) -> Params:
+        return full
+
+    run.defvjp(lambda full, total: (full, None), lambda _, gradient: (None, _as(gradient, total)))
+    return run(full, total)
+
+
+def _as(gradients: Params, like: Params) -> Params:
+    return jax.tree.map(lambda g, x: g.astype(x.dtype), gradients, like)
 
 
 def _cuts(spec: PartitionSpec) -> list[tuple[int, str]]:

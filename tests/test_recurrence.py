@@ -3,6 +3,7 @@
 import functools
 import typing
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +20,6 @@ from rdlm.recurrence import (
     sample_steps,
     trajectory,
     unroll,
-    unroll_for_training,
     unroll_until,
 )
 from rdlm.remat import keep
@@ -43,25 +43,10 @@ def core(weights):
     def step(s, i):
         return jnp.tanh(keep(jnp.matmul(s, weights["w"])) + weights["e"] + jnp.asarray(weights["bias"])[i][None])
 
-    step.weights = weights
     return step
 
 
-def for_training(step, s0, n, k, max_k=K, remat="none"):
-    """`unroll_for_training` in the manner of `unroll`: one weight is an input, and s is shifted by a constant 0."""
-    stored = {name: step.weights[name] for name in ("w", "bias")}
-
-    def explicit(whole, e, zero, s, i):
-        return core(whole | {"e": e})(s + zero, i)
-
-    return unroll_for_training(explicit, stored, step.weights["e"], jnp.zeros((1, D)), s0, n, k, max_k, remat=remat)
-
-
-WAYS = {
-    "scan": unroll,
-    "training": for_training,
-    "training, recomputed": functools.partial(for_training, remat="iteration"),
-}
+WAYS = {"stored": unroll, "recomputed": functools.partial(unroll, remat="iteration")}
 
 
 def loop(step, s, n, k):
@@ -135,10 +120,9 @@ def test_control_off_by_one_shows(off, traced):
 
 
 def test_one_program_serves_every_depth():
-    program = jax.jit(lambda n, k: unroll(core(WEIGHTS), S0, n, k, max_k=K))
+    program = jax.jit(chex.assert_max_traces(lambda n, k: unroll(core(WEIGHTS), S0, n, k, max_k=K), n=1))
     for n, k in [(0, 1), (3, 4), (9, 2), (1, 0)]:
         np.testing.assert_allclose(program(jnp.int32(n), jnp.int32(k)), loop(core(WEIGHTS), S0, n, k), atol=1e-6)
-    assert program._cache_size() == 1
 
 
 @pytest.mark.parametrize("k", [0, 2])
@@ -157,7 +141,7 @@ def test_gradient_stays_out_of_the_first_steps_and_the_initial_state(k, traced):
 def test_a_k_beyond_the_slots_is_cut_to_them():
     """The depth stays; a gradient of slots that were written twice would be another."""
     k, slots = 4, 2
-    beyond = value_and_gradients(lambda step, s0: for_training(step, s0, jnp.int32(1), jnp.int32(k), slots))
+    beyond = value_and_gradients(lambda step, s0: unroll(step, s0, jnp.int32(1), jnp.int32(k), slots))
     assert distance(beyond, expected(1 + k - slots, slots)) < TOLERANCE
     assert distance(beyond, expected(1, k)) > 1000 * TOLERANCE
 
@@ -167,16 +151,17 @@ def test_only_what_changes_is_kept_for_every_step(changes):
     """Neither weights nor constants, which the backward pass reads too; the control makes the constant change."""
 
     def final(weights, constant):
-        def step(whole, inputs, given, s, i):
-            return jnp.tanh(keep(s @ whole)) * (keep(given + i) if changes else given) + inputs
+        def step(s, i):
+            given = keep(constant + i) if changes else constant
+            return jnp.tanh(keep(s @ weights["w"]) * given) + weights["e"]
 
-        return unroll_for_training(step, weights["w"], weights["e"], constant, jnp.asarray(S0), 2, 3, K).sum()
+        return unroll(step, jnp.asarray(S0), 2, 3, K).sum()
 
     constant = jnp.linspace(0.1, 0.9, 3)[:, None]  # of a shape that nothing else has
     program = str(jax.make_jaxpr(jax.grad(final))({name: WEIGHTS[name] for name in ("w", "e")}, constant))
-    assert f"f32[{K},3,{D}]" in program  # what is kept
-    assert f"f32[{K},{D},{D}]" not in program
-    assert (f"f32[{K},3,1]" in program) == changes
+    assert f"f32[3,3,{D}]" in program  # what is kept, of 3 recurrences
+    assert f"f32[3,{D},{D}]" not in program
+    assert ("f32[3,3,1]" in program) == changes
 
 
 def test_traced_k_needs_to_know_its_most():

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,10 +61,8 @@ def of_steps(run, devices, steps=(0, 1, 2)):
     if layout:
         params = jax.device_put(params, sharding.named(mesh, layout.specs))
         rows = jax.device_put(rows, sharding.batch_sharding(mesh))
-    step = jax.jit(lambda params, rows, i: gradients(run, params, rows, i, layout))
-    found = jax.device_get([step(params, rows, jnp.int32(i)) for i in steps])
-    assert step._cache_size() == 1
-    return found
+    step = jax.jit(chex.assert_max_traces(lambda params, rows, i: gradients(run, params, rows, i, layout), n=1))
+    return jax.device_get([step(params, rows, jnp.int32(i)) for i in steps])
 
 
 @functools.cache
@@ -125,9 +124,11 @@ def test_two_axes_where_one_does_not_divide():
 @pytest.mark.slow
 @pytest.mark.parametrize("wrong", ["mean for sum", "not summed over copies"])
 def test_control_a_wrong_scale_shows(wrong, monkeypatch):
-    right = Layout.given_back, Layout.summed
+    right = Layout.reduce_scatter, Layout.summed
     if wrong == "mean for sum":
-        monkeypatch.setattr(Layout, "given_back", lambda self, *a: jax.tree.map(lambda g: g / 4, right[0](self, *a)))
+        monkeypatch.setattr(
+            Layout, "reduce_scatter", lambda self, *a: jax.tree.map(lambda g: g / 4, right[0](self, *a))
+        )
     else:
         monkeypatch.setattr(Layout, "summed", lambda self, gradients: gradients)
     run = run_of({"data": 2, "fsdp": 4}, remat="layer")
@@ -149,9 +150,9 @@ places = sharding.named(mesh, layout.specs)
 params = jax.jit(lambda: init_params(MODEL, jax.random.key(0)), out_shardings=places)()
 split = sharding.batch_sharding(mesh)
 rows = {name: jax.make_array_from_callback(x.shape, split, numpy.asarray(x).__getitem__) for name, x in batch().items()}
-right, found = Layout.given_back, {}
+right, found = Layout.reduce_scatter, {}
 for name, scale in (("right", 1), ("wrong", 2)):
-    Layout.given_back = lambda self, *a: jax.tree.map(lambda g: g / scale, right(self, *a))
+    Layout.reduce_scatter = lambda self, *a: jax.tree.map(lambda g: g / scale, right(self, *a))
     whole = sharding.replicated(mesh)
     step = jax.jit(lambda p, b: gradients(run, p, b, jax.numpy.int32(1), layout), out_shardings=whole)
     for i, x in enumerate(jax.tree.leaves(step(params, rows))):
@@ -234,7 +235,7 @@ def draws(run, parts=None, steps=20_000):
 
 
 def test_expected_depth_whoever_draws():
-    expected = MODEL.mean_recurrence + 1  # spec section 3
+    expected = MODEL.mean_recurrence + 1  # docs/model.md, Sampling the depth
     for parts in (None, jnp.int32(3), jnp.arange(2)):
         n, k = draws(run_of(), parts)
         assert abs((n + k).mean() - expected) < 0.06, parts

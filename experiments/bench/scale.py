@@ -19,6 +19,7 @@ import tyro
 
 from rdlm.config import InputError, RunConfig, preset
 from rdlm.perf import flops
+from rdlm.recurrence import max_gradient_steps
 from rdlm.runtime import parse_arguments, run_command
 from rdlm.train import draw_depth
 
@@ -49,17 +50,22 @@ def depth_draws(run: RunConfig, steps: int = 20_000) -> None:
     n, k = (np.asarray(x, float) for x in jax.vmap(lambda i: draw_depth(run, i))(jnp.arange(steps)))
     length = run.data.sequence_length
     core, outer = flops.core_flops(run.model, length), flops.outer_flops(run.model, length)
-    costs = (n + 3 * k) * core + 3 * outer
+    slots = max_gradient_steps(run.model.backprop_depth, run.recurrence.scheme)  # all are computed, whatever k is
+    costs = (n + 3 * slots) * core + 3 * outer
     mean = costs.mean()
-    print(f"depth draws, {steps:,} steps: n + k = {np.mean(n + k):.1f} on average, 5 % to 95 %: "
-          f"{np.percentile(n + k, 5):.0f} to {np.percentile(n + k, 95):.0f}, largest {np.max(n + k):.0f}")  # fmt: skip
+    print(
+        f"depth draws, {steps:,} steps: n + k = {np.mean(n + k):.1f} on average, 5 % to 95 %: "
+        f"{np.percentile(n + k, 5):.0f} to {np.percentile(n + k, 95):.0f}, largest {np.max(n + k):.0f}"
+    )
     print(f"  a step costs {np.percentile(costs, 5) / mean:.2f} to {np.percentile(costs, 95) / mean:.2f} of its mean")
     window = costs[: steps // 100 * 100].reshape(-1, 100).mean(1)
     print(f"  mean of 100 steps: within {np.abs(window / mean - 1).max():.1%} of the mean")
     for rows in (256, 4096):
         deepest = np.array([(n + k)[i : i + rows].max() for i in range(0, steps - rows + 1, rows)])
-        print(f"  own draw per row, {rows} rows: the deepest runs {deepest.mean():.0f}, so a step runs "
-              f"{deepest.mean() / np.mean(n + k):.1f} times the mean depth")  # fmt: skip
+        print(
+            f"  own draw per row, {rows} rows: the deepest runs {deepest.mean():.0f}, so a step runs "
+            f"{deepest.mean() / np.mean(n + k):.1f} times the mean depth"
+        )
 
 
 def interconnect(run: RunConfig, chip: flops.Chip, sequences: int = 1) -> None:
@@ -78,8 +84,10 @@ def interconnect(run: RunConfig, chip: flops.Chip, sequences: int = 1) -> None:
         "plain FSDP": (n + 2 * k) * core + k * core + 3 * rest,
         "dense, equal FLOPs": 3 * dense,
     }
-    print(f"bytes between chips, {sequences} x {length} tokens per chip, n = {n}, k = {k}, bf16; "
-          f"arithmetic takes {work:.2f} s")  # fmt: skip
+    print(
+        f"bytes between chips, {sequences} x {length} tokens per chip, n = {n}, k = {k}, bf16; "
+        f"arithmetic takes {work:.2f} s"
+    )
     for name, size in ways.items():
         seconds = size / chip.interconnect
         print(f"  {name:20} {size / 2**30:8.1f} GiB  {seconds:6.2f} s, {seconds / work:6.1%} of the arithmetic")
@@ -121,8 +129,10 @@ def goodput_formula(hosts: int, interval: float, stall: float, o: Options) -> fl
 def failures(run: RunConfig, o: Options) -> None:
     """Goodput by the interval between checkpoints."""
     size = 12 * flops.parameters(run.model)
-    print(f"goodput with a failure per host every {o.days_between_failures:g} days and {o.restart_seconds:g} s to "
-          "restart: simulated over 60 days, 50 times (formula)")  # fmt: skip
+    print(
+        f"goodput with a failure per host every {o.days_between_failures:g} days and {o.restart_seconds:g} s to "
+        "restart: simulated over 60 days, 50 times (formula)"
+    )
     intervals = (60, 300, 900, 3600, 4 * 3600)
     print("   chips  best interval  " + "  ".join(f"{i / 60:>8g} min" for i in intervals))
     for chips in CHIPS:

@@ -7,7 +7,8 @@ Prints tokens/s, model GFLOP/s (analytic: full attention, unsplit adapter, no re
 fastest 1024^3 f32 matrix product before and after in the same process, and to what such products reach for a second on
 end; the cost of one more free recurrence (n) and of one more with gradient (k), from which step times at other depths
 follow, beside a recurrence measured by itself; how far a step half-way lies from the line (1: on it); and what a warm
-persistent cache leaves of the time to compile. One program serves every depth.
+persistent cache leaves of the time to compile. One program serves every n. Each k is compiled on its own, because a
+program for a traced k computes all of its slots.
 Hardware: any; 2 CPU cores take about two minutes. Expected there: a ratio of 0.55 or more, see docs/training.md.
 """
 
@@ -33,7 +34,6 @@ from rdlm.losses import loss
 from rdlm.model import context, core_step, embed, init_params, inject
 from rdlm.perf import flops
 from rdlm.perf.flops import matmul_seconds, measured_matmul_peak
-from rdlm.remat import Plan
 from rdlm.runtime import parse_arguments, run_command
 from rdlm.runtime.allocator import reuse_freed_memory
 
@@ -125,28 +125,34 @@ def measure(options: Options) -> dict[str, float]:
     """All figures of one run."""
     prelude, core, coda = options.layers
     config = ModelConfig(
-        vocab_size=options.vocab_size, embed_dim=options.embed_dim, num_heads=options.num_heads,
-        mlp_dim=options.mlp_dim, prelude_layers=prelude, core_layers=core, coda_layers=coda,
-        max_length=options.sequence_length, mean_recurrence=max(options.n + options.k, 1),
+        vocab_size=options.vocab_size,
+        embed_dim=options.embed_dim,
+        num_heads=options.num_heads,
+        mlp_dim=options.mlp_dim,
+        prelude_layers=prelude,
+        core_layers=core,
+        coda_layers=coda,
+        max_length=options.sequence_length,
+        mean_recurrence=max(options.n + options.k, 1),
         backprop_depth=max(options.k, 1),
-    )  # fmt: skip
+    )
     params = init_params(config, jax.random.key(0))
     rows = jax.random.randint(
         jax.random.key(1), (options.batch_size, options.sequence_length + 1), 0, options.vocab_size
-    )  # fmt: skip
+    )
     mesh = Mesh(np.array(jax.devices()), ("data",), axis_types=(AxisType.Auto,))
     params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
     rows = jax.device_put(rows, NamedSharding(mesh, PartitionSpec("data")))
-    plan = Plan(options.remat)
     # Rows are an argument: captured, they would lose their split, and every device would work on all of them.
     step: Any = jax.jit(  # its cache size is not part of its type
-        jax.value_and_grad(lambda p, rows, n, k: loss(p, config, rows, steps=(n, k), max_k=options.k, plan=plan))
+        jax.value_and_grad(lambda p, rows, n, k: loss(p, config, rows, steps=(n, k), remat=options.remat)),
+        static_argnums=3,
     )
 
     def seconds(n: int, k: int) -> float:
-        return fastest(lambda: step(params, rows, jnp.int32(n), jnp.int32(k)), options.repeats)
+        return fastest(lambda: step(params, rows, jnp.int32(n), k), options.repeats)
 
-    cold, warm = compile_seconds(lambda: step.lower(params, rows, jnp.int32(options.n), jnp.int32(options.k)))
+    cold, warm = compile_seconds(lambda: step.lower(params, rows, jnp.int32(options.n), options.k))
     before, sustained = measured_matmul_peak(), sustained_matmul()
     full = seconds(options.n, options.k)
     sustained = max(sustained, sustained_matmul())

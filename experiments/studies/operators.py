@@ -128,9 +128,8 @@ def per_sequence(
     """Every row draws its own depth. Shallower rows start later, so a step takes as long as its deepest row."""
     keys = jax.random.split(depth_key, len(batch["tokens"]))
     n, k = jax.vmap(lambda key: sample_steps(key, model.mean_recurrence, model.backprop_depth))(keys)
-    found = losses.token_losses(
-        params, model, losses.as_batch(batch), steps=(n.max(), k.max()), rows=(n, k), key=state_key
-    )
+    depths = losses.Depths(n.max(), k.max(), model.backprop_depth, (n, k))
+    found = losses.token_losses(params, model, losses.as_batch(batch), depths, key=state_key)
     return found.sum() / (batch["labels"] != IGNORED).sum()
 
 

@@ -69,11 +69,11 @@ def _sums(
 
     def mine(params: Params, batch: dict[str, Array], token_bytes: Array) -> tuple[Array, ...]:
         # Weights are gathered once for all depths. Rows run one by one, so only the logits of one row are in memory.
-        whole = {name: layout.fetch(name, stored) for name, stored in params.items()}
+        full = layout.full(params)
 
         def one(row: dict[str, Array]) -> tuple[Array, ...]:
             labelled = as_batch({name: x[None] for name, x in row.items()})
-            losses, right = scores_by_depth(whole, config, labelled, depths, jax.random.key(0), layout.flash)
+            losses, right = scores_by_depth(full, config, labelled, depths, jax.random.key(0), layout.flash)
             return losses.sum((1, 2)), right.sum((1, 2)), *_scored(labelled.labels, token_bytes)
 
         return jax.lax.psum(jax.tree.map(lambda x: x.sum(0), jax.lax.map(one, batch)), SPLIT)

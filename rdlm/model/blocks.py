@@ -6,6 +6,7 @@ are what `rdlm.sharding` maps onto mesh axes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -20,6 +21,8 @@ from rdlm.model.cache import KeyValue
 from rdlm.model.kernels import attend, attend_cached, attend_flash
 from rdlm.remat import keep
 
+Block = Callable[[dict[str, Any], Array], tuple[Array, KeyValue]]
+
 
 class Context(NamedTuple):
     """What every layer of one pass needs beside activations; the same in all layers and recurrences.
@@ -28,6 +31,8 @@ class Context(NamedTuple):
     bias: f32 [B or 1, L, L], who sees whom among them; None where `segments` say it.
     cached_bias: f32 [B, L or 1, T], which cached tokens they see; None without a cache.
     segments: int32 [B or 1, L], for the fused kernel.
+    around: around(name, run) wraps run(weights, x), the block `name`: a training step recomputes it in the backward
+    pass, or gathers its weights where it runs. Not an array: such a context stays inside one traced function.
     """
 
     cos: Array
@@ -35,6 +40,7 @@ class Context(NamedTuple):
     bias: Array | None
     cached_bias: Array | None = None
     segments: Array | None = None
+    around: Callable[[str, Block], Block] | None = None
 
 
 def takase_std(config: ModelConfig) -> tuple[float, float]:

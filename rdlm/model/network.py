@@ -21,7 +21,6 @@ from rdlm.model.attention import HIDDEN, causal_bias
 from rdlm.model.blocks import Context, RMSNorm, SandwichBlock, linear, rotary_tables, takase_std, weight
 from rdlm.model.cache import KeyValue
 from rdlm.model.kernels import fits_flash
-from rdlm.remat import PLAIN, Plan
 
 Params = Any
 Layers = tuple[KeyValue, ...]
@@ -54,7 +53,7 @@ class RecurrentDepth(nn.Module):
 
 
 def init_params(config: ModelConfig, key: Key[Array, ""]) -> Params:
-    """Fresh parameters (spec section 4, "takase", the training implementation's variant), dtype param_dtype."""
+    """Fresh parameters ("takase" in docs/model.md, Initialisation), dtype param_dtype."""
     return nn.unbox(_init(config, key))
 
 
@@ -122,29 +121,26 @@ def embed(
     tokens: Int[Array | np.ndarray, "B L"] | Float[Array, "B L {config.embed_dim}"],
     ctx: Context,
     cached_kv: Layers | None = None,
-    plan: Plan = PLAIN,
 ) -> tuple[Float[Array, "B L {config.embed_dim}"], Layers]:
     """Prelude: tokens -> (e, new keys and values per layer).
 
     Input vectors may take the place of tokens; `vectors` makes those of tokens.
     """
-    x = vectors(params, config, tokens, plan) if jnp.issubdtype(tokens.dtype, jnp.integer) else jnp.asarray(tokens)
-    return _blocks(params, config, "prelude", config.prelude_layers, x, ctx, cached_kv, plan=plan)
+    x = vectors(params, config, tokens) if jnp.issubdtype(tokens.dtype, jnp.integer) else jnp.asarray(tokens)
+    return _blocks(params, config, "prelude", x, ctx, cached_kv)
 
 
 def vectors(
-    params: Params, config: ModelConfig, tokens: Int[Array | np.ndarray, "B L"], plan: Plan = PLAIN
+    params: Params, config: ModelConfig, tokens: Int[Array | np.ndarray, "B L"]
 ) -> Float[Array, "B L {config.embed_dim}"]:
     """What the prelude reads of tokens: their embeddings times sqrt(D)."""
     dtype = compute_dtype(params, config)
-    return plan.fetch("wte", params["wte"])[tokens].astype(dtype) * jnp.asarray(config.embed_dim**0.5, dtype)
+    return params["wte"][tokens].astype(dtype) * jnp.asarray(config.embed_dim**0.5, dtype)
 
 
-def inject(
-    params: Params, config: ModelConfig, e: Float[Array, "*tokens D"], plan: Plan = PLAIN
-) -> Float[Array, "*tokens D"]:
+def inject(params: Params, config: ModelConfig, e: Float[Array, "*tokens D"]) -> Float[Array, "*tokens D"]:
     """The loop-invariant half of the adapter, A_e e; computed once for all recurrences."""
-    return linear(e, plan.fetch("adapter", params["adapter"])[1].astype(e.dtype))
+    return linear(e, params["adapter"][1].astype(e.dtype))
 
 
 def core_step(
@@ -156,14 +152,13 @@ def core_step(
     cached_kv: Layers | None = None,
     frozen_kv: Layers | None = None,
     active: Bool[Array, "B L"] | None = None,
-    plan: Plan = PLAIN,
 ) -> tuple[Float[Array, "B L D"], Layers]:
     """One recurrence, A[s; e] and the core blocks: s -> (new s, new keys and values per core layer).
 
     `injected` is `inject(params, config, e)`; `cached_kv`, `frozen_kv`, `active`: as in `blocks.SelfAttention`.
     """
-    x = linear(s, plan.fetch("adapter", params["adapter"])[0].astype(s.dtype)) + injected
-    return _blocks(params, config, "core", config.core_layers, x, ctx, cached_kv, frozen_kv, active, plan)
+    x = linear(s, params["adapter"][0].astype(s.dtype)) + injected
+    return _blocks(params, config, "core", x, ctx, cached_kv, frozen_kv, active)
 
 
 def coda(
@@ -174,23 +169,20 @@ def coda(
     cached_kv: Layers | None = None,
     frozen_kv: Layers | None = None,
     active: Bool[Array, "B L"] | None = None,
-    plan: Plan = PLAIN,
 ) -> tuple[tuple[Float[Array, "B L D"], Float[Array, "B L D"]], Layers]:
     """Coda: s -> ((y, z), new keys and values); z = ln_f(s) are the reference's latent states, y goes to the head.
 
     ln_f serves twice.
     """
     z = _norm(params["ln_f"], config, s)
-    y, new_kv = _blocks(params, config, "coda", config.coda_layers, z, ctx, cached_kv, frozen_kv, active, plan)
+    y, new_kv = _blocks(params, config, "coda", z, ctx, cached_kv, frozen_kv, active)
     return (_norm(params["ln_f"], config, y), z), new_kv
 
 
-def head(
-    params: Params, config: ModelConfig, y: Float[Array, "*tokens D"], plan: Plan = PLAIN
-) -> Float32[Array, "*tokens {config.rows}"]:
+def head(params: Params, config: ModelConfig, y: Float[Array, "*tokens D"]) -> Float32[Array, "*tokens {config.rows}"]:
     """y -> logits."""
     name = "wte" if config.tie_embeddings else "head"
-    weights = plan.fetch(name, params[name]).astype(compute_dtype(params, config))
+    weights = params[name].astype(compute_dtype(params, config))
     out = jnp.einsum("nd,vd->nv", y.reshape(-1, config.embed_dim), weights, preferred_element_type=jnp.float32)
     return out.reshape(*y.shape[:-1], -1)
 
@@ -204,7 +196,7 @@ def readout(
 
 
 def renorm(params: Params, config: ModelConfig, s: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-    """Norm that follows test-time noise: the last core block's norm_4 (spec section 2)."""
+    """Norm that follows test-time noise: the last core block's norm_4 (docs/model.md, Test-time noise)."""
     return _norm(params[f"core_{config.core_layers - 1}"]["norm_4"], config, s)
 
 
@@ -214,20 +206,26 @@ def _norm(params: Params, config: ModelConfig, x: Array) -> Array:
 
 
 def _blocks(
-    params: Params, config: ModelConfig, part: str, count: int, x: Array, ctx: Context, cached_kv=None, frozen_kv=None,
-    active=None, plan: Plan = PLAIN,
-) -> tuple[Array, Layers]:  # fmt: skip
-    """The blocks part_0, part_1, ... in turn: x [B, L, D] -> (x, new keys and values per block)."""
+    params: Params,
+    config: ModelConfig,
+    part: str,
+    x: Float[Array, "B L D"],
+    ctx: Context,
+    cached_kv: Layers | None = None,
+    frozen_kv: Layers | None = None,
+    active: Bool[Array, "B L"] | None = None,
+) -> tuple[Float[Array, "B L D"], Layers]:
+    """The blocks part_0, part_1, ... in order: x -> (x, new keys and values per block)."""
     new_kv = []
-    for j in range(count):
-        name = f"{part}_{j}"
+    for j in range(getattr(config, f"{part}_layers")):
 
-        def block(stored: Params, x: Array, name: str = name, j: int = j) -> tuple[Array, KeyValue]:
-            whole = {"params": plan.fetch(name, stored)}
+        def run(weights: Params, x: Array, j: int = j) -> tuple[Array, KeyValue]:
             layer_kv = cached_kv and cached_kv[j], frozen_kv and frozen_kv[j]
-            out: Any = SandwichBlock(config).apply(whole, x, ctx, *layer_kv, active)
+            out: Any = SandwichBlock(config).apply({"params": weights}, x, ctx, *layer_kv, active)
             return out
 
-        x, kv = plan.layer(block)(params[name], x)
+        name = f"{part}_{j}"
+        block = ctx.around(name, run) if ctx.around else run
+        x, kv = block(params[name], x)
         new_kv.append(kv)
     return x, tuple(new_kv)

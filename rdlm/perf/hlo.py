@@ -31,9 +31,12 @@ def tpu_devices(topology: str) -> list[Any]:
       InputError: libtpu is not installed, or knows no such topology.
     """
     for name, value in {
-        "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_LOG_DIR": "disabled", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    }.items():  # fmt: skip
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_LOG_DIR": "disabled",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }.items():
         os.environ.setdefault(name, value)
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
@@ -49,8 +52,13 @@ def specs(tree: Any, sharding: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
+_SCOPES = {
+    "recurrence_free": "recurrence_free",
+    "transpose(jvp(recurrence_gradient))": "recurrence_backward",
+    "recurrence_gradient": "recurrence_forward",
+}
 LOOPS = ("recurrence_free", "recurrence_forward", "recurrence_backward")
-"""Names that `rdlm.recurrence.unroll_for_training` gives its loops; a compiled program still carries them."""
+"""The loops of `rdlm.recurrence.unroll`, found in a compiled program by the scopes it names."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +114,7 @@ class Program:
         """Everything the devices tell each other.
 
         A collective that the compiler spreads over several fused operations, to hide it behind them, counts once, where
-        it starts: one that starts before a loop, makes way during its turns and ends after it is not one of the loop.
+        it starts: one that starts before a loop and ends after it does not belong to the loop.
 
         Raises:
           ValueError: the text holds a collective that was not understood; nothing is silently left out.
@@ -135,13 +143,13 @@ class Program:
         return found
 
     def traffic(self) -> dict[str, int]:
-        """Estimated bytes read and written in HBM by one turn of each loop of `LOOPS`, and by all the rest ("once").
+        """Estimated bytes read and written in HBM by one pass of each loop of `LOOPS`, and by all the rest ("once").
 
         Arguments and results of every operation that is not fused into another, arrays kept in the chip's fast memory
         left out. Loops other than the recurrences count as often as the compiler knows they run.
         """
         computations = _computations(self.text)
-        loops, turns = _loops_around(computations), _known_turns(self.text)
+        loops, trips = _loops_around(computations), _known_trips(self.text)
         fused = set(re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", self.text))
         total: dict[str, int] = dict.fromkeys((*LOOPS, "once"), 0)
         for name, lines in computations.items():
@@ -159,7 +167,7 @@ class Program:
                 arguments = re.findall(r"%([\w.\-]+)", line[match.end() :].split("), ")[0])
                 moved += shapes[match["name"]] + sum(shapes.get(a, 0) for a in arguments)
             inside = [loop for loop in loops.get(name, ()) if loop in LOOPS]
-            total[inside[0] if inside else "once"] += moved * turns.get(name, 1)
+            total[inside[0] if inside else "once"] += moved * trips.get(name, 1)
         return total
 
 
@@ -232,9 +240,12 @@ def compile_program(lowered: Any) -> Program:
         text = "\n".join(path.read_text() for path in sorted(pathlib.Path(folder).glob("*.after_optimizations.txt")))
     memory = compiled.memory_analysis()
     return Program(
-        text, memory.argument_size_in_bytes, memory.temp_size_in_bytes, memory.output_size_in_bytes,
+        text,
+        memory.argument_size_in_bytes,
+        memory.temp_size_in_bytes,
+        memory.output_size_in_bytes,
         memory.alias_size_in_bytes,
-    )  # fmt: skip
+    )
 
 
 _HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
@@ -274,7 +285,7 @@ def _loops_around(computations: dict[str, list[str]]) -> dict[str, set[str]]:
             body = re.search(r" while\(.*body=%?([\w.\-]+)", line)
             if body is None:
                 continue
-            label = next((loop for loop in LOOPS if loop in line), "other")
+            label = _loop(line)
             todo = [body[1]]
             while todo:
                 name = todo.pop()
@@ -282,6 +293,11 @@ def _loops_around(computations: dict[str, list[str]]) -> dict[str, set[str]]:
                     around[name].add(label)
                     todo += calls.get(name, ())
     return around
+
+
+def _loop(line: str) -> str:
+    """The loop of `LOOPS` that a line with a `while` is, or "other"."""
+    return next((loop for scope, loop in _SCOPES.items() if scope in line), "other")
 
 
 def _fused_by(computations: dict[str, list[str]]) -> dict[str, str]:
@@ -294,10 +310,11 @@ def _fused_by(computations: dict[str, list[str]]) -> dict[str, str]:
     return found
 
 
-def _known_turns(text: str) -> dict[str, int]:
-    """How often the bodies of loops run whose number of turns the compiler knows."""
-    found = re.findall(r"body=%?([\w.\-]+).*?known_trip_count\D+(\d+)", text)
-    return {body: int(count) for body, count in found}
+def _known_trips(text: str) -> dict[str, int]:
+    """Trip counts known to the compiler, by loop body; without the recurrences, which callers count themselves."""
+    lines = [line for line in text.splitlines() if "known_trip_count" in line and _loop(line) == "other"]
+    found = [re.search(r"body=%?([\w.\-]+).*?known_trip_count\D+(\d+)", line) for line in lines]
+    return {match[1]: int(match[2]) for match in found if match}
 
 
 def _group(line: str) -> int:
@@ -325,9 +342,20 @@ _COLLECTIVE = re.compile(rf" = (?P<shapes>.*?) (?P<kind>{_KINDS})(?P<start>-star
 _RAW_COLLECTIVE = re.compile(rf"[ =](?:{_KINDS})(?:-start)?\(%")
 _RESULT = re.compile(r"^\s*(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<shape>.*?) (?P<operation>[a-z][\w\-]*)\(")
 _FREE = {
-    "parameter", "tuple", "get-tuple-element", "bitcast", "constant", "while", "conditional", "call", "iota",
-    "optimization-barrier", "after-all", "partition-id", "replica-id",
-}  # fmt: skip
+    "parameter",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "constant",
+    "while",
+    "conditional",
+    "call",
+    "iota",
+    "optimization-barrier",
+    "after-all",
+    "partition-id",
+    "replica-id",
+}
 """Operations that move nothing themselves."""
 
 

@@ -69,7 +69,7 @@ class Roofline:
         return self.model_flops / self.peak_flops / (max(self.compute, self.memory) + self.interconnect)
 
 
-def turns(n: float, k: float) -> dict[str, float]:
+def trips(n: float, k: float) -> dict[str, float]:
     """How often each loop of a step runs."""
     return dict(zip(hlo.LOOPS, (n, k, k), strict=True))
 
@@ -79,7 +79,7 @@ def wire_bytes(program: hlo.Program, n: float, k: float, microbatches: int = 1) 
 
     With microbatches, all of it lies in a loop over them, except what is summed at the end.
     """
-    times = turns(n, k)
+    times = trips(n, k)
     total: dict[str, float] = dict.fromkeys((*hlo.LOOPS, "once"), 0.0)
     for collective in program.collectives():
         inside = [loop for loop in collective.loops if loop in times]
@@ -111,7 +111,7 @@ def roofline(run: RunConfig, program: hlo.Program, device_kind: str, chips: int,
     tokens = run.data.batch_size * run.data.sequence_length / chips
     model = tokens * flops.training_flops(run.model, n, k, run.data.sequence_length)
     done = tokens * hardware_flops(run, n, k)
-    times = turns(n, k) | {"once": 1.0}
+    times = trips(n, k) | {"once": 1.0}
     many = run.data.microbatches
     moved = sum(size * times[loop] * (many if loop != "once" else 1) for loop, size in program.traffic().items())
     received = sum(wire_bytes(program, n, k, many).values())

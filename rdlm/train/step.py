@@ -14,11 +14,10 @@ from jax.sharding import Mesh, PartitionSpec
 
 from rdlm import sharding
 from rdlm.config import ModelConfig, RunConfig
-from rdlm.losses import IGNORED, Batch, as_batch, token_losses
+from rdlm.losses import IGNORED, Batch, Depths, as_batch, token_losses
 from rdlm.model import Params, init_params, logical_axes
 from rdlm.optim import module_norms, schedule
 from rdlm.recurrence import max_gradient_steps, sample_steps
-from rdlm.remat import Plan
 from rdlm.sharding import SPLIT, Layout
 from rdlm.train.faults import first_bad, unless
 
@@ -126,19 +125,13 @@ def _gradients(run: RunConfig, params: Params, batch: Any, step: Array, draws: _
     config, count = run.model, run.data.microbatches
     batch = as_batch(batch)
     scored = (batch.labels != IGNORED).sum()
-    plan = Plan(run.recurrence.remat, run.mesh.gather, sum_dtype=run.mesh.gradient_dtype)
-    if layout:
-        scored = jax.lax.psum(scored, SPLIT)
-        plan = dataclasses.replace(plan, fetch=layout.fetch, give_back=layout.given_back)
-    scored = jnp.maximum(scored, 1)
+    scored = jnp.maximum(jax.lax.psum(scored, SPLIT) if layout else scored, 1)
     _, state_key = step_keys(run.seed, step)
-    flash = layout is not None and layout.flash
+    max_k = max_gradient_steps(config.backprop_depth, run.recurrence.scheme)
 
     def part(params: Params, batch: Batch, n: Array, k: Array, rows: Any) -> tuple[Array, Array]:
-        losses = token_losses(
-            params, config, batch, steps=(n, k), key=state_key, rows=rows, plan=plan, flash=flash,
-            max_k=max_gradient_steps(config.backprop_depth, run.recurrence.scheme),
-        )  # fmt: skip
+        depths = Depths(n, k, max_k, rows)
+        losses = token_losses(params, config, batch, depths, key=state_key, remat=run.recurrence.remat, layout=layout)
         weight = depth_weight(run, *(rows or (n, k)))
         return (losses.sum(-1) * weight).sum() / scored, losses.sum() / scored
 
@@ -218,7 +211,7 @@ def layout_of(run: RunConfig, mesh: Mesh) -> Layout | None:
         return None
     sharding.check_heads(mesh, run.model)
     dtype = jnp.dtype(run.model.compute_dtype or run.model.param_dtype)
-    return Layout(mesh, _specs(run.model, mesh), dtype, run.mesh.gradient_dtype)
+    return Layout(mesh, _specs(run.model, mesh), dtype, run.mesh.gradient_dtype, run.mesh.gather)
 
 
 @functools.cache  # a run asks twice, and each time the model would be traced
@@ -244,7 +237,11 @@ def state_shardings(run: RunConfig, tx: optax.GradientTransformation, mesh: Mesh
         return isinstance(x, optax.MaskedNode)  # in a part of the state that only some of the parameters have
 
     opt = optax.tree.map_params(
-        tx, lambda x, s: x if gap(x) else s, shapes.optimizer, params,
-        transform_non_params=lambda _: everywhere, is_leaf=gap,
-    )  # fmt: skip
+        tx,
+        lambda x, s: x if gap(x) else s,
+        shapes.optimizer,
+        params,
+        transform_non_params=lambda _: everywhere,
+        is_leaf=gap,
+    )
     return shapes, TrainState(everywhere, params, opt)
