@@ -101,7 +101,11 @@ axes.legend()
 figure.savefig("exit_rules.png", bbox_inches="tight")
 
 # %% [markdown]
-# A rule is better where its curve lies further to the upper left. Two things to keep in mind:
+# ![agreement against mean recurrences](exit_rules.png)
+#
+# A rule is better where its curve lies further to the upper left. Ours is too cheap: the core ends in a norm, so all
+# states have nearly the same length, and a token's length settles long before its direction does. Two things to keep
+# in mind:
 #
 # * `kl` reads logits, so each of its checks costs coda and head. Rules on the state cost almost nothing. Fewer
 #   recurrences are not always fewer FLOPs.

@@ -73,6 +73,8 @@ figure.tight_layout()
 figure.savefig("latent_states.png")
 
 # %% [markdown]
+# ![distances to the limit, and the path of the last token](latent_states.png)
+#
 # ## What would it have said?
 #
 # Any state can be read, so we can ask what the model would have said after i recurrences.

@@ -209,7 +209,7 @@ def test_pages_and_sections_that_the_code_cites_exist():
     """As in (docs/model.md, Sampling the depth): the words behind a page begin with one of its headings."""
     for path in [path for folder in ("rdlm", "experiments", "tests") for path in (ROOT / folder).rglob("*.py")]:
         text = " ".join(path.read_text().replace("\n#", "\n").split())
-        for page, section in re.findall(r"docs/([\w/-]+\.md)(?:, ([A-Z][\w ]*\w))?", text):
+        for page, section in re.findall(r"docs/([\w/-]+\.md)(?:, ([A-Z][\w -]*\w))?", text):
             known = headings(ROOT / "docs" / page)
             assert not section or any(section.startswith(heading) for heading in known), (path, page, section)
 
