@@ -12,13 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from rdlm import exits, losses
+from rdlm import exits
 from rdlm.config import InputError, ModelConfig
 from rdlm.exits import ExitRule, Observation
-from rdlm.losses import as_batch
 from rdlm.model import Params, bind, forward
-from rdlm.model.blocks import Context
-from rdlm.recurrence import Step, check_depths, checkpoints
+from rdlm.recurrence import check_depths, checkpoints
 from rdlm.tasks.instance import IGNORED
 
 
@@ -43,20 +41,6 @@ class ByDifficulty:
         """Recurrences per answer over those difficulties."""
         rows = slice(first, None if last is None else last + 1)
         return float(self.steps[rows].sum() / self.count[rows].sum())
-
-
-def setup(params: Params, config: ModelConfig, tokens: Array, key: Array) -> tuple[Step, Array, Context]:
-    """The recurrence over `tokens`: (step(s, i) -> s, the initial state s0 [B, L, D], the context).
-
-    tokens: int [B, L]. key: one, for the same noise in every row, or one per row [B].
-    """
-    return losses.setup(params, config, as_batch({"tokens": tokens, "labels": tokens}), None, key)
-
-
-def started(params: Params, config: ModelConfig, batch: dict[str, Array], key: Array) -> tuple[Step, Array, Context]:
-    """`setup` of a training batch with sequence_ids: every row has the noise that `rdlm.loss` gives it."""
-    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(batch["sequence_ids"][:, 0])
-    return setup(params, config, batch["tokens"], keys)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "depths"))
