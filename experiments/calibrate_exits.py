@@ -20,10 +20,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import numpy as np
 import tyro
+from rich.console import Console
+from rich.table import Table
 
-from rdlm.config import InputError, require
-from rdlm.runtime import parse_arguments, run_command
+from rdlm.config import IGNORED, InputError, require
+from rdlm.runtime import Progress, parse_arguments, run_command
 
 if TYPE_CHECKING:
     from rdlm.evaluation.calibration import Calibrated, Rows
@@ -66,7 +69,6 @@ def main() -> int:
     from rdlm.evaluation import calibration  # JAX takes seconds to import
     from rdlm.evaluation.held_out import held_out
     from rdlm.run import find
-    from rdlm.runtime.progress import Progress
 
     calibration.check_risk(args.epsilon, args.delta)
     for rule in args.rules:
@@ -126,8 +128,6 @@ def draw(data: HeldOut, max_rows: int, seed: int) -> tuple[Rows, Rows]:
     Raises:
       InputError: there is no row with a token to score.
     """
-    import numpy as np
-
     first = next(iter(data.batches(1)), None)
     if first is None:
         raise InputError(f"{data.what}: there is none; prepare the data with a validation fraction above 0")
@@ -149,9 +149,6 @@ def draw(data: HeldOut, max_rows: int, seed: int) -> tuple[Rows, Rows]:
 
 def stacked(rows: Iterable[dict], data: HeldOut) -> Rows:
     """Rows as arrays [N, L]. Every token of a text is scored; of a task, those with an answer."""
-    import numpy as np
-
-    from rdlm.losses import IGNORED
 
     rows = list(rows)
 
@@ -168,9 +165,6 @@ def stacked(rows: Iterable[dict], data: HeldOut) -> Rows:
 
 def show(found: list[Calibrated]) -> None:
     """Print the table."""
-    from rich.console import Console
-    from rich.table import Table
-
     one, goal = found[0], found[0].goal
     share, confidence = f"{1 - goal.epsilon:.4g}", f"{1 - goal.delta:g}"
     table = Table(

@@ -20,9 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
 
 from rdlm.config import ExitName, InputError, ModelConfig, require
-from rdlm.runtime import parse_arguments, run_command
+from rdlm.runtime import Progress, parse_arguments, run_command
 
 if TYPE_CHECKING:
     from rdlm.evaluation.depth import ExitScore
@@ -121,7 +124,6 @@ def sweep(
     from rdlm.evaluation.depth import ExitScore, depth_curve, exit_score
     from rdlm.perf.flops import cost
     from rdlm.report import FIXED, on_front
-    from rdlm.runtime.progress import Progress
 
     count = data.total if args.batches is None else min(args.batches, data.total)
     batches = list(data.batches(count))
@@ -164,10 +166,6 @@ def row(rule: str, threshold: float | None, found: ExitScore, price: Cost) -> Js
 
 def show(what: str, rows: list[Json], tokens: int) -> None:
     """Print the table."""
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
     text = rows[0]["bits_per_byte"] == rows[0]["bits_per_byte"]  # NaN for a task
     caption = f"{tokens:,} scored tokens; *: no other row is as good for fewer FLOPs"
     table = Table(title=what, caption=caption, box=SIMPLE_HEAD)

@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
+from rich.console import Console
+from rich.table import Table
 
-from rdlm.config import InputError, RunConfig, require
-from rdlm.runtime import parse_arguments, run_command
+from rdlm.config import IGNORED, InputError, RunConfig, require
+from rdlm.runtime import Progress, parse_arguments, run_command
 
 if TYPE_CHECKING:
     from rdlm.data import Chain
@@ -80,8 +82,6 @@ def main() -> int:
 
 def evaluate(run: Run, depths: tuple[int, ...], batches: int | None, data: Chain) -> DepthCurve:
     """The curve at the given depths, with a progress bar."""
-    from rdlm.runtime.progress import Progress
-
     progress = Progress(data.steps_per_epoch if batches is None else min(batches, data.steps_per_epoch))
 
     def show(done: int, total: int) -> None:
@@ -92,7 +92,6 @@ def evaluate(run: Run, depths: tuple[int, ...], batches: int | None, data: Chain
 
 def saved_curve(saved: dict[int, float], data: Chain, tokenizer: Tokenizer, batches: int | None) -> DepthCurve:
     """A saved curve, with bits per byte computed from the validation text."""
-    from rdlm.data import IGNORED
     from rdlm.evaluation.depth import DepthCurve
 
     tokens = size = 0
@@ -126,9 +125,6 @@ def write(run_dir: Path, name: str, curve: DepthCurve) -> None:
 
 def show(what: str, curve: DepthCurve, batches: int | None, run: RunConfig) -> None:
     """Print the table."""
-    from rich.console import Console
-    from rich.table import Table
-
     from rdlm.perf.flops import cost
 
     part = "" if batches is None else f" (first {batches} batches)"

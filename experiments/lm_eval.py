@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
+from rich.console import Console
+from rich.table import Table
 
 from rdlm.config import ExitName, InputError, check_threshold, require
-from rdlm.runtime import parse_arguments, run_command
+from rdlm.runtime import Progress, parse_arguments, run_command
 
 if TYPE_CHECKING:
     from rdlm.config import ModelConfig
@@ -162,14 +164,11 @@ class Bar:
     """A progress display with one line per kind of request."""
 
     def __init__(self) -> None:
-        from rdlm.runtime.progress import Progress
 
         self.what, self.progress = "", Progress(0)
 
     def __call__(self, what: str, done: int, of: int) -> None:
         """Show the number of finished requests."""
-        from rdlm.runtime.progress import Progress
-
         if what != self.what or self.progress.total != of:
             self.what, self.progress = what, Progress(of)
         self.progress.update(done, what, last=done == of)
@@ -230,9 +229,6 @@ def show(
     what: str, rows: list[DepthResult], called: list[str], found: list[Json], names: list[str], limit: int | None
 ) -> None:
     """Print our rows and the published ones."""
-    from rich.console import Console
-    from rich.table import Table
-
     from rdlm.evaluation.lm_eval import headline
 
     ours = [

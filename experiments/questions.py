@@ -24,15 +24,16 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
+import numpy as np
 import tyro
+from rich.console import Console
+from rich.table import Table
 
 from rdlm.config import ExitName, check_threshold, require
-from rdlm.runtime import parse_arguments, run_command
+from rdlm.runtime import Progress, parse_arguments, run_command
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-
-    import numpy as np
 
     from rdlm.config import ModelConfig
     from rdlm.evaluation import Answers, Choice, Cloze
@@ -155,8 +156,6 @@ def ask(args: Args, path: Path, questions: Questions) -> int:
 
 def bar(total: int, what: str) -> Callable[[int], None]:
     """A progress display, as a callback."""
-    from rdlm.runtime.progress import Progress
-
     progress = Progress(total)
     return lambda done: progress.update(done, what, last=done == total)
 
@@ -229,8 +228,6 @@ def grouped(
 
 def steps_of(groups: dict[str, list[np.ndarray]]) -> Json:
     """Mean, interval and histogram per category, and of everything."""
-    import numpy as np
-
     from rdlm.evaluation import bootstrap_mean
 
     table = {}
@@ -281,9 +278,6 @@ def new_token_steps(
 
 def show(what: str, rows: list[Json], known: dict[str, float]) -> None:
     """Print accuracies."""
-    from rich.console import Console
-    from rich.table import Table
-
     ways = [name for name, value in rows[0].items() if isinstance(value, dict)]
     heads = {"sum": "right by likelihood", "per_character": "right per character", "greedy": "right, greedily"}
     caption = ", ".join(f"{name} {share:.1%}" for name, share in known.items())
@@ -305,9 +299,6 @@ def show(what: str, rows: list[Json], known: dict[str, float]) -> None:
 
 def show_steps(ways: dict[str, Json]) -> None:
     """Print mean recurrences of new tokens."""
-    from rich.console import Console
-    from rich.table import Table
-
     table = Table(title="Recurrences of new tokens, mean (95 % interval over questions)")
     table.add_column("category")
     table.add_column("questions", justify="right")
@@ -330,8 +321,6 @@ def pictures(
     new: dict[str, dict[str, list[np.ndarray]]] | None,
 ) -> None:
     """Draw accuracies and, if counted, recurrences."""
-    import numpy as np
-
     from rdlm.report import picture_line, plot_accuracy, plot_steps
 
     labels = {"sum": "likelihood", "per_character": "likelihood per character", "greedy": "greedy"}

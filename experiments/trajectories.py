@@ -24,15 +24,17 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
+import numpy as np
 import tyro
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text as Cell
 
 from rdlm.config import InputError, ModelConfig, require
-from rdlm.runtime import parse_arguments, run_command
+from rdlm.runtime import Progress, parse_arguments, run_command
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    import numpy as np
 
     from rdlm.evaluation.held_out import HeldOut
     from rdlm.model import Params
@@ -102,8 +104,6 @@ def main() -> int:
 
 def prompted(prompt: str, data: HeldOut) -> Text:
     """The user's text, whose labels are its own next tokens."""
-    import numpy as np
-
     if data.tokenizer is None:
         raise InputError("--prompt: this run was trained on a task and reads no text; choose an instance with --row")
     ids = data.tokenizer.encode(prompt)
@@ -135,7 +135,6 @@ class Writer:
     def __init__(self, args: Args, step: int, text: Text) -> None:
         """Write nothing yet."""
         from rdlm.report import can_draw
-        from rdlm.runtime.progress import Progress
 
         self.folder = args.run_dir / "analysis" / "trajectories"
         self.title = f"{args.run_dir.resolve().name}, step {step}: {text.what}"
@@ -165,8 +164,6 @@ class Writer:
 
 def analyse(args: Args, params: Params, config: ModelConfig, text: Text, data: HeldOut, out: Writer) -> None:
     """All six analyses of one text."""
-    import numpy as np
-
     from rdlm.analysis import from_starts
 
     out.start(f"{args.recurrences} recurrences of {len(text.ids)} tokens from {args.starts} initial states")
@@ -190,8 +187,6 @@ def analyse(args: Args, params: Params, config: ModelConfig, text: Text, data: H
 
 def paths(text: Text, states: np.ndarray, out: Writer) -> str:
     """Kinds of paths and principal components; also the table of all tokens."""
-    import numpy as np
-
     from rdlm.analysis import KINDS, SETTLED, classify, distances, pca, settled_after
     from rdlm.report import plot_paths, write_table
 
@@ -253,8 +248,6 @@ def paths(text: Text, states: np.ndarray, out: Writer) -> str:
 
 def distance(text: Text, states: np.ndarray, out: Writer) -> str:
     """Distance to the limit, as lines and over the text."""
-    import numpy as np
-
     from rdlm.analysis import SETTLED, distances, settled_after
     from rdlm.report import plot_distance, plot_heatmap
 
@@ -279,8 +272,6 @@ def distance(text: Text, states: np.ndarray, out: Writer) -> str:
 
 def independence(states: np.ndarray, out: Writer) -> str:
     """Different initial states."""
-    import numpy as np
-
     from rdlm.analysis import SETTLED, spread
     from rdlm.report import plot_independence
 
@@ -301,8 +292,6 @@ def independence(states: np.ndarray, out: Writer) -> str:
 
 def contract(args: Args, params: Params, config: ModelConfig, text: Text, states: np.ndarray, out: Writer) -> str:
     """Singular values and eigenvalues of a recurrence along the path."""
-    import numpy as np
-
     from rdlm.analysis import contraction, distances, rate
     from rdlm.report import plot_contraction
 
@@ -335,8 +324,6 @@ def contract(args: Args, params: Params, config: ModelConfig, text: Text, states
 
 def show_lens(args: Args, params: Params, config: ModelConfig, text: Text, data: HeldOut, out: Writer) -> None:
     """The logit lens, as files and, for the first tokens, as a table."""
-    import numpy as np
-
     from rdlm.analysis import lens
     from rdlm.report import plot_lens
 
@@ -380,10 +367,6 @@ def show_lens(args: Args, params: Params, config: ModelConfig, text: Text, data:
 
 def show(rows: list[Json], depths: tuple[int, ...], label: str) -> None:
     """Print the lens of some tokens."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text as Cell
-
     from rdlm.report import shown
 
     table = Table(
