@@ -13,7 +13,11 @@ from jaxtyping import Bool, Float, Float32, Int, Int32
 
 from rdlm.config import IGNORED, InputError, ModelConfig, Remat
 from rdlm.model import (
+    Bound,
     Params,
+    Start,
+    Text,
+    bind_text,
     check_ids,
     coda,
     compute_dtype,
@@ -23,12 +27,11 @@ from rdlm.model import (
     head,
     inject,
     positions_of,
-    readout,
     split_steps,
     typed_key,
 )
-from rdlm.model.blocks import Block, Context
-from rdlm.recurrence import Step, checkpoints, initial_state, unroll
+from rdlm.model.blocks import Block
+from rdlm.recurrence import checkpoints, initial_state, unroll
 from rdlm.sharding import Layout
 
 
@@ -261,25 +264,18 @@ def scores_by_depth(
 
     One unroll, no gradient. flash: as in `token_losses`.
     """
-    step, s, ctx = setup(params, config, batch, None, key, flash)
+    bound = bind_batch(params, config, batch, key, flash)
 
     def read(s: Array) -> tuple[Array, Array]:
-        logits, _ = readout(params, config, s, ctx)
+        logits, _ = bound.read(s)
         return cross_entropy(logits, batch.labels), is_likeliest(logits, batch.labels)
 
-    return checkpoints(step, s, depths, read)
+    return checkpoints(bound.step, bound.s0, depths, read)
 
 
-def setup(
-    params: Params,
-    config: ModelConfig,
-    batch: Batch,
-    state: Float[ArrayLike, "B L D"] | None,
-    key: Array | None,
-    flash: bool = False,
-) -> tuple[Step, Float[Array, "B L D"], Context]:
-    """(step(s, i) -> s, the initial state, the context) of a batch; arguments as in `token_losses`."""
-    ctx = context(config, batch.positions, batch.segment_ids, flash=flash)
-    s = batch_state(params, config, batch, state, key)
-    injected = inject(params, config, embed(params, config, batch.tokens, ctx)[0])
-    return (lambda s, i: core_step(params, config, s, injected, ctx)[0]), s, ctx
+def bind_batch(params: Params, config: ModelConfig, batch: Batch, key: Array | None, flash: bool = False) -> Bound:
+    """The model bound to a batch: initial states as in `loss`, and no test-time noise. flash: as in `token_losses`."""
+    segments = batch.segment_ids
+    valid = jnp.ones(batch.tokens.shape, bool) if segments is None else segments != 0
+    text = Text(batch.tokens, batch.positions, valid, context(config, batch.positions, segments, flash=flash))
+    return bind_text(params, config, text, Start(batch_state(params, config, batch, None, key)))

@@ -27,7 +27,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ import numpy as np
 import rdlm
 from rdlm import exits
 from rdlm.config import CachePolicy, InputError, ModelConfig, Speculative, preset
-from rdlm.decode import Engine, generate
+from rdlm.decode import Engine, Usage, generate
 from rdlm.exits import ExitRule
 from rdlm.model import Params, forward, init_params
 from rdlm.perf import flops
@@ -44,10 +44,15 @@ from rdlm.runtime import parse_arguments, run_command
 
 R = 32
 RULES: dict[str, ExitRule | None] = {
-    "fixed r": None, "kl": exits.kl(), "kl, twice": exits.twice(exits.kl()), "gated kl": exits.gated_kl(),
+    "fixed r": None,
+    "kl": exits.kl(),
+    "kl, twice": exits.twice(exits.kl()),
+    "gated kl": exits.gated_kl(),
     "latent_diff": exits.latent_diff(),
-}  # fmt: skip
-Row = dict[str, Any]
+}
+Row = dict[str, object]
+Served = tuple[list[list[int]], Usage | None]
+"""Steps of every request, and counters of an engine."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +61,12 @@ class Options:
 
     runs: tuple[str, ...] = ("runs/quickstart", "runs/s3")
     sections: tuple[Literal["fixed", "exits", "lanes", "speculative", "cache"], ...] = (
-        "fixed", "exits", "lanes", "speculative", "cache",
-    )  # fmt: skip
+        "fixed",
+        "exits",
+        "lanes",
+        "speculative",
+        "cache",
+    )
     lanes: tuple[int, ...] = (4, 16, 64)
     new_tokens: int = 64
     """Tokens made per request (in `lanes`: half as many to one and a half times as many)."""
@@ -66,7 +75,10 @@ class Options:
     """Write all rows to this file too."""
 
 
-def fastest(variants: Mapping[str, Callable[[], Any]], turns: int) -> tuple[dict[str, float], dict[str, Any]]:
+T = TypeVar("T")
+
+
+def fastest(variants: Mapping[str, Callable[[], T]], turns: int) -> tuple[dict[str, float], dict[str, T]]:
     """Seconds of each variant's fastest turn, after one that compiles, and what that one returned."""
     results = {name: run() for name, run in variants.items()}
     best = dict.fromkeys(variants, float("inf"))
@@ -80,10 +92,21 @@ def fastest(variants: Mapping[str, Callable[[], Any]], turns: int) -> tuple[dict
 
 def fixed(turns: int) -> list[Row]:
     """Batch 1 at r = 16 against the bandwidth bound."""
-    config, r, new = ModelConfig(
-        vocab_size=4096, embed_dim=256, num_heads=8, mlp_dim=704, prelude_layers=2, core_layers=4, coda_layers=2,
-        max_length=256, mean_recurrence=16,
-    ), 16, 64  # fmt: skip
+    config, r, new = (
+        ModelConfig(
+            vocab_size=4096,
+            embed_dim=256,
+            num_heads=8,
+            mlp_dim=704,
+            prelude_layers=2,
+            core_layers=4,
+            coda_layers=2,
+            max_length=256,
+            mean_recurrence=16,
+        ),
+        16,
+        64,
+    )
     params = init_params(config, jax.random.key(0))
     prompt = np.arange(32) % config.vocab_size
     core = flops.core_bytes(config, 4)
@@ -107,10 +130,14 @@ def fixed(turns: int) -> list[Row]:
     bandwidth = 200 * 4 * side**2 / best["products"]
     seconds = (best["all"] - best["one"]) / new
     bound = (r * core + once) / bandwidth
-    return [{
-        "tokens_per_second": 1 / seconds, "bound_tokens_per_second": 1 / bound, "of_the_bound": bound / seconds,
-        "bandwidth_gb_per_second": bandwidth / 1e9,
-    }]  # fmt: skip
+    return [
+        {
+            "tokens_per_second": 1 / seconds,
+            "bound_tokens_per_second": 1 / bound,
+            "of_the_bound": bound / seconds,
+            "bandwidth_gb_per_second": bandwidth / 1e9,
+        }
+    ]
 
 
 def trained(folder: str) -> tuple[Params, ModelConfig]:
@@ -138,7 +165,7 @@ def exits_table(params: Params, config: ModelConfig, tokens: np.ndarray, new: in
     prompt = tokens[0, :16]
     greedy = functools.partial(
         generate, params, config, [prompt], max_new_tokens=new + 1, num_steps=R, prefill_exit="never"
-    )  # fmt: skip
+    )
     variants = {name: functools.partial(greedy, exit_rule=rule) for name, rule in RULES.items()}
     best, results = fastest(variants, turns)
     score = jax.jit(forward, static_argnames="config")
@@ -146,13 +173,16 @@ def exits_table(params: Params, config: ModelConfig, tokens: np.ndarray, new: in
     rows = []
     for name, rule in RULES.items():
         out = score(params, config, tokens, jnp.int32(R), exit_rule=rule)
-        rows.append({
-            "rule": name, "tokens_per_second": new / best[name],
-            "speed_up": best["fixed r"] / best[name],
-            "mean_steps": float(np.mean(results[name].steps[0][1:])),
-            "agreement": float(np.mean(np.argmax(out.logits, -1) == right)),
-            "mean_steps_teacher_forced": float(np.mean(out.steps)),
-        })  # fmt: skip
+        rows.append(
+            {
+                "rule": name,
+                "tokens_per_second": new / best[name],
+                "speed_up": best["fixed r"] / best[name],
+                "mean_steps": float(np.mean(results[name].steps[0][1:])),
+                "agreement": float(np.mean(np.argmax(out.logits, -1) == right)),
+                "mean_steps_teacher_forced": float(np.mean(out.steps)),
+            }
+        )
     return rows
 
 
@@ -187,44 +217,62 @@ def lanes_row(
     news = rng.integers(o.new_tokens // 2, room, count)
     keys = jax.random.split(jax.random.key(1), count)
 
-    def in_batches(rule: ExitRule | None) -> list[list[int]]:
+    def in_batches(rule: ExitRule | None) -> Served:
         steps: list[list[int]] = []
         for first in range(0, count, lanes):
             batch = slice(first, first + lanes)
             out = generate(
-                params, config, prompts[batch], max_new_tokens=int(news[batch].max()), num_steps=R, exit_rule=rule,
+                params,
+                config,
+                prompts[batch],
+                max_new_tokens=int(news[batch].max()),
+                num_steps=R,
+                exit_rule=rule,
                 key=keys[batch],
-            )  # fmt: skip
+            )
             steps += [s[:n].tolist() for s, n in zip(out.steps, news[batch], strict=True)]
-        return steps
+        return steps, None
 
-    def in_lanes() -> tuple[list[list[int]], Any]:
+    def in_lanes() -> Served:
         engine = Engine(
-            params, config, lanes=lanes, max_new_tokens=room, num_steps=R, exit_rule=rule, capacity=16 + room,
+            params,
+            config,
+            lanes=lanes,
+            max_new_tokens=room,
+            num_steps=R,
+            exit_rule=rule,
+            capacity=16 + room,
             max_queue=count,
-        )  # fmt: skip
+        )
         served = [engine.submit(p, max_new_tokens=int(n), key=k) for p, n, k in zip(prompts, news, keys, strict=True)]
         engine.run()
         return [s.steps for s in served], engine.usage
 
-    best, results = fastest(
-        {
-            "lock-step": functools.partial(in_batches, rule),
-            "lanes": in_lanes,
-            "fixed r": functools.partial(in_batches, None),
-        },
-        o.turns,
-    )
+    ways: dict[str, Callable[[], Served]] = {
+        "lock-step": functools.partial(in_batches, rule),
+        "lanes": in_lanes,
+        "fixed r": functools.partial(in_batches, None),
+    }
+    best, results = fastest(ways, o.turns)
     (steps, usage), total = results["lanes"], int(news.sum())
+    assert usage is not None  # the engine's
     mean = float(np.mean(np.concatenate(steps)))
     speed_up = best["fixed r"] / best["lanes"]
     return {
-        "lanes": lanes, "rule": name, "lock_step_tokens_per_s": total / best["lock-step"],
-        "lanes_tokens_per_s": total / best["lanes"], "over_lock_step": best["lock-step"] / best["lanes"],
-        "over_fixed_r": speed_up, "ideal": R / mean, "of_the_ideal": speed_up * mean / R, "mean_steps": mean,
-        "utilisation": usage.utilisation, "ticks": usage.ticks, "ticks_per_flush": usage.ticks / usage.flushes,
-        "same_steps": float(np.mean([a == b for a, b in zip(steps, results["lock-step"], strict=True)])),
-    }  # fmt: skip
+        "lanes": lanes,
+        "rule": name,
+        "lock_step_tokens_per_s": total / best["lock-step"],
+        "lanes_tokens_per_s": total / best["lanes"],
+        "over_lock_step": best["lock-step"] / best["lanes"],
+        "over_fixed_r": speed_up,
+        "ideal": R / mean,
+        "of_the_ideal": speed_up * mean / R,
+        "mean_steps": mean,
+        "utilisation": usage.utilisation,
+        "ticks": usage.ticks,
+        "ticks_per_flush": usage.ticks / usage.flushes,
+        "same_steps": float(np.mean([a == b for a, b in zip(steps, results["lock-step"][0], strict=True)])),
+    }
 
 
 def speculative_table(params: Params, config: ModelConfig, tokens: np.ndarray, new: int, turns: int) -> list[Row]:
@@ -243,17 +291,22 @@ def speculative_table(params: Params, config: ModelConfig, tokens: np.ndarray, n
         if spec is not None:
             rounds = passes / (spec.lookahead * spec.draft_steps + R - spec.draft_steps)
             accepted = ((new - 1) / rounds - 1) / spec.lookahead
-        rows.append({
-            "decoding": name, "tokens_per_second": new / best[name], "speed_up": best["plain"] / best[name],
-            "core_passes_per_token": passes / (new - 1), "drafts_kept_per_round": accepted,
-            "equal_to_plain": bool(np.array_equal(out.tokens[0], plain)),
-        })  # fmt: skip
+        rows.append(
+            {
+                "decoding": name,
+                "tokens_per_second": new / best[name],
+                "speed_up": best["plain"] / best[name],
+                "core_passes_per_token": passes / (new - 1),
+                "drafts_kept_per_round": accepted,
+                "equal_to_plain": bool(np.array_equal(out.tokens[0], plain)),
+            }
+        )
     return rows
 
 
 def cache_table() -> list[Row]:
     """Bytes per cache policy."""
-    rows = []
+    rows: list[Row] = []
     for name in ("huginn_3p5b", "quickstart"):
         config = preset(name).model
         for kept in (None, 8, 4, 1):
@@ -267,7 +320,7 @@ def show(title: str, rows: list[Row]) -> None:
     print(f"\n{title}")
     names = list(rows[0])
 
-    def cell(value: Any) -> str:
+    def cell(value: object) -> str:
         return f"{value:,.3f}" if isinstance(value, float) else str(value)
 
     widths = [max(len(n), *(len(cell(r[n])) for r in rows)) for n in names]

@@ -27,7 +27,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Float32
 
 from rdlm.config import ModelConfig
-from rdlm.losses import IGNORED, as_batch, head_losses, setup
+from rdlm.losses import IGNORED, as_batch, bind_batch, head_losses
 from rdlm.model import Params, coda
 
 COLLAPSED = 0.9
@@ -64,17 +64,18 @@ def course(params: Params, config: ModelConfig, batch: Any, key: Array) -> Cours
       key: of the initial states.
     """
     labelled = as_batch(batch)
-    step, s, ctx = setup(params, config, labelled, None, key)
+    bound = bind_batch(params, config, labelled, key)
+    s = bound.s0
     here = jnp.ones(labelled.tokens.shape, bool) if labelled.segment_ids is None else labelled.segment_ids != 0
 
     def body(carry: tuple[Array, Array], i: Array) -> Any:
         s, first = carry
-        new = step(s, i)
+        new = bound.step(s, i)
         seen = token_correlation(new, here), _rms(new, here), _rms(new - s, here) / _rms(s, here)
         return (new, jnp.where(i == 0, new, first)), seen
 
     def loss(s: Array) -> Array:
-        (y, _), _ = coda(params, config, s, ctx)
+        (y, _), _ = coda(params, config, s, bound.text.context)
         return head_losses(params, config, y, labelled.labels).sum()
 
     (last, first), (correlation, rms, residual) = lax.scan(body, (s, s), jnp.arange(config.mean_recurrence))

@@ -1,8 +1,8 @@
 """Decoding: prefill, decode_step and generate over an explicit cache; an engine for requests that come and go."""
 
-from rdlm.decode.engine import Engine
+from rdlm.decode.engine import Engine, Usage
 from rdlm.decode.generate import Generation, generate
 from rdlm.decode.passes import decode_step, prefill
 from rdlm.decode.sampling import probabilities
 
-__all__ = ["Engine", "Generation", "decode_step", "generate", "prefill", "probabilities"]
+__all__ = ["Engine", "Generation", "Usage", "decode_step", "generate", "prefill", "probabilities"]

@@ -7,7 +7,7 @@
 
     async for token, steps in engine.submit(prompt, max_new_tokens=100): ...
 
-A request gives the tokens and steps that `generate` gives, whatever else is being served.
+A request gets the tokens and steps that `generate` gives, regardless of other requests.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import DTypeLike
 from jaxtyping import Bool, Int, PyTree
 
 from rdlm import exits
@@ -27,6 +28,7 @@ from rdlm.exits import Observation
 from rdlm.model import Params, coda, context, core_step, embed, head, inject, noisy
 from rdlm.model.blocks import Context
 from rdlm.model.cache import Cache, allocate, cached_bias, skip_bias, write
+from rdlm.model.kernels import after
 from rdlm.model.network import Layers
 from rdlm.recurrence import initial_state
 
@@ -80,7 +82,7 @@ class _Exit(NamedTuple):
     done: Array  # bool [W], whether it ends the request
 
 
-def empty_lanes(config: ModelConfig, request: Request, sizes: Sizes, dtype: jnp.dtype) -> Lanes:
+def empty_lanes(config: ModelConfig, request: Request, sizes: Sizes, dtype: DTypeLike) -> Lanes:
     """Idle lanes, one per row of `request`."""
     B, D = len(request.keys), config.embed_dim
     s, zero, no = jnp.zeros((B, 1, D), dtype), jnp.zeros(B, jnp.int32), jnp.zeros(B, bool)
@@ -160,10 +162,7 @@ def _tick(params: Params, config: ModelConfig, p: Lanes) -> Lanes:
             s, p.ran, p.request.keys, cache.length
         )
     s, new_kv = core_step(params, config, s, p.injected, visible, cached_kv)
-    # A fake data dependency on the new state orders these writes after all reads. Without it the CPU compiler copies
-    # the whole cache at every tick; it removes optimization barriers before it decides that.
-    writes = p.iterating & jnp.isfinite(s[:, 0, 0])
-    at = jnp.where(writes, cache.length, cache.capacity)  # beyond the end: dropped
+    at = jnp.where(after(s, p.iterating), cache.length, cache.capacity)  # beyond the end: dropped
     core = jax.tree.map(lambda x, y: write(x, y[:, 0], lane, at, m), cache.core, new_kv)
     p = p._replace(
         cache=dataclasses.replace(cache, core=core),

@@ -1,34 +1,32 @@
-"""From logits to the next token, in the reference's order (spec section 6, "Sampling order")."""
+"""From logits to the next token, with its filters in the reference's order (`probabilities`)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Float32, Int, Int32, Key, Shaped
 
 from rdlm.config import InputError, Sampling
 
 
 class SamplingArrays(NamedTuple):
-    """`Sampling` with one value per row, so that no value ever recompiles.
+    """`Sampling` with one value per row, so that no value ever recompiles."""
 
-    temperature, top_p, min_p, repetition_penalty f32 [B]; top_k int32 [B]; stop_tokens int32 [B, S], -1 fills up.
-    """
-
-    temperature: Array
-    top_k: Array
-    top_p: Array
-    min_p: Array
-    repetition_penalty: Array
-    stop_tokens: Array
+    temperature: Array  # f32 [B]
+    top_k: Array  # int32 [B]
+    top_p: Array  # f32 [B]
+    min_p: Array  # f32 [B]
+    repetition_penalty: Array  # f32 [B]
+    stop_tokens: Array  # int32 [B, S], padded with -1
 
 
-def per_row(value: Any, rows: int, name: str, dtype: Any) -> Shaped[np.ndarray, "{rows}"]:
+def per_row(value: object, rows: int, name: str, dtype: DTypeLike) -> Shaped[np.ndarray, "{rows}"]:
     """A scalar or one value per prompt, as an array.
 
     Raises:
@@ -63,20 +61,20 @@ def as_arrays(sampling: Sampling, rows: int) -> SamplingArrays:
     for name, (good, fix) in allowed.items():
         if not np.all(good):
             raise InputError(f"Sampling.{name} = {getattr(sampling, name)!r}: {fix}")
-    stops: Sequence[Any] = sampling.stop_tokens
+    stops: Sequence[int] | Sequence[Sequence[int]] = sampling.stop_tokens
     if not isinstance(stops, (Sequence, np.ndarray)):
         raise InputError(f"Sampling.stop_tokens = {stops!r}: must be a tuple of ids, such as ({stops},)")
     nested = len(stops) > 0 and isinstance(stops[0], (tuple, list, np.ndarray))
     if nested and len(stops) != rows:
         raise InputError(f"Sampling.stop_tokens: expected one tuple or {rows}, got {len(stops)}")
-    each = [list(s) for s in stops] if nested else [list(stops)] * rows
+    each = [np.asarray(s).tolist() for s in (stops if nested else [stops] * rows)]
     width = max(4, *(len(s) for s in each))
     table = np.asarray([s + [-1] * (width - len(s)) for s in each], np.int32).reshape(rows, width)
     return SamplingArrays(**{k: jnp.asarray(v) for k, v in fields.items()}, stop_tokens=jnp.asarray(table))
 
 
 def known_only(logits: Float[Array, "*tokens V"], vocab_size: int) -> Float[Array, "*tokens V"]:
-    """Logits with the rows that only pad the vocabulary set to -inf: no tokenizer knows those ids."""
+    """Logits with the padding of the vocabulary set to -inf: no tokenizer has those ids."""
     return logits if logits.shape[-1] == vocab_size else logits.at[..., vocab_size:].set(-jnp.inf)
 
 
@@ -108,7 +106,7 @@ def probabilities(logits: Float[Array, "B V"], present: Bool[Array, "B V"], s: S
         ranked = jnp.where(crosses & (jnp.arange(V) > 0)[None], 0.0, ranked)
         return jnp.take_along_axis(ranked, jnp.argsort(order, axis=-1), axis=-1)
 
-    # Sorting the vocabulary is the one expensive part: only when some row asks for it.
+    # Sorting the vocabulary is the one expensive part: only when some row needs it.
     p = jax.lax.cond(jnp.any((s.top_k > 0) | (s.top_p < 1)), cut, lambda p: p, p)
     p = jnp.where(p < s.min_p[:, None] * p.max(-1, keepdims=True), 0.0, p)
     return p / p.sum(-1, keepdims=True)

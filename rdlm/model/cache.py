@@ -1,8 +1,8 @@
 """Keys and values of past tokens: an explicit pytree, passed in and returned, donated and updated in place.
 
-A token writes one set of core keys and values per recurrence, at index i mod S (`CachePolicy`). Under "latest" a
-token that stopped early is read at its deepest set from then on; so when it stops, that set is copied into the sets
-above, once, and every later read is a plain slice. Under "skip" a reader hides tokens whose depth it has passed.
+A token writes one set of core keys and values per recurrence, at index i mod S (docs/semantics.md, Cache policy). Under
+"latest" a stopped token is read at its deepest set. So when it stops, that set is copied once into the sets above, and
+every later read is a plain slice. Under "skip" a query hides tokens that did not run its recurrence.
 
 During a pass the cache is only read; the pass keeps its new sets (`NewKV`) and writes them once, at its end.
 """
@@ -10,23 +10,24 @@ During a pass the cache is only read; the pass keeps its new sets (`NewKV`) and 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import DTypeLike
 from jaxtyping import Float32, Int, Shaped
 
 from rdlm.config import CachePolicy, ModelConfig
 from rdlm.model.attention import HIDDEN
-from rdlm.model.kernels import row_major
+from rdlm.model.kernels import updated_in_place
 
 
 def stored_width(width: int) -> int:
-    """Columns that keys or values of `width` elements take in the cache.
+    """Columns of the cache for keys or values of `width` elements: large ones are padded to a multiple of 128.
 
-    Large ones fill whole tiles of 128 columns, as a TPU stores them anyway (5280 becomes 5376): left ragged, its
-    compilers keep the cache turned around, with a copy of it on the way in and out of every program.
+    A TPU stores tiles of 128 columns anyway (5280 become 5376). Without the padding XLA stores the cache transposed and
+    copies it on entry to and exit from every program.
     """
     return width if width < 1024 else -(-width // 128) * 128
 
@@ -34,7 +35,7 @@ def stored_width(width: int) -> int:
 class KeyValue(NamedTuple):
     """Keys and values of one layer, heads flattened: k [..., T, Hk*Q] (after bias and rotary), v [..., T, K*Q].
 
-    Hk = H when `qk_bias` is on (the bias on keys is per query head, spec section 1), else K.
+    Hk = H when `qk_bias` is on (the bias on keys is per query head, docs/model.md, Block), else K.
     """
 
     k: Array
@@ -44,46 +45,41 @@ class KeyValue(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """Everything later tokens need of earlier ones.
+    """What later tokens need of earlier ones. The last axis of keys and values may be padded, see `stored_width`."""
 
-    prelude, coda: one KeyValue [B, T, .] per layer. core: one KeyValue [S, B, T, .] per layer. The last axis may be
-    wider than the keys or values in it, see `rdlm.remat.stored_width`.
-    length: int32 [B], tokens held per row. depth: int32 [B, T], recurrences each of them ran.
-    """
-
-    prelude: tuple[KeyValue, ...]
-    core: tuple[KeyValue, ...]
-    coda: tuple[KeyValue, ...]
-    length: Array
-    depth: Array
+    prelude: tuple[KeyValue, ...]  # [B, T, .] per layer
+    core: tuple[KeyValue, ...]  # [S, B, T, .] per layer
+    coda: tuple[KeyValue, ...]  # [B, T, .] per layer
+    length: Array  # int32 [B], tokens in each row
+    depth: Array  # int32 [B, T], recurrences each of them ran
     policy: CachePolicy = dataclasses.field(metadata={"static": True})
 
     @property
     def capacity(self) -> int:
-        """Positions T there is room for."""
+        """Positions T."""
         return self.depth.shape[1]
 
     @property
     def sets(self) -> int:
-        """Sets S kept per core layer."""
+        """Sets S per core layer."""
         return self.core[0].k.shape[0]
 
 
 class NewKV(NamedTuple):
-    """Keys and values that one pass over L tokens made: like Cache, with L in place of T."""
+    """Keys and values of one pass over L tokens: as in `Cache`, with L in place of T."""
 
     prelude: tuple[KeyValue, ...]
     core: tuple[KeyValue, ...]
     coda: tuple[KeyValue, ...]
 
 
-def zeros(config: ModelConfig, shape: tuple[int, ...], dtype: Any) -> KeyValue:
+def zeros(config: ModelConfig, shape: tuple[int, ...], dtype: DTypeLike) -> KeyValue:
     """Empty keys and values of one layer, with leading axes `shape`."""
     return KeyValue(*(jnp.zeros((*shape, width), dtype) for width in config.key_value_widths))
 
 
-def allocate(config: ModelConfig, policy: CachePolicy, sets: int, batch: int, capacity: int, dtype: Any) -> Cache:
-    """An empty cache with room for `capacity` positions and `sets` core sets per layer."""
+def allocate(config: ModelConfig, policy: CachePolicy, sets: int, batch: int, capacity: int, dtype: DTypeLike) -> Cache:
+    """An empty cache of `capacity` positions and `sets` core sets per layer."""
     widths = [stored_width(width) for width in config.key_value_widths]
 
     def layers(count: int, *lead: int) -> tuple[KeyValue, ...]:
@@ -101,9 +97,9 @@ def allocate(config: ModelConfig, policy: CachePolicy, sets: int, batch: int, ca
 
 
 def cached_bias(capacity: int, length: Int[Array, "B"]) -> Float32[Array, "B 1 {capacity}"]:
-    """Bias of a cache with room for T = capacity positions: the first `length` are visible."""
-    held = jnp.arange(capacity)[None] < length[:, None]
-    return jnp.where(held, 0.0, HIDDEN)[:, None]
+    """Bias of a cache of T = capacity positions: the first `length` are visible."""
+    filled = jnp.arange(capacity)[None] < length[:, None]
+    return jnp.where(filled, 0.0, HIDDEN)[:, None]
 
 
 def skip_bias(depth: Int[Array, "B T"], i: Int[Array, ""] | Int[Array, "B 1"]) -> Float32[Array, "B 1 T"]:
@@ -143,7 +139,7 @@ def write(
       row, position: where each token goes.
       sets: the one set that each goes to.
     """
-    # One index over the flattened leading axes: with several, compilers for TPU turn the whole cache around first.
+    # One index over the flattened leading axes: with several, TPU compilers transpose the whole cache first.
     *lead, B, T, F = target.shape
     row, position = jnp.broadcast_arrays(row, position)
     index = jnp.where((row < B) & (position < T), row * T + position, target.size // F)
@@ -152,10 +148,7 @@ def write(
     elif lead:
         index = index[None] + (B * T) * jnp.arange(lead[0]).reshape(-1, *(1,) * index.ndim)
     flat = target.reshape(-1, F).at[index].set(_wide(new, target), mode="drop")
-    # Where an axis has one element, compilers may take another order of axes for the same thing and copy between them.
-    # (The barrier: a program that returns an array with a constraint of its own could not take a donated one for it.)
-    kept = row_major(flat.reshape(target.shape))
-    return lax.optimization_barrier(kept)
+    return updated_in_place(flat.reshape(target.shape))
 
 
 def _wide(new: Array, target: Array) -> Array:
@@ -171,15 +164,15 @@ def append(
     start: Int[Array, ""] | Int[Array, "B"],
     count: Int[Array, "B"],
 ) -> Cache:
-    """Write a pass of L tokens behind what each row holds.
+    """Write a pass of L tokens behind those in the cache.
 
     Args:
       cache: donated by callers that loop.
       new_kv: the keys and values of the pass.
       steps: recurrences each token ran.
-      ran: recurrences the pass ran: sets from `ran` up were never touched, and take the deepest.
+      ran: recurrences of the pass; sets from `ran` up were not written, and get a copy of the deepest.
       start: one position for all rows (a prefill chunk), or one for each (decoding).
-      count: how many of the L tokens are real; the rest is overwritten later and never seen.
+      count: how many of the L tokens are real; padding is never visible, and overwritten later.
     """
     sets = cache.sets
     source = jnp.minimum(jnp.arange(sets), jnp.maximum(ran, 1) - 1)
@@ -206,16 +199,16 @@ def append(
 
 
 def grow(cache: Cache, sets: int, capacity: int) -> Cache:
-    """A copy with at least `sets` core sets and room for `capacity` positions; the cache itself if it has both.
+    """A copy with at least `sets` core sets and `capacity` positions; the cache itself if it has both.
 
-    New sets hold what the deepest old one does, as if the tokens had been written with room for them.
+    New sets are copies of the deepest old one, as if they had been there when the tokens were written.
     """
     if sets <= cache.sets and capacity <= cache.capacity:
         return cache
-    room = max(capacity - cache.capacity, 0)
+    more = max(capacity - cache.capacity, 0)
 
     def longer(x: Array, axis: int) -> Array:
-        return jnp.pad(x, [(0, room if a == axis else 0) for a in range(x.ndim)])
+        return jnp.pad(x, [(0, more if a == axis else 0) for a in range(x.ndim)])
 
     def deeper(x: Array) -> Array:
         return jnp.take(longer(x, 2), jnp.minimum(jnp.arange(max(sets, cache.sets)), cache.sets - 1), axis=0)

@@ -14,7 +14,7 @@ from jax import Array
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, PartitionSpec
 from jax.typing import DTypeLike
-from jaxtyping import Float, Float32, Int, Shaped
+from jaxtyping import Bool, Float, Float32, Int, Shaped
 
 from rdlm.model.attention import (
     KeysValues,
@@ -224,3 +224,21 @@ def row_major(x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
     copy all of it into and out of every program.
     """
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+
+def updated_in_place(x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
+    """`x`, an update of a donated array, laid out so that it can take that array's place.
+
+    Where an axis has one element a compiler may choose another order of axes and copy between the two. The barrier: the
+    result of a program must not carry a layout constraint of its own, or it cannot take the place of a donated array.
+    """
+    return jax.lax.optimization_barrier(row_major(x))
+
+
+def after(reads: Float[Array, "B ..."], mask: Bool[Array, "B"]) -> Bool[Array, "B"]:
+    """`mask`, where `reads` is finite: a data dependency that orders a write with this mask after those reads.
+
+    Without it the CPU compiler copies a whole cache that is read and then updated in one loop; it removes optimization
+    barriers before it decides that.
+    """
+    return mask & jnp.isfinite(reads.reshape(len(mask), -1)[:, 0])

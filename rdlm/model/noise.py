@@ -1,4 +1,4 @@
-"""Test-time noise on the latent state (spec section 2)."""
+"""Test-time noise on the latent state (docs/model.md, Test-time noise)."""
 
 from __future__ import annotations
 
@@ -30,9 +30,8 @@ def noisy(
     if not config.test_time_noise:
         return s
     n: Array | float = config.test_time_noise * 0.4**0.5
-    key = jax.random.fold_in(jax.random.fold_in(key, _STREAM), i) if key.ndim == 0 else jax.vmap(
-        lambda k: jax.random.fold_in(jax.random.fold_in(k, _STREAM), i)
-    )(key)  # fmt: skip
+    keys = jax.vmap(lambda k: jax.random.fold_in(jax.random.fold_in(k, _STREAM), i))(key.reshape(-1))
+    key = keys.reshape(key.shape)
     kind, R = config.test_time_noise_type, config.mean_recurrence
     if kind == "geom":
         n = n / (i + 1)

@@ -174,9 +174,10 @@ def architecture(monkeypatch):
             return core_step(params | {"adapter": both}, config, *args, **options)
 
         monkeypatch.setattr(blocks.SandwichBlock, "__call__", call)
-        monkeypatch.setattr(losses, "embed", unscaled)
-        monkeypatch.setattr(losses, "core_step", added)
-        monkeypatch.setattr(losses, "inject", lambda params, config, e, *args: e)
+        for module in (losses, importlib.import_module("rdlm.model.forward")):
+            monkeypatch.setattr(module, "embed", unscaled)
+            monkeypatch.setattr(module, "core_step", added)
+            monkeypatch.setattr(module, "inject", lambda params, config, e, *args: e)
         vitals.course.clear_cache()
 
     yield build

@@ -13,7 +13,7 @@ from rdlm.config import CachePolicy, ModelConfig
 from rdlm.decode import generate
 from rdlm.model.attention import HIDDEN, softmax_attention
 from rdlm.model.cache import stored_width, write
-from rdlm.model.kernels import attend_flat
+from rdlm.model.kernels import after, attend_flat, updated_in_place
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 S, B, T, F, W = 3, 2, 4, 2, 5
@@ -79,3 +79,10 @@ def test_a_wider_cache_changes_nothing(monkeypatch):
         for found, right in zip(tokens(**case), expected, strict=True):
             np.testing.assert_array_equal(found, right)
     jax.clear_caches()
+
+
+def test_workarounds_change_no_values():
+    x = jnp.arange(24.0).reshape(2, 3, 4)
+    np.testing.assert_array_equal(jax.jit(updated_in_place)(x), x)
+    mask = jnp.array([True, False])
+    np.testing.assert_array_equal(jax.jit(after)(x, mask), mask)
