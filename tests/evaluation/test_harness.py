@@ -351,7 +351,7 @@ def test_the_commands_refuse(run_folder, command, task, tmp_path):
         ("--tasks: name at least one", "lm_eval"),
         ("task 'fin': unknown", "lm_eval", "--tasks", "fin", *local[2:]),
         ("--exit none has no threshold", "lm_eval", *local, "--threshold", 0.1),
-        ("--preset gsm8k: pins", "lm_eval", "--preset", "gsm8k", "--chat"),
+        ("--preset gsm8k: sets", "lm_eval", "--preset", "gsm8k", "--chat"),
         ("step = 7: not saved", "lm_eval", *local, "--step", 7),
         ("--depths = (0,)", "questions", "--questions", right, "--depths", 0),
         ("line 1: answer = 2", "questions", "--questions", wrong),
