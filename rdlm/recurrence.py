@@ -13,18 +13,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Float, Int, Int32, Key
 
 from rdlm.config import InputError, Remat, Scheme
 from rdlm.remat import STATE, recomputed
 
-State = Any
+State = TypeVar("State")
+T = TypeVar("T")
 Step = Callable[[State, Array], State]
 
 
@@ -108,8 +110,8 @@ def initial_state(
     key: Key[Array, ""] | Key[Array, "#B"] | Key[Array, "B L"],
     positions: Int[Array, "L"] | Int[Array, "#B L"],
     dim: int,
-    dtype: Any = jnp.float32,
-    scale: Any = 1.0,
+    dtype: DTypeLike = jnp.float32,
+    scale: ArrayLike = 1.0,
 ) -> Float[Array, "L {dim}"] | Float[Array, "B L {dim}"]:
     """s0 as a function of (key, position): batching, packing or resuming never changes a token's noise.
 
@@ -137,7 +139,7 @@ def initial_state(
 
 
 def unroll(
-    step: Step,
+    step: Step[State],
     s: State,
     n: Int[Array, ""] | int,
     k: Int[Array, ""] | int,
@@ -184,7 +186,7 @@ def unroll(
 
 
 def unroll_until(
-    step: Step,
+    step: Step[State],
     finished: Callable[[State, Array], Array],
     s: State,
     most: Int[Array, ""] | int,
@@ -214,7 +216,7 @@ def check_depths(depths: Sequence[int], least: int = 1) -> tuple[int, ...]:
     return depths
 
 
-def checkpoints(step: Step, s: State, depths: Sequence[int], read: Callable[[State], Any]) -> Any:
+def checkpoints(step: Step[State], s: State, depths: Sequence[int], read: Callable[[State], T]) -> T:
     """`read(state)` after each of the increasing `depths`, all from one unroll: the curve costs its deepest point.
 
     No gradient. Returns what `read` returns with a new leading axis, one entry per depth. `step` and `read` are
@@ -222,7 +224,7 @@ def checkpoints(step: Step, s: State, depths: Sequence[int], read: Callable[[Sta
     """
     frozen = _without_gradient(step, s)
 
-    def until(carry: tuple[State, Array], depth: Array) -> tuple[tuple[State, Array], Any]:
+    def until(carry: tuple[State, Array], depth: Array) -> tuple[tuple[State, Array], T]:
         s, done = carry
         s = lax.fori_loop(done, depth, lambda i, s: frozen(s, i), s)
         return (s, depth), read(s)
@@ -231,7 +233,7 @@ def checkpoints(step: Step, s: State, depths: Sequence[int], read: Callable[[Sta
     return lax.scan(until, (jax.tree.map(lax.stop_gradient, s), jnp.int32(0)), stops)[1]
 
 
-def trajectory(step: Step, s: State, r: int) -> State:
+def trajectory(step: Step[State], s: State, r: int) -> State:
     """All states s_0 .. s_r, stacked on a new leading axis of size r + 1."""
 
     def body(s: State, i: Array) -> tuple[State, State]:
@@ -242,7 +244,7 @@ def trajectory(step: Step, s: State, r: int) -> State:
     return jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), s, states)
 
 
-def _without_gradient(step: Step, s: State) -> Step:
+def _without_gradient(step: Step[State], s: State) -> Step[State]:
     """`step` with stop_gradient on everything it closes over, so that a loop of dynamic length may run it."""
     pure, captured = jax.closure_convert(step, s, jnp.int32(0))
     captured = [lax.stop_gradient(c) for c in captured]

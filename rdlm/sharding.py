@@ -1,8 +1,8 @@
-"""Devices as a mesh, where every array lives on it, and how weights travel.
+"""Devices as a mesh, where every array lives on it, and how parameters are gathered and gradients reduced.
 
 Four axes: `data` (copies of the model), `fsdp` and `rest` (together what the configuration calls fsdp: parameters are
-split along the model's width, and along their other dimension by what the width does not divide), and `tensor` (heads
-and MLP columns; left to the compiler, while the other three are spelled out in `rdlm.train.step`).
+split along the model's width, and along their other dimension by the factor that does not divide the width), and
+`tensor` (heads and MLP columns; left to the compiler, while the other three are spelled out in `rdlm.train.step`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +18,13 @@ import numpy as np
 from jax import Array, lax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from rdlm.config import Gather, InputError, MeshConfig, ModelConfig
 
-Params = dict[str, Any]
+T = TypeVar("T")
+Params = dict[str, PyTree]
 """Some of the top-level entries of a model's parameters."""
 
 AXES = ("data", "fsdp", "rest", "tensor")
@@ -39,7 +42,7 @@ RULES: dict[str, tuple[str, ...]] = {
 """Mesh axes of each logical axis."""
 
 
-def make_mesh(config: MeshConfig, model: ModelConfig, devices: list[Any] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, model: ModelConfig, devices: list[jax.Device] | None = None) -> Mesh:
     """Mesh with axes (data, fsdp, rest, tensor) over all devices.
 
     config.fsdp devices share one copy of the parameters: as many of them as divide the model's width along it, the
@@ -89,14 +92,16 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def parameter_specs(mesh: Mesh, axes: Any, shapes: Any) -> Any:
+def parameter_specs(
+    mesh: Mesh, axes: PyTree[PartitionSpec], shapes: PyTree[jax.ShapeDtypeStruct]
+) -> PyTree[PartitionSpec]:
     """Mesh axes of every dimension of parameters of `shapes` whose logical axes are `axes` (`model.logical_axes`).
 
     Raises:
       InputError: a dimension does not divide by its mesh axes; names both, and sizes that would do.
     """
 
-    def one(path: Any, spec: PartitionSpec, shape: Any) -> PartitionSpec:
+    def one(path: tuple, spec: PartitionSpec, shape: jax.ShapeDtypeStruct) -> PartitionSpec:
         names = [tuple(a for a in RULES[name] if mesh.shape[a] > 1) if name else () for name in spec]
         for name, found, size in zip(spec, names, shape.shape, strict=True):
             parts = math.prod(mesh.shape[a] for a in found)
@@ -121,7 +126,7 @@ def check_heads(mesh: Mesh, model: ModelConfig) -> None:
         raise InputError(f"{refused}; use a divisor of it{twin}")
 
 
-def named(mesh: Mesh, specs: Any) -> Any:
+def named(mesh: Mesh, specs: PyTree[PartitionSpec]) -> PyTree[NamedSharding]:
     """`specs` as shardings on `mesh`."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=_is_spec)
 
@@ -149,9 +154,9 @@ class Layout:
     """
 
     mesh: Mesh
-    specs: Any
-    dtype: Any
-    sum_dtype: Any = None
+    specs: dict[str, PyTree[PartitionSpec]]
+    dtype: DTypeLike
+    sum_dtype: DTypeLike | None = None
     gather: Gather = "once"
 
     @property
@@ -165,7 +170,7 @@ class Layout:
         return self.mesh.devices.flat[0].platform == "tpu"
 
     @property
-    def parameter_parts(self) -> Any:
+    def parameter_parts(self) -> PyTree[PartitionSpec]:
         """Of all parameters, `inside` their specs: how `jax.shard_map` takes them."""
         return jax.tree.map(self.inside, self.specs, is_leaf=_is_spec)
 
@@ -191,7 +196,7 @@ class Layout:
         total = self._gradient_sum(shards, full)
         return lambda: _with_sum(full, total)
 
-    def block(self, name: str, run: Callable[..., Any]) -> Callable[..., Any]:
+    def block(self, name: str, run: Callable[[Params, Array], T]) -> Callable[[Params, Array], T]:
         """`run(weights, x)`, a block, for the shards of its weights: gathered where it runs."""
         return lambda shards, x: run(self.full({name: shards})[name], x)
 
@@ -242,7 +247,7 @@ class Layout:
         """`move` every array, each after the one before: all at once, each would need memory of its own to be
         transposed in.
         """
-        structure: Any  # its type knows too little
+        structure: jax.tree_util.PyTreeDef
         leaves, structure = jax.tree.flatten(entries)
         specs = structure.flatten_up_to({name: self.specs[name] for name in entries})
         moved: list[Array] = []
@@ -276,7 +281,7 @@ class Layout:
         run.defvjp(lambda shards: (run(shards), None), lambda _, g: (_as(self.reduce_scatter(g), shards),))
         return run(shards)
 
-    def summed(self, gradients: Any) -> Any:
+    def summed(self, gradients: Params) -> Params:
         """Sum gradients of stored parts over the devices that hold copies of them."""
 
         def one(g: Array, spec: PartitionSpec) -> Array:
@@ -311,10 +316,10 @@ def _of(cuts: list[tuple[int, str]], dim: int) -> list[int]:
     return [i for i, (cut, _) in enumerate(cuts) if cut == dim]
 
 
-def _axes(part: Any) -> tuple[str, ...]:
+def _axes(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """Mesh axes of one dimension of a spec, which writes a single one without a tuple."""
     return () if part is None else (part,) if isinstance(part, str) else tuple(part)
 
 
-def _is_spec(x: Any) -> bool:
+def _is_spec(x: object) -> bool:
     return isinstance(x, PartitionSpec)

@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Bool, Float, Float32, Int
+from jaxtyping import Bool, Float, Float32, Int, PyTree
 
 from rdlm.config import ModelConfig
 from rdlm.model.cache import KeyValue
 from rdlm.model.kernels import attend, attend_cached, attend_flash
 from rdlm.remat import keep
 
-Block = Callable[[dict[str, Any], Array], tuple[Array, KeyValue]]
+Block = Callable[[dict[str, PyTree], Array], tuple[Array, KeyValue]]
 
 
 class Context(NamedTuple):

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Bool, Float, Float32, Int, Int32, Key
+from jax.typing import DTypeLike
+from jaxtyping import Bool, Float, Float32, Int, Int32, Key, PyTree
 
 from rdlm.config import ModelConfig
 from rdlm.model.attention import HIDDEN, causal_bias
@@ -22,7 +23,7 @@ from rdlm.model.blocks import Context, RMSNorm, SandwichBlock, linear, rotary_ta
 from rdlm.model.cache import KeyValue
 from rdlm.model.kernels import fits_flash
 
-Params = Any
+Params = dict[str, PyTree]
 Layers = tuple[KeyValue, ...]
 
 
@@ -68,12 +69,12 @@ def _init(config: ModelConfig, key: Array) -> Params:
     return RecurrentDepth(config).init(key, x, context(config, jnp.arange(1), None))["params"]
 
 
-def compute_dtype(params: Params, config: ModelConfig) -> Any:
+def compute_dtype(params: Params, config: ModelConfig) -> jnp.dtype:
     """Dtype of activations: config.compute_dtype, or that of the parameters."""
     return jnp.dtype(config.compute_dtype or params["wte"].dtype)
 
 
-def cast(params: Params, dtype: Any) -> Params:
+def cast(params: Params, dtype: DTypeLike) -> Params:
     """Every parameter in `dtype`."""
     return jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
 

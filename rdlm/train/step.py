@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import PyTree
 
 from rdlm import sharding
 from rdlm.config import ModelConfig, RunConfig
@@ -27,7 +28,7 @@ class TrainState(NamedTuple):
 
     step: Array
     params: Params
-    optimizer: Any
+    optimizer: optax.OptState
 
 
 def step_keys(seed: int | Array, step: Array) -> tuple[Array, Array]:
@@ -81,7 +82,7 @@ def gradients(
     their means.
 
     Args:
-      layout: how weights travel, for parameters and rows split over a mesh; None: all is here (or the compiler's).
+      layout: how parameters and rows are split over a mesh; None: one device (or left to the compiler).
     """
     draws = _draws(run, batch, step)
     ran: Any = tuple(x if x.ndim == 0 else x.mean() for x in draws.rows or draws[:2])
@@ -89,7 +90,7 @@ def gradients(
         return *_gradients(run, params, batch, step, draws, layout=None), ran
     every, rows = PartitionSpec(), PartitionSpec(SPLIT)
     inside = layout.parameter_parts
-    placed: Any = _Draws(every, every, rows if run.recurrence.draw == "sequence" else every)
+    placed = _Draws(every, every, rows if run.recurrence.draw == "sequence" else every)
     spread = jax.shard_map(
         functools.partial(_gradients, run, layout=layout),
         mesh=layout.mesh,
@@ -104,7 +105,7 @@ def gradients(
 class _Draws(NamedTuple):
     """Depths of a step. n, k: int32 [] or, per microbatch, [M]; the deepest where every row has its own in `rows`."""
 
-    n: Any
+    n: Any  # `jax.shard_map` wants partition specs in these places
     k: Any
     rows: Any = None
 
@@ -120,16 +121,18 @@ def _draws(run: RunConfig, batch: dict[str, Array], step: Array) -> _Draws:
     return _Draws(rows[0].max(), rows[1].max(), rows)
 
 
-def _gradients(run: RunConfig, params: Params, batch: Any, step: Array, draws: _Draws, *, layout: Layout | None):
+def _gradients(
+    run: RunConfig, params: Params, rows: dict[str, Array], step: Array, draws: _Draws, *, layout: Layout | None
+) -> tuple[Array, Params]:
     """(loss, its gradient) of this device's rows, summed over devices."""
     config, count = run.model, run.data.microbatches
-    batch = as_batch(batch)
+    batch = as_batch(rows)
     scored = (batch.labels != IGNORED).sum()
     scored = jnp.maximum(jax.lax.psum(scored, SPLIT) if layout else scored, 1)
     _, state_key = step_keys(run.seed, step)
     max_k = max_gradient_steps(config.backprop_depth, run.recurrence.scheme)
 
-    def part(params: Params, batch: Batch, n: Array, k: Array, rows: Any) -> tuple[Array, Array]:
+    def part(params: Params, batch: Batch, n: Array, k: Array, rows: tuple[Array, Array] | None) -> tuple[Array, Array]:
         depths = Depths(n, k, max_k, rows)
         losses = token_losses(params, config, batch, depths, key=state_key, remat=run.recurrence.remat, layout=layout)
         weight = depth_weight(run, *(rows or (n, k)))
@@ -151,7 +154,8 @@ def _gradients(run: RunConfig, params: Params, batch: Any, step: Array, draws: _
         value, grads = differentiated(params, batch, *(x.reshape(()) for x in draws[:2]), draws.rows)
     else:
         shared = {"positions": batch.positions} if batch.positions.ndim == 1 else {}
-        cut = jax.tree.map(split, (batch._replace(**dict.fromkeys(shared)), draws.rows))
+        gaps: dict[str, Any] = dict.fromkeys(shared)
+        cut = jax.tree.map(split, (batch._replace(**gaps), draws.rows))
         depths = [jnp.broadcast_to(x, (count,)) for x in draws[:2]]
         zero = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
         (value, grads), _ = jax.lax.scan(accumulate, zero, (cut, *depths))
@@ -196,13 +200,13 @@ def apply_gradients(
     return TrainState(state.step + 1, params, opt), metrics
 
 
-def updates_done(optimizer: Any) -> Array:
+def updates_done(optimizer: optax.OptState) -> Array:
     """The optimizer's own count of its updates, int32: the step, less those that were skipped."""
     return optax.tree.get_all_with_path(optimizer, "count")[0][1]
 
 
 def layout_of(run: RunConfig, mesh: Mesh) -> Layout | None:
-    """How the weights of a run travel on `mesh`; None where there is one device.
+    """How the parameters of a run are split over `mesh`; None where there is one device.
 
     Raises:
       InputError: a dimension that the mesh does not divide.
@@ -215,7 +219,7 @@ def layout_of(run: RunConfig, mesh: Mesh) -> Layout | None:
 
 
 @functools.cache  # a run asks twice, and each time the model would be traced
-def _specs(model: ModelConfig, mesh: Mesh) -> Any:
+def _specs(model: ModelConfig, mesh: Mesh) -> dict[str, PyTree[PartitionSpec]]:
     """Where every parameter is split; raises as `sharding.parameter_specs`."""
     shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     return sharding.parameter_specs(mesh, logical_axes(model), shapes)
@@ -233,7 +237,7 @@ def state_shardings(run: RunConfig, tx: optax.GradientTransformation, mesh: Mesh
     params = sharding.named(mesh, _specs(run.model, mesh))
     everywhere: Any = sharding.replicated(mesh)
 
-    def gap(x: Any) -> bool:
+    def gap(x: object) -> bool:
         return isinstance(x, optax.MaskedNode)  # in a part of the state that only some of the parameters have
 
     opt = optax.tree.map_params(

@@ -6,6 +6,7 @@ import re
 import pytest
 
 from rdlm.config import MeshConfig, preset
+from rdlm.perf import hlo
 from rdlm.perf.hlo import LOOPS, Collective, Program
 from rdlm.train.roofline import hardware_flops, lower_train_step, roofline, wire_bytes
 
