@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rdlm.checkpoint import load_checkpoint, load_tokenizer, read_config, read_meta, saved_steps
 from rdlm.config import InputError, ModelConfig, RunConfig, Sampling
 from rdlm.data import Batch, Chain
@@ -159,7 +161,7 @@ class Run:
         return curve
 
 
-def _encode(tokenizer: Tokenizer, prompt: str | Chat) -> Any:
+def _encode(tokenizer: Tokenizer, prompt: str | Chat) -> np.ndarray:
     return tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(prompt)
 
 
