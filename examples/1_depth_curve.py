@@ -67,7 +67,7 @@ print(f"{sum(x.size for x in jax.tree.leaves(params)):,} parameters")
 # are traced, so this compiles once.
 
 # %%
-STEPS = 300
+STEPS = 400
 rate = optax.warmup_cosine_decay_schedule(0.0, 2e-3, warmup_steps=50, decay_steps=STEPS, end_value=1e-4)
 optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.95, weight_decay=0.01))
 

@@ -49,7 +49,8 @@ tokens = np.asarray([ids])
 # %%
 R = 64
 bound = rdlm.bind(run.params, run.config, tokens)
-states = np.asarray(trajectory(bound.step, bound.s0, R))[:, 0]  # [R + 1, L, D]
+path = trajectory(bound.step, bound.s0, R)  # [R + 1, B, L, D]
+states = np.asarray(path)[:, 0]
 print(states.shape)
 
 # %% [markdown]
@@ -59,8 +60,8 @@ print(states.shape)
 
 # %%
 distance = distances(states)  # relative distance to the limit, [R + 1, L]
-for name, after, path in zip(names, settled_after(distance), states.transpose(1, 0, 2), strict=True):
-    print(f"{name!r:15} within 1 % after {after:2} recurrences: {classify(path).kind}")
+for name, after, token in zip(names, settled_after(distance), states.transpose(1, 0, 2), strict=True):
+    print(f"{name!r:15} within 1 % after {after:2} recurrences: {classify(token).kind}")
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5))
@@ -81,7 +82,7 @@ figure.savefig("latent_states.png")
 
 # %%
 for i in (1, 2, 4, 8, R):
-    logits, _ = bound.read(states[i][None])
+    logits, _ = bound.read(path[i])
     said = run.tokenizer.decode([int(logits[0, -1].argmax())])
     print(f"after {i:2} recurrences, the next token would be {said!r}")
 
