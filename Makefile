@@ -1,5 +1,6 @@
 # make quickstart   install, train a small model on text and one on a task, draw what depth buys; again: resumes, or shows it
 # make test         install for development, then every check that CI runs
+# make test-fast    the quick tests alone, for the inner loop
 # make lint         the checks alone, without the tests
 # make docs         build the documentation site into site/
 # make format       apply what ruff can fix
@@ -12,7 +13,7 @@ RUN := runs/quickstart
 TASK := runs/s3_local
 PROMPT := Geography
 
-.PHONY: help quickstart test reproduce lint docs format constraints install install-dev
+.PHONY: help quickstart test test-fast reproduce lint docs format constraints install install-dev
 
 help:
 	@sed -n '/^$$/q; s/^# //p' Makefile
@@ -45,6 +46,9 @@ quickstart: install
 test: lint
 	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
+test-fast: install-dev
+	$(BIN)/pytest -m 'not slow' --numprocesses logical --maxprocesses 4 --dist loadfile
+
 # Stopped and started again it goes on where it was: finished runs are read from runs/, not trained again.
 reproduce: install
 	$(BIN)/python experiments/studies/depth_scaling.py --task s3 --seeds 0 1 2 3 4
@@ -65,6 +69,7 @@ lint: install-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy rdlm experiments
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/python tests/house.py
 
 # Nothing is fetched; a dangling link or anchor is an error.
 docs: install-dev
