@@ -40,15 +40,15 @@ class Args:
     prompt: str
     """Text to continue; may be empty."""
     max_new_tokens: int = 64
-    """Most tokens to make; the tokenizer's end token stops earlier."""
+    """Maximum number of new tokens; the tokenizer's end token stops earlier."""
     steps: int | None = None
-    """Recurrences per token, or with an exit rule the most of them.
+    """Recurrences per token; the maximum, with an exit rule.
 
     None: mean_recurrence of the model with --exit none, twice that otherwise, about as deep as training went."""
     exit: Literal["none"] | ExitName = "kl"
-    """When a token stops thinking, before --steps.
+    """When a token stops before --steps.
 
-    kl, min_p_kl, entropy_diff: its prediction hardly changes from one recurrence to the next. gated_kl: kl, looked at
+    kl, min_p_kl, entropy_diff: its prediction hardly changes from one recurrence to the next. gated_kl: kl, checked
     only once the state moves little.
 
     latent_diff, cosine: its state hardly changes. argmax_stability: its likeliest next token stays the same."""
@@ -59,7 +59,7 @@ class Args:
     calibrated: bool = False
     """Take threshold and --steps from calibrate_exits.py, which promise agreement with full depth."""
     min_steps: int = 0
-    """The exit rule is first asked after this many recurrences plus one."""
+    """The exit rule is first checked after this many recurrences plus one."""
     temperature: float = 0.0
     """0 takes the likeliest token; larger is more varied."""
     top_k: int = 0
@@ -148,14 +148,14 @@ class Stream:
 
         self.decoder, self.prompt = tokenizer.decode_stream(), prompt
         self.times: list[float] = []
-        self.waiting = Console(stderr=True).status("compiling")
+        self.status = Console(stderr=True).status("compiling")
 
     def __enter__(self) -> Stream:
-        self.waiting.start()
+        self.status.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.waiting.stop()
+        self.status.stop()
         if self.times:
             print(self.decoder.end(), flush=True)
 
@@ -163,7 +163,7 @@ class Stream:
         """One more token."""
         del prompt, steps
         if not self.times:
-            self.waiting.stop()
+            self.status.stop()
             print(self.prompt, end="")
         self.times.append(time.perf_counter())
         print(self.decoder.push(token), end="", flush=True)
@@ -176,7 +176,7 @@ class Stream:
         return (len(self.times) - 1) / (self.times[-1] - self.times[0])
 
 
-def show_steps(tokenizer: Tokenizer, out: Generation, most: int) -> None:
+def show_steps(tokenizer: Tokenizer, out: Generation, max_steps: int) -> None:
     """Every new token with its recurrences: shaded on a terminal, as TOKEN/RECURRENCES elsewhere."""
     from rich.console import Console
     from rich.text import Text
@@ -204,17 +204,17 @@ def show_steps(tokenizer: Tokenizer, out: Generation, most: int) -> None:
 
 
 def style(r: int, low: int, high: int) -> str:
-    """Rich style for r recurrences between the least and the most that occurred."""
+    """Rich style for r recurrences between the minimum and the maximum that occurred."""
     shade = (r - low) * (len(SHADES) - 1) // max(high - low, 1)
     return f"{'#ffffff' if shade >= DARK else '#000000'} on {SHADES[shade]}"
 
 
-def summary(out: Generation, args: Args, most: int, rate: float | None) -> None:
+def summary(out: Generation, args: Args, max_steps: int, rate: float | None) -> None:
     """One line of figures."""
     steps, before = out.steps[0], out.prompt_steps[0]
     line = f"{len(steps)} tokens, {steps.mean():.1f} recurrences on average"
     if args.exit != "none":
-        line += f" ({steps.min()} to {steps.max()}, at most {most}; prompt {before.mean():.1f}), exit {args.exit}"
+        line += f" ({steps.min()} to {steps.max()}, at most {max_steps}; prompt {before.mean():.1f}), exit {args.exit}"
     if rate is not None:
         line += f"; {rate:.1f} tokens/s without compilation"
     print(line)
