@@ -239,14 +239,16 @@ run_state() {
     echo unreachable
     return
   }
-  if [[ $DRY_RUN == 1 ]]; then said=$1; fi
+  if [[ $DRY_RUN == 1 ]]; then said="[0] ID $1"; fi
+  # A line is "[N] none" or "[N] ID STATE ...". The rest of it may quote a log, which can contain any word.
+  said=$(awk '{ printf " %s ", $2 == "none" ? $2 : $3 }' <<<"$said")
   case $said in
-    *running*) echo running ;;
-    *wrong*) echo wrong ;;
-    *" alarm "*) echo alarm ;;
-    *failed* | *lost*) echo failed ;;
-    *preempted*) echo preempted ;;
-    *none*) echo none ;;
+    *' running '*) echo running ;;
+    *' wrong '*) echo wrong ;;
+    *' alarm '*) echo alarm ;;
+    *' failed '* | *' lost '*) echo failed ;;
+    *' preempted '*) echo preempted ;;
+    *' none '*) echo none ;;
     *) echo "done" ;;
   esac
 }

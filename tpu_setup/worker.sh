@@ -38,13 +38,14 @@ status() {
   fi
 }
 
+# is_running STATUS: whether it says so; the log line in a status can end in any word.
+is_running() { [[ ${1#* } == running ]]; }
+
 start() {
   local id=$1 now
   now=$(status)
-  case $now in
-    "$id running") return ;; # already started
-    *running) die "$now; tpu_setup/stop.sh first" ;;
-  esac
+  [[ $now != "$id running" ]] || return 0 # already started
+  ! is_running "$now" || die "$now; tpu_setup/stop.sh first"
   [[ -x .venv/bin/python ]] || die "nothing is installed; tpu_setup/setup.sh first"
   mkdir -p "$STATE/$id"
   rm -f "$STATE/$id/exit" "$STATE/$id/pid"
@@ -68,7 +69,7 @@ hold() { # inside tmux
 stop() {
   local id left=$1
   id=$(current) || die "there is no run"
-  [[ $(status "$id") == *running ]] || { status "$id" && return; }
+  is_running "$(status "$id")" || { status "$id" && return; }
   until [[ -s $STATE/$id/pid ]]; do sleep 0.1; done
   kill -TERM "$(<"$STATE/$id/pid")" 2>/dev/null || true # it may have just ended
   until [[ -e $STATE/$id/exit ]]; do

@@ -10,6 +10,7 @@ GONE = {"queue": "SUSPENDED", "node": "PREEMPTED", "run": "none"}
 QUOTA = [1, "", "ERROR: Quota limit 'TPUV5s' has been exceeded. Limit: 0 in zone us-west4-a."]
 STOCK_OUT = [1, "", 'ERROR: There is no more capacity in the zone "us-west4-a"']
 LOST = [255, "", "ssh: connect to host 10.0.0.1 port 22: Connection timed out"]
+MISSING = "process 1 of 2 did not come; is the same command running on every worker (tpu_setup/status.sh)?"
 RESET = [1, "", "ERROR: connection reset by peer"]
 
 
@@ -59,6 +60,8 @@ TABLE = [
              sleeps=[60, 60, 60, 120, 60]),
     Scenario("failures long ago do not count", [{"run": "failed"}, *[{}] * 11, {"run": "failed"}, {}, {"run": "failed"},
              {}, {"run": "done"}], [*UP, *["start"] * 3, "delete"]),
+    Scenario("failed, with the word running in its log", [{"run": f"failed (exit code 1): {MISSING}"}, {},
+             {"run": "done"}], [*UP, "start", "delete"], says=("failure 1 of 3",)),
     Scenario("lost with its worker's restart", [{"run": "lost"}, {}, {"run": "done"}], [*UP, "start", "delete"]),
     Scenario("exit 2 gives up at once", [{"run": "wrong input"}], [*UP, "delete"], code=2, says=("refused its input",)),
     Scenario("exit 3 gives up at once", [{"run": "alarm (saved, exit code 3)"}], [*UP, "delete"], code=3,
