@@ -23,7 +23,6 @@ A rule of your own is one small class (arrays start with the axes rows B and tok
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import ClassVar, Literal, NamedTuple, dataclass_transform, overload
@@ -79,10 +78,16 @@ class ExitRule:
         jax.tree_util.register_pytree_node(cls, flatten, unflatten)
 
     def __post_init__(self) -> None:
-        """Refuse negative thresholds."""
-        for name, value in vars(self).items():
-            if name.endswith("threshold"):
-                _check_minimum(f"exits.{self.kind}: {name}", value, 0, "must not be negative")
+        """Refuse negative thresholds, and store sequences as arrays."""
+        for name in [name for name in vars(self) if name.endswith("threshold")]:
+            self._set_threshold(name, 0, "must not be negative")
+
+    def _set_threshold(self, name: str, minimum: float, message: str) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, jax.core.Tracer) and not np.all(np.asarray(value) >= minimum):
+            raise InputError(f"exits.{self.kind}: {name} = {value!r}: {message}")
+        if isinstance(value, (list, tuple)):  # a pytree of scalars otherwise
+            vars(self)[name] = np.asarray(value)
 
     @property
     def kind(self) -> str:
@@ -123,8 +128,12 @@ class ExitRule:
         return jax.tree.leaves(self)
 
     def by_row(self, rows: int) -> ExitRule:
-        """The rule with all thresholds as f32 [rows]: every row of a batch has its own."""
-        return jax.tree.map(functools.partial(spread, rows=rows), self)
+        """The rule with all `thresholds()` as f32 [rows]: every row of a batch has its own.
+
+        `rdlm.Engine` needs an axis of rows on the other leaves too: a learnt rule that it serves overrides this.
+        """
+        thresholds = {id(threshold) for threshold in self.thresholds()}
+        return jax.tree.map(lambda leaf: spread(leaf, rows) if id(leaf) in thresholds else leaf, self)
 
 
 class Reached(ExitRule):
@@ -132,11 +141,6 @@ class Reached(ExitRule):
 
     def decide(self, value: Array) -> Array:
         return value >= per_row(self.threshold, value)
-
-
-def _check_minimum(name: str, value: Threshold, minimum: float, message: str) -> None:
-    if not isinstance(value, jax.core.Tracer) and not np.all(np.asarray(value) >= minimum):
-        raise InputError(f"{name} = {value!r}: {message}")
 
 
 def spread(threshold: Threshold, rows: int) -> Array:
@@ -271,7 +275,10 @@ class MinPKL(KL):
 
     threshold: Threshold = 1e-5
     min_p: float = dataclasses.field(default=0.1, metadata={"static": True})
-    kind = "min_p_kl"
+
+    @property
+    def kind(self) -> str:  # type: ignore[override] # a class attribute of KL
+        return "min_p_kl" if self.min_p == 0.1 else f"min_p_kl(min_p={self.min_p:g})"
 
     def update(self, previous: Array, seen: Observation) -> tuple[Array, Array]:
         p = jax.nn.softmax(read_logits(seen))
@@ -345,7 +352,7 @@ class Fixed(ExitRule):
     kind = "fixed"
 
     def __post_init__(self) -> None:
-        _check_minimum("exits.fixed: r", self.r, 1, "must be at least 1")
+        self._set_threshold("r", 1, "must be at least 1")
 
     def init(self, s0: Array, vocab: int) -> tuple[()]:
         return ()

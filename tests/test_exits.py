@@ -100,6 +100,28 @@ def test_thresholds_per_row(kind):
     assert np.asarray(decided).tolist() == expected
 
 
+@pytest.mark.parametrize("kind", [*RULES, "fixed"])
+def test_a_list_of_thresholds_is_one_per_row(kind):
+    make = getattr(exits, kind)
+    for rule in (make([1, 2]), make((1, 2)).by_row(2), exits.twice(make([1, 2])).by_row(2)):
+        [leaf] = jax.tree.leaves(rule)
+        assert np.asarray(leaf).tolist() == [1, 2]
+
+
+def test_learnt_weights_are_not_spread_over_rows():
+    class Mine(exits.ExitRule):
+        weights: jax.Array
+        threshold: exits.Threshold = 0.5
+
+        def thresholds(self):
+            return [self.threshold]
+
+    for weights in (jnp.arange(2.0), jnp.ones((3, 4))):  # D = B, and shapes that cannot be spread
+        rule = Mine(weights).by_row(2)
+        assert np.array_equal(rule.weights, weights)
+        assert np.asarray(rule.threshold).tolist() == [0.5, 0.5]
+
+
 def test_default_thresholds():
     # The paper's and the reference's (contract, "Exit rules").
     found = {kind: rule().threshold for kind, rule in RULES.items()}

@@ -198,8 +198,8 @@ class Engine:
             raise InputError(f"num_steps = {num_steps}: the engine's cache keeps {size.sets} recurrences")
         kinds: list[object] = [jax.tree.structure(depth) for depth in (row.depth, self._idle.depth)]
         if kinds[0] != kinds[1]:
-            kind = None if own.exit_rule is None else own.exit_rule.kind
-            raise InputError(f"exit_rule: this engine serves {kind!r}; another kind needs another engine")
+            kind, other = (None if x.exit_rule is None else x.exit_rule.kind for x in (own, options))
+            raise InputError(f"exit_rule: this engine serves {kind!r}; another kind, {other!r}, needs another engine")
         if row.sampling.stop_tokens.shape != self._idle.sampling.stop_tokens.shape:
             width = self._idle.sampling.stop_tokens.shape[1]
             raise InputError(f"Sampling.stop_tokens: the engine serves at most {width} per request")

@@ -330,6 +330,12 @@ def test_what_is_refused_is_one_line_and_nobody_else_notices():
     assert [outcome(s) for s in served] == generated(KIND, batch)
 
 
+def test_another_min_p_is_another_kind():
+    e = Engine(params(), TINY, lanes=1, max_new_tokens=2, num_steps=2, exit_rule=exits.min_p_kl())
+    with pytest.raises(InputError, match=r"serves 'min_p_kl'; another kind, 'min_p_kl\(min_p=0.2\)', needs"):
+        e.submit([1], exit_rule=exits.min_p_kl(min_p=0.2))
+
+
 def test_depths_that_the_kept_sets_cannot_tell_apart_are_refused():
     # 12 recurrences into 10 kept sets; an engine for at most 4 keeps 8.
     e = Engine(params(), TINY, lanes=2, max_new_tokens=2, num_steps=4, cache=CachePolicy(10))
