@@ -34,20 +34,16 @@ class RunFolder:
     """The folder of a run: config.json, metrics.jsonl, checkpoints/, tokenizer/ and, at the end, loss_by_depth.json."""
 
     def __init__(self, config: RunConfig):
-        """Create the folder if needed.
+        """Check the folder; `begin` creates it.
 
         Raises:
-          InputError: it holds another run, is not a run folder, or cannot be created.
+          InputError: it holds another run, or is not a run folder.
         """
         self.config, self.path = config, Path(config.folder)
         if (self.path / "config.json").exists():
             self._check_same_run()
         elif self.path.exists() and not (self.path.is_dir() and not any(self.path.iterdir())):
             raise InputError(f"run folder {self.path}: exists and is not a run folder; choose another --run-dir")
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"run folder {self.path}: cannot be created ({error.strerror})") from error
 
     def _check_same_run(self) -> None:
         own_depths = self.config.recurrence.draw == "microbatch"  # then other microbatches are another run
@@ -67,11 +63,16 @@ class RunFolder:
             )
 
     def begin(self) -> None:
-        """Write config.json if there is none. From then on the same command resumes, whenever the run is killed.
+        """Create the folder and config.json if needed. Then the same command resumes, whenever the run is killed.
 
         Raises:
-          InputError: hosts have separate folders, so that each would save only its own part of the state.
+          InputError: the folder cannot be created, or hosts have separate folders, so that each would save only its own
+            part of the state.
         """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"run folder {self.path}: cannot be created ({error.strerror})") from error
         if jax.process_count() > 1:
             self._check_shared()
         if is_first() and not (self.path / "config.json").exists():

@@ -103,11 +103,12 @@ class Trainer:
                     return EXIT_DONE
                 self.stop = Stop(preemption, self.mesh)
                 return self._run()
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        except (OSError, InputError) as error:
+            cause = error if isinstance(error, OSError) else error.__cause__
+            if not isinstance(cause, OSError) or cause.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
             raise SaveError(
-                f"run folder {path}: {error.strerror}; nothing saved is lost, the newest checkpoint is "
+                f"run folder {path}: {cause.strerror}; nothing saved is lost, the newest checkpoint is "
                 f"{max(saved_steps(path), default='none')}; make room, then run the same command again"
             ) from error
         finally:

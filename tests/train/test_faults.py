@@ -1,9 +1,11 @@
 """What a run survives by itself: damaged checkpoints, and losses and gradients that are not finite."""
 
 import dataclasses
+import errno
 import functools
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ from training_cases import NANO, Flips, cut_short, losses
 import rdlm.train.loop
 import rdlm.train.step
 from rdlm import sharding
-from rdlm.checkpoint import Checkpoints, as_abstract, saved_steps, write_config
+from rdlm.checkpoint import Checkpoints, SaveError, as_abstract, saved_steps, write_config
 from rdlm.config import FaultsConfig, InputError, MeshConfig
 from rdlm.optim import optimizer
 from rdlm.train import Trainer, init_state, train_step
@@ -287,6 +289,36 @@ def test_a_run_may_go_on_in_other_parts_but_not_as_another(nano_data, tmp_path):
     write_config(tmp_path / "run", with_recurrence(run, draw="microbatch"))
     with pytest.raises(InputError, match=r"data\.microbatches = 1, not 2"):  # each part draws its own depth
         Trainer(with_recurrence(parts, draw="microbatch"))
+
+
+def new_run(nano_data, folder, **changed):
+    data = dataclasses.replace(NANO.data, folder=str(nano_data), validation_fraction=0.1, batch_size=16)
+    return dataclasses.replace(NANO, run_dir=str(folder), data=data, **changed)
+
+
+def test_a_new_run_that_is_refused_leaves_no_folder(nano_data, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise InputError("no data")
+
+    monkeypatch.setattr(rdlm.train.loop, "open_data", refuse)
+    with pytest.raises(InputError, match="no data"):
+        Trainer(new_run(nano_data, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_disk_that_is_full_when_the_tokenizer_is_saved_is_no_wrong_input(nano_data, tmp_path, monkeypatch):
+    trainer = Trainer(new_run(nano_data, tmp_path / "run"))
+    write_text = Path.write_text
+
+    def full(path, *rest, **options):
+        if path.name == "tokenizer.json":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_text(path, *rest, **options)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Trainer, "_run", lambda self: self.folder.open(self.tokenizer, 0))
+    with pytest.raises(SaveError, match="No space left on device"):
+        trainer.run()
 
 
 def test_a_learning_rate_that_rises_again_is_said(nano_data, tmp_path, monkeypatch):
