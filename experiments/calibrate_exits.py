@@ -85,36 +85,36 @@ def main() -> int:
     chosen, others = draw(data, args.rows, args.seed)
     count = len(chosen["tokens"])
     print(f"{args.run_dir}, step {step}: {count:,} rows of {what}, up to {num_steps} recurrences", flush=True)
-    progress = Progress(-(-count // BATCH))
+    with Progress(-(-count // BATCH)) as progress:
 
-    def scorer(rows: Rows) -> calibration.Scorer:
-        return calibration.Scorer(
-            params,
-            config,
-            rows,
-            num_steps,
-            batch_size=BATCH,
-            seed=args.seed,
-            progress=lambda done: progress.update(done, "batches of a threshold"),
-        )
-
-    choose = scorer(chosen)
-    check = scorer(others) if len(others["tokens"]) else None
-    found = []
-    for rule in args.rules:
-
-        def tried(x: calibration.Tried, rule: str = rule) -> None:
-            progress.say(
-                f"{rule} at {x.threshold:g}: {x.agreement:.3%} agree after {x.mean_steps:.2f} recurrences; "
-                f"p = {x.p_value:.2g}, {'passes' if x.p_value <= args.delta else 'fails'}"
+        def scorer(rows: Rows) -> calibration.Scorer:
+            return calibration.Scorer(
+                params,
+                config,
+                rows,
+                num_steps,
+                batch_size=BATCH,
+                seed=args.seed,
+                progress=lambda done: progress.update(done, "batches of a threshold"),
             )
 
-        found.append(
-            calibration.calibrate(
-                choose, rule, epsilon=args.epsilon, delta=args.delta, step=step, data=what, check=check, tried=tried
+        choose = scorer(chosen)
+        check = scorer(others) if len(others["tokens"]) else None
+        found = []
+        for rule in args.rules:
+
+            def tried(x: calibration.Tried, rule: str = rule) -> None:
+                progress.say(
+                    f"{rule} at {x.threshold:g}: {x.agreement:.3%} agree after {x.mean_steps:.2f} recurrences; "
+                    f"p = {x.p_value:.2g}, {'passes' if x.p_value <= args.delta else 'fails'}"
+                )
+
+            found.append(
+                calibration.calibrate(
+                    choose, rule, epsilon=args.epsilon, delta=args.delta, step=step, data=what, check=check, tried=tried
+                )
             )
-        )
-        calibration.save(args.run_dir, found[-1])
+            calibration.save(args.run_dir, found[-1])
     show(found)
     for one in found:
         print(one.guarantee)

@@ -44,7 +44,7 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
       InputError: steps below 1, or min_learning_rate above learning_rate.
     """
     if steps < 1:
-        raise InputError(f"steps = {steps!r}: a schedule needs at floor 1 step")
+        raise InputError(f"steps = {steps!r}: a schedule needs at least 1 step")
     base, floor = config.learning_rate, config.min_learning_rate
     if floor > base:
         raise InputError(f"optimizer.min_learning_rate = {floor!r}: must be at most learning_rate = {base!r}")
@@ -280,7 +280,7 @@ class AverageState(NamedTuple):
 
 
 def averaged(decay: float) -> optax.GradientTransformation:
-    """Keep an exponential moving average of the parameters. Goes last in a chain; updates pass unchanged.
+    """Keep an exponential moving average of the parameters. Must be last in the chain; updates pass unchanged.
 
     After update t the average is sum_i decay^(t-i) p_i / sum_i decay^(t-i), where p_i are the parameters after update
     i. The initialisation p_0 is not part of it.

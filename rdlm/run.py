@@ -101,7 +101,7 @@ class Run:
         tokenizer = self.require_tokenizer()
         single = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], Mapping))
         prompts: Any = [prompt] if single else prompt
-        if not sampling.stop_tokens:
+        if len(sampling.stop_tokens) == 0:
             ends = {tokenizer.eos_id, tokenizer.special_ids.get("<|end_turn|>", tokenizer.eos_id)}
             sampling = dataclasses.replace(sampling, stop_tokens=tuple(sorted(ends)))
         out = generate(

@@ -65,6 +65,14 @@ def test_text_in_and_text_out(run):
     assert run.generate("12 ba", max_new_tokens=3).text != run.generate("7", max_new_tokens=3).text  # the prompt counts
 
 
+def test_stop_tokens_may_be_an_array(run):
+    first, second = (
+        run.generate("12 ba", max_new_tokens=5, sampling=Sampling(stop_tokens=ids))
+        for ids in (np.array([1, 2]), (1, 2))
+    )
+    np.testing.assert_array_equal(first.tokens[0], second.tokens[0])
+
+
 def test_a_chat(run, monkeypatch):
     chat = [{"role": "user", "content": "12 ba"}]
     monkeypatch.setattr(Tokenizer, "encode_chat", lambda self, messages: self.encode(f"chat {messages[0]['content']}"))

@@ -99,8 +99,10 @@ def _join(address: str, count: int, index: int, agree_on: str, timeout: int) -> 
     timer = threading.Timer(timeout, give_up)
     timer.daemon = True
     timer.start()
-    found = jax.process_count()
-    timer.cancel()
+    try:
+        found = jax.process_count()
+    finally:
+        timer.cancel()
     if found != count:
         raise StartError(f"JAX counts {found} processes, the run has {count}; is every worker part of the same slice?")
 

@@ -64,7 +64,7 @@ def _lead(address: str, count: int, mine: Greeting, timeout: int) -> list[str]:
                 line = stack.enter_context(server.accept()[0])
                 line.settimeout(5)
                 index, greeting = json.loads(line.makefile().readline())
-                if 0 < index < count:
+                if index in range(1, count) and isinstance(greeting, dict) and greeting.keys() == mine.keys():
                     arrived[index] = greeting
                     lines.append(line)
         verdict = _verdict(arrived, count, address, timeout)

@@ -17,6 +17,7 @@ from rdlm.config import DataConfig, InputError, ModelConfig, RunConfig
 from rdlm.data.prepare import prepare_embedded
 from rdlm.evaluation import calibration
 from rdlm.evaluation.calibration import Scorer, calibrate, load, loosest, min_rows, p_value, read, save, thresholds
+from rdlm.runtime import Progress
 from rdlm.tokenizer import Tokenizer
 
 TEXTS = [f"{i} The capital of land {i} is city {i % 7}; its river é flows {i * i} km.\n" * 3 for i in range(60)]
@@ -308,6 +309,18 @@ def test_calibrated_thresholds_reach_generate(text_run, command):
     assert found["kl"].guarantee in err
     by_hand = command(*say, "--threshold", repr(found["kl"].threshold), "--steps", "8")
     assert untimed(out) == untimed(by_hand[1])
+
+
+def test_an_error_ends_the_live_display(text_run, command, monkeypatch):
+    ended = []
+    monkeypatch.setattr(Progress, "__exit__", lambda *_: ended.append(True))
+
+    def refuse(*_, **__):
+        raise InputError("no")
+
+    monkeypatch.setattr(calibration, "calibrate", refuse)
+    assert command("calibrate_exits", text_run, *CALIBRATE)[0] == 2
+    assert ended == [True]
 
 
 def untimed(out):

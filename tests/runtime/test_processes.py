@@ -5,11 +5,14 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import jax
 import pytest
 
+import rdlm.runtime.processes as processes
 import rdlm.runtime.roll_call as rolls
 from rdlm.config import InputError
 from rdlm.runtime import StartError, exchange, start, together
@@ -69,7 +72,15 @@ def test_whoever_else_knocks_is_ignored(address):
     host, port = address.split(":")
     with ThreadPoolExecutor(1) as pool:
         lead = pool.submit(called, address, [greeting(0)], 2)
-        for noise in (b"GET / HTTP/1.1\r\n\r\n", b"[]\n", b"[7, {}]\n", b'{"process": 7}\n', b""):
+        for noise in (
+            b"GET / HTTP/1.1\r\n\r\n",
+            b"[]\n",
+            b"[7, {}]\n",
+            b"[1, 5]\n",
+            b"[1, {}]\n",
+            b'{"process": 7}\n',
+            b"",
+        ):
             deadline = time.monotonic() + 30
             while time.monotonic() < deadline:
                 try:
@@ -96,6 +107,21 @@ def test_a_port_in_use_is_one_line(address):
         [error] = called(address, [greeting(0)], 2)
     assert isinstance(error, StartError)
     assert "cannot be opened" in str(error)
+
+
+def test_a_missing_device_is_an_error_and_not_the_end_of_a_later_program(monkeypatch):
+    def no_devices():
+        raise RuntimeError("no devices")
+
+    timers = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: None)
+    monkeypatch.setattr(jax, "process_count", no_devices)
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    monkeypatch.setattr(threading.Timer, "start", lambda self: timers.append(self))
+    with pytest.raises(RuntimeError, match="no devices"):
+        processes._join("localhost:1", 1, 0, "", 60)
+    [timer] = timers
+    assert timer.finished.is_set()  # cancelled
 
 
 @pytest.mark.parametrize(
