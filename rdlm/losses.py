@@ -160,7 +160,7 @@ def token_losses(
     Args:
       params, config, batch, state, key: as in `loss`.
       depths: n and k.
-      remat: what the backward pass recomputes (`config.Recurrence.remat`).
+      remat: what the backward pass recomputes (`config.RecurrenceConfig.remat`).
       layout: how parameters are split over devices, inside `jax.shard_map`: `params` are shards. None: they are full.
     """
     (n, k, max_k, rows), flash = depths, layout is not None and layout.flash

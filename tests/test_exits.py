@@ -52,14 +52,14 @@ def test_values(kind):
     for i in range(CHECKS):
         for b, t in np.ndindex(B, L):
             seen = states[: i + 2, b, t].astype(np.float64), logits[: i + 1, b, t].astype(np.float64)
-            assert ours[i, b, t] == pytest.approx(latest_value(kind, *seen), rel=1e-3, abs=1e-6)  # spec section 9
+            assert ours[i, b, t] == pytest.approx(latest_value(kind, *seen), rel=1e-3, abs=1e-6)
     # Control: with the neighbour's logits or states, the values are others.
     swapped = values(RULES[kind](), states[:, ::-1], logits[:, ::-1])
     assert not np.allclose(ours, swapped, rtol=1e-3, atol=1e-6)
 
 
 def test_first_values():
-    # Spec section 6: what the first check compares with.
+    # What the first check compares with (docs/model.md, Exit rules).
     states, logits = draws()
     states[0] = 0
     np.testing.assert_allclose(values(exits.latent_diff(), states, logits)[0], 1, rtol=1e-6)
@@ -123,7 +123,7 @@ def test_learnt_weights_are_not_spread_over_rows():
 
 
 def test_default_thresholds():
-    # The paper's and the reference's (contract, "Exit rules").
+    # The paper's and the reference's (docs/model.md, Exit rules).
     found = {kind: rule().threshold for kind, rule in RULES.items()}
     assert found == {
         "kl": 5e-4, "min_p_kl": 1e-5, "entropy_diff": 1e-3, "latent_diff": 0.03, "cosine": 1e-3, "argmax_stability": 5

@@ -49,7 +49,7 @@ class ModelConfig:
     mean_recurrence: int = 32
     """Mean r of training, and the default depth at test time."""
     backprop_depth: int = 8
-    """Maximum number of recurrences with gradient in a training step."""
+    """b: the recurrences with gradient in a training step are at most b, or 2 b with some schemes of drawing them."""
     param_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype in which parameters are initialised and stored."""
     compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None

@@ -188,7 +188,7 @@ def test_best_fit_keeps_few_rows_open():
 @given(LENGTHS, ROW_LENGTH)
 def test_reference_rows_are_full_and_start_with_a_document(lengths, length):
     documents, expected, joined = corpus(lengths), [], []
-    for document in documents:  # spec section 7: join until a row is full, keep a row, drop the rest
+    for document in documents:  # join until a row is full, keep a row, drop the rest
         joined += document.tokens.tolist()
         if len(joined) >= length + 1:
             expected.append(joined[: length + 1])

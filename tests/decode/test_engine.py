@@ -1,6 +1,6 @@
 """The engine: a request gets what it gets alone, whoever comes and goes beside it.
 
-Decisions that lie within the contract's margins may differ between compiled shapes; the seeds here meet none.
+Decisions within the margins of docs/semantics.md may differ between compiled shapes; the seeds here meet none.
 """
 
 import dataclasses

@@ -236,7 +236,7 @@ def test_tokens_are_streamed_as_they_are_made(stop):
 
 
 def distribution(logits, prompt, temperature, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0):
-    """Spec section 6, "Sampling order", for one row in float64."""
+    """The sampling order (docs/semantics.md, Generate) for one row in float64."""
     x = np.asarray(logits, np.float64)
     seen = np.isin(np.arange(len(x)), prompt)
     x = np.where(seen, np.where(x >= 0, x / repetition_penalty, x * repetition_penalty), x) / temperature

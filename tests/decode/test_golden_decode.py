@@ -13,7 +13,7 @@ from rdlm.decode.sampling import as_arrays
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
-# The reference's lookups that we offer (contract, "Cache policy"). `full` hides tokens that stopped earlier.
+# The reference's lookups that we offer (docs/semantics.md, Cache policy). `full` hides tokens that stopped earlier.
 POLICIES = {"full": CachePolicy(lookup="skip"), "skip": CachePolicy(lookup="skip")}
 POLICIES |= {"latest-m4": CachePolicy(), "available-m4": CachePolicy()}
 for slots in (4, 8, 16):  # of the four core layers of model A
@@ -34,7 +34,7 @@ def lookup(entry):
 
 
 def offered(*kinds):
-    """Cases whose lookup we offer, but the one that pins stale logits, a defect we do not copy (spec section 8)."""
+    """Cases whose lookup we offer, but the one that pins stale logits, a defect we do not copy."""
     found = of_kind(*kinds, models=("A", "A2"))
     return [(m, c) for m, c in found if lookup(cases(m)[c]) in POLICIES and "stale" not in c]
 

@@ -158,7 +158,7 @@ def test_a_window_of_attention(policy, rule):
 @pytest.mark.parametrize("rule", ["none", "latent_diff"])
 @pytest.mark.parametrize("policy", ["latest", "skip"])
 def test_parallel_prefill_is_token_by_token_decoding(policy, rule):
-    # Contract, "Prefill, scoring": with every recurrence kept, for fixed depth and rules on states.
+    # For fixed depth and rules on states, with every recurrence kept (docs/semantics.md, Prefill and exactness).
     assert_agrees(outcome(parallel, SMALL, policy, rule), outcome(one_by_one, SMALL, policy, rule))
 
 

@@ -46,7 +46,7 @@ def same_distribution(ours, golden, samples):
 
 
 def test_filling_meets_the_specification():
-    # Spec section 9.
+    # The moments of the reference's draws (docs/model.md, Sampling the depth).
     n, k = draws()
     assert (n + k).mean() == pytest.approx(33.0, abs=0.16)
     assert (n + k).var() == pytest.approx(322.8, rel=0.05)

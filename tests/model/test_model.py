@@ -281,7 +281,7 @@ def test_noise_off_changes_nothing():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_noise_mixes_by_its_schedule_and_renormalises(kind, monkeypatch):
-    # xi is what remains of a zero state under "fixed"; every other amount must follow from the formula of spec 2.
+    # xi is what remains of a zero state under "fixed"; every other amount must follow from the formula (docs/model.md).
     s, key, positions, t = states(), jax.random.key(6), jnp.arange(6), 0.3
     rows = jnp.asarray(s)
     renormalised = {i: noisy(params(), with_noise(kind), rows, i, key, positions) for i in (0, 5)}

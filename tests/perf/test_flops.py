@@ -39,7 +39,7 @@ def test_parameters_of_every_shape(change):
 
 
 def test_parameters_of_the_published_model():
-    # Spec section 1, and the paper's count of the unrolled model.
+    # The shape in docs/model.md, and the paper's count of the unrolled model.
     assert flops.parameters(HUGINN_3P5B) == 3_564_976_800
     assert flops.block_parameters(HUGINN_3P5B) == 395_398_080
     assert flops.core_parameters(HUGINN_3P5B) == 1_581_592_320

@@ -18,7 +18,7 @@ def run(tmp_path):
 
 
 def test_the_distribution_of_depths_is_the_one_training_draws_from():
-    # Spec section 3: E[n + k] = mean_recurrence + 1 when the gradient steps are filled first.
+    # E[n + k] = mean_recurrence + 1 when the gradient steps are filled first.
     shares = depth_distribution(preset("quickstart"))
     assert shares.sum() == pytest.approx(1)
     assert shares[0] == 0

@@ -1,4 +1,4 @@
-"""The golden vectors in tests/golden (see its README): models, cases and the tolerances of spec section 9."""
+"""The golden vectors in tests/golden (see its README): models, cases and their tolerances."""
 
 import functools
 import json

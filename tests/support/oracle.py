@@ -40,7 +40,7 @@ def log_softmax(x):
 
 
 def latest_value(kind, states, logits):
-    """The value of an exit rule (spec section 6) after a check, from all a token showed so far.
+    """The value of an exit rule (docs/model.md, Exit rules) after a check, from all a token showed so far.
 
     states: [n + 1, D], the initial state and the state at each of n checks. logits: [n, V].
     """

@@ -310,7 +310,7 @@ def test_the_assistants_words_and_the_end_of_its_turn_are_what_it_says():
 
 
 def direct(messages, reply):
-    """The rules of spec section 7, written down without a template."""
+    """The rules of the chat format, written down without a template."""
     special, text = TOKENIZER.special_ids, lambda words: TOKENIZER.encode(words, bos=False).tolist()
     ids, said = [TOKENIZER.bos_id], [False]
     for message in messages:
