@@ -73,7 +73,7 @@ class Options:
     recurrences: int | None = 4
     """Recurrences whose keys and values are kept; None: all."""
     num_steps: int = 32
-    """Most recurrences per token."""
+    """Maximum recurrences per token."""
     exit: Literal["none", "kl", "gated_kl", "latent_diff"] = "kl"
 
 
@@ -210,7 +210,7 @@ def decode_report(name: str, base: RunConfig, o: Options, device: Any, batch: in
     print(f"  temporaries                {program.temporaries / GIB:8.2f} GiB")
     limit = flops.datasheet(device.device_kind).gib
     print(f"  peak                       {program.peak / GIB:8.2f} of {limit} GiB")
-    large = program.copies(least=2**23)
+    large = program.copies(min_bytes=2**23)
     print(f"  copies of 8 MiB or more    {sum(large.values()):8d}")
     for (looped, shape), count in sorted(large.items()):
         print(f"    {count} x {shape} {'in a loop' if looped else 'once'}")

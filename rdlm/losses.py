@@ -196,7 +196,7 @@ def token_losses(
 
 
 LOGITS_AT_ONCE = 2**26
-"""Most logits that a training step holds at a time (256 MiB); larger sets are computed, and recomputed, in parts."""
+"""Maximum number of logits held at a time in training (256 MiB); larger sets are computed, and recomputed, in parts."""
 
 
 def head_losses(

@@ -189,30 +189,30 @@ def unroll_until(
     step: Step[State],
     finished: Callable[[State, Array], Array],
     s: State,
-    most: Int[Array, ""] | int,
-    first: Int[Array, ""] | int = 0,
+    max_steps: Int[Array, ""] | int,
+    done: Int[Array, ""] | int = 0,
 ) -> tuple[State, Int32[Array, ""]]:
-    """Run `step` from recurrence `first` until `finished(s, i)` (bool scalar; i steps done) or i = `most`.
+    """Run `step` from recurrence `done` until `finished(s, i)` (bool scalar; i steps done) or i = `max_steps`.
 
     Returns (state, i).
     """
 
-    def go_on(carry: tuple[State, Array]) -> Array:
+    def unfinished(carry: tuple[State, Array]) -> Array:
         s, i = carry
-        return (i < most) & ~finished(s, i)
+        return (i < max_steps) & ~finished(s, i)
 
-    return lax.while_loop(go_on, lambda carry: (step(*carry), carry[1] + 1), (s, jnp.asarray(first, jnp.int32)))
+    return lax.while_loop(unfinished, lambda carry: (step(*carry), carry[1] + 1), (s, jnp.asarray(done, jnp.int32)))
 
 
-def check_depths(depths: Sequence[int], least: int = 1) -> tuple[int, ...]:
+def check_depths(depths: Sequence[int], min_depth: int = 1) -> tuple[int, ...]:
     """`depths` as a tuple.
 
     Raises:
-      InputError: none, not increasing, or one below `least`.
+      InputError: none, not increasing, or one below `min_depth`.
     """
     depths = tuple(int(r) for r in depths)
-    if not depths or list(depths) != sorted(set(depths)) or depths[0] < least:
-        raise InputError(f"depths = {depths}: must be increasing recurrences, each at least {least}")
+    if not depths or list(depths) != sorted(set(depths)) or depths[0] < min_depth:
+        raise InputError(f"depths = {depths}: must be increasing recurrences, each at least {min_depth}")
     return depths
 
 
@@ -229,7 +229,7 @@ def checkpoints(step: Step[State], s: State, depths: Sequence[int], read: Callab
         s = lax.fori_loop(done, depth, lambda i, s: frozen(s, i), s)
         return (s, depth), read(s)
 
-    stops = jnp.asarray(check_depths(depths, least=0), jnp.int32)
+    stops = jnp.asarray(check_depths(depths, min_depth=0), jnp.int32)
     return lax.scan(until, (jax.tree.map(lax.stop_gradient, s), jnp.int32(0)), stops)[1]
 
 

@@ -218,7 +218,7 @@ def test_unroll_until(stop, most, expected):
 
 def test_unroll_until_goes_on_where_it_stopped():
     halfway, _ = unroll_until(core(WEIGHTS), lambda s, i: i >= 3, S0, 8)
-    s, ran = unroll_until(core(WEIGHTS), lambda s, i: i < 0, halfway, 8, first=3)
+    s, ran = unroll_until(core(WEIGHTS), lambda s, i: i < 0, halfway, 8, done=3)
     assert ran == 8
     np.testing.assert_allclose(s, loop(core(WEIGHTS), S0, 8, 0), atol=1e-6)
 

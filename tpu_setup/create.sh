@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# create.sh: request the TPU and wait until it is ready. Run again while a request is pending, it goes on waiting.
+# create.sh: request the TPU and wait until it is ready. Run again while a request is pending, it continues to wait.
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 settings
 tier=()
@@ -13,7 +13,7 @@ case $queue/$node in
   /) made='' ;;
   WAITING_FOR_RESOURCES/* | ACCEPTED/* | CREATING/* | PROVISIONING/* | ACTIVE/ | */CREATING) made=before ;;
   *) die "TPU_NAME = $TPU_NAME: already exists in $ZONE (request ${queue:-none}, node ${node:-none});" \
-    "go on with tpu_setup/setup.sh, or remove it: tpu_setup/delete.sh" ;;
+    "continue with tpu_setup/setup.sh, or remove it: tpu_setup/delete.sh" ;;
 esac
 BILLED=perhaps
 

@@ -49,7 +49,7 @@ step() {
 while :; do
   (($(date +%s) < UNTIL)) || {
     "$HERE/stop.sh" || true
-    end 1 "MAX_HOURS = $MAX_HOURS are over; the same command goes on from the newest checkpoint"
+    end 1 "MAX_HOURS = $MAX_HOURS are over; the same command resumes from the newest checkpoint"
   }
   if ! queue=$(queue_state) || ! node=$(node_state); then
     trouble "cannot get the state of $TPU_NAME"

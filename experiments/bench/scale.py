@@ -50,7 +50,7 @@ def depth_draws(run: RunConfig, steps: int = 20_000) -> None:
     n, k = (np.asarray(x, float) for x in jax.vmap(lambda i: draw_depth(run, i))(jnp.arange(steps)))
     length = run.data.sequence_length
     core, outer = flops.core_flops(run.model, length), flops.outer_flops(run.model, length)
-    slots = max_gradient_steps(run.model.backprop_depth, run.recurrence.scheme)  # all are computed, whatever k is
+    slots = max_gradient_steps(run.model.backprop_depth, run.recurrence.scheme)  # all are computed, for any k
     costs = (n + 3 * slots) * core + 3 * outer
     mean = costs.mean()
     print(

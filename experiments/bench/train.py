@@ -1,4 +1,4 @@
-"""How fast is a training step, against what the machine can do at best in the same run?
+"""How fast is a training step, against the machine's peak in the same run?
 
     python experiments/bench/train.py                 # the D=256 shape: 2/4/2 layers, batch 8 x 256, n = k = 8, f32
     python experiments/bench/train.py --remat iteration --batch-size 4
@@ -79,7 +79,7 @@ def fastest(run: Callable[[], object], repeats: int) -> float:
 
 
 def sustained_matmul(repeats: int = 150) -> float:
-    """FLOP/s of so many 1024^3 f32 matrix products one after the other; about a second on two CPU cores."""
+    """FLOP/s of so many 1024^3 f32 matrix products run sequentially; about a second on two CPU cores."""
     return 2 * 1024**3 * repeats / sum(matmul_seconds(repeats))
 
 

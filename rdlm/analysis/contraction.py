@@ -23,10 +23,10 @@ from rdlm.model import Params, bind
 class Contraction(NamedTuple):
     """What one recurrence does to small differences, per row; float64 [B] each.
 
-    norm: largest singular value of J, the most that one recurrence stretches any difference. radius: largest
+    norm: largest singular value of J, the maximum amplification of a difference. radius: largest
     |eigenvalue|, the factor per recurrence in the long run; below 1 differences die out. period: recurrences per turn
     of that eigenvalue, 2 pi / |angle|; infinite where it is real and positive. residual: ||J v - lambda v|| of the unit
-    vector behind radius; the closer to 0, the surer.
+    vector behind radius; near 0 means converged.
     """
 
     norm: np.ndarray

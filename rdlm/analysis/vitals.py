@@ -2,12 +2,12 @@
 
 The paper (arXiv 2502.05171) lost two large runs before the third: in the first, the states of all tokens became one
 (token correlation 1); in the second the model learnt to ignore its state, and was as good at r = 1 as at the mean r.
-Both losses went on falling for a while. `vitals` are the numbers that would have told, `alarms` the limits.
+Both losses kept falling for a while. `vitals` are the numbers that would have revealed it, `alarms` the limits.
 
     vital_token_correlation   mean cosine similarity of the states of two tokens of a row, at the mean r
     vital_state_rms_r1        root mean square of the state after 1 recurrence
     vital_state_rms           ... after the mean r
-    vital_state_drift         the latter over that after half of the mean r: 1 where the state has a size of its own
+    vital_state_drift         the latter over that after half of the mean r: 1 if its size is independent of r
     vital_residual            |s_r - s_{r-1}| / |s_{r-1}| at the mean r: how much the last recurrence still changes
     vital_contraction         the latter over the same after half of the mean r: below 1 where iterating settles
     vital_loss_r1, vital_loss loss after 1 recurrence and after the mean r
@@ -56,7 +56,7 @@ class Course(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames="config")
 def course(params: Params, config: ModelConfig, batch: Any, key: Array) -> Course:
-    """The course of one unroll to config.mean_recurrence; holds two states at a time, whatever r.
+    """The course of one unroll to config.mean_recurrence; holds two states at a time, for any r.
 
     Args:
       params, config: the model.
@@ -130,7 +130,7 @@ def vitals(params: Params, config: ModelConfig, batch: Any, key: Array | None = 
 def alarms(values: dict[str, float]) -> list[str]:
     """One line for each vital that is out of its limit: the alarm, the vital, its value, its limit, where to look.
 
-    `values`: from `vitals`; none, no alarm.
+    `values`: from `vitals`; empty: no alarms.
     """
     if not values:
         return []

@@ -25,7 +25,7 @@ _PARTIAL = ".orbax-checkpoint-tmp"
 
 
 class SaveError(RunError):
-    """A checkpoint could not be written. After making room the same command goes on, so the exit code is 1."""
+    """A checkpoint could not be written. After making room, rerunning the command continues, so the exit code is 1."""
 
 
 class Restored(NamedTuple):
@@ -152,7 +152,7 @@ class Checkpoints:
         Args:
           params, optimizer: shapes, dtypes and shardings.
           say: prints a line.
-          good: given a checkpoint's meta, whether training may go on from it.
+          good: given a checkpoint's meta, whether training may resume from it.
 
         Raises:
           InputError: none of the checkpoints can be read; nothing is renamed then.

@@ -148,4 +148,4 @@ def _way_out(run_folder: str | Path, damaged: int) -> str:
     before = max((step for step in others if step < damaged), default=max(others, default=None))
     if before is None:
         return "there is no other: restore it from a copy, or delete it and train again"
-    return f"ask for step {before}, or let training go on: it renames this one"
+    return f"ask for step {before}, or resume training, which renames this one"

@@ -121,7 +121,7 @@ class DataConfig:
     batch_size: int = 8
     """Rows per step, over all devices (B)."""
     microbatches: int = 1
-    """Parts of a batch that a device processes one after the other, accumulating gradients."""
+    """Parts of a batch that a device processes sequentially, accumulating gradients."""
     validation_fraction: float = 0.05
     """Share of documents held out for validation."""
     task: str = ""

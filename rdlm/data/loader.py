@@ -183,7 +183,7 @@ class PackedData:
 
 
 def epochs(rows: RowFiles, seed: int, shuffle: bool) -> grain.MapDataset[Example]:
-    """All epochs of `rows`, one after the other, each shuffled by its own permutation."""
+    """All epochs of `rows` in sequence, each shuffled by its own permutation."""
 
     def example(place: int) -> Example:
         epoch, i = divmod(place, len(rows))

@@ -1,4 +1,4 @@
-"""Several prepared folders mixed by weight, still as a pure function of the step; and one after the other."""
+"""Several prepared folders mixed by weight, still as a pure function of the step; or chained."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Mixture:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps after which as many rows were seen as exist; sources of large weight have repeated by then."""
+        """Total rows / batch size, rounded up; sources of large weight have repeated by then."""
         return -(-self.len_rows // self.batch_size)
 
     def batch(self, step: int) -> Batch:

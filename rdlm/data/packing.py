@@ -137,7 +137,7 @@ def pack(packing: Packing) -> Callable[[Iterable[Document], int], Iterator[Row]]
 
 
 def row_of(pieces: Sequence[Piece]) -> Row:
-    """Pieces of documents, one after the other, as a row."""
+    """Pieces of documents concatenated into a row."""
     tokens = np.concatenate([d.tokens[offset : offset + length] for d, offset, length in pieces]).astype(np.int32)
     scored = None
     if any(d.scored is not None for d, *_ in pieces):

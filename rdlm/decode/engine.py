@@ -170,7 +170,7 @@ class Engine:
         """Queue a request. Arguments as in `generate`; exit_rule: the engine's kind with thresholds of its own.
 
         on_token(token, steps) is called as tokens are made; if it raises, the request ends with that `error` and the
-        others go on.
+        others continue.
 
         Raises:
           InputError: what `generate` refuses, more than the engine has room for, or a full queue; nothing is queued.

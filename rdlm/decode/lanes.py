@@ -1,8 +1,8 @@
 """Lanes: a batch in which every row is at its own position and its own recurrence, sharing one core.
 
-The core's weights are the same at every recurrence, so one tick advances all lanes by one recurrence, whatever their
-depths. A lane whose token has stopped is flushed soon: up to W such lanes pass through coda, sampling and the next
-token's prelude together. A lane computes exactly what `generate` computes for its request, whatever its neighbours do.
+The core's weights are the same at every recurrence, so one tick advances all lanes by one recurrence at any
+depth. A lane whose token has stopped is flushed soon: up to W such lanes pass through coda, sampling and the next
+token's prelude together. A lane computes exactly what `generate` computes for its request, regardless of other lanes.
 
 Branches return rows, which are then scattered into the cache in place; a branch that returned the cache would copy it.
 """

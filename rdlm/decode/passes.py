@@ -35,7 +35,7 @@ def next_power(n: int, minimum: int = 8) -> int:
 
 
 def check_prefill_exit(prefill_exit: str) -> None:
-    """Refuse what is not a way for prompts to exit."""
+    """Validate prefill_exit."""
     if prefill_exit not in ("per_token", "together", "never"):
         raise InputError(f"prefill_exit = {prefill_exit!r}: must be one of per_token, together, never")
 

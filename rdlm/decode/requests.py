@@ -1,4 +1,4 @@
-"""What a batch of prompts asks for: checked, and spread over rows as arrays."""
+"""Options of a batch of prompts: checked, and spread over rows as arrays."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class RequestOptions:
 
 
 class Request(NamedTuple):
-    """What a batch of prompts asks for, as arrays with one row per prompt: no value recompiles."""
+    """Options of a batch of prompts, as arrays with one row per prompt: no value recompiles."""
 
     depth: Depth  # of every token
     init_scale: Array  # f32 [B]

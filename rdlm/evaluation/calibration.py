@@ -224,10 +224,10 @@ def _score(params: Params, config: ModelConfig, rows: dict[str, Array], num_step
     out = forward(
         params, config, rows["tokens"], num_steps, segment_ids=rows["segment_ids"], key=rows["key"], exit_rule=rule
     )
-    assert out.looks is not None  # with a rule, checks are counted
+    assert out.checks is not None  # with a rule, checks are counted
     scored = rows["scored"]
     other = scored & (jnp.argmax(out.logits, axis=-1) != full)
-    spent = [jnp.where(scored, x, 0).sum(1) for x in (out.steps, out.looks)]
+    spent = [jnp.where(scored, x, 0).sum(1) for x in (out.steps, out.checks)]
     return other.sum(1), scored.sum(1), *spent
 
 

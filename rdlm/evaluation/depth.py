@@ -148,9 +148,9 @@ def _exit_sums(
     out = forward(
         params, config, tokens, max_steps, state=s0, segment_ids=segments, positions=positions, exit_rule=rule
     )
-    assert out.looks is not None  # with a rule, checks are counted
+    assert out.checks is not None  # with a rule, checks are counted
     nats, right = cross_entropy(out.logits, labelled.labels).sum(), is_likeliest(out.logits, labelled.labels).sum()
-    ran = out.steps.sum(), out.looks.sum(), (out.steps > 0).sum()
+    ran = out.steps.sum(), out.checks.sum(), (out.steps > 0).sum()
     return (nats, right, *ran, *_scored(labelled.labels, token_bytes)), out.steps.max()
 
 

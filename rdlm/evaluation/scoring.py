@@ -212,7 +212,7 @@ def _by_exit(
     s = start_from(params, config, text_from(config, batch.tokens), None, scale=scale).s
     out = forward(params, config, batch.tokens, max_steps, state=s, segment_ids=batch.segment_ids, exit_rule=rule)
     log_p, greedy = _continuations(jnp.take_along_axis(out.logits, batch.at[..., None], axis=1), batch)
-    return (log_p[None], greedy[None]), out.steps, out.looks
+    return (log_p[None], greedy[None]), out.steps, out.checks
 
 
 def _continuations(logits: Array, batch: _Arrays) -> tuple[Array, Array]:

@@ -151,7 +151,7 @@ def _kv_heads(fields: Fields, D: int, H: int, where: str) -> int | None:
     """Number of key heads. Checks the fields that the reference derives from others.
 
     If its config class is given `num_attention_heads`, it computes num_key_value_heads and head_dim from its default of
-    55 heads, and saves these wrong values; n_layers is 8 by default, whatever the other counts are. Its model reads
+    55 heads, and saves these wrong values; n_layers is 8 by default, for any other counts. Its model reads
     neither head_dim nor n_layers. Exactly these wrong values are ignored; any other contradiction is an error.
     """
     stale_heads = FIELDS["n_heads"][2]

@@ -35,7 +35,7 @@ class Pass(NamedTuple):
     steps: Array  # int32 [B, L], recurrences each token ran
     ran: Array  # int32 scalar, the recurrence at which the last token stopped
     new_kv: NewKV  # to append to the cache
-    looks: Array  # int32 [B, L], how often the rule read a token's logits
+    checks: Array  # int32 [B, L], how often the rule read a token's logits
 
 
 class _Carry(NamedTuple):
@@ -44,7 +44,7 @@ class _Carry(NamedTuple):
     s: Array  # [B, L, D]
     active: Array  # bool [B, L], still running
     steps: Array  # int32 [B, L]
-    looks: Array  # int32 [B, L]
+    checks: Array  # int32 [B, L]
     core_kv: Layers  # [S, B, L, .] per core layer
     rule: PyTree  # state of the exit rule
     coda_kv: Layers  # [B, L, .] per coda layer, as of the last check
@@ -78,7 +78,7 @@ def adaptive_pass(
     c, ran = unroll_until(loop.step, _all_stopped, loop.begin(start), jnp.max(depth.num_steps), start.ran)
     (y, z), coda_kv = loop.coda(c.s)
     logits = head(params, config, loop.at_last(y) if last_only else y)
-    return Pass(logits, z, c.s, c.steps, ran, NewKV(prelude_kv, c.core_kv, coda_kv), c.looks)
+    return Pass(logits, z, c.s, c.steps, ran, NewKV(prelude_kv, c.core_kv, coda_kv), c.checks)
 
 
 def _all_stopped(c: _Carry, i: Array) -> Array:
@@ -129,7 +129,7 @@ class _Loop:
             s=start.s,
             active=self.text.valid & (ran < self.depth.num_steps),
             steps=jnp.where(self.text.valid, ran, 0),
-            looks=jnp.zeros(shape, jnp.int32),
+            checks=jnp.zeros(shape, jnp.int32),
             core_kv=core_kv,
             rule=rule_state,
             coda_kv=coda_kv,
@@ -183,7 +183,7 @@ class _Loop:
             row = jnp.any(due, axis=1, keepdims=True)
             (y, _), coda_kv = self.coda(c.s, c.coda_kv, ~c.fresh & row)
             logits = head(self.params, self.config, self.at_last(y) if self.by_last else y)
-            c = c._replace(coda_kv=coda_kv, fresh=c.fresh | row, looks=c.looks + due)
+            c = c._replace(coda_kv=coda_kv, fresh=c.fresh | row, checks=c.checks + due)
         state, value = exits.update(self.rule, c.rule, Observation(self.observed(c.s), logits, ran))
         if self.together and not self.by_last:
             valid = self.text.valid

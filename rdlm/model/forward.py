@@ -39,7 +39,7 @@ class Output:
     latents: Array  # [B, L, D], after ln_f
     steps: Array  # int32 [B, L], recurrences each token ran
     state: Array  # [B, L, D], the raw latent state before ln_f
-    looks: Array | None = None  # int32 [B, L], how often the exit rule read a token's logits; None if not counted
+    checks: Array | None = None  # int32 [B, L], how often the exit rule read a token's logits; None if not counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,9 +129,9 @@ def forward(
     text = text_from(config, tokens, segment_ids, positions)
     start = start_from(params, config, text, key, state)
     B = len(text.tokens)
-    check_rule(exit_rule, B, min_steps, check_every)
     per_token = not isinstance(num_steps, (tuple, list, type(None))) and np.ndim(num_steps) > 0
     if exit_rule is None and not per_token:
+        check_rule(None, B, min_steps, check_every)
         n, k = split_steps(num_steps, config)
         bound = bind_text(params, config, text, start)
         s = unroll(bound.step, bound.s0, n, k, max_k=config.backprop_depth)
@@ -143,4 +143,4 @@ def forward(
     # Without a limit on sets, "latest" reads a stopped token at its deepest set: one set is enough.
     empty = allocate(config, cache, cache.recurrences or 1, B, 0, start.s.dtype)
     done = adaptive_pass(params, config, text, start, depth, empty)
-    return Output(done.logits, done.latents, done.steps, done.state, done.looks)
+    return Output(done.logits, done.latents, done.steps, done.state, done.checks)

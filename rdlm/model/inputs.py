@@ -1,4 +1,4 @@
-"""What a pass over a text is given, and the checks of arguments at the public doors."""
+"""What a pass over a text is given, and the checks of arguments of the public API."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ Layers = tuple[KeyValue, ...]
 
 
 class RecurrentDepth(nn.Module):
-    """Declares all parameters: shapes, initialisers, logical axes. What is done with them: the functions below."""
+    """Declares all parameters: shapes, initialisers, logical axes. Used by the functions below."""
 
     config: ModelConfig
 
@@ -173,7 +173,7 @@ def coda(
 ) -> tuple[tuple[Float[Array, "B L D"], Float[Array, "B L D"]], Layers]:
     """Coda: s -> ((y, z), new keys and values); z = ln_f(s) are the reference's latent states, y goes to the head.
 
-    ln_f serves twice.
+    ln_f is applied twice.
     """
     z = _norm(params["ln_f"], config, s)
     y, new_kv = _blocks(params, config, "coda", z, ctx, cached_kv, frozen_kv, active)

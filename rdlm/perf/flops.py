@@ -1,4 +1,4 @@
-"""Counts from the shape alone: parameters, FLOPs at any depth, cache bytes, and what chips can do at best."""
+"""Counts from the shape alone: parameters, FLOPs at any depth, cache bytes, and the peak performance of chips."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rdlm.model.cache import stored_width
 
 
 class Chip(NamedTuple):
-    """What a chip can do at best, from its datasheet.
+    """Peak performance of a chip, from its datasheet.
 
     flops: bf16 FLOP/s. memory: HBM bytes/s. interconnect: bytes/s it receives over all its links to other chips.
     gib: GiB of HBM that a program may use, as the compiler counts them.
@@ -110,14 +110,14 @@ def forward_flops(config: ModelConfig, r: float, keys: float) -> float:
 
 
 def check_flops(config: ModelConfig, keys: float) -> float:
-    """FLOPs of one look of an exit rule that reads logits: coda and head for one token."""
+    """FLOPs of one check of an exit rule that reads logits: coda and head for one token."""
     return config.coda_layers * _layer_flops(config, keys) + 2 * config.rows * config.embed_dim
 
 
 class Cost(NamedTuple):
     """What a token costs on average.
 
-    iterations: recurrences. flops_per_token: forward FLOPs, looks of the exit rule included. equivalent_parameters:
+    iterations: recurrences. flops_per_token: forward FLOPs, checks of the exit rule included. equivalent_parameters:
     of the unrolled model, as the paper counts them (the core as often as it runs).
     """
 
@@ -126,23 +126,23 @@ class Cost(NamedTuple):
     equivalent_parameters: float
 
 
-def cost(config: ModelConfig, iterations: float, length: int, looks: float = 0.0) -> Cost:
-    """The price of a token that runs so many recurrences, in a sequence of `length`.
+def cost(config: ModelConfig, iterations: float, length: int, checks: float = 0.0) -> Cost:
+    """Cost of a token at that many recurrences, in a sequence of `length`.
 
-    Attention is counted in full over the length, as the paper counts it. Each look of a rule at logits costs coda and
-    head (`check_flops`), and so does the readout at the end, although it could reuse the last look's.
+    Attention is counted in full over the length, as the paper counts it. Each check that reads logits costs coda and
+    head (`check_flops`), and so does the readout at the end, although it could reuse those of the last check.
     """
-    spent = forward_flops(config, iterations, length) + looks * check_flops(config, length)
+    spent = forward_flops(config, iterations, length) + checks * check_flops(config, length)
     return Cost(iterations, spent, materialised_parameters(config, iterations))
 
 
 def sweep_flops(config: ModelConfig, depths: tuple[int, ...], length: int) -> float:
-    """FLOPs per token of a whole depth curve: the deepest point, and coda and head at every other."""
+    """FLOPs per token of a depth curve: the deepest point, and coda and head at every other."""
     return forward_flops(config, depths[-1], length) + (len(depths) - 1) * check_flops(config, length)
 
 
 def check_bytes(config: ModelConfig, itemsize: int) -> int:
-    """Bytes of weights that such a look streams; against `core_bytes`, its price when decoding waits for memory."""
+    """Bytes of weights that such a check streams; against `core_bytes`, its price when decoding waits for memory."""
     return (config.coda_layers * block_matrices(config) + config.rows * config.embed_dim) * itemsize
 
 
@@ -180,12 +180,12 @@ def matmul_peak() -> float:
 
 
 def measured_matmul_peak(repeats: int = 20) -> float:
-    """FLOP/s of a 1024^3 f32 matrix product on the default device: the fastest of `repeats`, compilation left out."""
+    """FLOP/s of a 1024^3 f32 matrix product on the default device: the fastest of `repeats`, excluding compilation."""
     return 2 * 1024**3 / min(matmul_seconds(repeats))
 
 
 def matmul_seconds(repeats: int) -> list[float]:
-    """Seconds of each of `repeats` 1024^3 f32 matrix products, one after the other, compilation left out."""
+    """Seconds of each of `repeats` 1024^3 f32 matrix products run sequentially, excluding compilation."""
     a = jnp.ones((1024, 1024))
     multiply = jax.jit(lambda a: a @ a)
     multiply(a).block_until_ready()

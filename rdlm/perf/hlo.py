@@ -40,7 +40,7 @@ def tpu_devices(topology: str) -> list[Any]:
         os.environ.setdefault(name, value)
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
-    except Exception as error:  # libtpu raises what it likes
+    except Exception as error:  # libtpu raises various types
         raise InputError(
             f"topology = {topology!r}: cannot compile for it ({one_line(error)}); install the extra 'aot', and "
             "write one such as v5e:2x2, v5e:16x16 or v5p:4x4x4"
@@ -63,7 +63,7 @@ LOOPS = ("recurrence_free", "recurrence_forward", "recurrence_backward")
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """Devices talking to each other at one place of a program.
+    """One collective in a program.
 
     kind: all-gather, all-reduce, reduce-scatter, all-to-all, ... size: bytes of the whole array on one chip (what a
     gather makes, what a reduction starts from). group: devices that take part. loops: the loops that reach it: those of
@@ -77,7 +77,7 @@ class Collective:
 
     @property
     def wire(self) -> float:
-        """Bytes that one chip receives, in the best way there is (a ring)."""
+        """Bytes that one chip receives, using a ring."""
         share = (self.group - 1) / self.group
         if self.kind == "collective-permute":
             return self.size
@@ -99,19 +99,19 @@ class Program:
         """Bytes one chip needs to run it."""
         return self.arguments + self.temporaries + self.results - self.shared
 
-    def copies(self, least: int) -> collections.Counter[tuple[bool, str]]:
-        """Copies and transpositions of at least `least` bytes: {(inside a loop, shape): how many}."""
+    def copies(self, min_bytes: int) -> collections.Counter[tuple[bool, str]]:
+        """Copies and transpositions of at least `min_bytes` bytes: {(inside a loop, shape): how many}."""
         found: collections.Counter[tuple[bool, str]] = collections.Counter()
         computations = _computations(self.text)
         looped = _loops_around(computations)
         for name, lines in computations.items():
             for shape, operation in (m.groups() for m in map(_INSTRUCTION.match, lines) if m):
-                if operation in ("copy", "copy-start", "transpose") and _bytes(shape) >= least:
+                if operation in ("copy", "copy-start", "transpose") and _bytes(shape) >= min_bytes:
                     found[name in looped, shape] += 1
         return found
 
     def collectives(self) -> list[Collective]:
-        """Everything the devices tell each other.
+        """All collectives.
 
         A collective that the compiler spreads over several fused operations, to hide it behind them, counts once, where
         it starts: one that starts before a loop and ends after it does not belong to the loop.
@@ -193,32 +193,32 @@ def out_of_memory(message: str) -> tuple[float, float] | None:
     return float(found[1]) * gib[found[2]], float(found[3]) * gib[found[4]]
 
 
-def largest_batch(peak: Callable[[int], float], limit: float, first: int = 1) -> int:
+def largest_batch(peak: Callable[[int], float], limit: float, start: int = 1) -> int:
     """The largest batch that fits, found with few tries; 0: not even one.
 
     Args:
       peak: GiB that a batch needs of the `limit`; raises `DoesNotFit`.
-      first: the batch to begin with.
+      start: the batch to begin with.
     """
     fits: dict[int, float] = {}
-    most: int | None = None  # the smallest that does not fit
-    batch = first
+    too_large: int | None = None  # the smallest that does not fit
+    batch = start
     while True:
         try:
             fits[batch] = peak(batch)
         except DoesNotFit:
-            most = batch
-        least = max(fits, default=0)
-        if most == least + 1:
-            return least
-        if most is not None:
-            batch = (least + most) // 2
+            too_large = batch
+        largest = max(fits, default=0)
+        if too_large == largest + 1:
+            return largest
+        if too_large is not None:
+            batch = (largest + too_large) // 2
         elif len(fits) == 1:
-            batch = least + 1
+            batch = largest + 1
         else:  # every sequence takes about the same, until the compiler saves memory at the expense of time
-            each = (fits[least] - fits[min(fits)]) / (least - min(fits))
-            guess = least + int((limit - fits[least]) / each) if each > 0 else 2 * least
-            batch = max(least + 1, guess)
+            each = (fits[largest] - fits[min(fits)]) / (largest - min(fits))
+            guess = largest + int((limit - fits[largest]) / each) if each > 0 else 2 * largest
+            batch = max(largest + 1, guess)
 
 
 def compile_program(lowered: Any) -> Program:

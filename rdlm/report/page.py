@@ -46,7 +46,7 @@ def html_page(folder: Path, commands: Mapping[str, str]) -> str:
 
     Args:
       folder: run folder.
-      commands: what to type for what is missing, by "train", "evaluate", "depth_sweep", "calibrate_exits",
+      commands: command that creates each missing section, by "train", "evaluate", "depth_sweep", "calibrate_exits",
         "trajectories", "questions" and "lm_eval".
 
     Raises:
@@ -180,14 +180,14 @@ def read_png(path: Path) -> Png:
     """A PNG file, to embed.
 
     Raises:
-      InputError: it cannot be read, or is no PNG.
+      InputError: it cannot be read, or is not a PNG.
     """
     try:
         data = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
     if data[:8] != b"\x89PNG\r\n\x1a\n" or len(data) < 24:
-        raise InputError(f"{path}: is no PNG; delete it and make it again")
+        raise InputError(f"{path}: is not a PNG; delete it and make it again")
     return Png("data:image/png;base64," + base64.b64encode(data).decode(), *struct.unpack(">II", data[16:24]))
 
 
@@ -238,7 +238,7 @@ def training(path: Path) -> Json:
 
 
 def read_metrics(path: Path) -> list[Json]:
-    """The numbers of every step; a line cut short by a kill is dropped.
+    """The numbers of every step; a line truncated by a kill is dropped.
 
     Raises:
       InputError: the file cannot be read, or a line is damaged.

@@ -40,14 +40,14 @@ def plot_paths(path: Path, title: str, panels: Sequence[Mapping[str, Any]]) -> P
     from matplotlib.colors import LogNorm  # here and below: only where one is drawn
 
     grid = figure.subplots(height, columns, squeeze=False)
-    most = max(len(panel["coordinates"]) for panel in panels)
+    max_steps = max(len(panel["coordinates"]) for panel in panels)
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
     for axes, panel in zip(grid.flat, panels, strict=False):
         x, y = np.asarray(panel["coordinates"])[:, :2].T
         axes.plot(x, y, color=GREY, linewidth=0.6, zorder=1)
         dots = axes.scatter(
-            x, y, c=np.arange(1, len(x) + 1), norm=LogNorm(1, most), cmap=COLOURS, s=16, zorder=2, linewidths=0
+            x, y, c=np.arange(1, len(x) + 1), norm=LogNorm(1, max_steps), cmap=COLOURS, s=16, zorder=2, linewidths=0
         )
         axes.plot(x[0], y[0], marker="s", color=BLACK, markersize=6, linestyle="", fillstyle="none", label="r = 1")
         axes.plot(x[-1], y[-1], marker="x", color=VERMILION, markersize=7, linestyle="", label=f"r = {len(x)}")
@@ -63,7 +63,7 @@ def plot_paths(path: Path, title: str, panels: Sequence[Mapping[str, Any]]) -> P
         axes.margins(0.12)
     grid.flat[0].legend(fontsize=8, frameon=False, loc="best")
     bar = figure.colorbar(dots, ax=grid, label="recurrence (log scale)", shrink=0.8)
-    ticks = [2**i for i in range(most.bit_length())]
+    ticks = [2**i for i in range(max_steps.bit_length())]
     bar.set_ticks(ticks, labels=[str(t) for t in ticks])
     bar.ax.minorticks_off()
     figure.suptitle(f"{title}\naxes in units of the state, with their share of the path's variance", fontsize=11)

@@ -84,7 +84,7 @@ def run_command(main: Callable[[], int | None]) -> None:
             raise
         traceback.print_exc()
         print(
-            "error: this process failed, perhaps because another one is gone; the same command on all of them goes on "
+            "error: this process failed, perhaps because another one is gone; the same command on all of them resumes "
             "from the newest checkpoint",
             file=sys.stderr,
         )
@@ -98,7 +98,7 @@ def leaving_on_sigterm() -> Iterator[None]:
 
     def end(*_: object) -> None:
         # sys.stderr may be redirected, or in use, when the signal comes.
-        os.write(2, b"preempted before training began; run the same command to go on\n")
+        os.write(2, b"preempted before training began; run the same command to continue\n")
         os._exit(EXIT_PREEMPTED)
 
     previous = signal.signal(signal.SIGTERM, end)

@@ -2,7 +2,7 @@
 
 
 class RunError(Exception):
-    """A run cannot go on, for a reason that may pass: the exit code is 1, not 2. The message is one line."""
+    """A run cannot continue, perhaps temporarily: the exit code is 1, not 2. The message is one line."""
 
 
 class StartError(RunError):

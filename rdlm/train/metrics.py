@@ -60,7 +60,7 @@ class MetricsWriter:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Every row of `folder`/metrics.jsonl; a line cut short by a kill is dropped."""
+    """Every row of `folder`/metrics.jsonl; a line truncated by a kill is dropped."""
     return [json.loads(line) for line in _complete_lines(folder / "metrics.jsonl")]
 
 

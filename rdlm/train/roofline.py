@@ -1,4 +1,4 @@
-"""The training step of a run compiled for devices that are not here, and what its speed can be at best."""
+"""The training step of a run compiled for devices that are not here, and the upper bound of its speed."""
 
 from __future__ import annotations
 

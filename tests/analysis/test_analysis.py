@@ -287,11 +287,11 @@ def test_looks_at_logits_are_counted(params):
         return rdlm.forward(params, TINY, TOKENS, 12, exit_rule=rule, min_steps=min_steps, check_every=check_every)
 
     kl = run(exits.kl(1e-2))
-    np.testing.assert_array_equal(kl.looks, kl.steps)  # a look after every recurrence
+    np.testing.assert_array_equal(kl.checks, kl.steps)  # a look after every recurrence
     assert kl.steps.min() < 12
-    assert (run(exits.kl(0.0), 2, 3).looks == 4).all()  # after 3, 6, 9, 12
+    assert (run(exits.kl(0.0), 2, 3).checks == 4).all()  # after 3, 6, 9, 12
     closed, half, opened = (run(exits.gated_kl(1e-2, gate)) for gate in (0.0, 0.3, 1e9))
-    assert not closed.looks.any()
+    assert not closed.checks.any()
     assert (closed.steps == 12).all()
-    np.testing.assert_array_equal(opened.looks, kl.looks)
-    assert 0 < half.looks.sum() < half.steps.sum()
+    np.testing.assert_array_equal(opened.checks, kl.checks)
+    assert 0 < half.checks.sum() < half.steps.sum()

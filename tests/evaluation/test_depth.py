@@ -109,7 +109,7 @@ def test_the_cost_of_a_token_is_counted_as_the_paper_counts_it():
     plain = cost(config, 32, 4096)
     assert plain.flops_per_token == flops.forward_flops(config, 32, 4096)
     assert plain.equivalent_parameters == pytest.approx(3.565e9 + 31 * 1.5816e9, rel=1e-4)
-    half = cost(config, 8.5, 4096, looks=8.5)
+    half = cost(config, 8.5, 4096, checks=8.5)
     assert half.equivalent_parameters == pytest.approx(3.565e9 + 7.5 * 1.5816e9, rel=1e-4)
     looks = 8.5 * flops.check_flops(config, 4096)
     assert half.flops_per_token == pytest.approx(flops.forward_flops(config, 8.5, 4096) + looks)

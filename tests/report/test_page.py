@@ -272,7 +272,7 @@ def a_rotten_picture(run):
     [
         (without_checkpoint, ["no complete checkpoint"]),
         (a_folder_in_the_way, ["report.html", "cannot be written"]),
-        (a_rotten_picture, ["depth_sweep.png", "is no PNG", "make it again"]),
+        (a_rotten_picture, ["depth_sweep.png", "is not a PNG", "make it again"]),
         (write("metrics.jsonl", '{"step": 0, "loss": 1}\n{"loss: 3}\n'), ["metrics.jsonl", "line 2"]),
         (write("metrics.jsonl", '{"loss": 3}\n'), ["metrics.jsonl", "line 1"]),
         (write("loss_by_depth.json", '{"1": 2.9, "2":'), ["loss_by_depth.json", "evaluate.py"]),

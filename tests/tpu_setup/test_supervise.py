@@ -67,7 +67,7 @@ TABLE = [
     Scenario("exit 3 gives up at once", [{"run": "alarm (saved, exit code 3)"}], [*UP, "delete"], code=3,
              says=("an alarm stopped the run",)),
     Scenario("hours are over", [{"clock": 1_007_200}], [*UP, "stop", "delete"], code=1,
-             says=("MAX_HOURS = 2 are over", "same command goes on"), settings={"MAX_HOURS": "2"}),
+             says=("MAX_HOURS = 2 are over", "same command resumes"), settings={"MAX_HOURS": "2"}),
     Scenario("hours are over while it waits", [{"queue": "ACCEPTED"}, {"clock": 1_007_200}, {}], ["create", "delete"],
              code=1, says=("no TPU in time", "MAX_HOURS = 2 are over"), settings={"MAX_HOURS": "2"},
              cloud={"replies": {"queued-resources create": [[0, "", ""]]}}),

@@ -240,7 +240,7 @@ def test_a_signal_before_training_ends_with_the_code_of_a_preempted_run(runs):
     while not caught():
         time.sleep(0.001)
     code, lines = send(process, signal.SIGTERM)
-    assert (code, lines) == (75, ["preempted before training began; run the same command to go on"])
+    assert (code, lines) == (75, ["preempted before training began; run the same command to continue"])
 
 
 COMPILED = """

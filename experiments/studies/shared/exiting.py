@@ -32,8 +32,8 @@ def stopped(
     As in `rdlm.forward`, later tokens see the keys and values that a token held when it exited.
     """
     out = forward(params, config, tokens, max_steps, exit_rule=rule)
-    assert out.looks is not None  # counted with any rule
-    return jnp.argmax(out.logits, axis=-1), out.steps, out.looks
+    assert out.checks is not None  # counted with any rule
+    return jnp.argmax(out.logits, axis=-1), out.steps, out.checks
 
 
 class Watched(NamedTuple):

@@ -50,7 +50,7 @@ def prepare_embedded(data: DataConfig, *, tokenizer: Tokenizer | None = None) ->
 
 
 def prepared_folder(data: DataConfig, tokenizer: Tokenizer | None = None) -> Path:
-    """The folder of `prepare_embedded`: data.folder/SOURCE-VOCABULARY-LENGTH, then settings that are no defaults."""
+    """The folder of `prepare_embedded`: data.folder/SOURCE-VOCABULARY-LENGTH, then non-default settings."""
     if "://" in data.folder:
         raise InputError(f"data.folder = {data.folder!r}: must be a local folder; every host prepares its own copy")
     name = f"{data.source}-{data.tokenizer_size}-{data.sequence_length}"
