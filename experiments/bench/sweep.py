@@ -66,7 +66,7 @@ def measure(options: Options) -> dict[str, float]:
     size = np.ones(options.vocab_size, np.int32)
     asked = {"curve": depths, "deepest": depths[-1:]}
     best = dict.fromkeys(asked, float("inf"))
-    least = dict.fromkeys(asked, float("inf"))
+    shortest = dict.fromkeys(asked, float("inf"))
     losses: dict[str, Any] = {}
     for turn in range(options.repeats + 1):  # the first compiles
         for name, which in asked.items():
@@ -74,16 +74,16 @@ def measure(options: Options) -> dict[str, float]:
             losses[name] = depth_curve(params, config, [batch], which, size)
             if turn:
                 best[name] = min(best[name], time.perf_counter() - start)
-                least[name] = min(least[name], time.process_time() - used)
+                shortest[name] = min(shortest[name], time.process_time() - used)
     predicted = sweep_flops(config, depths, options.sequence_length) / forward_flops(
         config, depths[-1], options.sequence_length
     )
-    clock, processor = (seconds["curve"] / seconds["deepest"] for seconds in (best, least))
+    clock, processor = (seconds["curve"] / seconds["deepest"] for seconds in (best, shortest))
     return {
         "curve_seconds": best["curve"],
         "deepest_seconds": best["deepest"],
-        "curve_processor_seconds": least["curve"],
-        "deepest_processor_seconds": least["deepest"],
+        "curve_processor_seconds": shortest["curve"],
+        "deepest_processor_seconds": shortest["deepest"],
         "predicted_ratio": predicted,
         "ratio_by_the_clock": clock,
         "ratio_of_processor_time": processor,

@@ -183,9 +183,9 @@ def measure(options: Options) -> dict[str, float]:
 def main() -> None:
     reuse_freed_memory()
     options = parse_arguments(Options, prog="bench_train.py", description=__doc__)
-    for field, least in {"n": 0, "k": 0, "batch_size": 1, "sequence_length": 1, "repeats": 1}.items():
-        if (value := getattr(options, field)) < least:
-            raise InputError(f"{field} = {value}: must be at least {least}")
+    for field, minimum in {"n": 0, "k": 0, "batch_size": 1, "sequence_length": 1, "repeats": 1}.items():
+        if (value := getattr(options, field)) < minimum:
+            raise InputError(f"{field} = {value}: must be at least {minimum}")
     if options.devices is not None and (options.devices < 1 or options.batch_size % options.devices):
         raise InputError(f"devices = {options.devices}: must divide batch_size = {options.batch_size}")
     devices = options.devices or math.gcd(os.cpu_count() or 1, options.batch_size)

@@ -63,19 +63,19 @@ def concatenate_and_split(documents: Iterable[Document], sequence_length: int) -
     """
     size = sequence_length + 1
     pieces: list[Piece] = []
-    room = size
+    capacity = size
     for document in documents:
         offset = 0
         while offset < len(document.tokens):
-            length = min(room, len(document.tokens) - offset)
+            length = min(capacity, len(document.tokens) - offset)
             pieces.append((document, offset, length))
             offset += length
-            room -= length
-            if room == 0:
+            capacity -= length
+            if capacity == 0:
                 yield row_of(pieces)
-                pieces, room = [], size
+                pieces, capacity = [], size
                 offset -= 1  # the last label is the first input of the next row
-    if size - room > 1:
+    if size - capacity > 1:
         yield row_of(pieces)
 
 
@@ -88,26 +88,26 @@ def best_fit(documents: Iterable[Document], sequence_length: int) -> Iterator[Ro
     Args and rows: as `concatenate_and_split`.
     """
     size = sequence_length + 1
-    rooms: list[tuple[int, int]] = []  # (tokens that still fit, number of the row), ascending
+    capacities: list[tuple[int, int]] = []  # (tokens that still fit, number of the row), ascending
     rows: dict[int, list[Piece]] = {}
     begun = 0
     for document in documents:
         n = len(document.tokens)
         for offset in range(0, max(n - 1, 1), sequence_length):
             length = min(size, n - offset)
-            place = bisect.bisect_left(rooms, (length, -1))
-            if place < len(rooms):
-                room, row = rooms.pop(place)
+            place = bisect.bisect_left(capacities, (length, -1))
+            if place < len(capacities):
+                capacity, row = capacities.pop(place)
             else:
-                room, row = size, begun
+                capacity, row = size, begun
                 rows[row], begun = [], begun + 1
             rows[row].append((document, offset, length))
-            if room - length < 2:  # no document is shorter than its begin and end tokens
+            if capacity - length < 2:  # no document is shorter than its begin and end tokens
                 yield row_of(rows.pop(row))
             else:
-                bisect.insort(rooms, (room - length, row))
-            if len(rooms) > _OPEN_ROWS:
-                yield row_of(rows.pop(rooms.pop(0)[1]))
+                bisect.insort(capacities, (capacity - length, row))
+            if len(capacities) > _OPEN_ROWS:
+                yield row_of(rows.pop(capacities.pop(0)[1]))
     yield from (row_of(pieces) for pieces in rows.values() if sum(length for *_, length in pieces) > 1)
 
 
@@ -120,14 +120,14 @@ def document_start(documents: Iterable[Document], sequence_length: int) -> Itera
     Args and rows: as `concatenate_and_split`; every row is full.
     """
     pieces: list[Piece] = []
-    room = sequence_length + 1
+    capacity = sequence_length + 1
     for document in documents:
-        length = min(room, len(document.tokens))
+        length = min(capacity, len(document.tokens))
         pieces.append((document, 0, length))
-        room -= length
-        if room == 0:
+        capacity -= length
+        if capacity == 0:
             yield row_of(pieces)
-            pieces, room = [], sequence_length + 1
+            pieces, capacity = [], sequence_length + 1
 
 
 def pack(packing: Packing) -> Callable[[Iterable[Document], int], Iterator[Row]]:

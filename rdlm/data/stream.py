@@ -168,13 +168,13 @@ class _Rows(grain.IterDataset):
         with contextlib.closing(self._documents(before)) as documents:
             after, document, epoch = next(documents)
             while True:
-                row_epoch, room = epoch, self.manifest.recipe.sequence_length + 1
+                row_epoch, capacity = epoch, self.manifest.recipe.sequence_length + 1
                 pieces: list[Piece] = []
-                while room:
-                    length = min(room, len(document.tokens) - offset)
+                while capacity:
+                    length = min(capacity, len(document.tokens) - offset)
                     pieces.append((document, offset, length))
-                    offset, room = offset + length, room - length
-                    if room:  # the document is used up
+                    offset, capacity = offset + length, capacity - length
+                    if capacity:  # the document is used up
                         before, offset = after, 0
                         after, document, epoch = next(documents)
                 offset -= 1  # the last label is the first input of the next row

@@ -341,7 +341,7 @@ def agreement_chart(found: Sequence[calibration.Calibrated]) -> Markup:
 
 
 def guarantee(x: calibration.Calibrated) -> str:
-    """The guarantee of a rule, without its name: rules that were calibrated alike share it."""
+    """The guarantee of a rule, without its name: rules calibrated with the same goal share this text."""
     words = x.guarantee if x.threshold is None else x.guarantee.partition(": ")[2]
     return words[0].upper() + words[1:] + "."
 

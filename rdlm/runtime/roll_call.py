@@ -79,10 +79,14 @@ def _follow(address: str, count: int, index: int, mine: Greeting, timeout: int) 
     host, _, port = address.rpartition(":")
     deadline = time.monotonic() + timeout + 10  # process 0 gives up first, and says why
     while time.monotonic() < deadline:
-        with contextlib.suppress(OSError, ValueError), socket.create_connection((host, int(port)), timeout=5) as line:
+        with (
+            contextlib.suppress(OSError, ValueError, TypeError),  # another program may answer at this port
+            socket.create_connection((host, int(port)), timeout=5) as line,
+        ):
             line.sendall((json.dumps([index, mine]) + "\n").encode())
             line.settimeout(max(0.05, deadline - time.monotonic()))
-            return json.loads(line.makefile().readline())
+            kind, message = json.loads(line.makefile().readline())
+            return [kind, message]
         time.sleep(0.2)
     raise StartError(
         f"process {index} of {count}: no answer from process 0 at {address} within {timeout} s; "

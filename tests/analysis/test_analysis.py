@@ -287,7 +287,7 @@ def test_looks_at_logits_are_counted(params):
         return rdlm.forward(params, TINY, TOKENS, 12, exit_rule=rule, min_steps=min_steps, check_every=check_every)
 
     kl = run(exits.kl(1e-2))
-    np.testing.assert_array_equal(kl.checks, kl.steps)  # a look after every recurrence
+    np.testing.assert_array_equal(kl.checks, kl.steps)  # a check after every recurrence
     assert kl.steps.min() < 12
     assert (run(exits.kl(0.0), 2, 3).checks == 4).all()  # after 3, 6, 9, 12
     closed, half, opened = (run(exits.gated_kl(1e-2, gate)) for gate in (0.0, 0.3, 1e9))

@@ -1,5 +1,6 @@
 """How the processes of a run come together: the roll call, and what it says when one is missing or different."""
 
+import contextlib
 import json
 import os
 import socket
@@ -100,6 +101,24 @@ def test_without_process_0_the_others_say_where_they_asked(address, monkeypatch)
     [error] = called(address, [greeting(1)], 2, timeout=20)
     assert isinstance(error, StartError)
     assert str(error).startswith(f"process 1 of 2: no answer from process 0 at {address} within 20 s")
+
+
+def test_another_program_at_the_port_of_process_0_is_ignored(address, monkeypatch):
+    clock = iter(range(0, 1000, 5))
+    monkeypatch.setattr(rolls.time, "sleep", lambda seconds: None)
+    with socket.create_server(("", int(address.split(":")[1]))) as server, ThreadPoolExecutor(1) as pool:
+
+        def answer():
+            with contextlib.suppress(OSError):
+                while True:
+                    with server.accept()[0] as line:
+                        line.sendall(b"5\n")
+
+        pool.submit(answer)
+        monkeypatch.setattr(rolls.time, "monotonic", lambda: next(clock))
+        [error] = called(address, [greeting(1)], 2, timeout=20)
+        server.shutdown(socket.SHUT_RDWR)
+    assert isinstance(error, StartError)
 
 
 def test_a_port_in_use_is_one_line(address):
