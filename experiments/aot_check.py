@@ -5,7 +5,7 @@
     python experiments/aot_check.py huginn_3p5b --topology v5e:2x2 --only decode --batch 16 --capacity 1024
 
 Training: compiles one optimizer step of the preset for the whole topology (all chips share the parameters unless
---data says otherwise) and prints bytes per chip against the limit; what the chips tell each other, inside each of the
+--data says otherwise) and prints bytes per chip against the limit; the collectives inside each of the
 three loops of the recurrence and outside, with a check that nothing in the program was overlooked; FLOPs; and an
 ESTIMATE of the time of a step from these counts and the chip's datasheet. --search: the largest microbatch that fits.
 

@@ -250,6 +250,20 @@ def test_what_goes_wrong_on_a_worker_is_said_here(workers, data):
     assert err.count("PYTHON = false: not a Python of 3.11 or newer") == 2
 
 
+def test_a_failed_run_whose_log_ends_in_running_is_not_running(tmp_path):
+    state = tmp_path / ".rdlm/old-1"
+    state.mkdir(parents=True)
+    (state / "exit").write_text("1\n")
+    (state / "log").write_text("error: another program is running\n")
+    (tmp_path / ".rdlm/current").symlink_to("old-1")
+    script = tmp_path / "rdlm/tpu_setup/worker.sh"
+    script.parent.mkdir(parents=True)
+    shutil.copy(ROOT / "tpu_setup/worker.sh", script)
+    command = [script, "start", "new-2", "0", "experiments/train.py"]
+    done = subprocess.run(command, env=os.environ | {"HOME": str(tmp_path)}, capture_output=True, text=True)
+    assert "nothing is installed" in done.stderr  # it got past the check of the old run
+
+
 def test_the_copy_leaves_out_what_git_does_not_know(workers):
     copy = workers.scripts.parent
     (copy / "secret.txt").write_text("not for the cloud")
