@@ -171,8 +171,9 @@ def token_losses(
         return params if layout is None else params | layout.full({name: params[name]})
 
     def outer(name: str, run: Block) -> Block:
+        # Stored, the prelude's activations and full weights would stay in memory through all recurrences.
         run = run if layout is None else layout.block(name, run)
-        return jax.checkpoint(run) if remat in ("layer", "offload") else run
+        return run if remat == "none" else jax.checkpoint(run)
 
     def inner(name: str, run: Block) -> Block:
         run = layout.block(name, run) if layout is not None and layout.gather == "each" else run

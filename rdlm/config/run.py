@@ -48,8 +48,8 @@ class RecurrenceConfig:
     loss_power: float = 0.0
     """Weight the loss of a draw by (n + k) to this power, divided by its expectation; 0: equal weights."""
     remat: Remat = "none"
-    """What the backward pass recomputes. none: only cheap operations; iteration: each recurrence from its input;
-    layer: each recurrence, and each layer in it and in prelude and coda; offload: as layer, with the inputs of the
+    """What the backward pass recomputes. none: only cheap operations; iteration: each recurrence, and each layer of
+    prelude and coda; layer: also each layer of a recurrence by itself; offload: as layer, with the inputs of the
     recurrences in host memory."""
 
     def __post_init__(self) -> None:

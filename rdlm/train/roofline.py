@@ -91,14 +91,13 @@ def wire_bytes(program: hlo.Program, n: float, k: float, microbatches: int = 1) 
 def hardware_flops(run: RunConfig, n: float, k: float) -> float:
     """FLOPs per token that a step really does: model FLOPs and what the backward pass recomputes.
 
-    Recomputed by iteration, a gradient step runs forward twice; by layer three times, its last layer but twice; and
-    prelude and coda twice.
+    With remat by iteration the forward pass of a gradient recurrence runs twice; by layer three times, its last layer
+    twice. In both cases prelude and coda run twice.
     """
     length, model = run.data.sequence_length, run.model
     core, outer = flops.core_flops(model, length), flops.outer_flops(model, length)
     again = {"none": 0.0, "iteration": 1.0}.get(run.recurrence.remat, 2.0 - 1.0 / model.core_layers)
-    by_layer = run.recurrence.remat in ("layer", "offload")
-    return flops.training_flops(model, n, k, length) + k * again * core + (outer if by_layer else 0.0)
+    return flops.training_flops(model, n, k, length) + k * again * core + (0.0 if run.recurrence.remat == "none" else outer)
 
 
 def roofline(run: RunConfig, program: hlo.Program, device_kind: str, chips: int, n: float, k: float) -> Roofline:
