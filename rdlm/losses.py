@@ -171,7 +171,7 @@ def token_losses(
         return params if layout is None else params | layout.full({name: params[name]})
 
     def outer(name: str, run: Block) -> Block:
-        # Stored, the prelude's activations and full weights would stay in memory through all recurrences.
+        # Stored, activations and full weights of the prelude would stay in memory through all recurrences.
         run = run if layout is None else layout.block(name, run)
         return run if remat == "none" else jax.checkpoint(run)
 
