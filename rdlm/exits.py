@@ -36,9 +36,9 @@ from jaxtyping import Bool, Float, Float32, Int, PyTree
 
 from rdlm.config import ExitName, InputError
 
-Threshold = ArrayLike | Sequence[float]
+Threshold = ArrayLike | Sequence[float | np.floating]
 """A scalar, or one per row of the batch."""
-Counts = ArrayLike | Sequence[int]
+Counts = ArrayLike | Sequence[int | np.integer]
 """Numbers of recurrences as users give them: a scalar, one per row [B] or one per token [B, L]."""
 
 

@@ -61,6 +61,7 @@ def of_steps(run, devices, steps=(0, 1, 2)):
     if layout:
         params = jax.device_put(params, sharding.named(mesh, layout.specs))
         rows = jax.device_put(rows, sharding.batch_sharding(mesh))
+    chex.clear_trace_counter()  # it counts by name, over tests
     step = jax.jit(chex.assert_max_traces(lambda params, rows, i: gradients(run, params, rows, i, layout), n=1))
     return jax.device_get([step(params, rows, jnp.int32(i)) for i in steps])
 

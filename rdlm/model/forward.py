@@ -129,7 +129,7 @@ def forward(
     text = text_from(config, tokens, segment_ids, positions)
     start = start_from(params, config, text, key, state)
     B = len(text.tokens)
-    per_token = not isinstance(num_steps, (tuple, list, type(None))) and np.ndim(num_steps) > 0
+    per_token = isinstance(num_steps, (np.ndarray, Array)) and num_steps.ndim > 0
     if exit_rule is None and not per_token:
         check_rule(None, B, min_steps, check_every)
         n, k = split_steps(num_steps, config)

@@ -176,6 +176,7 @@ def _concrete(count: Counts | Array | int) -> Array | int:
     """A count as a Python int, unless it is traced."""
     if isinstance(count, jax.core.Tracer):
         return count
-    if np.ndim(count) or not np.issubdtype(np.asarray(count).dtype, np.integer):
+    known = np.asarray(count)
+    if known.ndim or not np.issubdtype(known.dtype, np.integer):
         raise InputError(f"num_steps: {count!r} is not a number of recurrences")
-    return int(np.asarray(count))
+    return int(known)

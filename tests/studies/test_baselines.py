@@ -202,7 +202,7 @@ def test_every_way_to_train_has_the_loss_it_says():
 @pytest.mark.parametrize(("module", "methods"), [(BASELINES, ("twin", "universal")), (OPERATORS, ("equilibrium",))])
 def test_quick_run(tmp_path, monkeypatch, module, methods):
     monkeypatch.chdir(tmp_path)
-    name = module.__name__.removeprefix("experiments_")
+    name = module.__name__.removeprefix("experiments_studies_")
     words = [f"{name}.py", "--quick", "--seeds", "0", "1", "--methods", *methods]
     monkeypatch.setattr(sys, "argv", words)
     assert module.main() == 0
