@@ -29,6 +29,16 @@ hypothesis.settings.register_profile("rdlm", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("rdlm")
 
 
+SLOW = set((pathlib.Path(__file__).parent / "slow.txt").read_text().splitlines())
+
+
+def pytest_collection_modifyitems(items):
+    """Mark the tests that slow.txt lists as slow."""
+    for item in items:
+        if item.nodeid.partition("[")[0] in SLOW:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture
 def quick_compile():
     """For tests that compile more than they run: without the compiler's expensive passes, half of their time."""
