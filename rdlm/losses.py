@@ -164,7 +164,7 @@ def token_losses(
       layout: how parameters are split over devices, inside `jax.shard_map`: `params` are shards. None: they are full.
     """
     (n, k, max_k, rows), flash = depths, layout is not None and layout.flash
-    ctx = context(config, batch.positions, batch.segment_ids, flash=flash)
+    ctx = context(config, batch.positions, batch.segment_ids, flash=flash)._replace(training=True)
     s = batch_state(params, config, batch, state, key)
 
     def full(name: str) -> Params:

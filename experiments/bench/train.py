@@ -85,7 +85,7 @@ def sustained_matmul(repeats: int = 150) -> float:
 
 def core_seconds(config: ModelConfig, params: Any, tokens: jax.Array, repeats: int) -> dict[str, float]:
     """One recurrence by itself, forward, and forward and backward: what the two slopes of a step should be."""
-    ctx = context(config, jnp.arange(tokens.shape[1]), None)
+    ctx = context(config, jnp.arange(tokens.shape[1]), None)._replace(training=True)
     injected = inject(params, config, embed(params, config, tokens, ctx)[0])
 
     def core(params: Any, injected: jax.Array, s: jax.Array) -> jax.Array:

@@ -151,7 +151,7 @@ def universal_transformer(model: ModelConfig, depths: tuple[int, ...]) -> Contes
     def run(params: Params, tokens: Array, max_steps: int) -> tuple[Array, Array, Context]:
         """(states [max_steps, B, L, D] to read after 1 .. max_steps steps, ponder cost [B, L], context)."""
         inner, halt = params["model"], params["halt"]
-        ctx = context(model, jnp.arange(tokens.shape[1]), None)
+        ctx = context(model, jnp.arange(tokens.shape[1]), None)._replace(training=True)
         s, _ = embed(inner, model, tokens, ctx)
         injected = inject(inner, model, jax.vmap(signal)(jnp.arange(max_steps)))
 

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Float32, Int, PyTree
 
 from rdlm.config import ModelConfig
 from rdlm.model.cache import KeyValue
-from rdlm.model.kernels import attend, attend_cached, attend_flash
+from rdlm.model.kernels import attend, attend_cached, attend_flash, attend_in_training
 from rdlm.remat import keep
 
 Block = Callable[[dict[str, PyTree], Array], tuple[Array, KeyValue]]
@@ -32,7 +32,9 @@ class Context(NamedTuple):
     cached_bias: f32 [B, L or 1, T], which cached tokens they see; None without a cache.
     segments: int32 [B or 1, L], for the fused kernel.
     around: around(name, run) wraps run(weights, x), the block `name`: a training step recomputes it in the backward
-    pass, or gathers its weights where it runs. Not an array: such a context stays inside one traced function.
+    pass, or gathers its weights where it runs.
+    training: only reverse-mode gradients are asked for, so kernels whose backward pass is written out may run.
+    A context with the last two, which are no arrays, stays inside one traced function.
     """
 
     cos: Array
@@ -41,6 +43,7 @@ class Context(NamedTuple):
     cached_bias: Array | None = None
     segments: Array | None = None
     around: Callable[[str, Block], Block] | None = None
+    training: bool = False
 
 
 def takase_std(config: ModelConfig) -> tuple[float, float]:
@@ -172,7 +175,7 @@ class SelfAttention(nn.Module):
             assert ctx.segments is not None
             mixed = attend_flash(q, new_k, new_v, ctx.segments, cfg.attention_window)
         elif cached_kv is None or ctx.cached_bias is None:
-            mixed = attend(q, new_k, new_v, ctx.bias)
+            mixed = (attend_in_training if ctx.training else attend)(q, new_k, new_v, ctx.bias)
         else:
             T = cached_kv.k.shape[1]  # and the cache may be wider than what it holds
             cached_k = cached_kv.k[..., : new_kv.k.shape[-1]].reshape(B, T, -1, Q)

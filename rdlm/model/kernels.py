@@ -24,7 +24,7 @@ from rdlm.model.attention import (
     softmax_attention,
     weighted_values,
 )
-from rdlm.remat import KEPT, keep, recomputed
+from rdlm.remat import KEPT, keep
 
 # Causal attention in blocks, for CPUs and for lengths that the fused kernel does not serve.
 
@@ -37,16 +37,29 @@ def attend(
 ) -> Float[Array, "B L H*Q"]:
     """`softmax_attention` of L tokens over themselves, without most of the masked half.
 
-    Queries go in blocks, each against the keys up to its own end. Derivatives recompute probabilities from the stored
-    log-sum-exp, so that nothing of size L x L is kept. The plain formula makes a training step 18 % longer on a CPU
-    (processor time, D = 256, 256 tokens, one thread).
+    Queries go in blocks, each against the keys up to its own end. The plain formula makes a training step 18 % longer
+    on a CPU (processor time, D = 256, 256 tokens, one thread).
 
     Args:
       q, k, v: as in `softmax_attention`.
       bias: must hide every later token (as `causal_bias` does).
     """
     q, k, v = heads_first(q, k, v)
-    return heads_last(recomputed(_causal)(q, k, v, bias[:, None]))
+    return heads_last(_forward(q, k, v, bias[:, None])[0])
+
+
+def attend_in_training(
+    q: Float[Array, "B L H Q"],
+    k: Float[Array, "B L Hk Q"],
+    v: Float[Array, "B L K Q"],
+    bias: Float32[Array, "#B L L"],
+) -> Float[Array, "B L H*Q"]:
+    """`attend` with its backward pass written out, for reverse mode alone; the bias gets no gradient.
+
+    Without it a CPU multiplies with transposed sides, and the step of `bench/train.py` takes 11 % longer.
+    """
+    q, k, v = heads_first(q, k, v)
+    return heads_last(_causal(q, k, v, bias[:, None]))
 
 
 def _blocks(length: int) -> list[tuple[int, int]]:
@@ -54,14 +67,8 @@ def _blocks(length: int) -> list[tuple[int, int]]:
     return [(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-@jax.custom_jvp
-def _causal(q: Array, k: Array, v: Array, bias: Array) -> Array:
-    """q, k, v [B, H, L, Q], bias [B or 1, 1, L, L] -> [B, H, L, Q]."""
-    return _forward(q, k, v, bias)[0]
-
-
 def _forward(q: Array, k: Array, v: Array, bias: Array) -> tuple[Array, Array]:
-    """(output, log-sum-exp of the scores f32 [B, H, L, 1])."""
+    """q, k, v [B, H, L, Q], bias [B or 1, 1, L, L] -> (output, log-sum-exp of the scores f32 [B, H, L, 1])."""
     outs, lses = [], []
     for start, end in _blocks(q.shape[2]):
         scores = scaled_scores(q[:, :, start:end], k[:, :, :end], bias[:, :, start:end, :end])
@@ -73,26 +80,37 @@ def _forward(q: Array, k: Array, v: Array, bias: Array) -> tuple[Array, Array]:
     return jnp.concatenate(outs, axis=2), jnp.concatenate(lses, axis=2)
 
 
-@_causal.defjvp
-def _causal_jvp(
-    primals: tuple[Array, Array, Array, Array], tangents: tuple[Array, Array, Array, Array]
-) -> tuple[Array, Array]:
-    # With w = p ds, the softmax's dp v is w v - out sum(w): its transpose needs no product of size L x L more.
-    q, k, v, bias = primals
-    dq, dk, dv, _ = tangents  # the bias depends on no parameter
+@jax.custom_vjp
+def _causal(q: Array, k: Array, v: Array, bias: Array) -> Array:
+    return _forward(q, k, v, bias)[0]
+
+
+def _kept(q: Array, k: Array, v: Array, bias: Array) -> tuple[Array, tuple[Array, ...]]:
     q, k, v, out, lse = (keep(x) for x in (q, k, v, *_forward(q, k, v, bias)))
-    scale = q.dtype.type(q.shape[-1] ** -0.5)
-    d_outs = []
-    for start, end in _blocks(q.shape[2]):
+    return out, (q, k, v, bias, out, lse)
+
+
+def _backward(kept: tuple[Array, ...], d_out: Array) -> tuple[Array, Array, Array, None]:
+    # Probabilities are recomputed from the kept log-sum-exp, so that nothing of size L x L is stored.
+    q, k, v, bias, out, lse = kept
+    L, scale = q.shape[2], q.dtype.type(q.shape[-1] ** -0.5)
+    inner = (d_out.astype(jnp.float32) * out).sum(-1, keepdims=True)
+    # Sums over queries have the queries last on their left side: the other way round takes CPUs twice the time.
+    q_last, d_out_last = (q * scale).swapaxes(2, 3), d_out.swapaxes(2, 3)
+    d_q = []
+    d_k = d_v = jnp.zeros(q_last.shape, q.dtype)
+    for start, end in _blocks(L):
         rows = (slice(None), slice(None), slice(start, end))
         p = jnp.exp(scaled_scores(q[rows], k[:, :, :end], bias[:, :, start:end, :end]) - lse[rows])
-        ds = jnp.einsum("bhlq,bhtq->bhlt", dq[rows] * scale, k[:, :, :end])
-        ds = ds + jnp.einsum("bhql,bhqt->bhlt", (q[rows] * scale).swapaxes(2, 3), dk[:, :, :end].swapaxes(2, 3))
-        w = p * ds
-        # In f32, because the two terms nearly cancel.
-        d_out = weighted_values(w, v[:, :, :end].astype(jnp.float32)) - out[rows] * w.sum(-1, keepdims=True)
-        d_outs.append((d_out + weighted_values(p, dv[:, :, :end])).astype(q.dtype))
-    return out, jnp.concatenate(d_outs, axis=2)
+        d_p = jnp.einsum("bhlq,bhtq->bhlt", d_out[rows], v[:, :, :end], preferred_element_type=jnp.float32)
+        d_s = (p * (d_p - inner[rows])).astype(q.dtype)
+        d_q.append(jnp.einsum("bhlt,bhtq->bhlq", d_s, k[:, :, :end]) * scale)
+        d_k = d_k.at[..., :end].add(jnp.einsum("bhql,bhlt->bhqt", q_last[..., start:end], d_s))
+        d_v = d_v.at[..., :end].add(jnp.einsum("bhql,bhlt->bhqt", d_out_last[..., start:end], p.astype(q.dtype)))
+    return jnp.concatenate(d_q, axis=2), d_k.swapaxes(2, 3), d_v.swapaxes(2, 3), None
+
+
+_causal.defvjp(_kept, _backward)
 
 
 # The fused kernel, for training on TPUs.

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rdlm.model.attention import HIDDEN, causal_bias
-from rdlm.model.kernels import attend, attend_cached, attend_flash
+from rdlm.model.kernels import attend, attend_cached, attend_flash, attend_in_training
 
 B, H, Q = 2, 4, 8
 
@@ -66,14 +66,16 @@ def assert_same(ours, reference):
 # rest of one token, and seven of 73 and a rest.
 @pytest.mark.parametrize("L", [1, 5, 64, 65, 577])
 @pytest.mark.parametrize("packed", [False, True])
-def test_attend_is_softmax_attention_with_its_gradients(L, packed):
+@pytest.mark.parametrize("attend", [attend, attend_in_training])
+def test_attend_is_softmax_attention_with_its_gradients(attend, L, packed):
     ids = segments(L) if packed else None
     bias, visible = causal_bias(None if ids is None else jnp.asarray(ids), L), sees(ids, L)
     assert_same(*both(lambda *a: attend(*a, bias), lambda *a: softmax_attention(*a, visible), inputs(L)))
 
 
 @pytest.mark.parametrize(("key_heads", "value_heads"), [(4, 2), (2, 2), (1, 1)])
-def test_attend_with_fewer_key_heads(key_heads, value_heads):
+@pytest.mark.parametrize("attend", [attend, attend_in_training])
+def test_attend_with_fewer_key_heads(attend, key_heads, value_heads):
     # A bias on keys is per query head, so keys may have all heads while values are shared (docs/model.md, Block).
     ids, given = segments(70), inputs(70, key_heads, value_heads)
     bias, visible = causal_bias(jnp.asarray(ids), 70), sees(ids, 70)
@@ -106,14 +108,16 @@ def test_attend_cached_with_an_empty_cache_is_attend():
     assert_same(*both(lambda q, k, v: attend_cached(q, (k, v, bias), nothing), lambda *a: attend(*a, bias), inputs(6)))
 
 
-def test_large_scores_stay_finite():
+@pytest.mark.parametrize("attend", [attend, attend_in_training])
+def test_large_scores_stay_finite(attend):
     bias = causal_bias(jnp.asarray(segments(65)), 65)
     q, k, v = inputs(65)
     ours, _ = both(lambda *a: attend(*a, bias), lambda *a: attend(*a, bias), (q * 1e3, k * 1e3, v))
     assert all(np.isfinite(x).all() for x in ours)
 
 
-def test_bfloat16_is_close_to_float32():
+@pytest.mark.parametrize("attend", [attend, attend_in_training])
+def test_bfloat16_is_close_to_float32(attend):
     # Tokens after the first 128 through the cached path, all through the other.
     bias = causal_bias(jnp.asarray(segments(130)), 130)
     given = [jnp.asarray(x, jnp.bfloat16) for x in inputs(130)]
