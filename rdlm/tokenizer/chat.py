@@ -1,4 +1,4 @@
-"""Chat templates: jinja2, with `{% generation %}` blocks around the words of the assistant."""
+"""Chat templates: jinja2. What the assistant says is in `{% generation %}` blocks, or found where there are none."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ Template = str | list[dict[str, str]] | None
 # tokens spelled out in a message from being read as such.
 _BEGIN, _END, _GUARD = "\ufdd0", "\ufdd1", "\ufdd2"
 _RESERVED = re.compile(f"[{_BEGIN}{_END}{_GUARD}]")
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
 
 
 def render(
@@ -47,6 +48,7 @@ def render(
     bos_token: str,
     eos_token: str,
     special: Sequence[str],
+    find_spans: bool = False,
 ) -> str:
     """A conversation as text that `runs` can split again.
 
@@ -57,9 +59,11 @@ def render(
       bos_token: for the template.
       eos_token: for the template.
       special: all special tokens of the tokenizer.
+      find_spans: mark what the assistant says also where the template has no `{% generation %}` blocks.
 
     Raises:
-      InputError: no messages, one without role or content, or a template that is invalid or refuses them.
+      InputError: no messages, one without role or content, a template that is invalid or refuses them, or spans that
+        cannot be found.
     """
     if not messages:
         raise InputError("messages: at least one is needed")
@@ -79,12 +83,52 @@ def render(
         missing = [t for t in ("<|begin_header|>", "<|end_header|>", "<|end_turn|>") if t not in special]
         if missing:
             raise InputError(f"tokenizer: has no special token {missing[0]!r}, which the chat template needs")
-    try:
-        return _compiled(template).render(
-            messages=guarded, add_generation_prompt=add_generation_prompt, bos_token=bos_token, eos_token=eos_token
-        )
-    except jinja2.TemplateError as error:
-        raise InputError(f"chat template: {' '.join(str(error).split())}") from error
+
+    def written(count: int, prompt: bool) -> str:
+        try:
+            return _compiled(template).render(
+                messages=guarded[:count], add_generation_prompt=prompt, bos_token=bos_token, eos_token=eos_token
+            )
+        except jinja2.TemplateError as error:
+            raise InputError(f"chat template: {' '.join(str(error).split())}") from error
+
+    text = written(len(guarded), add_generation_prompt)
+    if not find_spans or _GENERATION.search(template):
+        return text
+    pieces, done = [], 0
+    for i, message in enumerate(guarded):
+        if message["role"] == "assistant":
+            prompt, whole = written(i, True), written(i + 1, False)
+            end = _reply_end(text, prompt, [whole, whole.rstrip().removesuffix(eos_token)], message["content"], special)
+            if not done <= len(prompt) <= end:
+                raise InputError(
+                    f"chat template {' '.join(template.split())[:60]!r}: the start of a conversation is not written as "
+                    f"the start of the whole (message {i}), so what the assistant says cannot be found; put "
+                    "{% generation %} and {% endgeneration %} around it in the template"
+                )
+            pieces += [text[done : len(prompt)], _BEGIN, text[len(prompt) : end], _END]
+            done = end
+    return "".join([*pieces, text[done:]])
+
+
+def _reply_end(text: str, prompt: str, until: Sequence[str], content: str, special: Sequence[str]) -> int:
+    """Where in `text` the reply to `prompt` ends, 0 if that is not clear.
+
+    Args:
+      text: the conversation.
+      prompt: the conversation before the reply.
+      until: the conversation up to the reply; without the end token, which some templates write after the last message.
+      content: of the reply.
+      special: all special tokens.
+    """
+    for whole in until:
+        if text.startswith(whole) and whole.startswith(prompt):
+            return len(whole)
+    if text.startswith(prompt):  # some templates write the last reply otherwise than earlier ones
+        ended = re.compile(rf"\s*{re.escape(content.strip())}\s*(?:{_pattern(tuple(special)).pattern})")
+        if match := ended.match(text, len(prompt)):
+            return match.end()
+    return 0
 
 
 def runs(text: str, special: Sequence[str]) -> Iterator[tuple[bool, str, list[tuple[int, int]]]]:

@@ -147,15 +147,22 @@ class Tokenizer:
           InputError: no messages, one without role or content, a template that refuses them, or a tokenizer without
             the special tokens of the template.
         """
-        return self.encode_conversation(messages, reply)[0]
+        return self.encode_written(self.write_chat(messages, reply))[0]
 
     def encode_conversation(
         self, messages: Sequence[Mapping[str, str]], reply: bool = True
     ) -> tuple[np.ndarray, np.ndarray]:
-        """`encode_chat` and, bool [n], which tokens are the assistant's: those in `{% generation %}` blocks."""
-        return self.encode_written(self.write_chat(messages, reply))
+        """`encode_chat` and, bool [n], which tokens are the assistant's: those in `{% generation %}` blocks.
 
-    def write_chat(self, messages: Sequence[Mapping[str, str]], reply: bool = True) -> str:
+        Where a template has none: what each of its messages adds to the prompt for it.
+
+        Raises:
+          InputError: as `encode_chat`, or the template does not write the start of a conversation as it begins the
+            whole.
+        """
+        return self.encode_written(self.write_chat(messages, reply, find_spans=True))
+
+    def write_chat(self, messages: Sequence[Mapping[str, str]], reply: bool = True, *, find_spans: bool = False) -> str:
         """`encode_chat` as text. Only `encode_written` reads special tokens out of it.
 
         Special tokens spelled out in a message carry a mark that keeps them text.
@@ -167,6 +174,7 @@ class Tokenizer:
             bos_token=str(self._backend.id_to_token(self.bos_id)),
             eos_token=str(self._backend.id_to_token(self.eos_id)),
             special=list(self.special_ids),
+            find_spans=find_spans,
         )
 
     def encode_written(self, text: str) -> tuple[np.ndarray, np.ndarray]:

@@ -429,3 +429,61 @@ def test_a_long_text_is_cut(monkeypatch, word_level):
 def test_chat_refuses_what_is_no_conversation(messages):
     with pytest.raises(InputError, match="messages"):
         TOKENIZER.encode_chat(messages)
+
+
+# What the assistant says, where a template does not mark it
+
+CHATML = "{% for m in messages %}<|begin_header|>{{ m['role'] }}\n{{ m['content'] }}<|end_turn|>\n{% endfor %}"
+PROMPT = "{% if add_generation_prompt %}<|begin_header|>assistant\n{% endif %}"
+TURNS = [("user", "1+1?"), ("assistant", " 2 <|end_turn|>"), ("user", "sure?"), ("assistant", "yes")]
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (CHATML + PROMPT, " 2 <|end_turn|><|end_turn|>\nyes<|end_turn|>\n"),
+        (
+            CHATML,  # nothing asks for a reply: the model has to write its header itself
+            "<|begin_header|>assistant\n 2 <|end_turn|><|end_turn|>\n<|begin_header|>assistant\nyes<|end_turn|>\n",
+        ),
+        (  # the end token once, at the end
+            CHATML + PROMPT + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}",
+            " 2 <|end_turn|><|end_turn|>\nyes<|end_turn|>\n<|end_text|>",
+        ),
+        (  # as Llama 2
+            "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+            "{% else %} {{ m.content | trim }} {{ eos_token }}{% endif %}{% endfor %}",
+            " 2 <|end_turn|> <|end_text|> yes <|end_text|>",
+        ),
+        (  # as Qwen 3: thoughts before the last reply alone
+            "{% for m in messages %}<|begin_header|>{{ m.role }}\n"
+            "{% if loop.last and m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
+            "{{ m.content }}<|end_turn|>\n{% endfor %}" + PROMPT,
+            " 2 <|end_turn|><|end_turn|><think>\n\n</think>\n\nyes<|end_turn|>\n",
+        ),
+    ],
+)
+def test_the_assistants_words_are_found_by_what_its_messages_add(template, said):
+    tokenizer = Tokenizer(TOKENIZER._backend, {**TOKENIZER._config, "chat_template": template})
+    messages = [{"role": role, "content": words} for role, words in TURNS]
+    ids, scored = tokenizer.encode_conversation(messages, reply=False)
+    assert tokenizer.decode(ids[scored], skip_special=False) == said
+    np.testing.assert_array_equal(ids, tokenizer.encode_chat(messages, reply=False))
+    assert not tokenizer.encode_conversation(messages[:1], reply=False)[1].any()
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages | length }} messages: {% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
+        "{% for m in messages | reverse %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
+        "{% for m in messages %}{% if loop.last %}LAST {% endif %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
+    ],
+)
+def test_a_template_whose_texts_do_not_join_up_is_named(template):
+    tokenizer = Tokenizer(TOKENIZER._backend, {**TOKENIZER._config, "chat_template": template})
+    messages = [{"role": role, "content": words} for role, words in TURNS]
+    with pytest.raises(InputError, match=r"chat template .{.*put {% generation %} and") as caught:
+        tokenizer.encode_conversation(messages)
+    assert "\n" not in str(caught.value)
+    assert tokenizer.encode_chat(messages).size  # a prompt needs no spans
