@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import os
 import re
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from rdlm.config import DataConfig, InputError, RunConfig, differences, one_line
-from rdlm.runtime import complete_folder, parse_arguments, run_command
+from rdlm.config import DataConfig, InputError, RunConfig, differences, one_line, require
+from rdlm.runtime import complete_folder, parse_arguments, run_command, set_aside
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,6 +37,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+    "generation_config.json",
 )
 
 
@@ -46,13 +48,13 @@ class Args:
     src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
     """Hugging Face folder, run folder, or name on the hub."""
     dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
-    """Folder to write; must not exist, or be empty. An earlier Hugging Face folder is replaced."""
+    """Folder to write; must not exist, or be empty. In an earlier export the model is replaced, other files stay."""
     verify: bool = False
     """Load the result and compare its logits on random tokens with those of SRC."""
     threshold: float = 1e-4
     """--verify fails if any logit differs by more."""
     recurrences: int = 4
-    """Recurrences r at which --verify compares."""
+    """Recurrences r at which --verify compares, at least 1."""
     step: int | None = None
     """Checkpoint of the run folder to convert; None: the newest."""
 
@@ -61,11 +63,13 @@ def main() -> int:
     args = parse_arguments(
         Args, prog="convert_huggingface.py", description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)
     )
+    require(args.recurrences >= 1, "--recurrences", args.recurrences, "must be at least 1, so that the core runs")
+    require(0 <= args.threshold < math.inf, "--threshold", args.threshold, "must be a finite number, not negative")
     from rdlm.hf import is_huggingface
 
-    source = local_folder(args.src)
-    if source.resolve() == args.dst.resolve():
-        raise InputError(f"{args.dst}: source and destination are the same folder")
+    source, target = local_folder(args.src), args.dst.expanduser()
+    if source.resolve() == target.resolve():
+        raise InputError(f"{target}: source and destination are the same folder")
     to_run = is_huggingface(source)
     if not to_run and not (source / "checkpoints").is_dir():
         raise InputError(
@@ -75,16 +79,24 @@ def main() -> int:
         raise InputError(f"--step = {args.step}: SRC is a Hugging Face folder, which has no steps; leave it out")
     params, config = load(source, args.step)
     print(f"read {source}: {describe(params)}")
+    for line in broken(params):
+        print(line)
+    if to_run:
+        params, config = one_dtype(params, config)
+    names = set(target.iterdir()) if target.is_dir() else set()
     try:
-        (write_run if to_run else write_huggingface)(args.dst, params, config, source)
+        (write_run if to_run else write_huggingface)(target, params, config, source)
     except OSError as error:
-        raise InputError(f"{args.dst}: cannot be written ({error.strerror or error})") from error
-    print(f"wrote {'run' if to_run else 'Hugging Face'} folder {args.dst}")
+        raise InputError(f"{target}: cannot be written ({error.strerror or error})") from error
+    for path in sorted(set(target.iterdir()) - names):
+        if path.suffix.startswith(".replaced"):
+            print(f"note: {path.stem} was there and is not of an earlier export; it is now {path.name}")
+    print(f"wrote {'run' if to_run else 'Hugging Face'} folder {target}")
     if not args.verify:
         return 0
     before = logits(params, config, args.recurrences)
     del params  # one copy of the model in memory at a time
-    return 0 if verified(before, config, args) else 1
+    return 0 if verified(before, config, target, args) else 1
 
 
 def local_folder(name: str) -> Path:
@@ -93,8 +105,8 @@ def local_folder(name: str) -> Path:
     Raises:
       InputError: neither a folder nor a model on the hub, or huggingface_hub is not installed.
     """
-    if Path(name).is_dir():
-        return Path(name)
+    if Path(name).expanduser().is_dir():
+        return Path(name).expanduser()
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or Path(name).exists():
         raise InputError(f"{name}: no such folder")
     try:
@@ -127,23 +139,40 @@ def describe(params: Params) -> str:
     return f"{len(leaves)} tensors, {sum(x.size for x in leaves) / 1e6:,.2f} M parameters, {dtypes}"
 
 
+def broken(params: Params) -> list[str]:
+    """A line for the human if values are not finite: such a model computes nothing."""
+    import jax
+    import jax.numpy as jnp
+
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    found = [jax.tree_util.keystr(where) for where, x in leaves if not jnp.isfinite(x).all()]
+    return [f"note: NaN or infinity in {len(found)} of {len(leaves)} tensors, first {found[0]}"] if found else []
+
+
+def one_dtype(params: Params, config: ModelConfig) -> tuple[Params, ModelConfig]:
+    """Params in the smallest dtype that holds all of their values, since a run folder has one, and the config."""
+    import jax
+    import jax.numpy as jnp
+
+    from rdlm.model import cast
+
+    found = sorted({str(x.dtype) for x in jax.tree.leaves(params)})
+    if len(found) == 1:
+        return params, config
+    wide = str(jnp.result_type(*found))
+    print(f"note: the tensors are of {' and '.join(found)}; the run folder holds {wide}, in which no value changes")
+    return cast(params, wide), dataclasses.replace(config, param_dtype=wide)  # type: ignore[arg-type]
+
+
 def write_run(folder: Path, params: Params, config: ModelConfig, source: Path) -> None:
     """Write a run folder with parameters only, and the tokenizer of `source`."""
-    import jax
-
     from rdlm.checkpoint import save_parameters
 
-    for where, x in jax.tree_util.tree_leaves_with_path(params):
-        if x.dtype != config.param_dtype:
-            raise InputError(
-                f"{source}: {jax.tree_util.keystr(where)} is {x.dtype}, the embedding {config.param_dtype}: "
-                "a run folder can hold only one dtype"
-            )
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise InputError(f"{folder}: exists and is not an empty folder; choose another")
     data = DataConfig(tokenizer_size=config.vocab_size, sequence_length=min(256, config.max_length))
     run = RunConfig(model=config, data=data, steps=1, run_dir=str(folder))
-    with complete_folder(folder.resolve()) as partial:
+    with complete_folder(folder) as partial:
         copy_tokenizer(source, partial / "tokenizer")
         identity = tokenizer_hash(partial / "tokenizer")
         meta = {"config": dataclasses.asdict(run), "tokenizer": identity, "step": 0, "source": str(source)}
@@ -151,11 +180,17 @@ def write_run(folder: Path, params: Params, config: ModelConfig, source: Path) -
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the tokenizer files that `source` has."""
+    """Copy the tokenizer files that `source` has; others of these names in `target` are set aside."""
     target.mkdir(parents=True, exist_ok=True)
     for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+        if not (source / name).is_file():
+            continue
+        content = (source / name).read_bytes()
+        if os.path.lexists(target / name):
+            if (target / name).is_file() and (target / name).read_bytes() == content:
+                continue
+            set_aside(target / name)
+        (target / name).write_bytes(content)
 
 
 def tokenizer_hash(folder: Path) -> str | None:
@@ -200,12 +235,12 @@ def logits(params: Params, config: ModelConfig, recurrences: int) -> np.ndarray:
     return np.asarray(readout(params, config, s, ctx)[0])
 
 
-def verified(before: np.ndarray, config: ModelConfig, args: Args) -> bool:
+def verified(before: np.ndarray, config: ModelConfig, target: Path, args: Args) -> bool:
     """Compare the logits of the source with those of the written folder, and print the result."""
     import jax
     import numpy as np
 
-    params, written = load(args.dst)
+    params, written = load(target)
     # A Hugging Face folder does not hold the compute dtype.
     written = dataclasses.replace(written, compute_dtype=config.compute_dtype)
     changed = differences(config, written)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -104,13 +105,14 @@ def saved_curve(saved: dict[int, float], data: Chain, tokenizer: Tokenizer, batc
 
 def check_writable(path: Path) -> None:
     """Refuse before minutes of work a file that cannot be written."""
-    new = not path.exists()
+    real = Path(os.path.realpath(path))  # a link is followed, and stays
+    new = not real.exists()
     try:
-        path.open("a").close()
+        real.open("a").close()
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
     if new:
-        path.unlink()
+        real.unlink()
 
 
 def write(run_dir: Path, name: str, curve: DepthCurve) -> None:

@@ -24,7 +24,7 @@ from typing import Annotated
 
 import tyro
 
-from rdlm.config import Packing
+from rdlm.config import InputError, Packing
 from rdlm.runtime import parse_arguments, run_command
 
 
@@ -68,7 +68,8 @@ def main() -> int:
     )
 
     target = folder / "prepared"
-    shutil.rmtree(target, ignore_errors=True)
+    if target.exists():
+        raise InputError(f"{target}: exists, and this bench deletes what it prepares; move it or choose another folder")
     if args.processes == 1:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core, as each process of several has
     began, used = time.monotonic(), processor()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import jax
@@ -30,6 +31,8 @@ def read_config(folder: Path) -> RunConfig:
       InputError: no such folder, not a run folder, or a config that is not valid.
     """
     folder = Path(folder)
+    if folder.is_file():
+        raise InputError(f"run folder {folder}: is a file; give the folder that holds it")
     if not folder.is_dir():
         raise InputError(f"run folder {folder}: does not exist; train a model there first")
     path = folder / "config.json"
@@ -39,7 +42,18 @@ def read_config(folder: Path) -> RunConfig:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error}); put the run's own config.json back") from error
+    if _is_huggingface_config(text):
+        raise InputError(f"{folder}: a Hugging Face folder; convert it first (experiments/convert_huggingface.py)")
     return from_json(RunConfig, text, str(path))
+
+
+def _is_huggingface_config(text: str) -> bool:
+    """Whether a config.json is that of a Hugging Face folder."""
+    try:
+        tree = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(tree, dict) and "model_type" in tree
 
 
 def saved_steps(folder: Path) -> list[int]:

@@ -26,7 +26,7 @@ def from_json(cls: type[C], text: str, where: str = "config.json") -> C:
     """
     try:
         tree = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # too many digits, too many brackets
         raise InputError(f"{where}: not JSON ({error})") from error
     return _build(cls, tree, where)
 
@@ -75,7 +75,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         if not isinstance(value, list):
             raise InputError(f"{where} = {value!r}: must be a list")
         return tuple(_value(options[0], v, where) for v in value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1023:
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise InputError(f"{where} = {value!r}: must be of type {hint.__name__}")

@@ -71,6 +71,12 @@ WRITTEN = tuple(FIXED)[: tuple(FIXED).index("bias") + 1]
 
 NOISES = ("fixed", "geom", "sqrt", "line", "chi")
 
+LARGEST = {int: 2**31 - 1, float: 1e30, str: math.inf, bool: math.inf}
+"""Of numbers, by type of field: what an int32 holds, and what is finite in float32."""
+COUNTS = ("prelude_layers", "core_layers", "coda_layers", "mean_recurrence", "backprop_depth")
+LARGEST_COUNT = 10_000
+"""Of the values of COUNTS. Beyond it a folder is damaged, and building its model would not end."""
+
 PADDING = 4096
 """The reference's default padding_multiple."""
 
@@ -82,17 +88,24 @@ def read_fields(folder: Path) -> Fields:
       InputError: no folder, no file, or not a JSON object.
     """
     path = folder / "config.json"
+    if folder.is_file():
+        raise InputError(f"{folder}: is a file; give the folder that holds it and config.json")
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
     if not path.is_file():
         raise InputError(f"{path}: missing; expected a Hugging Face model folder")
     try:
-        fields = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        fields = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(fields, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(fields).__name__}")
     return fields
+
+
+def is_reference(fields: Fields) -> bool:
+    """Whether these are fields of a Hugging Face folder, as opposed to a run folder's."""
+    return "model_type" in fields or "n_embd" in fields
 
 
 def model_config(
@@ -118,6 +131,9 @@ def model_config(
         if fields.get(alias) is not None and fields.setdefault(name, fields[alias]) != fields[alias]:
             raise InputError(f"{where}: {alias} = {fields[alias]!r} contradicts {name} = {fields[name]!r}")
     values = {ours: _typed(fields, name, kind, default, where) for name, (ours, kind, default) in FIELDS.items()}
+    for name, (ours, _, _) in FIELDS.items():
+        if ours in COUNTS and values[ours] > LARGEST_COUNT:
+            raise InputError(f"{where}: {name} = {values[ours]}: must be at most {LARGEST_COUNT}")
     if values["test_time_noise_type"] not in NOISES:
         found = values["test_time_noise_type"]
         raise InputError(f"{where}: test_time_noise_type = {found!r}: must be one of {', '.join(NOISES)}")
@@ -140,6 +156,8 @@ def model_config(
 
 def _typed(fields: Fields, name: str, kind: type, default: Json, where: str) -> Json:
     value = fields.get(name, default)
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and not abs(value) <= LARGEST[kind]:
+        raise InputError(f"{where}: {name} = {str(value)[:40]}: must be a number of at most {LARGEST[kind]:g}")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):

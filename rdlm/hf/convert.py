@@ -13,6 +13,7 @@ import functools
 import json
 import os
 import shutil
+import uuid
 from pathlib import Path
 
 import jax
@@ -21,12 +22,14 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rdlm.config import InputError, ModelConfig
-from rdlm.hf.config import model_config, read_fields, reference_fields
-from rdlm.hf.files import CODES, DTYPES, Planned, Stored, read_tensor, stored_tensors, write_tensors
+from rdlm.hf.config import FIXED, is_reference, model_config, read_fields, reference_fields
+from rdlm.hf.files import CODES, DTYPES, INDEX, SINGLE, Planned, Stored, read_tensor, stored_tensors, write_tensors
 from rdlm.hf.names import ROTARY, Entry, bare, rotary_buffer, table, to_ours, to_theirs
 from rdlm.model import Params
+from rdlm.runtime import set_aside
 
 WTE, HEAD = "transformer.wte.weight", "lm_head.weight"
+_WRITING = ".rdlm-writing-"  # begins the name of a folder that is being written
 
 
 def is_huggingface(folder: str | os.PathLike[str]) -> bool:
@@ -35,7 +38,7 @@ def is_huggingface(folder: str | os.PathLike[str]) -> bool:
         fields = read_fields(Path(folder))
     except InputError:
         return False
-    return "model_type" in fields or "n_embd" in fields
+    return is_reference(fields)
 
 
 def load_huggingface(folder: str | os.PathLike[str]) -> tuple[Params, ModelConfig]:
@@ -55,7 +58,7 @@ def load_huggingface(folder: str | os.PathLike[str]) -> tuple[Params, ModelConfi
         build (see `rdlm.hf.config`). The message names the file and the tensor or field.
     """
     try:
-        return _load(Path(folder))
+        return _load(Path(folder).expanduser())
     except OSError as error:
         raise InputError(f"{error.filename or folder}: cannot be read ({error.strerror or error})") from error
 
@@ -63,6 +66,8 @@ def load_huggingface(folder: str | os.PathLike[str]) -> tuple[Params, ModelConfi
 def _load(folder: Path) -> tuple[Params, ModelConfig]:
     fields = read_fields(folder)
     where = str(folder / "config.json")
+    if isinstance(fields.get("model"), dict):
+        raise InputError(f"{folder}: a run folder, not a Hugging Face folder; rdlm.load and load_checkpoint read it")
     model_config(fields, where=where)  # name another architecture before its tensors are missed
     stored = _bare_names(stored_tensors(folder))
     wte = stored.get(WTE)
@@ -101,8 +106,9 @@ def save_huggingface(
     """Write a folder that the reference's own loader accepts: config.json and model.safetensors, sharded if large.
 
     Any tree with the structure of the parameters can be written, for example gradients; each tensor keeps its dtype.
-    The folder is complete or absent. An earlier model folder is replaced, but its other files (tokenizer, code) are
-    kept; a non-empty folder of another kind is refused.
+    A new folder is complete or absent. In a folder that holds a model of this kind, config.json and the weights that
+    belong to it are replaced and every other file stays. What is there and was not written by this function is renamed
+    to NAME.replaced instead of being deleted. A non-empty folder of another kind is refused. Links are followed.
 
     Args:
       folder: where to write; its parents are created.
@@ -113,19 +119,26 @@ def save_huggingface(
     Raises:
       InputError: an array that does not fit `config`, or a folder that holds something else or cannot be written.
     """
-    target = Path(os.path.abspath(folder))
+    target = Path(os.path.realpath(Path(folder).expanduser()))
     if target.exists() and not target.is_dir():
         raise InputError(f"{target}: is a file, expected a folder")
-    if target.is_dir() and any(target.iterdir()) and not is_huggingface(target):
-        raise InputError(f"{target}: is not empty and not a model folder; choose another or empty it")
+    there = target.is_dir()
+    try:
+        if there and any(not x.name.startswith(_WRITING) for x in target.iterdir()) and not _is_export(target):
+            raise InputError(f"{target}: is not empty and holds no earlier export; choose another folder")
+    except OSError as error:
+        raise InputError(f"{target}: cannot be read ({error.strerror or error})") from error
     planned = _plan(params, config)
     dtype = planned[WTE].dtype.name
-    fresh = target.with_name(f".{target.name}.writing-{os.getpid()}")
+    fresh = (target if there else target.parent) / f"{_WRITING}{uuid.uuid4().hex[:12]}"
     try:
         fresh.mkdir(parents=True)
         write_tensors(fresh, planned, shard_bytes)
-        (fresh / "config.json").write_text(json.dumps(reference_fields(config, dtype), indent=2) + "\n")
-        _swap(fresh, target)
+        (fresh / "config.json").write_text(_config_text(config, dtype))
+        if there:
+            _replace(fresh, target)
+        else:
+            fresh.rename(target)
     except OSError as error:
         raise InputError(f"{target}: cannot be written ({error.strerror or error})") from error
     finally:
@@ -162,18 +175,47 @@ def _theirs(x: jax.Array, entry: Entry) -> np.ndarray:
     return to_theirs(values.view(f"u{values.itemsize}"), entry)
 
 
-def _swap(fresh: Path, target: Path) -> None:
-    """Replace `target` by `fresh`, and move files over that are not part of a model."""
-    if not target.exists() or not any(target.iterdir()):
-        fresh.rename(target)  # replaces an empty folder
-        return
-    old = target.with_name(f".{target.name}.replaced-{os.getpid()}")
-    target.rename(old)
-    fresh.rename(target)
-    for path in old.iterdir():
-        if path.name != "config.json" and ".safetensors" not in path.name:
-            path.rename(target / path.name)
-    shutil.rmtree(old)
+def _config_text(config: ModelConfig, dtype: str) -> str:
+    return json.dumps(reference_fields(config, dtype), indent=2) + "\n"
+
+
+def _is_export(folder: Path) -> bool:
+    """Whether `folder` holds a model of the reference's kind, the only kind that is ever replaced."""
+    try:
+        return read_fields(folder).get("model_type") == FIXED["model_type"]
+    except InputError:
+        return False
+
+
+def _own(folder: Path) -> set[str]:
+    """Names of the files that `save_huggingface` wrote: all of a model whose config.json it would write just so."""
+    try:
+        fields = read_fields(folder)
+        config = model_config(fields, fields.get("padded_vocab_size"))
+        if (folder / "config.json").read_text() != _config_text(config, str(fields.get("torch_dtype"))):
+            return set()
+        weights = {tensor.file.name for tensor in stored_tensors(folder).values()}
+    except (InputError, OSError):
+        return set()
+    return {"config.json", *weights, *([] if SINGLE in weights else [INDEX])}
+
+
+def _replace(fresh: Path, target: Path) -> None:
+    """Put the files of `fresh` in the place of an earlier model in `target`.
+
+    The file that a loader begins with goes first and comes last, so that no moment shows a mixture of two models.
+    """
+    own, new = _own(target), sorted(path.name for path in fresh.iterdir())
+    start = INDEX if INDEX in new else SINGLE
+    for name in sorted({SINGLE, INDEX, *own, *new}, key=lambda name: name not in (SINGLE, INDEX)):
+        path = target / name
+        if name in own and not path.is_symlink():
+            if name != "config.json":  # there is always one, as that says what the folder is
+                path.unlink()
+        elif os.path.lexists(path):
+            set_aside(path)
+    for name in sorted(new, key=lambda name: (name == start, name)):
+        (fresh / name).replace(target / name)
 
 
 def _bare_names(stored: dict[str, Stored]) -> dict[str, Stored]:

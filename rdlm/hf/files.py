@@ -44,16 +44,18 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     Raises:
       InputError: no weights, a corrupt, truncated or missing file, or an index that does not fit its files.
     """
-    if (folder / SINGLE).is_file():
-        return read_header(folder / SINGLE)
     index = folder / INDEX
+    if (folder / SINGLE).is_file():
+        if index.exists():
+            raise InputError(f"{folder}: holds both {SINGLE} and {INDEX}; move the one that is not meant elsewhere")
+        return read_header(folder / SINGLE)
     if not index.is_file():
         hint = " (pytorch_model.bin is not read: save the model as safetensors first)" if _pickles(folder) else ""
         raise InputError(f"{folder}: holds neither {SINGLE} nor {INDEX}{hint}")
     try:
-        placed = json.loads(index.read_text())["weight_map"]
+        placed = json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"]
         files = sorted(set(placed.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{index}: not an index of safetensors files ({error!r})") from error
     found: dict[str, Stored] = {}
     for name in files:
@@ -92,7 +94,7 @@ def read_header(file: Path) -> dict[str, Stored]:
             header = json.loads(stream.read(length))
             header.pop("__metadata__", None)
             entries = {name: _stored(name, file, length + 8, entry) for name, entry in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise InputError(f"{file}: corrupt safetensors header ({error})") from error
     position = length + 8
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].nbytes)):

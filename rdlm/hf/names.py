@@ -13,8 +13,8 @@ import numpy as np
 from rdlm.config import ModelConfig
 from rdlm.model.blocks import rotary_frequencies
 
-PREFIXES = ("_orig_mod.", "_original_module.")
-"""What wrappers of the reference's raw training checkpoints put before every name."""
+PREFIXES = ("_orig_mod.", "_original_module.", "module.", "model.")
+"""What wrappers put before every name: compiling, the reference's training, data parallelism, a module that owns it."""
 
 ROTARY = "freqs_cis"
 """The reference's buffer of rotary tables: derived, so ignored on load and recomputed on save."""
@@ -94,7 +94,7 @@ def to_theirs(x: np.ndarray, entry: Entry) -> np.ndarray:
 def bare(name: str) -> str:
     """`name` without the wrappers of a raw training checkpoint."""
     while name.startswith(PREFIXES):
-        name = name.removeprefix(PREFIXES[0]).removeprefix(PREFIXES[1])
+        name = name[name.index(".") + 1 :]
     return name
 
 

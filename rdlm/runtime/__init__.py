@@ -13,7 +13,7 @@ from rdlm.runtime.cli import (
 )
 from rdlm.runtime.compile_cache import compiled_programs, keep_compiled_programs
 from rdlm.runtime.errors import RunError, StartError
-from rdlm.runtime.files import complete_folder, write_atomically, write_output
+from rdlm.runtime.files import complete_folder, set_aside, write_atomically, write_output
 from rdlm.runtime.processes import exchange, is_first, on_tpu, start, together
 from rdlm.runtime.progress import Progress, duration
 from rdlm.runtime.versions import versions
@@ -38,6 +38,7 @@ __all__ = [
     "parse_arguments",
     "reuse_freed_memory",
     "run_command",
+    "set_aside",
     "start",
     "together",
     "versions",

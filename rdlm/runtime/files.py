@@ -15,16 +15,19 @@ from rdlm.config import InputError
 def write_atomically(path: Path, content: str | bytes) -> Path:
     """Write `content` to `path` so that the file is complete, or as it was before; returns the path.
 
+    A link is followed: the file it leads to is written, and it stays a link.
+
     Raises:
       OSError: it cannot be written.
     """
-    partial = _partial(path)
+    real = Path(os.path.realpath(path))
+    partial = _partial(real)
     try:
         with partial.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())  # the name must not outlive the content
-        partial.replace(path)
+        partial.replace(real)
     finally:
         partial.unlink(missing_ok=True)
     return path
@@ -37,7 +40,7 @@ def write_output(path: Path, content: str | bytes) -> Path:
       InputError: it cannot be written.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        Path(os.path.realpath(path)).parent.mkdir(parents=True, exist_ok=True)
         return write_atomically(path, content)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
@@ -58,6 +61,7 @@ def complete_folder(final: Path, field: str = "") -> Iterator[Path]:
     Raises:
       InputError: the disk refuses (permissions, space, a file where a folder should be).
     """
+    final = Path(os.path.realpath(final))  # a link is followed, not replaced
     partial = _partial(final)
     try:
         partial.mkdir(parents=True)
@@ -74,6 +78,19 @@ def complete_folder(final: Path, field: str = "") -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a file that this project did not write, so that its name is free: X becomes X.replaced, X.replaced2, ...
+
+    Raises:
+      OSError: it cannot be renamed.
+    """
+    number, aside = 1, path.with_name(f"{path.name}.replaced")
+    while os.path.lexists(aside):
+        number += 1
+        aside = path.with_name(f"{path.name}.replaced{number}")
+    return path.rename(aside)
 
 
 def _partial(final: Path) -> Path:

@@ -1,5 +1,6 @@
 """experiments/convert_huggingface.py, both ways, with its checks and its refusals."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from golden_cases import GOLDEN, model
 from safetensors.numpy import load_file
 
 from rdlm.checkpoint import load_checkpoint
-from rdlm.config import ModelConfig
+from rdlm.config import InputError, ModelConfig
 from rdlm.hf import load_huggingface, save_huggingface
 from rdlm.model import cast, init_params
 from rdlm.tokenizer import Tokenizer
@@ -88,6 +89,57 @@ def test_verify_notices_a_difference(tmp_path, monkeypatch, capsys):
     assert convert(monkeypatch, GOLDEN / "A2", tmp_path / "run", "--verify") == 1
     assert "verify: FAILED" in capsys.readouterr().out
     assert convert(monkeypatch, GOLDEN / "A2", tmp_path / "again", "--verify", "--threshold", "1000") == 0
+
+
+def test_a_tokenizer_of_yours_is_set_aside(tmp_path, monkeypatch, tokenizer, capsys):
+    source = tmp_path / "source"
+    save_huggingface(source, fresh(TINY, jax.random.key(0)), dataclasses.replace(TINY, param_dtype="float32"))
+    for file in tokenizer.iterdir():
+        (source / file.name).write_bytes(file.read_bytes())
+    convert(monkeypatch, source, tmp_path / "run")
+    convert(monkeypatch, tmp_path / "run", tmp_path / "out")
+    (tmp_path / "out/tokenizer_config.json").write_text("my template")
+    capsys.readouterr()
+    convert(monkeypatch, tmp_path / "run", tmp_path / "out")
+    assert "tokenizer_config.json.replaced" in capsys.readouterr().out
+    assert (tmp_path / "out/tokenizer_config.json.replaced").read_text() == "my template"
+    convert(monkeypatch, tmp_path / "run", tmp_path / "out")
+    assert "replaced" not in capsys.readouterr().out
+
+
+def test_folders_of_mixed_dtype_are_widened_and_said(tmp_path, monkeypatch, capsys):
+    params = cast(fresh(TINY, jax.random.key(0)), "float16")
+    params = params | {"ln_f": cast(params["ln_f"], "float32")}
+    save_huggingface(tmp_path / "source", params, dataclasses.replace(TINY, param_dtype="float16"))
+    assert convert(monkeypatch, tmp_path / "source", tmp_path / "run", "--verify") == 0
+    assert "float16 and float32; the run folder holds float32" in capsys.readouterr().out
+    loaded, config = load_checkpoint(tmp_path / "run")
+    assert config.param_dtype == "float32"
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+
+def test_values_that_are_not_finite_are_said(tmp_path, monkeypatch, capsys):
+    params = fresh(TINY, jax.random.key(0))
+    params["ln_f"] = {"scale": params["ln_f"]["scale"].at[0].set(np.nan)}
+    save_huggingface(tmp_path / "source", params, TINY)
+    assert convert(monkeypatch, tmp_path / "source", tmp_path / "run") == 0
+    assert "NaN or infinity in 1 of" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (["--recurrences", "-5"], "--recurrences = -5"),
+        (["--recurrences", "0"], "--recurrences = 0"),
+        (["--threshold", "nan"], "--threshold"),
+        (["--threshold", "inf"], "--threshold"),
+        (["--threshold", "-1"], "--threshold"),
+    ],
+)
+def test_a_verification_that_verifies_nothing_is_refused(flags, word, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match=word):
+        convert(monkeypatch, GOLDEN / "A2", tmp_path / "out", "--verify", *flags)
+    assert not (tmp_path / "out").exists()
 
 
 def run(*arguments, **environment):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -194,6 +195,120 @@ def test_an_earlier_export_is_replaced_and_its_other_files_stay(tmp_path):
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
     assert load_huggingface(folder)[1] == model("G_gqa")[1]
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def contents(folder):
+    """{name: bytes} of everything in a folder."""
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+FOREIGN = {
+    "another model": {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"w"},
+    "another model in shards": {
+        "config.json": b'{"model_type": "llama"}', "model.safetensors.index.json": b"{}",
+        "model-00001-of-00002.safetensors": b"w1", "model-00002-of-00002.safetensors": b"w2",
+    },
+    "no model_type": {"config.json": b'{"n_embd": 24}', "model.safetensors": b"w"},
+    "an adapter": {"adapter_config.json": b"{}", "adapter_model.safetensors": b"w"},
+    "a run folder": {"config.json": b'{"model": {}}', "metrics.jsonl": b""},
+    "a broken config": {"config.json": b"{", "model.safetensors": b"w"},
+    "a list for a config": {"config.json": b"[]", "model.safetensors": b"w"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("files", FOREIGN.values(), ids=FOREIGN)
+def test_a_folder_of_another_kind_is_refused_and_untouched(files, tmp_path):
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match="not empty"):
+        save_huggingface(tmp_path, *model("A2"))
+    assert contents(tmp_path) == files
+
+
+@pytest.mark.parametrize("bytes_per_file", [30_000, 10**9])
+def test_only_the_files_of_an_earlier_export_are_replaced(bytes_per_file, tmp_path):
+    others = {
+        name: b"mine"
+        for name in (
+            "adapter_model.safetensors", "model.safetensors.backup", "model_ema.safetensors", "training_args.bin",
+            "optimizer.pt", "consolidated.safetensors", "model-00001-of-00002.safetensors.bak", "tokenizer.json",
+        )
+    }  # fmt: skip
+    save_huggingface(tmp_path, *model("A2"), shard_bytes=30_000)
+    for name, content in others.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "onnx").mkdir()
+    save_huggingface(tmp_path, *model("G_gqa"), shard_bytes=bytes_per_file)
+    (tmp_path / "onnx").rmdir()  # it is still there, and empty
+    found = contents(tmp_path)
+    assert others.items() <= found.items()
+    assert load_huggingface(tmp_path)[1] == model("G_gqa")[1]
+    assert not any(".replaced" in name or "writing" in name for name in found)
+
+
+def test_what_another_program_wrote_is_set_aside(tmp_path):
+    # A model of this kind, but with a config.json that save_huggingface would not write.
+    save_huggingface(tmp_path, *model("A2"))
+    theirs = (tmp_path / "config.json").read_text().replace("4.53.3", "4.60.0")
+    (tmp_path / "config.json").write_text(theirs)
+    (tmp_path / "grads.safetensors").write_bytes(b"g")
+    before = contents(tmp_path)
+    for _ in range(2):  # the second time everything is ours
+        save_huggingface(tmp_path, *model("G_gqa"))
+    after = contents(tmp_path)
+    assert load_huggingface(tmp_path)[1] == model("G_gqa")[1]
+    assert set(after) == {*before, "config.json.replaced", "model.safetensors.replaced"}
+    for name in ("config.json", "model.safetensors"):
+        assert after[f"{name}.replaced"] == before[name]
+    assert after["grads.safetensors"] == b"g"
+
+
+def test_links_are_followed_and_stay(tmp_path):
+    disk = tmp_path / "disk/model"
+    save_huggingface(disk, *model("A2"))
+    (disk / "tokenizer.json").write_text("{}")
+    (tmp_path / "out").symlink_to("disk/model")
+    (tmp_path / "chain").symlink_to(tmp_path / "out")
+    (tmp_path / "dangling").symlink_to("disk/new/model")
+    for link in ("out", "chain", "dangling"):
+        save_huggingface(tmp_path / link, *model("G_gqa"))
+        assert (tmp_path / link).is_symlink()
+        assert load_huggingface(tmp_path / link)[1] == model("G_gqa")[1]
+    assert sorted(p.name for p in disk.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert sorted(p.name for p in (tmp_path / "disk").iterdir()) == ["model", "new"]
+    assert {p.name for p in tmp_path.iterdir()} == {"disk", "out", "chain", "dangling"}
+
+
+def test_a_file_that_is_a_link_is_set_aside(tmp_path):
+    save_huggingface(tmp_path / "out", *model("A2"))
+    weights = tmp_path / "weights"
+    (tmp_path / "out/model.safetensors").rename(weights)
+    (tmp_path / "out/model.safetensors").symlink_to(weights)
+    before = weights.read_bytes()
+    save_huggingface(tmp_path / "out", *model("G_gqa"))
+    assert weights.read_bytes() == before
+    assert (tmp_path / "out/model.safetensors.replaced").is_symlink()
+    assert load_huggingface(tmp_path / "out")[1] == model("G_gqa")[1]
+
+
+def test_a_killed_save_is_made_good_by_the_next(tmp_path, monkeypatch):
+    save_huggingface(tmp_path, *model("A2"), shard_bytes=30_000)
+    replace, moved = Path.replace, []
+
+    def killed(path, target):
+        moved.append(target.name)
+        if len(moved) == 2:
+            raise KeyboardInterrupt
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_huggingface(tmp_path, *model("G_gqa"), shard_bytes=30_000)
+    monkeypatch.undo()
+    with pytest.raises(InputError):  # never a mixture
+        load_huggingface(tmp_path)
+    save_huggingface(tmp_path, *model("G_gqa"), shard_bytes=30_000)
+    assert load_huggingface(tmp_path)[1] == model("G_gqa")[1]
 
 
 def test_a_foreign_folder_is_refused(tmp_path):

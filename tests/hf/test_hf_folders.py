@@ -10,6 +10,7 @@ import pytest
 from golden_cases import GOLDEN, model
 from safetensors.numpy import load_file, save_file
 
+from rdlm.checkpoint import load_checkpoint
 from rdlm.config import PRESETS, InputError, differences
 from rdlm.hf import load_huggingface, model_config, save_huggingface
 
@@ -40,6 +41,60 @@ def expect_error(folder, *words):
 
 
 # Round trips
+
+
+@pytest.mark.parametrize("prefix", ["module.", "model.", "module._orig_mod.", "model.module."])
+def test_names_with_the_prefix_of_a_wrapper(prefix, tmp_path):
+    tensors = {prefix + k: v for k, v in load_file(GOLDEN / "A2/model.safetensors").items()}
+    folder = edited(tmp_path)
+    save_file(tensors, folder / "model.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, load_huggingface(folder)[0], model("A2")[0])
+
+
+def test_a_single_file_beside_an_index(tmp_path):
+    save_huggingface(tmp_path, *model("A2"), shard_bytes=30_000)
+    shutil.copy(GOLDEN / "A2/model.safetensors", tmp_path)
+    expect_error(tmp_path, "model.safetensors and model.safetensors.index.json", "move")
+
+
+def test_paths_of_another_kind(tmp_path):
+    expect_error(GOLDEN / "A2/model.safetensors", "is a file", "folder")
+    expect_error(GOLDEN / "A2/config.json", "is a file", "folder")
+    (tmp_path / "config.json").write_text('{"model": {"vocab_size": 3}}')
+    expect_error(tmp_path, "a run folder", "load_checkpoint")
+    with pytest.raises(InputError, match="a Hugging Face folder; convert it first"):
+        load_checkpoint(GOLDEN / "A2")
+    with pytest.raises(InputError, match="is a file"):
+        load_checkpoint(GOLDEN / "A2/model.safetensors")
+
+
+def test_a_byte_order_mark_is_read_over(tmp_path):
+    folder = edited(tmp_path)
+    (folder / "config.json").write_bytes(b"\xef\xbb\xbf" + (folder / "config.json").read_bytes())
+    load_huggingface(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("rope_base", "Infinity"), ("rope_base", "1e300"), ("rope_base", "1" + 400 * "0"), ("rope_base", "NaN"),
+        ("norm_eps", "NaN"), ("norm_eps", "Infinity"), ("mean_recurrence", "1000000000"),
+        ("mean_recurrence", "1" + 50 * "0"), ("mean_backprop_depth", "1000000000"),
+        ("n_layers_in_prelude", "1000000000"), ("block_size", "1" + 20 * "0"), ("test_time_noise", "-Infinity"),
+    ],
+)  # fmt: skip
+def test_silly_numbers_are_refused_at_once(name, value, tmp_path):
+    folder = edited(tmp_path, {name: 12321})
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace("12321", value))
+    expect_error(folder, "config.json", f"{name} = ")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"vocab_size": ' + 5000 * "1" + "}", "\ufeff", "{}{}"])
+def test_json_that_no_reader_can_take(text, tmp_path):
+    folder = edited(tmp_path)
+    (folder / "config.json").write_text(text)
+    expect_error(folder, "config.json", "not readable as JSON")
 
 
 def test_rows_that_the_config_does_not_allow(tmp_path):
