@@ -93,14 +93,16 @@ def evaluate(run: Run, depths: tuple[int, ...], batches: int | None, data: Chain
 
 def saved_curve(saved: dict[int, float], data: Chain, tokenizer: Tokenizer, batches: int | None) -> DepthCurve:
     """A saved curve, with bits per byte computed from the validation text."""
-    from rdlm.evaluation.depth import DepthCurve
+    from rdlm.evaluation.depth import DepthCurve, bits_per_byte
 
-    tokens = size = 0
+    tokens, size = 0, 0.0
     for batch in data.batches(batches):
         labels = batch["labels"][batch["labels"] != IGNORED]
-        tokens, size = tokens + labels.size, size + int(tokenizer.token_bytes[labels].sum())
+        sizes = tokenizer.token_bytes[labels]
+        tokens, size = tokens + labels.size, size + (math.nan if (sizes < 0).any() else float(sizes.sum()))
     nats = list(saved.values())
-    return DepthCurve(tuple(saved), nats, [x / math.log(2) * tokens / size for x in nats], tokens, size)
+    bits = [bits_per_byte(x * tokens, size) for x in nats]
+    return DepthCurve(tuple(saved), nats, bits, tokens, 0 if math.isnan(size) else int(size))
 
 
 def check_writable(path: Path) -> None:
@@ -134,6 +136,8 @@ def show(what: str, curve: DepthCurve, batches: int | None, run: RunConfig) -> N
         f"{curve.tokens:,} tokens{part}. FLOPs: forward, over {run.data.sequence_length} tokens, attention in full; "
         "parameters: the core counted r times"
     )
+    if not curve.bytes:
+        caption += ". Bits per byte are not known: the tokenizer does not say the bytes of every token"
     table = Table(title=f"Validation loss by depth: {what}", caption=caption)
     for head in ("r", "nats per token", "bits per byte", "change", "MFLOP/token", "parameters"):
         table.add_column(head, justify="right")

@@ -104,15 +104,16 @@ class Run:
         if len(sampling.stop_tokens) == 0:
             ends = {tokenizer.eos_id, tokenizer.special_ids.get("<|end_turn|>", tokenizer.eos_id)}
             sampling = dataclasses.replace(sampling, stop_tokens=tuple(sorted(ends)))
+        encoded = [_encode(tokenizer, p) for p in prompts]
         out = generate(
             self.params,
             self.config,
-            [_encode(tokenizer, p) for p in prompts],
+            encoded,
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             **options,
         )
-        texts = [tokenizer.decode(tokens) for tokens in out.tokens]
+        texts = [tokenizer.decode(new, after=before) for new, before in zip(out.tokens, encoded, strict=True)]
         return TextGeneration(**vars(out), text=texts[0] if single else texts)
 
     def validation(self, folder: str | None = None) -> Chain:

@@ -25,7 +25,8 @@ class DepthCurve(NamedTuple):
     """Mean loss at several depths.
 
     depths: recurrences r. nats: mean cross-entropy per scored token. bits_per_byte: the same per byte of text.
-    tokens, bytes: how many were scored. accuracy: share of scored tokens whose label is the likeliest; () if unknown.
+    tokens, bytes: how many were scored; 0 bytes if that is not known. accuracy: share of scored tokens whose label is
+    the likeliest; () if unknown.
     """
 
     depths: tuple[int, ...]
@@ -91,10 +92,10 @@ def _sums(
 
 
 def _scored(labels: Array, token_bytes: Array) -> tuple[Array, Array]:
-    """Number of scored labels, and of their bytes."""
+    """Number of scored labels, and of their bytes: f32, NaN where those of a label are not known."""
     scored = labels != IGNORED
     size = jnp.where(scored, token_bytes[jnp.where(scored, labels, 0)], 0)
-    return scored.sum(), size.sum()
+    return scored.sum(), jnp.where((size < 0).any(), jnp.nan, size.sum().astype(jnp.float32))
 
 
 def depth_curve(
@@ -113,7 +114,8 @@ def depth_curve(
       params, config: the model.
       batches: dicts as `rdlm.data.PackedData.batches` yields them.
       depths: increasing recurrences.
-      token_bytes: int [V], bytes of text of each token; zeros for a task, which makes bits per byte NaN.
+      token_bytes: int [V], bytes of text of each token, -1 where unknown, which makes bits per byte NaN; so do zeros
+        alone, as for a task.
       place: puts a batch onto devices.
       stop: called between batches; if it returns true, the result is None.
       layout: the mesh and the shards, if parameters and rows are split.
@@ -131,9 +133,10 @@ def depth_curve(
     nats, right = total[:2]
     tokens, size = (float(x) for x in total[2:])
     _require_labels(tokens)
-    bits = [_bits_per_byte(x, size) for x in nats.tolist()]
+    known = 0 if math.isnan(size) else int(size)
+    bits = [bits_per_byte(x, size) for x in nats.tolist()]
     return DepthCurve(
-        tuple(depths), (nats / tokens).tolist(), bits, int(tokens), int(size), tuple((right / tokens).tolist())
+        tuple(depths), (nats / tokens).tolist(), bits, int(tokens), known, tuple((right / tokens).tolist())
     )
 
 
@@ -178,7 +181,7 @@ def exit_score(
         total, deepest = _add(total, sums), max(deepest, int(steps))
     nats, right, steps, checks, ran, tokens, size = (float(x) for x in total)
     _require_labels(tokens)
-    bits = _bits_per_byte(nats, size)
+    bits = bits_per_byte(nats, size)
     return ExitScore(nats / tokens, bits, right / tokens, steps / ran, checks / ran, deepest, int(tokens))
 
 
@@ -191,5 +194,6 @@ def _require_labels(tokens: float) -> None:
         raise InputError("validation: there is no label to score")
 
 
-def _bits_per_byte(nats: float, size: float) -> float:
+def bits_per_byte(nats: float, size: float) -> float:
+    """Of a sum of losses over texts of `size` bytes; NaN if that is not known."""
     return nats / math.log(2) / size if size else math.nan

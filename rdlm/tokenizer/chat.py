@@ -7,6 +7,7 @@ import functools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jinja2
 import jinja2.ext
@@ -14,7 +15,7 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
-from rdlm.config import InputError
+from rdlm.config import InputError, one_line
 
 REFERENCE = (
     "{% for message in messages %}"
@@ -33,10 +34,10 @@ REFERENCE = (
 Template = str | list[dict[str, str]] | None
 """`chat_template` of tokenizer_config.json: text, several named ones (the "default" one is used), or none."""
 
-# Unicode reserves these for use inside a program: begin and end of the assistant's words, and a mark that keeps special
-# tokens spelled out in a message from being read as such.
-_BEGIN, _END, _GUARD = "\ufdd0", "\ufdd1", "\ufdd2"
-_RESERVED = re.compile(f"[{_BEGIN}{_END}{_GUARD}]")
+# Unicode reserves these for use inside a program: begin and end of the assistant's words, a mark before every character
+# of a message that could be part of a special token, and the end of what the template wrote.
+_BEGIN, _END, _GUARD, _REST = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
+_RESERVED = re.compile(f"[{_BEGIN}{_END}{_GUARD}{_REST}]")
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
 
 
@@ -50,11 +51,11 @@ def render(
     special: Sequence[str],
     find_spans: bool = False,
 ) -> str:
-    """A conversation as text that `runs` can split again.
+    """A conversation as text that `runs` can split again. Plain text may be added to it.
 
     Args:
       template: see `Template`.
-      messages: {"role": ..., "content": ...}; other fields are passed to the template as they are.
+      messages: {"role": ..., "content": ...}; other fields are passed to the template as well.
       add_generation_prompt: end with the header of the assistant's reply.
       bos_token: for the template.
       eos_token: for the template.
@@ -65,36 +66,33 @@ def render(
       InputError: no messages, one without role or content, a template that is invalid or refuses them, or spans that
         cannot be found.
     """
+    if not isinstance(messages, Sequence) or isinstance(messages, str):
+        raise InputError(f"messages: expected a list of {{'role': ..., 'content': ...}}, got {type(messages).__name__}")
     if not messages:
         raise InputError("messages: at least one is needed")
     guarded = []
     for i, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise InputError(f"messages[{i}]: expected {{'role': ..., 'content': ...}}, got {type(message).__name__}")
         for field in ("role", "content"):
             if not isinstance(message.get(field), str):
                 raise InputError(f"messages[{i}]: {field!r} is missing or not text")
-            if _RESERVED.search(message[field]):
-                raise InputError(f"messages[{i}]: {field!r} holds U+FDD0, U+FDD1 or U+FDD2, which are not characters")
-        words = {field: _pattern(tuple(special)).sub(_guard, message[field]) for field in ("role", "content")}
-        guarded.append({**message, **words})
-    if isinstance(template, list):
-        template = next((t["template"] for t in template if t.get("name") == "default"), None)
-    if template is None:
-        template = REFERENCE
-        missing = [t for t in ("<|begin_header|>", "<|end_header|>", "<|end_turn|>") if t not in special]
-        if missing:
-            raise InputError(f"tokenizer: has no special token {missing[0]!r}, which the chat template needs")
+        # A role is often part of a special token that the template builds, such as <|user|>.
+        role = _guard(message["role"], special, edges=False)
+        guarded.append({**_guarded(message, special, f"messages[{i}]"), "role": role})
+    chosen = _chosen(template, special)
 
     def written(count: int, prompt: bool) -> str:
         try:
-            return _compiled(template).render(
+            return _compiled(chosen).render(
                 messages=guarded[:count], add_generation_prompt=prompt, bos_token=bos_token, eos_token=eos_token
             )
-        except jinja2.TemplateError as error:
-            raise InputError(f"chat template: {' '.join(str(error).split())}") from error
+        except Exception as error:  # a template is a program: it can fail in any way
+            raise InputError(f"chat template: {one_line(error)}") from error
 
     text = written(len(guarded), add_generation_prompt)
-    if not find_spans or _GENERATION.search(template):
-        return text
+    if not find_spans or _GENERATION.search(chosen):
+        return text + _REST
     pieces, done = [], 0
     for i, message in enumerate(guarded):
         if message["role"] == "assistant":
@@ -102,13 +100,36 @@ def render(
             end = _reply_end(text, prompt, [whole, whole.rstrip().removesuffix(eos_token)], message["content"], special)
             if not done <= len(prompt) <= end:
                 raise InputError(
-                    f"chat template {' '.join(template.split())[:60]!r}: the start of a conversation is not written as "
+                    f"chat template {' '.join(chosen.split())[:60]!r}: the start of a conversation is not written as "
                     f"the start of the whole (message {i}), so what the assistant says cannot be found; put "
                     "{% generation %} and {% endgeneration %} around it in the template"
                 )
             pieces += [text[done : len(prompt)], _BEGIN, text[len(prompt) : end], _END]
             done = end
-    return "".join([*pieces, text[done:]])
+    return "".join([*pieces, text[done:], _REST])
+
+
+def _chosen(template: object, special: Sequence[str]) -> str:
+    """The text of the template to use. Raises InputError."""
+    if isinstance(template, list):
+        names = [t.get("name") if isinstance(t, Mapping) else None for t in template]
+        if "default" not in names:
+            raise InputError(
+                f"chat template: none of {', '.join(map(str, names)) or 'an empty list'} is named 'default'; give the "
+                "one to use that name in tokenizer_config.json"
+            )
+        template = template[names.index("default")].get("template")
+    elif template is None:
+        template = REFERENCE
+        missing = [t for t in ("<|begin_header|>", "<|end_header|>", "<|end_turn|>") if t not in special]
+        if missing:
+            raise InputError(
+                f"tokenizer: has no chat template, and no special token {missing[0]!r}, which the reference's needs; "
+                "add chat_template to tokenizer_config.json"
+            )
+    if not isinstance(template, str):
+        raise InputError(f"chat template: must be text, not {type(template).__name__}; correct tokenizer_config.json")
+    return template
 
 
 def _reply_end(text: str, prompt: str, until: Sequence[str], content: str, special: Sequence[str]) -> int:
@@ -138,7 +159,9 @@ def runs(text: str, special: Sequence[str]) -> Iterator[tuple[bool, str, list[tu
       Whether it is a special token; the token or the text; the spans of the assistant's words in it, as (begin, end).
     """
     speaking = False
-    for i, piece in enumerate(re.split(f"({_pattern(tuple(special)).pattern})", text)):
+    written, _, rest = text.partition(_REST)
+    pieces = re.split(f"((?<!{_GUARD})(?:{_pattern(tuple(special)).pattern}))", written)
+    for i, piece in enumerate(pieces):
         if i % 2:
             yield True, piece, [(0, len(piece))] if speaking else []
             continue
@@ -153,12 +176,53 @@ def runs(text: str, special: Sequence[str]) -> Iterator[tuple[bool, str, list[tu
                 plain += part
         if speaking:
             spans.append((start, len(plain)))
+        if i == len(pieces) - 1:
+            plain += rest
         if plain:
             yield False, plain, spans
 
 
-def _guard(match: re.Match[str]) -> str:
-    return match[0][0] + _GUARD + match[0][1:]
+def _guarded(value: Any, special: Sequence[str], where: str) -> Any:
+    """JSON with a guard before whatever its texts hold of special tokens. Raises InputError."""
+    if isinstance(value, Mapping):
+        names = {_guard(k, special, edges=False) if isinstance(k, str) else k: k for k in value}
+        return {new: _guarded(value[old], special, f"{where}: {old!r}") for new, old in names.items()}
+    if isinstance(value, list | tuple):
+        return [_guarded(v, special, where) for v in value]
+    if not isinstance(value, str):
+        return value
+    if _RESERVED.search(value):
+        raise InputError(f"{where} holds one of U+FDD0 to U+FDD3, which are not characters")
+    if not value.isascii() and (half := re.search("[\ud800-\udfff]", value)):
+        raise InputError(f"{where} is not valid Unicode: half of a surrogate pair, {half[0]!r}; correct it")
+    return _guard(value, special)
+
+
+def _guard(text: str, special: Sequence[str], edges: bool = True) -> str:
+    """`text` with a guard before every character of a special token in it, so that none of them is read there.
+
+    edges: also of what a special token ends or begins with, at the beginning and the end: what the template writes
+    before or after could complete it.
+    """
+    known, inside = tuple(special), set[int]()
+    for match in re.finditer(f"(?=({_pattern(known).pattern}))", text):  # overlapping ones too
+        inside.update(range(match.start(1), match.end(1)))
+    if edges and text:
+        heads, tails, longest = _fragments(known)
+        begin, end = len(text) - len(text.lstrip()), len(text.rstrip())  # templates strip
+        for n in range(1, min(longest, end - begin + 1)):
+            if text[begin : begin + n] in tails:
+                inside.update(range(begin, begin + n))
+            if text[end - n : end] in heads:
+                inside.update(range(end - n, end))
+    return "".join(_GUARD * (i in inside) + c for i, c in enumerate(text)) if inside else text
+
+
+@functools.cache
+def _fragments(special: tuple[str, ...]) -> tuple[frozenset[str], frozenset[str], int]:
+    """What special tokens begin with, what they end with, and the length of the longest one."""
+    cuts = [(token[:n], token[n:]) for token in special for n in range(1, len(token))]
+    return frozenset(a for a, _ in cuts), frozenset(b for _, b in cuts), max(map(len, special), default=0)
 
 
 @functools.cache

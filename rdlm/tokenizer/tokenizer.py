@@ -9,18 +9,28 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import tokenizers
 
-from rdlm.config import InputError
+from rdlm.config import InputError, one_line
 from rdlm.tokenizer import chat, training
 from rdlm.tokenizer.training import Config
 
 _LONG = 2**19  # characters; longer texts are encoded in pieces of about this size
 _ENCODED_AT_ONCE = 2**22  # characters
 _LINE_START = re.compile(r"\n(?=[^\W_])")
+_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
+
+
+class _Decoding(NamedTuple):
+    """How the bytes of a token are found."""
+
+    by_byte: bool  # every character of a token stands for a byte, as in byte-level BPE
+    space: str | None  # what stands for a space
+    byte_fallback: bool  # tokens such as <0x0A> are bytes
+    drops_first_space: bool  # of a text
 
 
 class Tokenizer:
@@ -37,7 +47,6 @@ class Tokenizer:
         """
         backend.no_truncation()
         backend.no_padding()
-        backend.encode_special_tokens = True  # so that "<|end_text|>" in a document is ordinary text
         self._backend, self._config = backend, config
         self.eos_id = self._special("eos_token", where)
         self.bos_id = self._special("bos_token", where) if config.get("bos_token") else self.eos_id
@@ -72,7 +81,7 @@ class Tokenizer:
         Raises:
           InputError: a file is missing or invalid, or no eos_token is named.
         """
-        place = Path(folder)
+        place = Path(folder).expanduser()
         text = _read(place, "tokenizer.json")
         try:
             backend = tokenizers.Tokenizer.from_str(text)
@@ -81,14 +90,14 @@ class Tokenizer:
         name = "tokenizer_config.json"
         if not (place / name).exists() and (place / "special_tokens_map.json").exists():
             name = "special_tokens_map.json"  # older folders have only this one
-        try:
-            config = json.loads(_read(place, name))
-        except json.JSONDecodeError as error:
-            raise InputError(f"{folder}/{name}: not JSON ({error}); copy it again") from error
-        if not isinstance(config, dict):
-            raise InputError(f"{folder}/{name}: expected an object, found {type(config).__name__}")
-        if (place / "chat_template.jinja").exists():  # its place in newer folders
-            config["chat_template"] = _read(place, "chat_template.jinja")
+        config = _read_object(place, name)
+        if (place / "special_tokens_map.json").exists():  # where some folders name what the config does not
+            others = _read_object(place, "special_tokens_map.json")
+            config = others | {key: value for key, value in config.items() if value is not None}
+        if (place / "chat_template.json").exists():  # its place in folders of processors, and in newer folders
+            config |= {"chat_template": _read_object(place, "chat_template.json").get("chat_template")}
+        if (place / "chat_template.jinja").exists():
+            config |= {"chat_template": _read(place, "chat_template.jinja")}
         return cls(backend, config, where=f"{folder}/{name}")
 
     def save(self, folder: str | Path) -> None:
@@ -123,7 +132,7 @@ class Tokenizer:
             while count < len(pieces) and (not count or size < _ENCODED_AT_ONCE):
                 size, count = size + len(pieces[count][1]), count + 1
             try:
-                encodings = self._backend.encode_batch_fast([p for _, p in pieces[:count]], add_special_tokens=False)
+                encodings = self._plain.encode_batch_fast([p for _, p in pieces[:count]], add_special_tokens=False)
             except TypeError as error:  # raised for lone surrogates as well as for other types than str
                 raise InputError(f"text: cannot be encoded ({error}); give valid Unicode strings") from error
             for (i, _), encoding in zip(pieces[:count], encodings, strict=True):
@@ -186,21 +195,22 @@ class Tokenizer:
                 ids.append(self.special_ids[run])
                 scored.append(bool(spans))
                 continue
-            encoding = self._backend.encode(run, add_special_tokens=False)
+            encoding = self._plain.encode(run, add_special_tokens=False)
             ids += encoding.ids
             scored += [any(start < b and end > a for a, b in spans) for start, end in encoding.offsets]
         return np.array(ids, np.int32), np.array(scored, bool)
 
-    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """Text of token ids. Bytes that are not UTF-8 become U+FFFD; ids outside the vocabulary are skipped."""
-        kept = [i for i in map(int, ids) if self._is_text(i, skip_special)]
-        if self._pieces is None:
-            return self._backend.decode(kept, skip_special_tokens=False)
-        return b"".join(self._pieces[i] for i in kept).decode("utf-8", "replace")
+    def decode(self, ids: Iterable[int], skip_special: bool = True, *, after: Iterable[int] = ()) -> str:
+        """Text of token ids. Bytes that are not UTF-8 become U+FFFD; ids outside the vocabulary are skipped.
 
-    def decode_stream(self, skip_special: bool = True) -> DecodeStream:
-        """A decoder for ids that arrive one at a time."""
-        return DecodeStream(self, skip_special)
+        after: ids that come before, whose text is left out: a space between the two belongs to the result.
+        """
+        stream = self.decode_stream(skip_special, after=after)
+        return stream.push(*ids) + stream.end()
+
+    def decode_stream(self, skip_special: bool = True, *, after: Iterable[int] = ()) -> DecodeStream:
+        """A decoder for ids that arrive one at a time. after: as in `decode`."""
+        return DecodeStream(self, skip_special, after)
 
     @functools.cached_property
     def vocab_size(self) -> int:
@@ -214,7 +224,12 @@ class Tokenizer:
         special = {token.content: i for i, token in sorted(added.items()) if token.special}
         for i in (self.bos_id, self.eos_id, self.pad_id):  # special by their role, however they were added
             special.setdefault(str(self._backend.id_to_token(i)), i)
-        return special
+        others = self._config.get("additional_special_tokens")
+        for token in others if isinstance(others, list) else []:
+            text = _content(token)
+            if isinstance(text, str) and (found := self._backend.token_to_id(text)) is not None:
+                special.setdefault(text, found)
+        return {text: i for text, i in special.items() if not self._is_byte(text)}
 
     @functools.cached_property
     def hash(self) -> str:
@@ -222,7 +237,7 @@ class Tokenizer:
 
         Padding, truncation and the post-processor, which `encode` never uses, are left out; so is the file's layout.
         """
-        tree = json.loads(self._backend.to_str())
+        tree = self._tree
         for unused in ("padding", "truncation", "post_processor"):
             tree.pop(unused, None)
         canonical = json.dumps([tree, self.bos_id, self.eos_id, self.pad_id], sort_keys=True)
@@ -233,28 +248,92 @@ class Tokenizer:
         """Number of bytes of text in each token, int32 [vocab_size]; 0 for special tokens.
 
         The bytes of a text are the sum over its tokens, so bits per byte = nats / ln 2 / sum of `token_bytes[labels]`.
-
-        Raises:
-          InputError: the tokenizer is not byte-level, so that the sum would not be exact.
+        Text is what `decode` gives back, and a space that the tokenizer puts before a text counts. All zeros if the
+        tokenizer does not say what the bytes of a token are; -1 for the token of unknown characters.
         """
         if self._pieces is None:
-            raise InputError("tokenizer: bits per byte need a byte-level tokenizer (its decoder must be ByteLevel)")
+            return np.zeros(self.vocab_size, np.int32)
         lengths = np.array([len(piece) for piece in self._pieces], np.int32)
         lengths[list(self.special_ids.values())] = 0
+        if self._unknown is not None:
+            lengths[self._backend.token_to_id(self._unknown)] = -1
         return lengths
 
     @functools.cached_property
+    def _plain(self) -> tokenizers.Tokenizer:
+        """Encodes text: never into special tokens, which have a text here that none holds."""
+        tree, special = self._tree, {*self.special_ids} | ({self._unknown} - {None})
+        model, names = tree["model"], {token: f"\ufdd0{token}\ufdd0" for token in special}
+        for token in tree["added_tokens"]:
+            if token["content"] in special:
+                token |= {"content": names[token["content"]], "special": True, "normalized": False}
+        if isinstance(model["vocab"], dict):
+            model["vocab"] = {names.get(piece, piece): i for piece, i in model["vocab"].items()}
+        else:  # unigram
+            model["vocab"] = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
+        if "merges" in model:
+            model["merges"] = [[a, b] for a, b in model["merges"] if not special & {a, b, a + b}]
+        if model.get("unk_token"):
+            model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+        plain = tokenizers.Tokenizer.from_str(json.dumps(tree | {"post_processor": None}))
+        plain.encode_special_tokens = True
+        return plain
+
+    @property
+    def _tree(self) -> Config:
+        """A copy of what tokenizer.json holds."""
+        return json.loads(self._backend.to_str())
+
+    @functools.cached_property
+    def _unknown(self) -> str | None:
+        """The token of characters that are not in the vocabulary, if there is one."""
+        model = self._tree["model"]
+        if model.get("unk_id") is not None:
+            return model["vocab"][model["unk_id"]][0]
+        unknown = model.get("unk_token")
+        return unknown if unknown and self._backend.token_to_id(unknown) is not None else None
+
+    @functools.cached_property
+    def _decoding(self) -> _Decoding | None:
+        """How tokens become text, if each of them by itself does."""
+        decoder = self._tree["decoder"] or {}
+        steps = decoder.get("decoders", [decoder])
+        kinds = {step.get("type") for step in steps}
+        if "ByteLevel" in kinds:
+            return _Decoding(True, None, False, False)
+        space, drops = None, False
+        for step in steps:
+            if step.get("type") == "Metaspace":
+                space, drops = step["replacement"], step.get("prepend_scheme", "always") != "never"
+            elif step.get("type") == "Replace":
+                pattern = step["pattern"].get("String")
+                if pattern is None or step["content"] != " ":
+                    return None
+                space = pattern
+            elif step.get("type") == "Strip":
+                if (step["content"], step["start"] > 1, step["stop"]) != (" ", False, 0):
+                    return None
+                drops = drops or step["start"] == 1
+            elif step.get("type") not in ("ByteFallback", "Fuse"):
+                return None
+        return _Decoding(False, space, "ByteFallback" in kinds, drops)
+
+    @functools.cached_property
     def _pieces(self) -> list[bytes] | None:
-        """The bytes of every token (special tokens: of their text), or None if the tokenizer is not byte-level."""
-        decoder = json.loads(self._backend.to_str())["decoder"] or {}
-        if "ByteLevel" not in [decoder.get("type"), *(d["type"] for d in decoder.get("decoders", []))]:
+        """The bytes of every token (special tokens: of their text), or None if its neighbours decide as well."""
+        how = self._decoding
+        if how is None:
             return None
         added = {token.content for token in self._backend.get_added_tokens_decoder().values()}
         byte_of = {character: byte for byte, character in enumerate(training.characters_of_bytes())}
         pieces = [b""] * self.vocab_size
         for token, i in self._backend.get_vocab(with_added_tokens=True).items():
-            plain = token in added or not all(c in byte_of for c in token)
-            pieces[i] = token.encode() if plain else bytes(byte_of[c] for c in token)
+            if how.by_byte and token not in added and all(c in byte_of for c in token):
+                pieces[i] = bytes(byte_of[c] for c in token)
+            elif how.byte_fallback and _BYTE.fullmatch(token):
+                pieces[i] = bytes([int(token[3:5], 16)])
+            else:
+                pieces[i] = (token.replace(how.space, " ") if how.space else token).encode()
         return pieces
 
     def _pieces_of(self, text: str) -> Iterator[str]:
@@ -276,8 +355,8 @@ class Tokenizer:
     @functools.cached_property
     def _may_cut(self) -> bool:
         # A piece must be encoded alone as it is within the text: no prefix, no normalisation.
-        tree = json.loads(self._backend.to_str())
-        plain = tree["normalizer"] is None and self._pieces is not None and self._backend.pre_tokenizer is not None
+        tree, how = self._tree, self._decoding
+        plain = how is not None and how.by_byte and tree["normalizer"] is None and tree["pre_tokenizer"] is not None
         prefix = '"add_prefix_space": true' in json.dumps(tree["pre_tokenizer"])
         return plain and not prefix and not any("\n" in token["content"].strip("\n") for token in tree["added_tokens"])
 
@@ -296,7 +375,14 @@ class Tokenizer:
         found = self._backend.token_to_id(token)
         if found is None:
             raise InputError(f"{where}: {name} = {token!r} is not in the vocabulary of tokenizer.json")
+        if self._is_byte(token):
+            raise InputError(f"{where}: {name} = {token!r} is also a byte of ordinary text; name another token")
         return found
+
+    def _is_byte(self, token: str) -> bool:
+        """Whether a token is one byte of any text. An added token of that spelling has the same id."""
+        by_byte = len(token) == 1 and self._decoding is not None and self._decoding.by_byte
+        return by_byte and token in training.characters_of_bytes()
 
 
 def _read(folder: Path, name: str) -> str:
@@ -306,6 +392,16 @@ def _read(folder: Path, name: str) -> str:
         raise InputError(f"{folder}: no {name} there; give a folder that holds a saved tokenizer") from error
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{folder}/{name}: cannot be read ({error})") from error
+
+
+def _read_object(folder: Path, name: str) -> Config:
+    try:
+        found = json.loads(_read(folder, name))
+    except ValueError as error:  # numbers of thousands of digits too
+        raise InputError(f"{folder}/{name}: not JSON ({one_line(error)}); copy it again") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{folder}/{name}: expected an object, found {type(found).__name__}")
+    return found
 
 
 def _content(token: object) -> object:
@@ -320,28 +416,32 @@ class DecodeStream:
     (`tokenizers.decoders.DecodeStream` has no `end`, so it loses an incomplete character).
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True) -> None:
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True, after: Iterable[int] = ()) -> None:
         self._tokenizer, self._skip_special = tokenizer, skip_special
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._ids: list[int] = []  # only for tokenizers that are not byte-level
-        self._sent = ""
+        how, before = tokenizer._decoding, [i for i in map(int, after) if tokenizer._is_text(i, skip_special)]
+        self._drop_space = how is not None and how.drops_first_space and not before
+        self._ids = before if how is None else []  # only for tokenizers whose tokens depend on their neighbours
+        self._sent = tokenizer._backend.decode(self._ids, skip_special_tokens=False)
 
-    def push(self, token: int) -> str:
-        """Text completed by this token, possibly empty."""
-        if not self._tokenizer._is_text(token, self._skip_special):
-            return ""
-        if self._tokenizer._pieces is not None:
-            return self._utf8.decode(self._tokenizer._pieces[token])
-        self._ids.append(token)
-        return self._fresh(hold="\ufffd")
+    def push(self, *tokens: int) -> str:
+        """Text completed by these tokens, possibly empty."""
+        kept = [i for i in map(int, tokens) if self._tokenizer._is_text(i, self._skip_special)]
+        pieces = self._tokenizer._pieces
+        if pieces is None:
+            self._ids += kept
+            return self._fresh(hold="\ufffd") if kept else ""
+        data = b"".join(pieces[i] for i in kept)
+        if self._drop_space and data:
+            self._drop_space, data = False, data.removeprefix(b" ")
+        return self._utf8.decode(data)
 
     def end(self) -> str:
         """The rest of the text when no token follows: U+FFFD for an incomplete character, or nothing."""
         return self._utf8.decode(b"", final=True) + (self._fresh() if self._ids else "")
 
     def _fresh(self, hold: str | None = None) -> str:
-        # Other decoders depend on neighbouring tokens, so decode all of them and return the new text.
-        text = self._tokenizer.decode(self._ids, skip_special=False)
+        text = self._tokenizer._backend.decode(self._ids, skip_special_tokens=False)
         if hold and text.endswith(hold):
             return ""
         fresh, self._sent = text[len(self._sent) :], text

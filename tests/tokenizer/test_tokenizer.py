@@ -12,6 +12,7 @@ from tokenizers import models, pre_tokenizers
 
 from rdlm.config import InputError
 from rdlm.tokenizer import SPECIAL_TOKENS, Tokenizer
+from tests.support import foreign_tokenizers
 
 TREES = ["ash", "birch", "cedar", "elm", "hazel", "hornbeam", "maple", "oak", "pine", "rowan", "willow", "yew"]
 TEXTS = [
@@ -21,6 +22,7 @@ TEXTS = [
 ]
 TOKENIZER = Tokenizer.train(TEXTS, 384)
 BYTES = Tokenizer.bytes_only()
+LOADED: dict[str, Tokenizer] = {}
 UNICODE = st.text(st.characters(exclude_categories=["Cs"]))  # everything but lone surrogates
 
 
@@ -206,6 +208,10 @@ def test_folders_of_others_may_name_no_begin_token_and_keep_their_names_elsewher
         ("tokenizer_config.json", "{", "tokenizer_config.json: not JSON"),
         ("tokenizer_config.json", "[]", "expected an object"),
         ("tokenizer_config.json", '{"bos_token": "<|begin_text|>"}', "names no eos_token"),
+        ("tokenizer_config.json", '{"eos_token": "Ċ"}', "eos_token = 'Ċ' is also a byte of ordinary text"),
+        ("tokenizer_config.json", '{"eos_token": ' + "1" * 5000 + "}", "tokenizer_config.json: not JSON"),
+        ("special_tokens_map.json", "[1]", "special_tokens_map.json: expected an object"),
+        ("chat_template.json", "{", "chat_template.json: not JSON"),
         (
             "tokenizer_config.json",
             '{"bos_token": "<s>", "eos_token": "<|end_text|>"}',
@@ -215,7 +221,7 @@ def test_folders_of_others_may_name_no_begin_token_and_keep_their_names_elsewher
 )
 def test_a_bad_folder_is_refused_in_one_line(tmp_path, name, text, match):
     TOKENIZER.save(tmp_path)
-    (tmp_path / name).unlink()
+    (tmp_path / name).unlink(missing_ok=True)
     if text is not None:
         (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(InputError, match=match) as caught:
@@ -252,9 +258,127 @@ def test_a_tokenizer_that_is_not_byte_level_encodes_decodes_and_streams(word_lev
     assert streamed(word_level, ids) == ["", "the", " oak", " the", "", ""]
 
 
-def test_it_refuses_to_guess_bytes(word_level):
-    with pytest.raises(InputError, match="byte-level"):
-        word_level.token_bytes  # noqa: B018
+def test_it_does_not_guess_bytes(word_level):
+    assert not word_level.token_bytes.any()
+
+
+@pytest.mark.parametrize("kind", foreign_tokenizers.KINDS)
+def test_tokenizers_of_every_kind_decode_stream_and_count_bytes(kind, tmp_path):
+    tokenizer = foreign_tokenizers.load(kind, tmp_path)
+    for text in ("the cat sat", "the old owl", "mat on mat"):
+        ids = tokenizer.encode(text, eos=True)
+        assert tokenizer.decode(ids) == "".join(streamed(tokenizer, ids)) == text
+        # What a prompt is continued with keeps its space.
+        before, after = ids[:3], ids[3:]
+        assert tokenizer.decode(before) + tokenizer.decode(after, after=before) == text
+        alone = [tokenizer.decode([i], after=ids[:at]) for at, i in enumerate(ids)]
+        assert "".join(alone) == text
+        prefix = kind in ("llama2", "mistral", "t5")  # a space before the text
+        size = 0 if kind == "bert" else len(text) + prefix
+        assert tokenizer.token_bytes[ids].sum() == size
+
+
+@pytest.mark.parametrize("kind", ["llama2", "mistral", "gemma"])
+@given(text=UNICODE)
+def test_byte_fallback_keeps_any_text(kind, text, tmp_path_factory):
+    tokenizer = LOADED.setdefault(kind, None) or foreign_tokenizers.load(kind, tmp_path_factory.mktemp(kind))
+    LOADED[kind] = tokenizer
+    text = "a" + text.replace("▁", "")  # the character that stands for a space, and the space before a text
+    ids = tokenizer.encode(text, eos=True)
+    assert tokenizer.decode(ids) == "".join(streamed(tokenizer, ids)) == text
+    assert tokenizer.token_bytes[ids].sum() == len(text.encode()) + (kind != "gemma")
+
+
+def test_characters_that_are_lost_have_no_known_bytes(tmp_path):
+    tokenizer = foreign_tokenizers.load("t5", tmp_path)
+    assert (tokenizer.token_bytes[tokenizer.encode("🙂", bos=False)] == -1).any()
+
+
+# Text that spells a special token stays text, whatever the tokenizer
+
+
+def not_special(tree, config):
+    next(t for t in tree["added_tokens"] if t["content"] == "<|end_text|>")["special"] = False
+
+
+def not_added(tree, config):
+    tree["added_tokens"] = [t for t in tree["added_tokens"] if t["content"] != "<|end_text|>"]
+
+
+def merged(tree, config):
+    tree["model"]["vocab"]["<|"] = 384
+    tree["model"]["merges"] += [["<", "|"]]
+    tree["added_tokens"] = [
+        t | {"content": "<|", "id": 384} if t["content"] == "<|pad|>" else t for t in tree["added_tokens"]
+    ]
+    config["pad_token"] = "<|"
+
+
+def listed(tree, config):
+    tree["added_tokens"] += [{**tree["added_tokens"][0], "id": 384, "content": "<|im_end|>", "special": False}]
+    config["additional_special_tokens"] = ["<|im_end|>", "<|never|>"]
+
+
+def one_character(tree, config):
+    tree["added_tokens"] += [{**tree["added_tokens"][0], "id": 384, "content": "中"}]
+
+
+def one_byte(tree, config):
+    tree["added_tokens"] += [{**tree["added_tokens"][0], "id": 384, "content": c} for c in "<¤"]
+
+
+def overlapping(tree, config):
+    more = [{**tree["added_tokens"][0], "id": 384 + i, "content": c} for i, c in enumerate(["<x>", "x>y"])]
+    tree["added_tokens"] += more
+
+
+def ending_with_spaces(tree, config):
+    tree["added_tokens"] = [t | {"lstrip": True, "rstrip": True, "single_word": True} for t in tree["added_tokens"]]
+
+
+SPELLED = ["a<|end_text|>b", "<| <|im_end|>", "<x>y §中", "<|end_text|>", "< <|begin_header|> >", "<<|", "x>y"]
+
+
+@pytest.mark.parametrize(
+    "change", [not_special, not_added, merged, listed, one_character, one_byte, overlapping, ending_with_spaces]
+)
+def test_spelled_special_tokens_stay_text_in_documents_and_chats(change, tmp_path):
+    TOKENIZER.save(tmp_path)
+    tree, config = (json.loads((tmp_path / f).read_text()) for f in ("tokenizer.json", "tokenizer_config.json"))
+    change(tree, config)
+    # A template that completes what a message begins or ends with.
+    config["chat_template"] = "{% for m in messages %}<{{ m.content }}y<|end_text|>{% endfor %}"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tree))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer.load(tmp_path)
+    special = set(tokenizer.special_ids.values())
+    for text in SPELLED:
+        ids = tokenizer.encode(text, bos=False)
+        assert not special & set(ids.tolist()), text
+        assert tokenizer.decode(ids) == text
+        ids = tokenizer.encode_chat([{"role": "user", "content": text}])
+        assert [i for i in ids.tolist() if i in special] == [tokenizer.eos_id], text
+        assert tokenizer.decode(ids) == f"<{text}y"
+
+
+@pytest.mark.parametrize("kind", foreign_tokenizers.KINDS)
+def test_spelled_special_tokens_stay_text_in_tokenizers_of_every_kind(kind, tmp_path):
+    tokenizer = foreign_tokenizers.load(kind, tmp_path)
+    for text in ("a</s>b", "</s>", "the <s> cat</s>"):
+        ids = tokenizer.encode(text, bos=False).tolist()
+        assert not {tokenizer.bos_id, tokenizer.eos_id} & set(ids), text
+        if kind != "bert":
+            assert tokenizer.decode(ids) == text
+
+
+def test_special_tokens_in_other_fields_of_a_message_and_behind_a_chat_stay_text():
+    template = "{% for m in messages %}{{ m.content }}{{ m.calls | tojson }}{% endfor %}"
+    tokenizer = Tokenizer(TOKENIZER._backend, {**TOKENIZER._config, "chat_template": template})
+    calls = [{"<|end_text|>": ["<|pad|>", 1, None, True]}]
+    written = tokenizer.write_chat([{"role": "user", "content": "x", "calls": calls}]) + "<|end_turn|>"
+    ids, _ = tokenizer.encode_written(written)
+    assert not set(ids.tolist()) & set(tokenizer.special_ids.values())
+    assert tokenizer.decode(ids) == "x" + json.dumps(calls) + "<|end_turn|>"
 
 
 def test_a_token_added_by_hand_counts_its_own_bytes(saved):
@@ -340,7 +464,7 @@ def test_the_template_renders_the_rules_of_the_reference_for_any_conversation(tu
     assert said.tolist() == ours
 
 
-@pytest.mark.parametrize("where", ["tokenizer_config.json", "list", "chat_template.jinja"])
+@pytest.mark.parametrize("where", ["tokenizer_config.json", "list", "chat_template.jinja", "chat_template.json"])
 def test_a_template_of_the_folder_is_used(saved, tmp_path, where):
     template = (
         "{%- for m in messages %}\n{{ m.role | upper }}: "
@@ -348,6 +472,9 @@ def test_a_template_of_the_folder_is_used(saved, tmp_path, where):
     )
     if where == "chat_template.jinja":
         (tmp_path / where).write_text(template)
+        saved("tokenizer_config.json", lambda tree: {**tree, "chat_template": "an older one"})
+    elif where == "chat_template.json":
+        (tmp_path / where).write_text(json.dumps({"chat_template": template}))
         saved("tokenizer_config.json", lambda tree: tree)
     else:
         value = template if where != "list" else [{"name": "default", "template": template}]
@@ -368,6 +495,18 @@ def test_a_template_of_the_folder_is_used(saved, tmp_path, where):
         ("{% for %}", "chat template: "),
         ("{{ raise_exception('roles must alternate') }}", "chat template: roles must alternate"),
         ("{{ messages.__class__.__mro__ }}", "chat template: "),
+        ("{{ 1 + 'a' }}", "chat template: "),
+        ("{{ 1 // 0 }}", "chat template: .*zero"),
+        ("{% for i in range(10**9) %}{% endfor %}", "chat template: .*range"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "chat template: .*recursion"),
+        ("{{ messages[0]['content']['x'].y }}", "chat template: "),
+        ("{{ {} | tojson | nothing }}", "chat template: "),
+        (7, "chat template: must be text, not int"),
+        ({"default": "x"}, "chat template: must be text, not dict"),
+        ([{"name": "rag", "template": "R"}, {"name": "tool_use", "template": "T"}], "none of rag, tool_use is named"),
+        ([], "chat template: none of an empty list"),
+        ([{"name": "default"}], "chat template: must be text, not NoneType"),
+        (["x"], "chat template: none of None"),
     ],
 )
 def test_a_template_that_is_wrong_or_refuses_is_one_line(saved, template, match):
@@ -411,7 +550,7 @@ def test_bytes_only_has_the_ids_after_the_bytes():
 def test_long_texts_encode_in_pieces_as_they_do_whole(parts, long):
     text = "".join(parts)
     for tokenizer in (TOKENIZER, BYTES):
-        whole = tokenizer._backend.encode(text, add_special_tokens=False).ids
+        whole = tokenizer._plain.encode(text, add_special_tokens=False).ids
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("rdlm.tokenizer.tokenizer._LONG", long)
             patch.setattr("rdlm.tokenizer.tokenizer._ENCODED_AT_ONCE", 2 * long)
@@ -425,7 +564,23 @@ def test_a_long_text_is_cut(monkeypatch, word_level):
     assert len(list(word_level._pieces_of("".join(TEXTS)))) == 1  # unknown rules: left whole
 
 
-@pytest.mark.parametrize("messages", [[], [{"role": "user"}], [{"role": 1, "content": "x"}]])
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [],
+        [{"role": "user"}],
+        [{"role": 1, "content": "x"}],
+        "hi",
+        {"role": "user", "content": "x"},
+        ["hi"],
+        None,
+        7,
+        [None],
+        [{"role": "user", "content": "half \ud83d"}],
+        [{"role": "user\ud83d", "content": "x"}],
+        [{"role": "user", "content": "x", "name": ["\ufdd2"]}],
+    ],
+)
 def test_chat_refuses_what_is_no_conversation(messages):
     with pytest.raises(InputError, match="messages"):
         TOKENIZER.encode_chat(messages)

@@ -287,7 +287,7 @@ class _Wanted:
     request: Served = dataclasses.field(init=False)  # set when it is submitted
 
     def __post_init__(self) -> None:
-        self.stream, self.so_far = self.tokenizer.decode_stream(), ""
+        self.stream, self.so_far = self.tokenizer.decode_stream(after=self.tokens.tolist()), ""
 
     def token(self, token: int, steps: int) -> None:
         """Take a token; cancel the request once a stop string has appeared."""
