@@ -16,6 +16,7 @@ import dataclasses
 import os
 import shlex
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -34,7 +35,8 @@ class Args:
     """The text to prepare, and how."""
 
     paths: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """Files, folders, globs or gs:// URLs: .txt, .md, .jsonl, .json, .parquet, text and JSON also .gz or .zst."""
+    """Files, folders, globs or gs:// URLs: .txt, .md, .jsonl, .json, .csv, .tsv, .parquet, .arrow; text, JSON and CSV
+    also with .gz, .zst, .bz2 or .xz."""
     out: str = ""
     """Folder to make; with --beam also a URL."""
     tokenizer: str = ""
@@ -49,12 +51,13 @@ class Args:
     deduplicate: bool = False
     """Keep only the first of several equal documents; reads the input twice; 16 bytes of memory a document."""
     field: str = "text"
-    """Field of JSON lines, parquet files and TFDS examples: text, or a list of chat messages, of which only the
-    assistant's are scored."""
+    """Field of JSON, columns and TFDS examples (meta.text: a field within another): text, or a list of chat messages,
+    of which only the assistant's are scored."""
     document: Literal["file", "line", "blank_line"] = "file"
     """One document of a text file: the whole file, each line, or each paragraph between blank lines."""
     bad_documents: Literal["refuse", "skip"] = "refuse"
-    """Text that is not UTF-8, lines that are not JSON, a missing field: stop, or skip and count."""
+    """Text that is not UTF-8, lines that are not JSON, a missing field, chats that the template refuses: stop, or skip
+    and count."""
     tfds: str = ""
     """Instead of paths: a TFDS dataset, for example imdb_reviews or story_cloze/2016."""
     tfds_split: str = "train"
@@ -109,7 +112,7 @@ def main() -> int:
 
 def find_corpus(args: Args, recipe: Recipe) -> Corpus:
     """The documents that the arguments name."""
-    from rdlm.data.prepare import Corpus, cut_files, find_files
+    from rdlm.data.prepare import Corpus, cut_files, described, find_files
 
     if args.embedded:
         from rdlm.data.prepare.embedded import embedded_corpus
@@ -121,10 +124,11 @@ def find_corpus(args: Args, recipe: Recipe) -> Corpus:
         builder = dataset(args.tfds, args.tfds_dir, args.manual_dir or None)
         cut = dataset_parts(builder, args.tfds_split, args.field, args.shard_bytes)
         return Corpus(f"{builder.info.full_name}, {args.tfds_split}", str(builder.info.version), cut)
-    files = find_files(args.paths)
+    left_out: Counter[str] = Counter()
+    files = find_files(args.paths, left_out)
     size = sum(file.bytes for file in files)
     names = ", ".join(Path(file.path).name for file in files[:3]) + (", ..." if len(files) > 3 else "")
-    say(f"{len(files):,} files, {size / 1e6:,.1f} MB")
+    say(f"{described(files, left_out)}: {size / 1e6:,.1f} MB")
     return Corpus(
         "files", f"{names} ({len(files)} files, {size} bytes)", cut_files(files, recipe.reading, args.shard_bytes)
     )
@@ -140,13 +144,17 @@ def report(out: str, manifest: Manifest) -> None:
     length = manifest.recipe.sequence_length
     for name in ("train", "validation"):
         split = manifest.split(name)
+        labels = "" if split.labels is None else f", {split.labels:,} labels"
         print(
             f"{name:10}  {split.documents:,} documents, {split.bytes / 1e6:,.1f} MB, {split.tokens:,} tokens, "
-            f"{split.rows:,} rows of {length}"
+            f"{split.rows:,} rows of {length}{labels}"
         )
     left = {what: n for what, n in dataclasses.asdict(manifest.skipped).items() if n}
     if left:
         print("skipped     " + ", ".join(f"{n:,} {what}" for what, n in left.items()))
+    if not manifest.validation.rows:
+        print(f"{out} holds no validation rows: train on it beside a folder that holds some (--data.prepared A B)")
+        return
     print(
         f"train on it: python experiments/train.py PRESET --data.prepared {out} --data.sequence-length {length} "
         f"--data.tokenizer-size {manifest.vocab_size} --model.vocab-size {manifest.vocab_size}"

@@ -27,7 +27,7 @@ class Args:
     """The text to learn from, and how much of it."""
 
     paths: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """Files, folders, globs or gs:// URLs: .txt, .md, .jsonl, .json, .parquet, text and JSON also .gz or .zst."""
+    """Files, folders, globs or gs:// URLs, as prepare_data.py reads them."""
     out: str = ""
     """Folder for tokenizer.json and tokenizer_config.json; must not exist."""
     size: int = 8192
@@ -35,7 +35,7 @@ class Args:
     bytes: bool = False
     """One token per byte instead; needs no text."""
     field: str = "text"
-    """Field of JSON lines and column of parquet files that holds the text."""
+    """Field of JSON or column that holds the text, or the messages of a chat (meta.text: of a field within a field)."""
     document: Literal["file", "line", "blank_line"] = "file"
     """One document of a text file: the whole file, each line, or each paragraph between blank lines."""
     bad_documents: Literal["refuse", "skip"] = "refuse"
@@ -74,20 +74,26 @@ def main() -> int:
 def texts(args: Args) -> Iterator[str]:
     """The train documents; messages of conversations one by one."""
     from rdlm.data import Reading
-    from rdlm.data.prepare import cut_files, find_files, held_out, read_documents
+    from rdlm.data.prepare import cut_files, described, find_files, held_out, read_documents
 
     reading = Reading(args.field, args.document, args.bad_documents)
-    cut = cut_files(find_files(args.paths), reading, min(64_000_000, args.max_bytes))
+    left_out: Counter[str] = Counter()
+    files = find_files(args.paths, left_out)
+    cut = cut_files(files, reading, min(64_000_000, args.max_bytes))
     total = sum(part.size for part in cut)
     every = max(1.0, total / args.max_bytes)  # one in so many parts is used
     chosen = [cut[int(i * every)] for i in range(int(len(cut) / every))] or cut[:1]
-    print(f"Learning from {sum(part.size for part in chosen) / 1e6:,.1f} of {total / 1e6:,.1f} MB", file=sys.stderr)
+    size = sum(part.size for part in chosen)
+    print(
+        f"{described(files, left_out)}: learning from {size / 1e6:,.1f} of {total / 1e6:,.1f} MB",
+        file=sys.stderr,
+    )
     skipped: Counter[str] = Counter()
     for part in chosen:
         for document in read_documents(part, reading, skipped=skipped):
             if held_out(document, args.validation_fraction):
                 continue
-            yield from [document] if isinstance(document, str) else [str(m.get("content") or "") for m in document]
+            yield from [document] if isinstance(document, str) else [m["content"] for m in document]
     if skipped:
         print("Skipped: " + ", ".join(f"{n} {what}" for what, n in sorted(skipped.items())), file=sys.stderr)
 

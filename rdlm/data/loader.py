@@ -13,7 +13,7 @@ from grain.experimental import index_shuffle
 
 from rdlm.config import InputError
 from rdlm.data.manifest import Manifest, first_difference, read_manifest
-from rdlm.data.packing import EMPTY, Row, arrays, mix
+from rdlm.data.packing import EMPTY, Row, arrays, labels_in, mix
 from rdlm.data.records import RowFiles
 
 Batch = dict[str, np.ndarray]
@@ -33,6 +33,8 @@ class DataState(TypedDict):
     """Of a mixture: rows of each folder in a cycle."""
     stream: NotRequired[list[str]]
     """Of a stream: the position of every process."""
+    files: NotRequired[list[list[str | int]]]
+    """Of a stream: the fingerprints of its files."""
 
 
 class Example(NamedTuple):
@@ -100,7 +102,7 @@ class PackedData:
 
         Raises:
           InputError: the folder is not prepared data or is damaged, was prepared with another length or tokenizer,
-            or the train split has fewer rows than a batch.
+            the train split has fewer rows than a batch, or no token of the split counts as a label.
         """
         folder = Path(folder)
         manifest = read_manifest(folder)
@@ -128,6 +130,12 @@ class PackedData:
         self._batches = in_batches(self.examples, manifest, self._share)
         if split == "train":
             self._require_rows()
+        counted = entry.labels  # None in older folders: look for one
+        if self.len_rows and not (any(labels_in(row) for row in self._files) if counted is None else counted):
+            raise InputError(
+                f"{folder}: no token of its {entry.rows} {split} rows counts as a label, so nothing can be learned or "
+                "scored; prepare it again: of chats, what messages of role 'assistant' say counts"
+            )
 
     @property
     def steps_per_epoch(self) -> int:

@@ -12,6 +12,8 @@ from rdlm.config import InputError, Packing, from_json, require, to_json
 
 FORMAT_VERSION = 2
 """Incremented when older folders can no longer be read."""
+INPUTS = "inputs.json"
+"""File with the fingerprints of the files that the documents came from."""
 PREPARE_AGAIN = "prepare the data again, into another folder"
 
 
@@ -93,6 +95,8 @@ class SplitEntry:
     rows: int
     shards: tuple[ShardFile, ...]
     """Row numbers go through them in this order."""
+    labels: int | None = None
+    """Tokens that count as labels; None: prepared before they were counted."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +130,8 @@ class Manifest:
 
     def identity(self) -> dict[str, object]:
         """What must be the same when a run resumes: settings, source and tokenizer, digests of documents and rows."""
-        digest = hashlib.sha256(json.dumps([dataclasses.asdict(f) for f in self.files]).encode()).hexdigest()
+        files = [dataclasses.asdict(file) for file in self.files if file.name != INPUTS]
+        digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()
         return {
             **self.recipe.settings(),
             "source": f"{self.source.name}, {self.source.version}",

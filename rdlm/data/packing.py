@@ -175,6 +175,14 @@ def arrays(row: Row, sequence_length: int, *, pad_id: int, epoch: int = 0) -> di
     }
 
 
+def labels_in(row: Row) -> int:
+    """How many labels of `arrays(row, ...)` count: the scored tokens but the first of every chunk."""
+    if row.scored is None:
+        return len(row.tokens) - len(row.chunks)
+    first = np.cumsum(row.chunks[:, 2]) - row.chunks[:, 2]
+    return int(row.scored.sum() - row.scored[first].sum())
+
+
 def sequence_ids(document: np.ndarray, offset: np.ndarray, epoch: int) -> np.ndarray:
     """A number for each chunk of a document in an epoch, int32 in [0, 2**31): the key of its noise.
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import sys
+from collections import Counter
 from collections.abc import Generator, Sequence
 from typing import TypedDict
 
@@ -21,7 +23,7 @@ from rdlm.data.loader import Batch, DataState, Example, PackedData, Share, check
 from rdlm.data.manifest import Manifest
 from rdlm.data.packing import Document, Piece, row_of
 from rdlm.data.prepare.documents import read_documents
-from rdlm.data.prepare.input_files import find_files
+from rdlm.data.prepare.input_files import Fingerprint, changed, described, find_files, fingerprint
 from rdlm.data.prepare.parts import Part, cut_files
 from rdlm.data.prepare.shards import DOCUMENT_STRIDE, encode, held_out
 from rdlm.runtime import exchange
@@ -65,7 +67,8 @@ class StreamedData:
           window: rows shuffled among each other.
 
         Raises:
-          InputError: no files, fewer parts than processes, or a sample whose packing is not concatenate_and_split.
+          InputError: no files, fewer parts than processes, or a sample that was deduplicated or whose packing is not
+            concatenate_and_split.
         """
         manifest = sample.manifest
         if manifest.recipe.packing != "concatenate_and_split":
@@ -73,7 +76,16 @@ class StreamedData:
                 f"data.stream: {sample.folder} was prepared with packing = {manifest.recipe.packing}; a stream can "
                 "only be packed by concatenate_and_split"
             )
-        files = find_files(paths)
+        if manifest.recipe.deduplicate:
+            raise InputError(
+                f"data.stream: {sample.folder} was prepared with --deduplicate, but a stream keeps duplicates; "
+                "prepare the sample without"
+            )
+        left_out: Counter[str] = Counter()
+        files = find_files(paths, left_out)
+        self.files = [fingerprint(file.path, samples=True) for file in files]
+        """By which a resumed run knows its files again."""
+        print(f"Streaming {described(files, left_out)}", file=sys.stderr)
         all_parts = cut_files(files, manifest.recipe.reading, part_bytes)
         if len(all_parts) < process_count:
             raise InputError(
@@ -108,15 +120,25 @@ class StreamedData:
 
     def state(self, step: int) -> DataState:
         """The state before `step`, one of the last 64. All processes must call it together."""
-        return {"sources": [self._sample.manifest.identity()], "stream": exchange(self._states[step])}
+        return {
+            "sources": [self._sample.manifest.identity()],
+            "stream": exchange(self._states[step]),
+            "files": [list(file) for file in self.files],
+        }
 
     def restore(self, step: int, state: DataState) -> None:
         """Continue at `step` from its `state`.
 
         Raises:
-          InputError: another sample, another number of processes, or a run that was not streamed.
+          InputError: another sample, another number of processes, other files, or a run that was not streamed.
         """
         check_sources(state, [self._sample])
+        before = [Fingerprint(*file) for file in state.get("files", self.files)]  # older states have none
+        if different := changed(before, self.files):
+            raise InputError(
+                f"data.stream: the files have changed since the checkpoint: {different}; its position in them is lost: "
+                "put the same files back, or begin another run"
+            )
         saved = state.get("stream", [])
         if len(saved) != self._processes:
             raise InputError(
@@ -158,6 +180,7 @@ class _Rows(grain.IterDataset):
     def __init__(self, parts: list[tuple[int, Part]], manifest: Manifest, tokenizer: Tokenizer, seed: int) -> None:
         super().__init__()
         self.parts, self.manifest, self.tokenizer, self.seed = parts, manifest, tokenizer, seed
+        self.skipped: Counter[str] = Counter()
 
     def __iter__(self) -> _RowIterator:
         return _RowIterator(self)
@@ -188,17 +211,21 @@ class _Rows(grain.IterDataset):
             number, part = self.parts[shuffled(i, len(self.parts), self.seed, epoch)]
             start = state["document"] if turn == state["part"] else 0
             fruitless += 1
-            with contextlib.closing(read_documents(part, recipe.reading)) as texts:
+            before = self.skipped["bad"]
+            with contextlib.closing(read_documents(part, recipe.reading, skipped=self.skipped)) as texts:
                 numbered = itertools.islice(enumerate(texts), start, None)
                 train = ((at, text) for at, text in numbered if not held_out(text, recipe.validation_fraction))
                 while batch := list(itertools.islice(train, _ENCODED_TOGETHER)):
-                    fruitless = 0
-                    encoded = encode([text for _, text in batch], self.tokenizer)
-                    for (at, _), (tokens, scored) in zip(batch, encoded, strict=True):
-                        index = (number * DOCUMENT_STRIDE + at) % 2**32
-                        yield _Position(part=turn, document=at + 1), Document(index, tokens, scored), epoch
+                    encoded = encode([text for _, text in batch], self.tokenizer, recipe.reading, self.skipped)
+                    for (at, _), made in zip(batch, encoded, strict=True):
+                        if made is not None:
+                            fruitless = 0 if made[1] is None or made[1].any() else fruitless
+                            index = (number * DOCUMENT_STRIDE + at) % 2**32
+                            yield _Position(part=turn, document=at + 1), Document(index, *made), epoch
+            if self.skipped["bad"] > before:
+                print(f"data.stream: {self.skipped['bad']:,} bad documents left out so far", file=sys.stderr)
             if fruitless > len(self.parts):
-                raise InputError("data.stream: the files hold no train document")
+                raise InputError("data.stream: the files hold no train document, or none with a label")
 
 
 class _RowIterator(grain.DatasetIterator):

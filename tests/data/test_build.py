@@ -153,6 +153,104 @@ def test_chats_score_only_the_assistant(tmp_path):
         assert set(part.partition(" ")[2] for part in said.split("<|end_turn|>")[:-1]) == {"is a number"}
 
 
+def chats(*more):
+    """40 conversations, and others."""
+    ask, answer = ({"role": role} for role in ("user", "assistant"))
+    usual = [[{**ask, "content": f"what is {i}?"}, {**answer, "content": f"{i} is a number"}] for i in range(40)]
+    return "".join(json.dumps({"messages": chat}) + "\n" for chat in (*usual, *more))
+
+
+def with_template(template):
+    return Tokenizer(BYTES._backend, {**BYTES._config, "chat_template": template})
+
+
+CHATML = "{% for m in messages %}<|begin_header|>{{ m.role }}\n{{ m.content }}<|end_turn|>\n{% endfor %}"
+NEVER = "{% for m in messages %}{{ m.content }}{% if m.role == 'model' %}{% generation %}{% endgeneration %}{% endif %}"
+
+
+def prepare_chats(tmp_path, content, tokenizer, bad_documents="refuse", fraction=0.2):
+    path = tmp_path / "chats.jsonl"
+    path.write_text(content)
+    recipe = Recipe(128, "best_fit", fraction, reading=Reading("messages", bad_documents=bad_documents))
+    return build(tmp_path / "out", corpus_of(path, reading=recipe.reading), recipe, tokenizer, processes=1, say=print)
+
+
+def test_chats_whose_template_marks_nothing_are_scored(tmp_path):
+    manifest = prepare_chats(tmp_path, chats(), with_template(CHATML))
+    for split in ("train", "validation"):
+        data = PackedData(tmp_path / "out", split, sequence_length=128, batch_size=4)
+        labels = np.concatenate([batch["labels"].reshape(-1) for batch in data.batches()])
+        assert (labels >= 0).sum() == manifest.split(split).labels > 0
+        said = BYTES.decode(labels[labels >= 0], skip_special=False)
+        assert "is a number<|end_turn|>" in said
+        assert "what is" not in said
+
+
+def test_labels_are_counted(prepare_it):
+    folder, manifest, _ = prepare_it()
+    data = PackedData(folder, "validation", sequence_length=32, batch_size=1)
+    assert manifest.validation.labels == sum((batch["labels"] >= 0).sum() for batch in data.batches())
+
+
+@pytest.mark.parametrize(
+    ("content", "template"),
+    [
+        (chats(), NEVER + "{% endfor %}"),  # the tag is there, and never reached
+        (chats().replace("assistant", "model"), CHATML),
+        (chats(), "{{ messages[0].content }}"),  # writes no word of the assistant
+    ],
+)
+def test_chats_of_which_nothing_is_scored_are_refused(tmp_path, content, template, one_line):
+    with one_line("messages: none of the .* tokens of the .* train documents counts as a label; .*{% generation %}"):
+        prepare_chats(tmp_path, content, with_template(template))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["chats.jsonl"]
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_prepared_data_without_labels_are_refused_when_they_are_opened(tmp_path, counted, one_line):
+    prepare_chats(tmp_path, chats(), BYTES)
+    shards = importlib.import_module("rdlm.data.prepare.shards")
+    rows = [
+        dataclasses.replace(row, scored=np.zeros(len(row.tokens), bool)) for row in rows_of(tmp_path / "out", "train")
+    ]
+    path = next((tmp_path / "out").glob("train-*"))
+    shards.write_rows(path, rows, "uint16")
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    manifest["train"]["labels"] = 0 if counted else None  # None: as older folders have it
+    manifest["train"]["shards"] = [{"file": path.name, "rows": len(rows)}]
+    manifest["files"] = [f for f in manifest["files"] if not f["name"].startswith("train-")]
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
+    with one_line("out: no token of its .* train rows counts as a label"):
+        PackedData(tmp_path / "out", sequence_length=128, batch_size=1)
+    PackedData(tmp_path / "out", "validation", sequence_length=128, batch_size=1)
+
+
+ALTERNATE = "{% if messages[0].role != 'user' %}{{ raise_exception('begin with the user') }}{% endif %}" + CHATML
+FROM_ASSISTANT = [{"role": "assistant", "content": "x"}, {"role": "user", "content": "y"}]
+BY_LENGTH = "{{ messages | length }}" + CHATML
+
+
+@pytest.mark.parametrize(
+    ("template", "chat", "reason"),
+    [
+        (ALTERNATE, FROM_ASSISTANT, "chat template: begin with the user"),
+        (CHATML.replace("m.role", "m.nothing.role"), FROM_ASSISTANT, "chat template: .*no attribute 'nothing'"),
+        ("{% if messages | length > 2 %}" + BY_LENGTH + "{% else %}" + CHATML + "{% endif %}",
+         [*FROM_ASSISTANT[::-1], *FROM_ASSISTANT[::-1]], "chat template .*cannot be found; put {% generation %}"),
+    ],
+)  # fmt: skip
+def test_a_chat_that_the_template_refuses_is_named_or_left_out(tmp_path, template, chat, reason, one_line):
+    everything = "nothing" in template
+    tokenizer = with_template(template)
+    place = 0 if everything else len(chats())
+    with one_line(f"chats.jsonl, byte {place}: {reason}"):
+        prepare_chats(tmp_path, chats(chat), tokenizer)
+    if not everything:
+        manifest = prepare_chats(tmp_path, chats(chat), tokenizer, "skip")
+        assert manifest.skipped.bad == 1
+        assert manifest.train.documents + manifest.validation.documents == 40
+
+
 # Killed and run again
 
 SCRIPT = [sys.executable, str(ROOT / "experiments" / "prepare_data.py")]
@@ -292,9 +390,87 @@ def test_input_that_changed_on_the_way_is_refused(prepare_it, source, monkeypatc
         patch.setattr(module, "finish", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             prepare_it()
-    source.write_text(source.read_text().replace("é", "e"))
-    with one_line("unfinished preparation, whose settings differ .files = "):
+    before = source.read_bytes()
+    source.write_bytes(before.replace(b"g", b"G"))
+    with one_line("unfinished preparation, whose settings differ .files = .texts.jsonl .[0-9]+ bytes, "):
         prepare_it()
+    source.write_bytes(before)  # the same again, at another time
+    prepare_it()
+
+
+def test_a_file_edited_since_is_named(prepare_it, source, tmp_path, one_line):
+    folder, manifest, _ = prepare_it()
+    before, made = source.read_bytes(), contents(folder)
+    source.write_bytes(before.replace(b"g", b"G"))  # of the same size
+    with one_line(
+        "out: was prepared with files = .texts.jsonl .* bytes, .*, not .texts.jsonl .*; choose another --out"
+    ):
+        prepare_it()
+    assert contents(folder) == made
+    source.write_bytes(before)
+    assert prepare_it()[1] == manifest
+    source.rename(tmp_path / "moved")  # elsewhere under the same name
+    (tmp_path / "new").mkdir()
+    (tmp_path / "moved").rename(tmp_path / "new" / "texts.jsonl")
+    corpus = corpus_of(tmp_path / "new" / "texts.jsonl")
+    assert build(folder, corpus, RECIPE, BYTES, processes=1, say=print) == manifest
+    identity = manifest.identity()
+    (folder / "inputs.json").unlink()  # as in older folders
+    tree = json.loads((folder / "manifest.json").read_text())
+    tree["files"] = [file for file in tree["files"] if file["name"] != "inputs.json"]
+    (folder / "manifest.json").write_text(json.dumps(tree))
+    assert build(folder, corpus, RECIPE, BYTES, processes=1, say=print).identity() == identity
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "empty"])
+def test_what_is_the_users_own_is_neither_used_nor_removed(prepare_it, tmp_path, kind, one_line):
+    out = tmp_path / "out"
+    if kind == "file":
+        out.write_text("mine")
+    else:
+        out.mkdir()
+        if kind == "folder":
+            (out / "manifest.txt").write_text("mine")
+    before = contents(tmp_path)
+    with one_line("out: is there already and holds no prepared data; choose another --out"):
+        prepare_it()
+    assert contents(tmp_path) == before
+
+
+def test_a_folder_in_the_way_of_the_unfinished_one_is_kept(prepare_it, tmp_path, one_line, monkeypatch):
+    hidden = tmp_path / ".out.unfinished"
+    (hidden / "work").mkdir(parents=True)
+    (hidden / "work" / "thesis.txt").write_text("mine")
+    (hidden / "notes.txt").write_text("mine")
+    before = contents(tmp_path)
+    with one_line("out: .*.out.unfinished is in the way and no preparation; choose another --out"):
+        prepare_it()
+    assert contents(tmp_path) == before
+    monkeypatch.setattr(module, "_write_shard", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    (tmp_path / ".new.unfinished").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        prepare_it("new")
+    assert not (tmp_path / ".new.unfinished").exists()
+    monkeypatch.undo()
+    real = module.finish
+
+    def noted(folder, *args):
+        (folder / "notes.txt").write_text("mine")
+        return real(folder, *args)
+
+    monkeypatch.setattr(module, "finish", noted)
+    folder, *_ = prepare_it("new")
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert not (folder / "settings.json").exists()
+    assert not (folder / "work").exists()
+
+
+def test_a_link_as_target_is_followed(prepare_it, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "data")
+    folder, manifest, _ = prepare_it()
+    assert folder.is_symlink()
+    assert read_manifest(tmp_path / "disk" / "data") == manifest
 
 
 def test_what_is_there_is_not_made_again(prepare_it, monkeypatch):

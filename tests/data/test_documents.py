@@ -1,10 +1,15 @@
 """Files to documents: every document once however files are cut, and one line for whatever cannot be read."""
 
+import bz2
+import csv
 import gzip
 import json
+import lzma
 from collections import Counter
 
 import pyarrow
+import pyarrow.feather
+import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 from hypothesis import given
@@ -60,10 +65,24 @@ def write(folder, name):
     """TEXTS in a file of the kind its name says."""
     path = folder / name
     content = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
-    if ".parquet" in name:
-        pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), path, row_group_size=7)
-    elif name.endswith(".gz"):
-        path.write_bytes(gzip.compress(content))
+    table = pyarrow.table({"id": range(len(TEXTS)), "text": TEXTS})
+    if name.endswith(".parquet"):
+        pyarrow.parquet.write_table(table, path, row_group_size=7)
+    elif name.endswith(".feather"):
+        pyarrow.feather.write_feather(table, str(path), compression="zstd")
+    elif name.endswith(".arrow"):  # a stream, as `datasets` writes it
+        with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as stream:
+            stream.write_table(table, max_chunksize=7)
+    elif name.lower().endswith((".csv", ".tsv")):
+        with path.open("w", newline="", encoding="utf-8-sig") as file:
+            rows = csv.writer(file, delimiter="\t" if name.endswith(".tsv") else ",")
+            rows.writerows([("id", "text"), *enumerate(TEXTS)])
+    elif name.startswith("array"):
+        objects = [{"id": i, "text": text, "tags": ["a, ]", {"}": '"'}]} for i, text in enumerate(TEXTS)]
+        path.write_text(json.dumps(objects, indent=2 if name.endswith(".json") else None))
+    elif name.endswith((".gz", ".bz2", ".xz")):
+        compress = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}[name.rpartition(".")[2]]
+        path.write_bytes(compress(content))
     elif name.endswith(".zst"):
         with pyarrow.CompressedOutputStream(str(path), "zstd") as file:
             file.write(content)
@@ -72,7 +91,11 @@ def write(folder, name):
     return path
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+@pytest.mark.parametrize(
+    "name",
+    [*("a.jsonl", "a.json", "a.jsonl.gz", "a.jsonl.zst", "a.jsonl.bz2", "a.JSONL.xz", "a.parquet", "a.arrow"),
+     *("a.feather", "a.csv", "B.CSV", "a.tsv", "array.json", "array.jsonl")],
+)  # fmt: skip
 @pytest.mark.parametrize("part_bytes", [10**9, 300])
 def test_every_format_gives_the_same_documents(tmp_path, name, part_bytes):
     path = write(tmp_path, name)
@@ -110,7 +133,103 @@ def test_conversations_are_lists_of_messages(tmp_path):
     assert everything([tmp_path / "a.jsonl"], Reading(field="messages")) == [chat]
 
 
+SHAREGPT = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}, {"from": "tool", "value": "3"}]
+PARTS = [{"role": "user", "content": [{"type": "text", "text": "a "}, "b"]}]
+CALL = {"function": {"name": "f", "arguments": {"x": 1}}}
+CALLS = [{"role": "assistant", "content": None, "tool_calls": [CALL], "name": None}]
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        (SHAREGPT, [("user", "hi"), ("assistant", "yo"), ("tool", "3")]),
+        (PARTS, [("user", "a b")]),
+        (CALLS, [("assistant", "")]),
+        ([{"role": "user", "content": "x", "from": "human"}], [("user", "x")]),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_conversations_are_read_as_people_write_them(tmp_path, written, read, name):
+    if name == "a.parquet" and written is not PARTS:  # parquet has one type per column
+        pyarrow.parquet.write_table(pyarrow.table({"chat": [written]}), tmp_path / name)
+    else:
+        (tmp_path / "a.jsonl").write_text(json.dumps({"chat": written}))
+        name = "a.jsonl"
+    [found] = everything([tmp_path / name], Reading(field="chat"))
+    assert [(message["role"], message["content"]) for message in found] == read
+    assert found[0].get("tool_calls") == written[0].get("tool_calls")
+    assert None not in found[0].values()
+
+
+NESTED = [{"meta": {"text": "deep", "a": {"b": "deeper"}}}, {"meta.text": "flat"}, {"meta": {}}, {"meta": "text"}]
+
+
+def test_a_field_may_lie_within_another(tmp_path, one_line):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in NESTED))
+    skip = Reading(field="meta.text", bad_documents="skip")
+    assert everything([path], skip) == ["deep", "flat"]
+    assert everything([path], Reading(field="meta.a.b", bad_documents="skip")) == ["deeper"]
+    with one_line("no field 'meta.txt'; pass --field with one of: 'meta', 'meta.text', 'meta.a'"):
+        everything([path], Reading(field="meta.txt"))
+    table = pyarrow.table({"meta": [{"text": "one", "id": 1}, {"text": "two", "id": 2}]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    pyarrow.feather.write_feather(table, str(tmp_path / "a.feather"))
+    for name in ("a.parquet", "a.feather"):
+        assert everything([tmp_path / name], Reading(field="meta.text")) == ["one", "two"]
+        with one_line(f"{name}: no column 'body.text'; pass --field with one of: 'meta'"):
+            everything([tmp_path / name], Reading(field="body.text"))
+
+
 # What cannot be read
+
+
+BAD = {  # file -> content, its good documents, its bad ones, what is said of the first of these
+    "digits.jsonl": ('{"text": "a"}\n{"text": "b", "n": ' + "1" * 5000 + "}\n", ["a"], 1, "byte 14: not JSON"),
+    "deep.jsonl": ('{"text": "a"}\n' + "[" * 100_000 + "\n", ["a"], 1, "byte 14: not JSON .too deep"),
+    "half.jsonl": ('{"text": "a"}\n{"text": "\\ud83d"}\n', ["a"], 1, "byte 14: not valid Unicode .*surrogates"),
+    "array.json": ('[{"text": "a"},\n {"txt": "b"},\n {"text": 3}, {"text": "c"}]', ["a", "c"], 2, "byte 17: no field"),
+    "digits.json": ('[{"text": "a"}, {"text": "b", "n": ' + "1" * 5000 + "}]", ["a"], 1, "byte 16: not JSON"),
+    "cells.csv": ("id,text\n1,a\n2,b, and c\n3\n\n4,d\n", ["a", "d"], 2, "line 3: 3 cells instead of 2; put text"),
+    "latin.csv": (b"text\na\ncaf\xe9\nb\n", ["a", "b"], 1, "line 3: not valid Unicode"),
+    "quote.csv": ('text\na\n"b\n', ["a"], 1, "line 3: not CSV .unexpected end of data"),
+    "nul.jsonl": ('{"text": "a"}\n\0\0\n', ["a"], 1, "byte 14: not JSON"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_every_bad_document_is_named_or_left_out(tmp_path, name, one_line):
+    content, good, bad, message = BAD[name]
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with one_line(f"{name}, {message}"):
+        everything([tmp_path / name], Reading())
+    skipped = Counter()
+    assert everything([tmp_path / name], Reading(bad_documents="skip"), skipped=skipped) == good
+    assert skipped["bad"] == bad
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ({"role": "assistant", "content": None}, "'content' is missing or not text"),
+        ({"role": "assistant"}, "'content' is missing or not text"),
+        ({"role": "user", "content": 3}, "'content' is missing or not text"),
+        ({"content": "x"}, "'role' is missing or not text"),
+        ({"from": 3, "value": "x"}, "'role' is missing or not text"),
+        ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, "a part that is not text .image_url"),
+        ({"role": "user", "content": [3]}, "a part that is not text .int"),
+        ({"role": "user", "content": "half \ud83d"}, "not valid Unicode"),
+        ({"role": "user", "content": "x", "name": "half \ud83d"}, "not valid Unicode"),
+    ],
+)
+def test_a_bad_message_is_named_or_left_out(tmp_path, message, said, one_line):
+    good = [{"role": "user", "content": "x"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"chat": c}) + "\n" for c in (good, [*good, message])))
+    with one_line(f"a.jsonl, byte 45: .*{said}"):
+        everything([tmp_path / "a.jsonl"], Reading(field="chat"))
+    skipped = Counter()
+    assert everything([tmp_path / "a.jsonl"], Reading("chat", bad_documents="skip"), skipped=skipped) == [good]
+    assert skipped == {"bad": 1}
 
 
 def bad_files(folder):
@@ -183,6 +302,11 @@ def test_a_document_too_large_for_memory_is_refused(tmp_path, monkeypatch, one_l
     with one_line("a document of more than 1 MiB"):
         everything([tmp_path / "a.txt"], Reading(document="blank_line"))
     assert len(everything([tmp_path / "a.txt"], Reading(document="line"))) == 100_000
+    for document, expected in (("line", ["a", "b", "c"]), ("blank_line", ["a", "c"]), ("file", [])):
+        (tmp_path / "a.txt").write_text("a\n\n" + "x" * 2**20 + "xx\nb\n\nc\n")
+        skipped = Counter()
+        assert everything([tmp_path / "a.txt"], Reading("text", document, "skip"), 900_000, skipped) == expected
+        assert skipped["bad"] == 1
 
 
 def test_a_file_that_is_gone_is_named(tmp_path, one_line):

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rdlm.config import DataConfig
-from rdlm.data import PackedData, Recipe, StreamedData, open_data, prefetch
+from rdlm.data import PackedData, Reading, Recipe, StreamedData, open_data, prefetch
 from rdlm.data.prepare import Corpus, build, cut_files, find_files, held_out
 from rdlm.tokenizer import Tokenizer
 
@@ -169,6 +169,89 @@ def test_what_does_not_fit_is_refused(stream, source, tmp_path, one_line):
     sample = PackedData(source / "sample", "validation", sequence_length=16, batch_size=1)
     with one_line("the files hold no train document"):
         StreamedData([str(only)], sample, batch_size=1).batch(0)
+
+
+FILES = ("0.jsonl", "1.jsonl")
+
+
+def edit(name, change):
+    return lambda folder: (folder / name).write_text(change((folder / name).read_text()))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda folder: (folder / "1.jsonl").rename(folder / "2.jsonl"), 'files = "2.jsonl .*, not "1.jsonl'),
+        (lambda folder: (folder / "1.jsonl").unlink(), 'files = null, not "1.jsonl'),
+        (lambda folder: (folder / "+.jsonl").write_text('{"text": "new"}'), 'files = "[+].jsonl .*, not "0.jsonl'),
+        (lambda folder: (folder / "9.jsonl").write_text('{"text": "new"}'), 'files = "9.jsonl .*, not null'),
+        (edit("1.jsonl", lambda text: text.replace("y", "z")), 'files = "1.jsonl .*, not "1.jsonl'),
+        (edit("0.jsonl", lambda text: text[: text.rindex("{")]), 'files = "0.jsonl .*, not "0.jsonl'),
+    ],
+)
+def test_other_files_are_refused_when_it_goes_on(source, tmp_path, change, said, one_line):
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for name in FILES:
+        (folder / name).write_bytes((source / name).read_bytes())
+    sample = PackedData(source / "sample", "validation", sequence_length=16, batch_size=1)
+    state = saved([StreamedData([str(folder)], sample, batch_size=4)], 0)
+    StreamedData([str(folder)], sample, batch_size=4).restore(0, state)
+    moved = folder.rename(tmp_path / "moved")  # to another place
+    os.utime(moved / "0.jsonl", (1, 1))
+    StreamedData([str(moved)], sample, batch_size=4).restore(0, state)
+    change(moved)
+    with one_line(f"data.stream: the files have changed since the checkpoint: {said}.*put the same files back"):
+        StreamedData([str(moved)], sample, batch_size=4).restore(0, state)
+    del state["files"]  # as older checkpoints
+    StreamedData([str(moved)], sample, batch_size=4).restore(0, state)
+
+
+REFUSES = (
+    "{% for m in messages %}{% if m.content == 'no' %}{{ raise_exception('not this') }}{% endif %}"
+    "<|begin_header|>{{ m.role }}\n{{ m.content }}<|end_turn|>{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("bad_documents", ["refuse", "skip"])
+def test_a_chat_that_the_template_refuses_is_named_or_left_out(tmp_path, bad_documents, one_line, capsys):
+    def chat(i, content):
+        return [{"role": "user", "content": f"what is {i}?"}, {"role": "assistant", "content": content}]
+
+    def write(name, chats):
+        (tmp_path / name).write_text("".join(json.dumps({"messages": c}) + "\n" for c in chats))
+        return str(tmp_path / name)
+
+    good, refused = [chat(i, f"{i} is it") for i in range(30)], [chat(99, "no")]
+    recipe = Recipe(16, reading=Reading("messages", bad_documents=bad_documents), validation_fraction=0.2)
+    tokenizer = Tokenizer(BYTES._backend, {**BYTES._config, "chat_template": REFUSES})
+    cut = cut_files(find_files([write("sample.jsonl", good)]), recipe.reading, 10**6)
+    build(tmp_path / "sample", Corpus("files", "sample", cut), recipe, tokenizer, processes=1, say=print)
+    sample = PackedData(tmp_path / "sample", "validation", sequence_length=16, batch_size=1)
+    files = [write("more.jsonl", good + refused)]
+    if bad_documents == "refuse":
+        with one_line("more.jsonl, byte .*: chat template: not this"):
+            data = StreamedData(files, sample, batch_size=4, window=1)
+            for step in range(20):
+                data.batch(step)
+        return
+    data = StreamedData(files, sample, batch_size=4, window=1)
+    capsys.readouterr()
+    for step in range(20):
+        data.batch(step)
+    assert "data.stream: 1 bad documents left out so far" in capsys.readouterr().err
+    data.close()
+    with one_line("the files hold no train document, or none with a label"):  # and does not search for ever
+        StreamedData([write("bad.jsonl", refused * 30)], sample, batch_size=4).batch(0)
+
+
+def test_a_sample_without_duplicates_is_refused(source, tmp_path, one_line):
+    recipe = Recipe(16, validation_fraction=0.2, deduplicate=True)
+    corpus = Corpus("files", "sample", cut_files(find_files([str(source / "0.jsonl")]), recipe.reading, 10**6))
+    build(tmp_path / "once", corpus, recipe, BYTES, processes=1, say=print)
+    sample = PackedData(tmp_path / "once", "validation", sequence_length=16, batch_size=1)
+    with one_line("data.stream: .*once was prepared with --deduplicate, but a stream keeps duplicates"):
+        StreamedData([str(source / "0.jsonl")], sample, batch_size=1)
 
 
 def test_open_data_streams(source, stream):

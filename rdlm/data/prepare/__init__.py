@@ -3,7 +3,7 @@
 from rdlm.data.prepare.build import Corpus, build
 from rdlm.data.prepare.documents import read_documents
 from rdlm.data.prepare.embedded import prepare_embedded, prepared_folder
-from rdlm.data.prepare.input_files import InputFile, find_files
+from rdlm.data.prepare.input_files import InputFile, described, find_files
 from rdlm.data.prepare.parts import Part, cut_files
 from rdlm.data.prepare.shards import build_shard, held_out
 
@@ -14,6 +14,7 @@ __all__ = [
     "build",
     "build_shard",
     "cut_files",
+    "described",
     "find_files",
     "held_out",
     "prepare_embedded",

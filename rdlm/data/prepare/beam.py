@@ -70,7 +70,7 @@ def build_with_beam(
     names = [f"{root}/{_entry(number)}" for number in range(len(corpus.parts))]
     shards = [from_json(Shard, fs.cat_file(name).decode(), name) for name in names]
     fs.rm(f"{root}/.work", recursive=True)
-    return finish(target, shards, recipe, tokenizer, corpus.name, corpus.version)
+    return finish(target, shards, recipe, tokenizer, corpus.name, corpus.version, corpus.fingerprints())
 
 
 class _ShardWork:

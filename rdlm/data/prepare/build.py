@@ -17,10 +17,11 @@ import json
 import multiprocessing
 import multiprocessing.connection
 import os
+import re
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import NamedTuple
@@ -28,8 +29,9 @@ from typing import NamedTuple
 import numpy as np
 
 from rdlm.config import InputError, from_json, one_line, to_json
-from rdlm.data.manifest import Manifest, Recipe, first_difference, read_manifest
+from rdlm.data.manifest import INPUTS, Manifest, Recipe, first_difference, read_manifest
 from rdlm.data.prepare.documents import read_documents
+from rdlm.data.prepare.input_files import Fingerprint, changed, fingerprint
 from rdlm.data.prepare.parts import Part
 from rdlm.data.prepare.shards import Shard, build_shard, digest, finish
 from rdlm.runtime import Progress, write_atomically
@@ -45,6 +47,11 @@ class Corpus(NamedTuple):
     """Of the dataset, or the names and number of files and bytes."""
     parts: Sequence[Part]
     """Units of work, in order."""
+
+    def fingerprints(self) -> list[Fingerprint]:
+        """Of all files. Reads them."""
+        paths = dict.fromkeys(path for part in self.parts for path in part.paths)
+        return [fingerprint(path) for path in paths if "://" in path or os.path.isfile(path)]
 
 
 def build(
@@ -71,24 +78,30 @@ def build(
         process is preparing it; a document is bad, or the disk is full. Complete shards are kept for the next attempt.
     """
     target = Path(target).expanduser()
+    target = target.resolve() if target.is_symlink() else target
     unfinished = target.parent / f".{target.name}.unfinished"
     try:
+        if target.exists() and not (target / "manifest.json").exists():
+            raise InputError(f"{target}: is there already and holds no prepared data; choose another --out")
+        _require_ours(unfinished, target)
+        inputs = corpus.fingerprints()
         if (unfinished / "manifest.json").exists() and not target.exists():
             _rename(unfinished, target)
         if not target.exists():
             unfinished.mkdir(parents=True, exist_ok=True)
             with _locked(unfinished, target):
-                _check_settings(unfinished, target, corpus, recipe, tokenizer)
+                _check_settings(unfinished, target, _settings(corpus, recipe, tokenizer), corpus.parts, inputs)
+                tokenizer.save(unfinished / "work" / "tokenizer")
                 try:
                     shards = _shards(unfinished, corpus, recipe, tokenizer, processes, say)
                 except BaseException:
                     if not list((unfinished / "work").glob("shard-*.json")):
-                        shutil.rmtree(unfinished)  # no shard to keep
+                        _remove(unfinished)  # no shard to keep
                     raise
                 try:
-                    finish(unfinished, shards, recipe, tokenizer, corpus.name, corpus.version)
+                    finish(unfinished, shards, recipe, tokenizer, corpus.name, corpus.version, inputs)
                 except InputError:  # these settings leave a split empty: no rerun can finish it
-                    shutil.rmtree(unfinished)
+                    _remove(unfinished)
                     raise
                 _rename(unfinished, target)
     except OSError as error:
@@ -104,6 +117,8 @@ def build(
     manifest = read_manifest(target)
     wanted, identity = _settings(corpus, recipe, tokenizer), manifest.identity()
     different = first_difference(wanted, {name: identity[name] for name in wanted})
+    if different is None and (target / INPUTS).exists():  # older prepared data have none
+        different = changed(inputs, _saved(target / INPUTS))
     if different:
         raise InputError(f"{target}: was prepared with {different}; choose another --out")
     return manifest
@@ -113,15 +128,41 @@ def _settings(corpus: Corpus, recipe: Recipe, tokenizer: Tokenizer) -> dict[str,
     return {**recipe.settings(), "tokenizer": tokenizer.hash, "source": f"{corpus.name}, {corpus.version}"}
 
 
+def _saved(path: Path) -> list[Fingerprint]:
+    return [Fingerprint(*entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
+
+
+_OURS = re.compile(
+    r"settings\.json|inputs\.json|manifest\.json|tokenizer|work|(train|validation)-\d+\.array_record|\.(.+\.)?partial-.+"
+)
+"""Names in the folder of an unfinished preparation. Nothing else is ever removed."""
+
+
+def _require_ours(unfinished: Path, target: Path) -> None:
+    """Refuse a folder of somebody else's at the place of an unfinished preparation."""
+    if unfinished.is_dir():
+        names = {path.name for path in unfinished.iterdir()}
+        if not names & {"settings.json", "manifest.json"} and not all(map(_OURS.fullmatch, names)):
+            raise InputError(f"{target}: {unfinished} is in the way and no preparation; choose another --out")
+
+
 def _rename(unfinished: Path, target: Path) -> None:
-    """Remove everything but the prepared data, which are complete, and rename the folder to `target`."""
-    wanted = {"manifest.json", "tokenizer", *(file.name for file in read_manifest(unfinished).files)}
-    for path in unfinished.iterdir():
-        if path.is_dir() and path.name not in wanted:
-            shutil.rmtree(path, ignore_errors=True)
-        elif path.name not in wanted:
-            path.unlink()
+    """Remove what only the preparation needed, and rename the folder of the complete data to `target`."""
+    _remove(unfinished, {"manifest.json", "tokenizer", *(file.name for file in read_manifest(unfinished).files)})
     unfinished.rename(target)
+
+
+def _remove(folder: Path, but: Collection[str] = ()) -> None:
+    """Remove what preparation wrote, and the folder if nothing is left."""
+    for path in folder.iterdir():
+        if path.name in but or not _OURS.fullmatch(path.name):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 @contextlib.contextmanager
@@ -137,33 +178,32 @@ def _locked(folder: Path, target: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _check_settings(folder: Path, target: Path, corpus: Corpus, recipe: Recipe, tokenizer: Tokenizer) -> None:
-    """Write settings.json, or compare with the one there. File times are compared: shards must not mix versions."""
-    stamps = sorted(
-        (path, os.stat(path).st_size, os.stat(path).st_mtime_ns)
-        for path in {path for part in corpus.parts for path in part.paths}
-        if os.path.isfile(path)
-    )
-    parts = [dataclasses.asdict(part) for part in corpus.parts]
-    files = hashlib.sha256(json.dumps([stamps, parts]).encode()).hexdigest()
-    settings = {**_settings(corpus, recipe, tokenizer), "files": files}
+def _check_settings(
+    folder: Path, target: Path, settings: dict[str, object], parts: Sequence[Part], inputs: Sequence[Fingerprint]
+) -> None:
+    """Write settings.json and inputs.json, or compare with those there: shards must not mix settings or versions."""
+    cut = json.dumps([dataclasses.asdict(part) for part in parts])
+    settings = {**settings, "parts": hashlib.sha256(cut.encode()).hexdigest()}
     path = folder / "settings.json"
     if path.exists():
         found = json.loads(path.read_text())
         found |= found.pop("reading", {})  # older preparations nest these fields
         if found["bad_documents"] == "refuse":  # then the shards so far hold no bad documents
-            found["bad_documents"] = recipe.reading.bad_documents
-        different = first_difference(settings, found)
+            found["bad_documents"] = settings["bad_documents"]
+        known = {name: value for name, value in found.items() if name not in ("files", "parts")}  # files: in older ones
+        different = first_difference(settings, known)
+        if not different and (folder / INPUTS).exists():
+            different = changed(inputs, _saved(folder / INPUTS)) or first_difference(settings, found)
         if different:
             raise InputError(
                 f"{target}: {folder.name} beside it is an unfinished preparation, whose settings differ "
                 f"({different}); finish it with its own settings, or choose another --out"
             )
+    write_atomically(folder / INPUTS, json.dumps(inputs))
     write_atomically(path, json.dumps(settings, indent=2))
     for left in folder.glob(".partial-*"):  # of a process that was killed
         shutil.rmtree(left, ignore_errors=True)
     (folder / "work").mkdir(exist_ok=True)
-    tokenizer.save(folder / "work" / "tokenizer")
 
 
 def _shards(

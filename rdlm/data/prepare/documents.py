@@ -1,24 +1,30 @@
-"""Reading the documents of a part: whole text files, lines, paragraphs, JSON fields or parquet rows."""
+"""Reading the documents of a part: whole text files, lines, paragraphs, fields of JSON, rows of tables."""
 
 from __future__ import annotations
 
+import bz2
+import csv
 import gzip
 import io
 import itertools
 import json
+import lzma
+import re
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
 
 from rdlm.config import InputError
 from rdlm.data.manifest import Reading
-from rdlm.data.prepare.input_files import opened
-from rdlm.data.prepare.parts import Part, Text, text_of, utf8
+from rdlm.data.prepare.input_files import opened, suffix_of
+from rdlm.data.prepare.parts import Part, Text, field_of, utf8
 
 _MAX_BYTES = 256 * 2**20  # of one document: preparation holds it in memory several times over
-_Located = tuple[int, bytes]  # (byte at which it starts, content)
+_MAX_ARRAY = 2**30  # bytes of a JSON array, which is read at once
+_Located = tuple[int, bytes | InputError]  # (byte at which it starts, content or why it cannot be read)
 
 
 def read_documents(
@@ -44,8 +50,8 @@ def read_documents(
         from rdlm.data.prepare import tfds  # TFDS takes seconds to import
 
         found: Iterator[Text | InputError] = tfds.read(part, reading.field, advance)
-    elif part.kind == "parquet":
-        found = _parquet(part, reading, advance)
+    elif part.kind in ("parquet", "arrow", "csv"):
+        found = _rows(part, reading, advance)
     else:
         found = _text_or_json(part, reading, advance)
     for document in found:
@@ -63,28 +69,36 @@ def _text_or_json(part: Part, reading: Reading, advance: Callable[[int], None]) 
     """Documents; in place of one that cannot be read, the error."""
     for path in part.paths:
         with opened(path) as raw:
-            stream = _decompressed(raw, path)
-            if part.kind == "text" and reading.document == "file":
-                pieces: Iterator[_Located] = iter([(0, _limited(stream.read(_MAX_BYTES + 1), path, 0))])
-            elif part.kind == "text" and reading.document == "blank_line":
-                pieces = _paragraphs(_lines(stream, part, path), part, path)
-            else:
-                lines = _lines(stream, part, path)
-                pieces = itertools.takewhile(lambda line: part.end is None or line[0] < part.end, lines)
             seen = 0 if part.end is None else part.start
-            for at, content in pieces:
-                where = f"{path}, byte {at}"
-                try:
-                    document: Text | InputError = utf8(content, where).removeprefix("\ufeff" if at == 0 else "")
-                    if part.kind == "jsonl":
-                        document = _json_field(str(document), reading.field, where)
-                except InputError as error:
-                    document = error
-                yield document
+            stream = _decompressed(raw, path)  # which closes `raw` when nothing refers to it
+            for at, content in _pieces(stream, part, path, reading):
+                yield _document(content, part, reading, f"{path}, byte {at}", at)
                 if (now := raw.tell()) - seen >= 2**18:
                     advance(now - seen)
                     seen = now
             advance(max(raw.tell() - seen, 0))
+
+
+def _pieces(stream: io.BufferedReader, part: Part, path: str, reading: Reading) -> Iterator[_Located]:
+    """What holds a document each: the whole file, or the lines, paragraphs or array elements that start in the part."""
+    if part.kind == "jsonl" and _ARRAY.match(stream.peek(64)):
+        return _elements(stream, path) if part.start == 0 else iter(())
+    if part.kind == "text" and reading.document == "file":
+        return iter([(0, _limited(stream.read(_MAX_BYTES + 1), path, 0))])
+    lines = _lines(stream, part, path)
+    if part.kind == "text" and reading.document == "blank_line":
+        return _paragraphs(lines, part, path)
+    return itertools.takewhile(lambda line: part.end is None or line[0] < part.end, lines)
+
+
+def _document(content: bytes | InputError, part: Part, reading: Reading, where: str, at: int) -> Text | InputError:
+    if isinstance(content, InputError):
+        return content
+    try:
+        text = utf8(content, where).removeprefix("\ufeff" if at == 0 else "")
+        return _json_field(text, reading.field, where) if part.kind == "jsonl" else text
+    except InputError as error:
+        return error
 
 
 def _lines(stream: io.BufferedReader, part: Part, path: str) -> Iterator[_Located]:
@@ -92,14 +106,21 @@ def _lines(stream: io.BufferedReader, part: Part, path: str) -> Iterator[_Locate
     at = part.start
     if at:  # the line that holds the byte before belongs to the previous part
         stream.seek(at - 1)
-        at -= 1
-        while rest := stream.readline(2**20):
-            at += len(rest)
-            if rest.endswith(b"\n"):
-                break
+        at += _skip_line(stream) - 1
     while line := stream.readline(_MAX_BYTES + 1):
-        yield at, _limited(line, path, at).rstrip(b"\r\n")
-        at += len(line)
+        content = _limited(line, path, at)
+        yield at, content if isinstance(content, InputError) else content.rstrip(b"\r\n")
+        at += len(line) + (_skip_line(stream) if isinstance(content, InputError) else 0)
+
+
+def _skip_line(stream: io.BufferedReader) -> int:
+    """Read to the end of a line; returns its bytes."""
+    size = 0
+    while rest := stream.readline(2**20):
+        size += len(rest)
+        if rest.endswith(b"\n"):
+            break
+    return size
 
 
 def _paragraphs(lines: Iterator[_Located], part: Part, path: str) -> Iterator[_Located]:
@@ -108,21 +129,54 @@ def _paragraphs(lines: Iterator[_Located], part: Part, path: str) -> Iterator[_L
     began = size = 0
     inside = part.start == 0  # False before the first blank line: that paragraph belongs to the previous part
     for at, line in lines:
-        if line.strip():
+        if isinstance(line, InputError) or line.strip():
             if inside:
-                began, size = (began, size + len(line)) if gathered else (at, len(line))
-                gathered.append(_limited(line, path, began, size))
+                began, size = (began, size) if size else (at, 0)
+                size += _MAX_BYTES + 1 if isinstance(line, InputError) else len(line)
+                if size <= _MAX_BYTES and isinstance(line, bytes):
+                    gathered.append(line)
             elif part.end is not None and at >= part.end:
                 return
             continue
-        if gathered:
-            yield began, b"\n".join(gathered)
-            gathered = []
+        if size:
+            yield began, _limited(b"\n".join(gathered), path, began, size)
+            gathered, size = [], 0
         inside = part.end is None or at < part.end
         if not inside:
             return
-    if gathered:
-        yield began, b"\n".join(gathered)
+    if size:
+        yield began, _limited(b"\n".join(gathered), path, began, size)
+
+
+_ARRAY = re.compile(rb"(\xef\xbb\xbf)?\s*\[\s*[{\]]")  # how an array of objects starts
+_JSON_MARKS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{},]', re.DOTALL)
+
+
+def _elements(stream: io.BufferedReader, path: str) -> Iterator[_Located]:
+    """The elements of a JSON array."""
+    content = stream.read(_MAX_ARRAY + 1)
+    if len(content) > _MAX_ARRAY:
+        raise InputError(
+            f"{path}: a JSON array of more than {_MAX_ARRAY // 2**20} MiB; write one object per line: jq -c '.[]'"
+        )
+    depth = start = 0
+    for mark in _JSON_MARKS.finditer(content):
+        sign = mark[0]
+        if depth == 1 and sign in (b",", b"]"):
+            element = content[start : mark.start()]
+            if element.strip() or sign == b",":
+                yield start + len(element) - len(element.lstrip()), _limited(element.strip(), path, start)
+            start = mark.end()
+        if sign in (b"[", b"{"):
+            depth += 1
+            start = mark.end() if depth == 1 else start
+        elif sign in (b"]", b"}"):
+            depth -= 1
+            if depth == 0:
+                if content[mark.end() :].strip():
+                    raise InputError(f"{path}, byte {mark.end()}: more than one JSON array; write one object per line")
+                return
+    raise InputError(f"{path}: a JSON array without its end; copy it again")
 
 
 def _json_field(line: str, field: str, where: str) -> Text:
@@ -130,32 +184,26 @@ def _json_field(line: str, field: str, where: str) -> Text:
         return ""
     try:
         tree = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"{where}: not JSON ({error}); correct the line, or pass --bad-documents skip") from error
+    except (ValueError, RecursionError) as error:
+        reason = "too deep" if isinstance(error, RecursionError) else str(error).partition(";")[0]
+        raise InputError(f"{where}: not JSON ({reason}); correct the line, or pass --bad-documents skip") from error
     if not isinstance(tree, dict):
         raise InputError(f"{where}: a JSON object was expected, not {type(tree).__name__}")
-    if field not in tree:
-        raise InputError(f"{where}: no field {field!r}; pass --field with one of: {', '.join(map(repr, tree))}")
-    return text_of(tree[field], field, where)
+    return field_of(tree, field, where)
 
 
-def _parquet(part: Part, reading: Reading, advance: Callable[[int], None]) -> Iterator[Text | InputError]:
-    """As `_text_or_json`."""
-    field = reading.field
+def _rows(part: Part, reading: Reading, advance: Callable[[int], None]) -> Iterator[Text | InputError]:
+    """As `_text_or_json`, of tables."""
     for path in part.paths:
         with opened(path) as raw:
-            file = pyarrow.parquet.ParquetFile(raw)
-            names = file.schema_arrow.names
-            if field not in names:
-                raise InputError(
-                    f"{path}: no column {field!r}; pass --field with one of: {', '.join(map(repr, names))}"
-                )
-            groups = list(range(part.start, file.metadata.num_row_groups if part.end is None else part.end))
-            values = (value for b in file.iter_batches(64, row_groups=groups, columns=[field]) for value in b.column(0))
-            for i, value in enumerate(values):
-                where = f"{path}, row {i} from row group {part.start} on"
+            cells = _csv(raw, path, reading.field) if part.kind == "csv" else _arrow(raw, part, path, reading.field)
+            for value, where in cells:
                 try:
-                    document: Text | InputError = text_of(value.as_py(), field, where)
+                    if isinstance(value, InputError):
+                        raise value
+                    column, cell = value
+                    content = cell.as_py() if isinstance(cell, pyarrow.Scalar) else cell
+                    document: Text | InputError = field_of({column: content}, reading.field, where)
                 except UnicodeDecodeError:
                     document = InputError(f"{where}: not UTF-8; convert it, or pass --bad-documents skip")
                 except InputError as error:
@@ -164,19 +212,80 @@ def _parquet(part: Part, reading: Reading, advance: Callable[[int], None]) -> It
         advance(part.size // len(part.paths))
 
 
+_Cell = tuple[tuple[str, pyarrow.Scalar | str] | InputError, str]  # (column and cell or why there is none, where it is)
+
+
+def _arrow(raw: io.BufferedReader, part: Part, path: str, field: str) -> Iterator[_Cell]:
+    """The cells of a parquet or Arrow file, which is a file or a stream of batches."""
+    where = f"{path}, row {{}}"
+    if part.kind == "parquet":
+        table = pyarrow.parquet.ParquetFile(raw)
+        column = _column(table.schema_arrow.names, field, path)
+        groups = list(range(part.start, table.metadata.num_row_groups if part.end is None else part.end))
+        batches = table.iter_batches(64, row_groups=groups, columns=[column])
+        where = f"{path}, row {{}} from row group {part.start} on"
+    elif raw.peek(6)[:6] == b"ARROW1":
+        file = pyarrow.ipc.open_file(raw)
+        column = _column(file.schema.names, field, path)
+        batches = map(file.get_batch, range(file.num_record_batches))
+    else:
+        batches = pyarrow.ipc.open_stream(raw)
+        column = _column(batches.schema.names, field, path)
+    for i, value in enumerate(value for batch in batches for value in batch.column(column)):
+        yield (column, value), where.format(i)
+
+
+def _csv(raw: io.BufferedReader, path: str, field: str) -> Iterator[_Cell]:
+    csv.field_size_limit(_MAX_BYTES)
+    text = io.TextIOWrapper(_decompressed(raw, path), "utf-8-sig", errors="surrogateescape", newline="")
+    rows = csv.reader(text, delimiter="\t" if suffix_of(path) == ".tsv" else ",", strict=True)
+    names = next(rows, [])
+    column = _column(names, field, path)
+    while True:
+        where, skip = f"{path}, line {rows.line_num + 1}", "pass --bad-documents skip"
+        try:
+            cells = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield InputError(f"{where}: not CSV ({error}); correct it, or {skip}"), where
+            continue
+        if len(cells) == len(names):
+            yield (column, cells[names.index(column)]), where
+        elif cells:  # no blank line
+            found = f"{len(cells)} cells instead of {len(names)}; put text with commas in quotes"
+            yield InputError(f"{where}: {found}, or {skip}"), where
+
+
+def _column(names: list[str], field: str, path: str) -> str:
+    """The column that holds a field, which may be nested in it."""
+    column = field if field in names else field.partition(".")[0]
+    if names.count(column) != 1:
+        raise InputError(
+            f"{path}: {'two columns' if column in names else 'no column'} {field!r}; pass --field with one of: "
+            f"{', '.join(map(repr, names))}"
+        )
+    return column
+
+
 def _decompressed(raw: io.BufferedReader, path: str) -> io.BufferedReader:
+    path = path.lower()
     if path.endswith(".gz"):
         return io.BufferedReader(gzip.GzipFile(fileobj=raw))
+    if path.endswith(".bz2"):
+        return io.BufferedReader(bz2.BZ2File(raw))
+    if path.endswith(".xz"):
+        return io.BufferedReader(lzma.LZMAFile(raw))
     if path.endswith(".zst"):
         return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd"))
     return raw
 
 
-def _limited(content: bytes, path: str, at: int, size: int | None = None) -> bytes:
+def _limited(content: bytes, path: str, at: int, size: int | None = None) -> bytes | InputError:
     """`content`, unless the document it belongs to, of `size` bytes (None: its own), is too large."""
-    if (len(content) if size is None else size) > _MAX_BYTES:
-        raise InputError(
-            f"{path}, byte {at}: a document of more than {_MAX_BYTES // 2**20} MiB; cut it, or for text files pass "
-            "--document line or blank_line"
-        )
-    return content
+    if (len(content) if size is None else size) <= _MAX_BYTES:
+        return content
+    return InputError(
+        f"{path}, byte {at}: a document of more than {_MAX_BYTES // 2**20} MiB; cut it, or for text files pass "
+        "--document line or blank_line"
+    )

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow.parquet
@@ -21,6 +22,16 @@ Message = dict[str, Any]
 """One message of a conversation: role, content and other fields that a chat template may read."""
 Text = str | list[Message]
 """A document before it is encoded: plain text, or the messages of a conversation."""
+
+
+class Conversation(list[Message]):
+    """Messages, and where they were read."""
+
+    where: str = ""
+
+
+_SHAREGPT = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
+"""Roles by their names in ShareGPT's files."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,19 +82,74 @@ def cut_files(files: Sequence[InputFile], reading: Reading, part_bytes: int) -> 
     return result
 
 
+def field_of(tree: Mapping[str, Any], field: str, where: str) -> Text:
+    """The document in a field of an example, by its name, or `meta.text` for a field within a field.
+
+    Raises:
+      InputError: there is no such field, or `text_of` refuses its value.
+    """
+    value: Any = tree
+    for name in [field] if field in tree else field.split("."):
+        if not isinstance(value, Mapping) or name not in value:
+            known = [f"{k}.{inner}" for k, v in tree.items() for inner in (v if isinstance(v, Mapping) else ())]
+            raise InputError(
+                f"{where}: no field {field!r}; pass --field with one of: {', '.join(map(repr, [*tree, *known]))}"
+            )
+        value = value[name]
+    return text_of(value, field, where)
+
+
 def text_of(value: Any, field: str, where: str) -> Text:
     """The value of a field as a document.
 
+    Conversations are returned with `role` and `content` in every message, both text: ShareGPT's `from` and `value` are
+    read as these, text in parts is joined, and a message that only calls tools has no words.
+
     Raises:
-      InputError: it is neither text nor a list of messages.
+      InputError: it is neither text nor a list of messages, or not valid Unicode.
     """
     if isinstance(value, bytes):
         return utf8(value, where)
+    found: Text
     if isinstance(value, str):
-        return value
-    if isinstance(value, list) and all(isinstance(message, dict) for message in value):
-        return value
-    raise InputError(f"{where}: field {field!r} is {type(value).__name__}, neither text nor a list of messages")
+        found = value
+    elif isinstance(value, list) and all(isinstance(message, dict) for message in value):
+        found = Conversation(_message(message, f"{where}: {field}[{i}]") for i, message in enumerate(value))
+        found.where = where
+    else:
+        raise InputError(f"{where}: field {field!r} is {type(value).__name__}, neither text nor a list of messages")
+    try:
+        utf8_of(found)
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
+        raise InputError(
+            f"{where}: not valid Unicode ({error.reason}); correct it, or pass --bad-documents skip"
+        ) from error
+    return found
+
+
+def utf8_of(text: Text) -> bytes:
+    """A document's bytes; those of a conversation are JSON with sorted keys."""
+    return (text if isinstance(text, str) else json.dumps(text, sort_keys=True, ensure_ascii=False)).encode()
+
+
+def _message(raw: Message, where: str) -> Message:
+    message = {name: value for name, value in raw.items() if value is not None}
+    if "role" not in message and isinstance(message.get("from"), str):
+        said_by = message.pop("from")
+        message["role"] = _SHAREGPT.get(said_by, said_by)
+    if "content" not in message:
+        message["content"] = message.pop("value", "" if message.get("tool_calls") else None)
+    if isinstance(message["content"], list):
+        parts = [{"text": part} if isinstance(part, str) else part for part in message["content"]]
+        other = next((p for p in parts if not isinstance(p, dict) or not isinstance(p.get("text"), str)), None)
+        if other is not None:
+            kind = other.get("type") if isinstance(other, dict) else type(other).__name__
+            raise InputError(f"{where}: content holds a part that is not text ({kind})")
+        message["content"] = "".join(part["text"] for part in parts)
+    for name in ("role", "content"):
+        if not isinstance(message.get(name), str):
+            raise InputError(f"{where}: {name!r} is missing or not text; correct it, or pass --bad-documents skip")
+    return message
 
 
 def utf8(content: bytes, where: str) -> str:

@@ -17,8 +17,10 @@ import numpy as np
 from rdlm.config import InputError
 from rdlm.data.manifest import (
     FORMAT_VERSION,
+    INPUTS,
     FileEntry,
     Manifest,
+    Reading,
     Recipe,
     ShardFile,
     Skipped,
@@ -27,8 +29,9 @@ from rdlm.data.manifest import (
     file_entry,
     write_manifest,
 )
-from rdlm.data.packing import Document, pack
-from rdlm.data.prepare.parts import Text
+from rdlm.data.packing import Document, Row, labels_in, pack
+from rdlm.data.prepare.input_files import Fingerprint
+from rdlm.data.prepare.parts import Conversation, Text, utf8_of
 from rdlm.data.records import token_dtype, write_rows
 from rdlm.tokenizer import Tokenizer
 
@@ -46,6 +49,8 @@ class ShardSplit:
     tokens: int
     rows: int
     file: FileEntry | None
+    labels: int | None = None
+    """None: made before labels were counted."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +75,7 @@ def _is_held_out(sha256: bytes, fraction: float) -> bool:
 
 def digest(text: Text) -> bytes:
     """sha256 of a document's UTF-8 bytes; a conversation counts as JSON with sorted keys."""
-    return hashlib.sha256(_bytes(text)).digest()
+    return hashlib.sha256(utf8_of(text)).digest()
 
 
 def build_shard(
@@ -110,11 +115,14 @@ def build_shard(
         """Train documents; validation documents are put aside."""
         index = number * DOCUMENT_STRIDE % 2**32
         for texts in _batches(_without(documents, dropped, skipped)):
-            for text, (tokens, scored) in zip(texts, encode(texts, tokenizer), strict=True):
+            for text, made in zip(texts, encode(texts, tokenizer, recipe.reading, skipped), strict=True):
+                if made is None:
+                    continue
+                tokens, scored = made
                 sha256 = digest(text)
                 name = "validation" if _is_held_out(sha256, recipe.validation_fraction) else "train"
                 everything.update(sha256)
-                counts[name].update(documents=1, bytes=len(_bytes(text)), tokens=len(tokens))
+                counts[name].update(documents=1, bytes=len(utf8_of(text)), tokens=len(tokens))
                 document = Document(index, tokens, scored)
                 index = (index + 1) % 2**32
                 if name == "train":
@@ -127,16 +135,25 @@ def build_shard(
         entries = {}
         for name, source in (("train", encoded()), ("validation", aside)):
             path = Path(local) / f"{name}-{number:05d}.array_record"
-            count = write_rows(path, rows(source, recipe.sequence_length), token_dtype(tokenizer.vocab_size))
-            entry = _publish(path, folder) if count else None
             seen = counts[name]
-            entries[name] = ShardSplit(seen["documents"], seen["bytes"], seen["tokens"], count, entry)
+            written = _counted(rows(source, recipe.sequence_length), seen)
+            count = write_rows(path, written, token_dtype(tokenizer.vocab_size))
+            entry = _publish(path, folder) if count else None
+            entries[name] = ShardSplit(
+                seen["documents"], seen["bytes"], seen["tokens"], count, entry, labels=seen["labels"]
+            )
     left_out = Skipped(skipped["empty"], skipped["bad"], skipped["duplicate"])
     return Shard(number, everything.hexdigest(), left_out, entries["train"], entries["validation"])
 
 
 def finish(
-    folder: str | Path, shards: Sequence[Shard], recipe: Recipe, tokenizer: Tokenizer, name: str, version: str
+    folder: str | Path,
+    shards: Sequence[Shard],
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    name: str,
+    version: str,
+    inputs: Sequence[Fingerprint] = (),
 ) -> Manifest:
     """Add tokenizer and manifest to a folder that holds all `shards`, which completes the prepared data.
 
@@ -147,9 +164,10 @@ def finish(
       tokenizer: the same.
       name: of the source (see `SourceEntry`).
       version: of the source.
+      inputs: the files of the source.
 
     Raises:
-      InputError: there is no train row, or validation was asked for and has no document.
+      InputError: there is no train row, validation was asked for and has no document, or nothing counts as a label.
       OSError: a file cannot be written.
     """
     total = sum(shard.train.documents + shard.validation.documents for shard in shards)
@@ -165,7 +183,15 @@ def finish(
         parts: list[ShardSplit] = [getattr(shard, split) for shard in shards]
         sums = {name: sum(getattr(part, name) for part in parts) for name in ("documents", "bytes", "tokens", "rows")}
         files = tuple(ShardFile(part.file.name, part.rows) for part in parts if part.file)
-        splits[split] = SplitEntry(**sums, shards=files)
+        counted = [part.labels for part in parts if part.labels is not None]
+        labels = sum(counted) if len(counted) == len(parts) else None
+        if sums["rows"] and labels == 0:
+            raise InputError(
+                f"{recipe.reading.field}: none of the {sums['tokens']:,} tokens of the {sums['documents']:,} {split} "
+                "documents counts as a label; of chats only what messages of role 'assistant' say counts, where the "
+                "tokenizer's chat template has {% generation %} around it or no such tag at all"
+            )
+        splits[split] = SplitEntry(**sums, shards=files, labels=labels)
     with _scratch(folder) as scratch:
         local = Path(scratch)
         tokenizer.save(local / "tokenizer")
@@ -174,6 +200,9 @@ def finish(
             for path in sorted((local / "tokenizer").iterdir())
         ]
         entries += [part.file for shard in shards for part in (shard.train, shard.validation) if part.file]
+        if inputs:
+            (local / INPUTS).write_text(json.dumps(inputs), encoding="utf-8")
+            entries.append(_publish(local / INPUTS, folder))
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             source=SourceEntry(name, version, everything.hexdigest()),
@@ -190,6 +219,12 @@ def finish(
         write_manifest(local, manifest)
         _publish(local / "manifest.json", folder)
     return manifest
+
+
+def _counted(rows: Iterable[Row], counts: Counter[str]) -> Iterator[Row]:
+    for row in rows:
+        counts["labels"] += labels_in(row)
+        yield row
 
 
 def _without(documents: Iterable[Text], dropped: set[int], skipped: Counter[str]) -> Iterator[Text]:
@@ -213,21 +248,29 @@ def _batches(documents: Iterable[Text]) -> Iterator[list[Text]]:
         yield batch
 
 
-def encode(texts: Sequence[Text], tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-    """The tokens of every document, int32 [n], and which of them count as labels, bool [n]; None: all."""
+def encode(
+    texts: Sequence[Text], tokenizer: Tokenizer, reading: Reading, skipped: Counter[str]
+) -> Iterator[tuple[np.ndarray, np.ndarray | None] | None]:
+    """The tokens of every document, int32 [n], and which of them count as labels, bool [n]; None: all.
+
+    In place of a document that cannot be encoded None, if `reading` skips them.
+
+    Raises:
+      InputError: a document cannot be encoded; the message says where it was read.
+    """
     plain = iter(tokenizer.encode_batch([text for text in texts if isinstance(text, str)], eos=True))
     for text in texts:
         if isinstance(text, str):
             yield next(plain), None
-        else:
+            continue
+        try:
             yield tokenizer.encode_conversation(text, reply=False)
-
-
-def _bytes(text: Text) -> bytes:
-    try:
-        return (text if isinstance(text, str) else json.dumps(text, sort_keys=True, ensure_ascii=False)).encode()
-    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
-        raise InputError(f"text: not valid Unicode ({error.reason}) near {error.object[:60]!r}; correct it") from error
+        except InputError as error:
+            if reading.bad_documents == "refuse":
+                where = text.where if isinstance(text, Conversation) else "conversation"
+                raise InputError(f"{where}: {error}") from error
+            skipped["bad"] += 1
+            yield None
 
 
 def _scratch(folder: str | Path) -> tempfile.TemporaryDirectory[str]:

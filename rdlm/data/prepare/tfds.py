@@ -14,7 +14,7 @@ import tensorflow_datasets as tfds
 
 from rdlm.config import InputError, did_you_mean, one_line
 from rdlm.data.prepare import factbook
-from rdlm.data.prepare.parts import Part, Text, text_of
+from rdlm.data.prepare.parts import Part, Text, field_of
 
 # TFDS knows the builders of these modules only after their import.
 _MODULES = ("text", "question_answering", "translate", "summarization")
@@ -73,7 +73,7 @@ def dataset_parts(builder: tfds.core.DatasetBuilder, split: str, field: str, par
         raise InputError(
             f"tfds_split = {split!r}: not in {builder.info.full_name}.{did_you_mean(split, map(str, splits))}"
         )
-    if field not in builder.info.features:
+    if field.partition(".")[0] not in builder.info.features:
         raise InputError(
             f"field = {field!r}: examples of {builder.info.full_name} have none; pass --field with one of: "
             f"{', '.join(map(repr, builder.info.features))}"
@@ -88,11 +88,11 @@ def dataset_parts(builder: tfds.core.DatasetBuilder, split: str, field: str, par
     return [Part("tfds", (path,), share, a, b, split) for a, b in itertools.pairwise(edges)]
 
 
-def read(part: Part, field: str, advance: Callable[[int], None]) -> Iterator[Text]:
-    """The documents of a part of kind "tfds" or "factbook".
+def read(part: Part, field: str, advance: Callable[[int], None]) -> Iterator[Text | InputError]:
+    """The documents of a part of kind "tfds" or "factbook"; in place of one that cannot be read, the error.
 
     Raises:
-      InputError: the files are damaged, or the field holds no text.
+      InputError: the files are damaged.
     """
     if part.kind == "factbook":
         yield from factbook.documents(Path(part.paths[0]))
@@ -102,9 +102,11 @@ def read(part: Part, field: str, advance: Callable[[int], None]) -> Iterator[Tex
     try:
         source = tfds.builder_from_directory(path).as_data_source(split=part.split)
         for i in range(part.start, len(source) if part.end is None else part.end):
-            yield text_of(source[i][field], field, f"{path}, example {i}")
-    except InputError:
-        raise
+            try:
+                document: Text | InputError = field_of(source[i], field, f"{path}, example {i}")
+            except InputError as error:
+                document = error
+            yield document
     except Exception as error:
         raise InputError(
             f"{path}: cannot be read ({one_line(error)}); prepare it again in another --tfds-dir"
