@@ -4,9 +4,9 @@
     python experiments/train.py nano --steps 50 --seed 1 --optimizer.learning-rate 1e-3 --run-dir runs/try
 
 The run folder (runs/PRESET) gets config.json, metrics.jsonl, checkpoints/, tokenizer/ and, at the end,
-loss_by_depth.json. Exit codes: 0 done; 75 preempted (SIGTERM) and saved; 3 stopped by an alarm and saved
-(--alarms.action stop); 2 wrong input, or diverged; 1 another process is missing or lost, or the disk is full: fix that
-and run the same command again.
+loss_by_depth.json. Exit codes: 0 done; 75 stopped by a signal (SIGTERM, Ctrl-C, a hang-up) and saved; 3 stopped by an
+alarm and saved (--alarms.action stop); 2 wrong input, or diverged; 1 another process is missing or lost, or the run
+cannot be saved: fix that and run the same command again.
 
 On a Cloud TPU slice run it on every worker, with tpu_setup/run.sh. Elsewhere several processes find each other by
 RDLM_COORDINATOR=HOST:PORT RDLM_PROCESSES=2 RDLM_PROCESS_ID=0 (and 1), with a run folder that they share.
@@ -19,7 +19,7 @@ import sys
 import tyro
 
 from rdlm.config import PRESETS, InputError, RunConfig, preset, to_json
-from rdlm.runtime import leaving_on_sigterm, on_tpu, parse_arguments, reuse_freed_memory, run_command, start
+from rdlm.runtime import leaving_on_signals, on_tpu, parse_arguments, reuse_freed_memory, run_command, start
 
 NAMES = ", ".join(PRESETS)
 
@@ -57,7 +57,7 @@ def configured(words: list[str]) -> RunConfig:
 
 
 def preemptible() -> int:
-    with leaving_on_sigterm():  # until the trainer installs its own handler, which saves
+    with leaving_on_signals():  # until the trainer installs its own handlers, which save
         return main()
 
 

@@ -40,7 +40,7 @@ from rdlm.config import InputError, ModelConfig, RunConfig, differences, require
 from rdlm.evaluation.difficulty import ByDifficulty, by_depth, with_exits
 from rdlm.model import Params
 from rdlm.optim import optimizer
-from rdlm.runtime import Progress, parse_arguments, reuse_freed_memory, run_command
+from rdlm.runtime import Progress, owned, parse_arguments, reuse_freed_memory, run_command
 from rdlm.tasks import Addition, Expression, PointerChasing, Reachability, Task, WordProblem, batch
 from rdlm.tasks.instance import TEST_STREAM
 from rdlm.train import init_state, train_step
@@ -361,7 +361,7 @@ def trained(run: RunConfig, recipe: Recipe) -> tuple[Params, Json]:
     state = jax.jit(functools.partial(init_state, run, tx))()
     step: Any = jax.jit(functools.partial(train_step, run, tx), donate_argnums=0)
     progress, started = Progress(run.steps), processor_seconds()
-    with Checkpoints(folder, keep=1) as checkpoints:
+    with owned(folder, "choose other --runs"), Checkpoints(folder, keep=1) as checkpoints:
         writer = MetricsWriter(folder, 0)
 
         def watch(i: int, values: dict[str, float]) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -19,13 +21,34 @@ from rdlm.checkpoint.integrity import Meta, as_mapping, bit_sum, reading, wrong_
 from rdlm.checkpoint.run_folder import saved_steps, write_config
 from rdlm.config import InputError, RunConfig, one_line
 from rdlm.model import Params
-from rdlm.runtime import RunError, exchange, is_first
+from rdlm.runtime import RunError, exchange, is_first, owned
 
 _PARTIAL = ".orbax-checkpoint-tmp"
 
 
 class SaveError(RunError):
-    """A checkpoint could not be written. After making room, rerunning the command continues, so the exit code is 1."""
+    """A run could not be saved. Once the reason is gone the same command continues, so the exit code is 1."""
+
+    def __init__(self, folder: Path, what: str, error: BaseException):
+        """One line: `what` could not be saved in the run `folder`, why, what is saved, and how to go on."""
+        reason = one_line(error)
+        if isinstance(error, OSError) and error.strerror:
+            reason = error.strerror + (f": {error.filename}" if error.filename else "")
+        fix = "make room, then run" if _is_full(error) else "when that is mended, run"
+        super().__init__(
+            f"run folder {folder}: {what} could not be saved ({reason}); nothing saved is lost, the newest checkpoint "
+            f"is {max(saved_steps(folder), default='none')}; {fix} the same command again"
+        )
+
+
+def _is_full(error: BaseException | None) -> bool:
+    """Whether the disk, or the user's share of it, is full. The array library only has the text of the reason."""
+    while error is not None:
+        reasons = (errno.ENOSPC, errno.EDQUOT)
+        if getattr(error, "errno", None) in reasons or any(os.strerror(number) in str(error) for number in reasons):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 class Restored(NamedTuple):
@@ -60,7 +83,11 @@ class Checkpoints:
         except OSError as error:
             raise InputError(f"run folder {folder}: cannot be written ({error.strerror})") from error
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
+            max_to_keep=keep,
+            enable_async_checkpointing=True,
+            cleanup_tmp_directories=True,
+            # Otherwise, when a folder cannot be made, Orbax's threads wait five minutes for it.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
         self.manager = ocp.CheckpointManager(path, options=options, item_handlers=handlers)
 
@@ -83,7 +110,7 @@ class Checkpoints:
         Raises:
           SaveError: one of them could not be written.
         """
-        with self._saving():
+        with self.saving():
             self.manager.wait_until_finished()
 
     def check(self) -> None:
@@ -113,7 +140,7 @@ class Checkpoints:
         if step == self.latest:
             return
         sums = {"params": int(bit_sum(params)), "optimizer": int(bit_sum(optimizer))}
-        with self._saving():
+        with self.saving():
             begun = self.manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -126,7 +153,8 @@ class Checkpoints:
             raise RuntimeError(f"checkpoint {step} was not saved: {self.latest} is newer")
 
     @contextlib.contextmanager
-    def _saving(self) -> Iterator[None]:
+    def saving(self) -> Iterator[None]:
+        """Turn whatever fails in the block into a SaveError, and remove what is half written."""
         try:
             yield
         except Exception as error:
@@ -134,11 +162,7 @@ class Checkpoints:
             directory = Path(self.manager.directory)
             for partial in directory.glob("*" + _PARTIAL):  # the disk may be full
                 shutil.rmtree(partial, ignore_errors=True)
-            raise SaveError(
-                f"run folder {self.folder}: a checkpoint could not be saved ({one_line(error)}); nothing saved is "
-                f"lost, the newest is {max(saved_steps(self.folder), default='none')}; make room, then run the same "
-                "command again"
-            ) from error
+            raise SaveError(self.folder, "a checkpoint", error) from error
 
     def restore(
         self, params: PyTree, optimizer: PyTree, say: Callable[[str], None], good: Callable[[Meta], bool]
@@ -223,18 +247,19 @@ def save_parameters(run_folder: str | Path, params: Params, run: RunConfig, meta
     Few arrays are written at a time, so that peak memory is little above that of the parameters.
 
     Raises:
-      InputError: the folder already holds checkpoints, or cannot be written.
+      InputError: the folder already holds checkpoints, is used by another process, or cannot be written.
+      SaveError: the disk refuses while they are written.
     """
     folder = Path(run_folder)
-    if saved_steps(folder):
-        raise InputError(f"run folder {folder}: already holds checkpoints; choose another")
     largest = max(x.nbytes for x in jax.tree.leaves(params))
     handlers: dict[str, ocp.CheckpointHandler] = {
         "params": ocp.StandardCheckpointHandler(save_concurrent_gb=max(1, -(-largest // 10**9))),
         "meta": ocp.JsonCheckpointHandler(),
     }
-    with Checkpoints(folder, keep=1, handlers=handlers) as checkpoints:
-        checkpoints.manager.save(
-            step, args=ocp.args.Composite(params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(meta))
-        )
-    write_config(folder, run)
+    items = ocp.args.Composite(params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(meta))
+    with owned(folder, "choose another"):
+        if saved_steps(folder):
+            raise InputError(f"run folder {folder}: already holds checkpoints; choose another")
+        with Checkpoints(folder, keep=1, handlers=handlers) as checkpoints, checkpoints.saving():
+            checkpoints.manager.save(step, args=items)
+        write_config(folder, run)

@@ -7,15 +7,17 @@ from rdlm.runtime.cli import (
     EXIT_FAILED,
     EXIT_PREEMPTED,
     EXIT_WRONG_INPUT,
-    leaving_on_sigterm,
+    leaving_on_signals,
     parse_arguments,
     run_command,
+    stop_signals,
 )
 from rdlm.runtime.compile_cache import compiled_programs, keep_compiled_programs
 from rdlm.runtime.errors import RunError, StartError
 from rdlm.runtime.files import complete_folder, set_aside, write_atomically, write_output
+from rdlm.runtime.owner import owned
 from rdlm.runtime.processes import exchange, is_first, on_tpu, start, together
-from rdlm.runtime.progress import Progress, duration
+from rdlm.runtime.progress import Progress, drop_lost_output, duration
 from rdlm.runtime.versions import versions
 
 __all__ = [
@@ -29,17 +31,20 @@ __all__ = [
     "StartError",
     "compiled_programs",
     "complete_folder",
+    "drop_lost_output",
     "duration",
     "exchange",
     "is_first",
     "keep_compiled_programs",
-    "leaving_on_sigterm",
+    "leaving_on_signals",
     "on_tpu",
+    "owned",
     "parse_arguments",
     "reuse_freed_memory",
     "run_command",
     "set_aside",
     "start",
+    "stop_signals",
     "together",
     "versions",
     "write_atomically",

@@ -72,7 +72,9 @@ def run_command(main: Callable[[], int | None]) -> None:
         code = main()
     except (InputError, RunError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        leave(EXIT_WRONG_INPUT if isinstance(error, InputError) else EXIT_FAILED)
+        wrong = isinstance(error, InputError)
+        # After a failed save, threads may still wait for a part of it that will never come.
+        leave(EXIT_WRONG_INPUT if wrong else EXIT_FAILED, at_once=not wrong)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -92,17 +94,25 @@ def run_command(main: Callable[[], int | None]) -> None:
     sys.exit(code or EXIT_DONE)
 
 
+def stop_signals() -> list[signal.Signals]:
+    """What asks a run to save and stop: SIGTERM, Ctrl-C and a hang-up; without those that it shall ignore (nohup)."""
+    asks = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    return [number for number in asks if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+
+
 @contextlib.contextmanager
-def leaving_on_sigterm() -> Iterator[None]:
-    """Until a run has something to save: SIGTERM ends the process at once, with the exit code of a preempted run."""
+def leaving_on_signals() -> Iterator[None]:
+    """Until a run has something to save: a stop signal ends the process at once, with the code of a preempted run."""
 
     def end(*_: object) -> None:
-        # sys.stderr may be redirected, or in use, when the signal comes.
-        os.write(2, b"preempted before training began; run the same command to continue\n")
+        with contextlib.suppress(OSError):  # after a hang-up the terminal is gone
+            # sys.stderr may be redirected, or in use, when the signal comes.
+            os.write(2, b"preempted before training began; run the same command to continue\n")
         os._exit(EXIT_PREEMPTED)
 
-    previous = signal.signal(signal.SIGTERM, end)
+    previous = {number: signal.signal(number, end) for number in stop_signals()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

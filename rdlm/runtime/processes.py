@@ -189,12 +189,12 @@ def together(make: Callable[[], T]) -> T:
     return result
 
 
-def leave(code: int) -> NoReturn:
-    """End the process after an error, at once if there are others: JAX's own way out waits minutes for them."""
-    if not is_alone():
+def leave(code: int, at_once: bool = False) -> NoReturn:
+    """End the process after an error, at once also if there are others: JAX's own way out waits minutes for them."""
+    if at_once or not is_alone():
         sys.stdout.flush()
         sys.stderr.flush()
-        if _distributed().process_id == 0:
+        if not is_alone() and _distributed().process_id == 0:
             time.sleep(1)  # JAX aborts the others when this process ends, and they may have a message of their own
         os._exit(code)
     sys.exit(code)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
+import os
+import select
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import rich.progress
@@ -42,7 +45,7 @@ class Progress:
           quiet: show nothing, because another process does.
         """
         self.total, self.done, self._before, self._bytes = total, done, done, unit == "bytes"
-        self._title, self._say, self._quiet = title, say or _to_stderr, quiet
+        self._title, self._say, self._quiet = title, say or to_stderr, quiet
         self._start = time.monotonic()
         self._shown = self._start if self._bytes else 0.0
         self._live: rich.progress.Progress | None = None
@@ -68,13 +71,14 @@ class Progress:
         if self._quiet or (now - self._shown < (0.1 if self._live else _SECONDS) and not last):
             return
         self._shown = now
-        if self._live is None:
-            self._say(self._plain(done, text))
-            return
-        if not self._live.live.is_started:
-            self._live.start()
-            atexit.register(self._live.stop)  # the cursor is hidden while it runs
-        self._live.update(self._task, completed=done, text=text, refresh=True)
+        with _without_reader():
+            if self._live is None:
+                self._say(self._plain(done, text))
+                return
+            if not self._live.live.is_started:
+                self._live.start()
+                atexit.register(self._live.stop)  # the cursor is hidden while it runs
+            self._live.update(self._task, completed=done, text=text, refresh=True)
         if last:
             self._end()
 
@@ -86,15 +90,17 @@ class Progress:
         """Print a line that stays."""
         if self._quiet:
             return
-        if self._live is None:
-            self._say(text)
-        else:
-            self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        with _without_reader():
+            if self._live is None:
+                self._say(text)
+            else:
+                self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _end(self) -> None:
         if self._live is not None and self._live.live.is_started:
-            self._live.update(self._task, completed=self.done, refresh=True)
-            self._live.stop()
+            with _without_reader():
+                self._live.update(self._task, completed=self.done, refresh=True)
+                self._live.stop()
 
     def _plain(self, done: int, text: str) -> str:
         if not self._bytes:
@@ -118,7 +124,29 @@ def _columns(in_bytes: bool) -> list[rich.progress.ProgressColumn]:
     ]
 
 
-def _to_stderr(line: str) -> None:
+def drop_lost_output() -> None:
+    """Where the reader of stdout or stderr is gone, a closed terminal or a dead pipe, write to nowhere from now on."""
+    for descriptor in (1, 2):
+        output = select.poll()
+        output.register(descriptor, select.POLLOUT)
+        lost = select.POLLERR | select.POLLHUP | select.POLLNVAL
+        if any(event & lost for _, event in output.poll(0)):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)
+
+
+@contextlib.contextmanager
+def _without_reader() -> Iterator[None]:
+    """Work does not end because nobody reads how far it is."""
+    try:
+        yield
+    except OSError:
+        drop_lost_output()
+
+
+def to_stderr(line: str) -> None:
+    """Print a line there."""
     print(line, file=sys.stderr, flush=True)
 
 

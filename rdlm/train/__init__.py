@@ -6,7 +6,7 @@ folder       the run folder
 reporter     metrics, progress line and skipped updates of every step
 metrics      metrics.jsonl and speed
 faults       updates that are not finite
-preemption   SIGTERM
+preemption   signals that ask a run to stop
 roofline     time and memory of a step on other hardware
 """
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -11,7 +13,7 @@ import jax
 from rdlm.checkpoint import Checkpoints, read_config, write_config
 from rdlm.config import InputError, RunConfig, differences
 from rdlm.evaluation.depth import DepthCurve
-from rdlm.runtime import complete_folder, exchange, is_first, write_atomically
+from rdlm.runtime import complete_folder, exchange, is_first, owned, together, write_atomically
 from rdlm.tokenizer import Tokenizer
 from rdlm.train.metrics import MetricsWriter
 
@@ -30,6 +32,10 @@ MAY_CHANGE = (
 """Fields that a resumed run may change: its length, its name, and the hardware it runs on."""
 
 
+_BEFORE_CONFIG = (".owner", ".shared", ".config.json.partial-")
+"""What a run that is killed right at its start leaves."""
+
+
 class RunFolder:
     """The folder of a run: config.json, metrics.jsonl, checkpoints/, tokenizer/ and, at the end, loss_by_depth.json."""
 
@@ -40,9 +46,12 @@ class RunFolder:
           InputError: it holds another run, or is not a run folder.
         """
         self.config, self.path = config, Path(config.folder)
+        self._check()
+
+    def _check(self) -> None:
         if (self.path / "config.json").exists():
             self._check_same_run()
-        elif self.path.exists() and not (self.path.is_dir() and not any(self.path.iterdir())):
+        elif self.path.exists() and not (self.path.is_dir() and all(map(_is_left_over, self.path.iterdir()))):
             raise InputError(f"run folder {self.path}: exists and is not a run folder; choose another --run-dir")
 
     def _check_same_run(self) -> None:
@@ -62,21 +71,38 @@ class RunFolder:
                 f"{saved}: the run has another tokenizer than {prepared}; restore that data, or start a new run"
             )
 
-    def begin(self) -> None:
-        """Create the folder and config.json if needed. Then the same command resumes, whenever the run is killed.
+    @contextlib.contextmanager
+    def begin(self, say: Callable[[str], None]) -> Iterator[Callable[[], None]]:
+        """Own the folder until the block ends; create it and config.json if needed.
+
+        So two runs cannot write into one folder, and the same command resumes, whenever the run is killed.
+
+        Args:
+          say: prints a line.
+
+        Yields:
+          A check that raises RunError when the folder is another process's by now.
 
         Raises:
-          InputError: the folder cannot be created, or hosts have separate folders, so that each would save only its own
-            part of the state.
+          InputError: the folder cannot be created, is used by another process, or hosts have separate folders, so that
+            each would save only its own part of the state.
         """
-        try:
+        with contextlib.ExitStack() as stack:
+            check = together(lambda: self._own(stack, say))
+            if jax.process_count() > 1:
+                self._check_shared()
+            together(self._check)  # another run may have begun here, and ended, since the first look
+            if is_first() and not (self.path / "config.json").exists():
+                write_config(self.path, self.config)
+            yield check
+
+    def _own(self, stack: contextlib.ExitStack, say: Callable[[str], None]) -> Callable[[], None]:
+        """Create the folder, and own it on the first process."""
+        if is_first():
+            return stack.enter_context(owned(self.path, "choose another --run-dir", say))
+        with contextlib.suppress(OSError):  # a folder that is not there is not shared: `_check_shared` says so
             self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"run folder {self.path}: cannot be created ({error.strerror})") from error
-        if jax.process_count() > 1:
-            self._check_shared()
-        if is_first() and not (self.path / "config.json").exists():
-            write_config(self.path, self.config)
+        return lambda: None
 
     def _check_shared(self) -> None:
         token = exchange(secrets.token_hex(8))[0]
@@ -118,6 +144,10 @@ class RunFolder:
             return False
         newer = curve.stat().st_mtime >= checkpoints.saved_at(self.config.steps)
         return newer and depths == list(self.config.evaluation.depths)
+
+
+def _is_left_over(path: Path) -> bool:
+    return path.name.startswith(_BEFORE_CONFIG)
 
 
 def write_curve(path: Path, curve: DepthCurve) -> None:

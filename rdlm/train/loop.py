@@ -26,7 +26,7 @@ from jax import Array
 
 from rdlm import sharding
 from rdlm.analysis.vitals import alarms, vitals
-from rdlm.checkpoint import Checkpoints, SaveError, as_abstract, saved_steps
+from rdlm.checkpoint import Checkpoints, SaveError, as_abstract
 from rdlm.config import PRESETS, InputError, RunConfig, differences, require
 from rdlm.data import open_data, prefetch
 from rdlm.evaluation.depth import DepthCurve, depth_curve
@@ -59,6 +59,7 @@ class Trainer:
     """A run: its folder, data, devices and state. `run()` trains it and returns the exit code."""
 
     # Set by `run`.
+    still_ours: Callable[[], None]
     checkpoints: Checkpoints
     stop: Stop
     reporter: Reporter
@@ -91,26 +92,28 @@ class Trainer:
         """Train to the last step. The exit code: 0 done, 75 preempted and saved, 3 stopped by an alarm and saved.
 
         Raises:
-          SaveError: the disk is full; earlier checkpoints are intact.
+          SaveError: the disk refuses; earlier checkpoints are intact.
+          RunError: another process has taken the run folder over.
           InputError: losses or gradients are not finite, and one rollback did not help.
         """
         preemption, path = Preemption(), self.folder.path
         try:
-            self.folder.begin()
-            with Checkpoints(path, self.config.checkpoint.keep) as self.checkpoints:
+            with (
+                self.folder.begin(self.say) as self.still_ours,
+                Checkpoints(path, self.config.checkpoint.keep) as self.checkpoints,
+            ):
                 if exchange(str(self.folder.is_finished(self.checkpoints)))[0] == "True":
                     self.say(f"{path} is finished: step {self.config.steps} is saved and evaluated")
                     return EXIT_DONE
                 self.stop = Stop(preemption, self.mesh)
                 return self._run()
-        except (OSError, InputError) as error:
-            cause = error if isinstance(error, OSError) else error.__cause__
+        except OSError as error:
+            raise SaveError(path, "the run", error) from error
+        except InputError as error:
+            cause = error.__cause__
             if not isinstance(cause, OSError) or cause.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
-            raise SaveError(
-                f"run folder {path}: {cause.strerror}; nothing saved is lost, the newest checkpoint is "
-                f"{max(saved_steps(path), default='none')}; make room, then run the same command again"
-            ) from error
+            raise SaveError(path, "the run", cause) from error
         finally:
             preemption.restore()
 
@@ -164,6 +167,7 @@ class Trainer:
             if stopping:
                 return self._leave(EXIT_PREEMPTED)
             self.checkpoints.check()
+            self.still_ours()
         return self._finish()
 
     def _validate(self) -> bool:
@@ -183,6 +187,7 @@ class Trainer:
 
     def _save(self) -> None:
         """Save the state in the background, with all that a resumed run needs."""
+        self.still_ours()
         faults = self.reporter.faults
         meta = {
             "config": dataclasses.asdict(self.config),

@@ -1,4 +1,4 @@
-"""Preemption: SIGTERM asks a run to stop, and all its processes agree on the step at which they do."""
+"""Preemption: a signal asks a run to stop, and all its processes agree on the step at which they do."""
 
 from __future__ import annotations
 
@@ -12,25 +12,34 @@ from jax import Array
 from jax.sharding import Mesh
 
 from rdlm import sharding
+from rdlm.runtime import drop_lost_output, stop_signals
 
 
 class Preemption:
-    """SIGTERM sets `requested` instead of killing; the loop reads it, saves, and exits with code 75."""
+    """SIGTERM, Ctrl-C and a hang-up set `requested` instead of killing; the loop reads it, saves, and exits with 75.
+
+    A second Ctrl-C interrupts as usual.
+    """
 
     def __init__(self):
         self.requested = False
-        self.previous = signal.signal(signal.SIGTERM, self._note)
+        self.previous = {number: signal.signal(number, self._note) for number in stop_signals()}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
+        if number == signal.SIGHUP:
+            drop_lost_output()
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
 
     def restore(self) -> None:
-        """Put the previous handler back."""
-        signal.signal(signal.SIGTERM, self.previous)
+        """Put the previous handlers back."""
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
 
 
 class Stop:
-    """Whether to stop: SIGTERM came to any process. All processes get the same answer at the same call.
+    """Whether to stop: a signal came to any process. All processes get the same answer at the same call.
 
     With several processes a call starts a reduction over the devices and returns the result of the previous call, which
     was computed while the step ran, so no call blocks. A single process reads the flag itself.

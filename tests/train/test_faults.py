@@ -5,6 +5,7 @@ import errno
 import functools
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import jax
@@ -289,6 +290,50 @@ def test_a_run_may_go_on_in_other_parts_but_not_as_another(nano_data, tmp_path):
     write_config(tmp_path / "run", with_recurrence(run, draw="microbatch"))
     with pytest.raises(InputError, match=r"data\.microbatches = 1, not 2"):  # each part draws its own depth
         Trainer(with_recurrence(parts, draw="microbatch"))
+
+
+# Saves that fail
+
+
+def test_a_save_that_cannot_begin_leaves_no_thread_that_waits_for_it(tmp_path):
+    state, before = jax.tree.map(jnp.asarray, ARRAYS), set(threading.enumerate())
+    with Checkpoints(tmp_path, 9) as checkpoints:
+        checkpoints.save(1, state, {"m": state["a"]}, {"step": 1})
+        checkpoints.wait()
+        (tmp_path / "checkpoints").rename(tmp_path / "moved")
+        (tmp_path / "checkpoints").write_text("not a folder")
+        with pytest.raises(
+            SaveError, match=r"could not be saved \(Not a directory: .*when that is mended, run the same"
+        ):
+            checkpoints.save(2, state, {"m": state["a"]}, {"step": 2})
+    for thread in set(threading.enumerate()) - before:  # the interpreter waits for those that are no daemons
+        if not thread.daemon:
+            thread.join(10)
+            assert not thread.is_alive(), thread
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/x"), True),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), True),
+        (ValueError("RESOURCE_EXHAUSTED: Error writing local file [OS error 28: No space left on device]"), True),
+        (PermissionError(errno.EPERM, "Operation not permitted", "/x"), False),
+        (OSError(errno.EROFS, "Read-only file system"), False),
+        (OSError(errno.EIO, "Input/output error"), False),
+        (OSError(errno.EFBIG, "File too large"), False),
+        (ValueError("Error parsing object member"), False),
+        (RuntimeError(), False),
+    ],
+    ids=lambda value: value if isinstance(value, bool) else repr(value),
+)
+def test_only_a_full_disk_is_told_to_make_room(error, full, tmp_path):
+    line = str(SaveError(tmp_path, "a checkpoint", error))
+    assert ("make room, then run the same command again" in line) == full
+    assert "\n" not in line
+    wrapped = RuntimeError("a save failed")
+    wrapped.__cause__ = error
+    assert ("make room" in str(SaveError(tmp_path, "a checkpoint", wrapped))) == full
 
 
 def new_run(nano_data, folder, **changed):

@@ -6,6 +6,7 @@ Every story ends in a resumed run whose losses are those of one that nothing hap
 import contextlib
 import functools
 import os
+import pty
 import random
 import resource
 import shutil
@@ -23,11 +24,21 @@ from training_cases import cut_short, losses
 
 from rdlm.checkpoint import load_checkpoint, saved_steps
 from rdlm.config import InputError
+from rdlm.runtime import stop_signals
 from rdlm.runtime.processes import HEARTBEAT_SECONDS
 from rdlm.train.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
 STEPS = 60
+
+
+IN_TERMINAL = """
+import fcntl, os, sys, termios
+
+os.dup2(os.open(sys.argv[1], os.O_RDWR), 2)
+fcntl.ioctl(2, termios.TIOCSCTTY, 0)  # a hang-up of this terminal is told to this session
+os.execv(sys.argv[2], sys.argv[2:])
+"""
 
 
 class Runs:
@@ -36,8 +47,8 @@ class Runs:
     def __init__(self, folder, data):
         self.folder, self.data, self.started = folder, data, []
 
-    def start(self, run, *arguments, devices=1, **environment):
-        """A process of its own; what it says is in .said."""
+    def start(self, run, *arguments, devices=1, terminal=None, **environment):
+        """A process of its own; what it says is in .said, unless it has a `terminal`."""
         command = [
             sys.executable, ROOT / "experiments/train.py", "nano", "--run-dir", run, "--data.folder", self.data,
             "--data.batch-size", 8, "--data.validation-fraction", 0.1, "--steps", STEPS, "--checkpoint.every", 10,
@@ -52,7 +63,12 @@ class Runs:
         }
         said = self.folder / f"said{len(self.started)}"
         with said.open("w") as file:
-            process = subprocess.Popen([*map(str, command)], stderr=file, env=os.environ | environment, cwd=ROOT)
+            words = [*map(str, command)]
+            if terminal:
+                words = [sys.executable, "-c", IN_TERMINAL, terminal, *words]
+            process = subprocess.Popen(
+                words, stderr=file, env=os.environ | environment, cwd=ROOT, start_new_session=terminal is not None
+            )
         process.said = said
         self.started.append(process)
         return process
@@ -162,7 +178,7 @@ def test_whatever_happens_to_it_a_run_ends_with_the_same_bits(runs, whole, tmp_p
         # Asked to stop while it evaluates.
         process = start()
         when(lambda: rows(folder) == 40, process)
-        code, lines = send(process, signal.SIGTERM)
+        code, lines = send(process, signal.SIGINT)
         assert (code, lines[-1].partition(";")[0]) == (75, f"preempted: saved step 40 in {folder}")
         assert f"resuming {folder} at step {stopped}" in lines
         assert not [row for row in read_metrics(folder) if "validation_loss_r1" in row]
@@ -181,7 +197,8 @@ def test_whatever_happens_to_it_a_run_ends_with_the_same_bits(runs, whole, tmp_p
         assert code == 1, lines
         assert sum("checkpoint 40: damaged" in line and f"step {instead} is used" in line for line in lines) == 1
         assert lines[-1].startswith(f"error: run folder {folder}: "), lines
-        assert "make room" in lines[-1]
+        assert "nothing saved is lost" in lines[-1]
+        assert ("make room" in lines[-1]) == os.path.ismount(tmp_path / "disk"), lines
         assert "Traceback" not in "\n".join(lines)
         assert saved_steps(folder) == before
         free()
@@ -230,16 +247,50 @@ def test_when_one_of_two_processes_is_killed_the_other_ends_and_says_why_and_any
     same(folder, whole)
 
 
-def test_a_signal_before_training_ends_with_the_code_of_a_preempted_run(runs):
+@pytest.mark.slow
+def test_a_run_whose_terminal_closes_is_saved(runs):
+    folder, (ours, theirs) = runs.folder / "terminal", pty.openpty()
+    process = runs.start(folder, terminal=os.ttyname(theirs))
+    while not (folder / "metrics.jsonl").exists() or rows(folder) < 3:
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.close(ours)  # a hang-up, and nobody can be told anything from now on
+    os.close(theirs)
+    assert process.wait(100) == 75
+    saved = saved_steps(folder)[-1]
+    assert 3 <= saved < STEPS
+    assert [row[0] for row in losses(folder)] == list(range(saved))
+
+
+@pytest.mark.slow
+def test_of_two_runs_started_at_once_in_one_folder_one_runs_and_one_says_so(runs):
+    for i in range(2):
+        folder = runs.folder / f"at once {i}"
+        both = [runs.start(folder, "--steps", 6, "--checkpoint.every", 1, "--evaluation.every", 99) for _ in range(2)]
+        found = sorted((ended(process) for process in both), key=lambda end: end[0])
+        assert [code for code, _ in found] == [0, 2], found
+        [line] = found[1][1]
+        assert line.startswith(f"error: run folder {folder}: ")
+        assert line.endswith(" is using it; wait until that ends, or choose another --run-dir")
+        assert [row[0] for row in losses(folder)] == list(range(6))
+        assert saved_steps(folder)[-1] == 6
+        load_checkpoint(folder)
+        assert not (folder / ".owner").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_signal_before_training_ends_with_the_code_of_a_preempted_run(number, runs):
+    if number not in stop_signals():
+        pytest.skip("this process ignores it, and so do those that it starts")
     process = runs.start(runs.folder / "early")
 
     def caught():
         status = Path(f"/proc/{process.pid}/status").read_text()
-        return int(status.partition("SigCgt:")[2].split()[0], 16) & 1 << (signal.SIGTERM - 1)
+        return int(status.partition("SigCgt:")[2].split()[0], 16) & 1 << (stop_signals()[-1] - 1)
 
     while not caught():
         time.sleep(0.001)
-    code, lines = send(process, signal.SIGTERM)
+    code, lines = send(process, number)
     assert (code, lines) == (75, ["preempted before training began; run the same command to continue"])
 
 
