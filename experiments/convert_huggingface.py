@@ -3,8 +3,9 @@
     python experiments/convert_huggingface.py path/to/huginn-0125 runs/huginn --verify
     python experiments/convert_huggingface.py runs/quickstart exported/quickstart --verify
 
-SRC can also be the name of a model on the hub (ORGANISATION/NAME), if huggingface_hub is installed. Tokenizer files are
-copied too. Values keep their dtype and bits. Exit codes: 0 done, 1 --verify found a difference, 2 wrong input.
+SRC can also be the name of a model on the hub (ORGANISATION/NAME), if huggingface_hub is installed. Tokenizer files and
+generation_config.json are copied too. Values keep their dtype and bits. Exit codes: 0 done, 1 --verify found a
+difference, 2 wrong input.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from rdlm.config import ModelConfig
     from rdlm.model import Params
+    from rdlm.tokenizer import Tokenizer
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -170,11 +172,13 @@ def write_run(folder: Path, params: Params, config: ModelConfig, source: Path) -
 
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise InputError(f"{folder}: exists and is not an empty folder; choose another")
-    data = DataConfig(tokenizer_size=config.vocab_size, sequence_length=min(256, config.max_length))
-    run = RunConfig(model=config, data=data, steps=1, run_dir=str(folder))
-    with complete_folder(folder) as partial:
+    with complete_folder(folder.resolve()) as partial:
         copy_tokenizer(source, partial / "tokenizer")
-        identity = tokenizer_hash(partial / "tokenizer")
+        tokenizer = fitting_tokenizer(partial / "tokenizer", config, source)
+        size = config.vocab_size if tokenizer is None else tokenizer.vocab_size
+        data = DataConfig(tokenizer_size=size, sequence_length=min(256, config.max_length))
+        run = RunConfig(model=config, data=data, steps=1, run_dir=str(folder))
+        identity = None if tokenizer is None else tokenizer.hash
         meta = {"config": dataclasses.asdict(run), "tokenizer": identity, "step": 0, "source": str(source)}
         save_parameters(partial, params, run, json.loads(json.dumps(meta)))
 
@@ -193,21 +197,32 @@ def copy_tokenizer(source: Path, target: Path) -> None:
         (target / name).write_bytes(content)
 
 
-def tokenizer_hash(folder: Path) -> str | None:
-    """Hash of a copied tokenizer; None if there is none, or none that rdlm can use."""
+def fitting_tokenizer(folder: Path, config: ModelConfig, source: Path) -> Tokenizer | None:
+    """A copied tokenizer; None if there is none, or none that rdlm can use.
+
+    Raises:
+      InputError: it has more entries than the model.
+    """
     from rdlm.tokenizer import Tokenizer
 
     try:
-        return Tokenizer.load(folder).hash
+        found = Tokenizer.load(folder)
     except InputError as error:
         print(f"note: no tokenizer that rdlm can use was copied ({str(error).partition(': ')[2]})")
         return None
+    found.check_fits(config.vocab_size, source)
+    if found.vocab_size < config.vocab_size:
+        print(f"note: the tokenizer has {found.vocab_size} entries, the model {config.vocab_size}: the rest is masked")
+    return found
 
 
 def write_huggingface(folder: Path, params: Params, config: ModelConfig, source: Path) -> None:
     """Write a Hugging Face folder with the run's tokenizer files beside the weights."""
     from rdlm.hf import save_huggingface
+    from rdlm.tokenizer import Tokenizer
 
+    if (source / "tokenizer" / "tokenizer.json").exists():
+        Tokenizer.load(source / "tokenizer").check_fits(config.vocab_size, source)
     save_huggingface(folder, params, config)
     copy_tokenizer(source / "tokenizer", folder)
 

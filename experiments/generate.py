@@ -4,6 +4,7 @@
     python experiments/generate.py runs/quickstart --prompt "Geography" --exit none --steps 8
     python experiments/generate.py runs/quickstart --prompt "Geography" --exit latent_diff --temperature 0.7 --seed 1
     python experiments/generate.py runs/quickstart --prompt "Geography" --exit kl --calibrated
+    python experiments/generate.py runs/huginn --chat --prompt "Who are you?" --stop "Who"
 
 Text appears as it is made. Then every token is shown with the recurrences it took: coloured on a terminal, as a list
 of TOKEN/RECURRENCES elsewhere. Exit codes: 0 done, 2 wrong input.
@@ -12,6 +13,7 @@ of TOKEN/RECURRENCES elsewhere. Exit codes: 0 done, 2 wrong input.
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 import time
 from pathlib import Path
@@ -23,11 +25,15 @@ from rdlm.config import ExitName, InputError, Sampling, check_threshold, require
 from rdlm.runtime import parse_arguments, run_command
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from rdlm.decode import Generation
-    from rdlm.tokenizer import Tokenizer
+    from rdlm.tokenizer import DecodeStream, Tokenizer
 
 # Backgrounds from few to many recurrences: one hue, darker is deeper, readable in grey and with any colour vision.
 SHADES = ("#fff7ec", "#fee8c8", "#fdd49e", "#fdbb84", "#fc8d59", "#ef6548", "#d7301f", "#990000")
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+PICTURES = {chr(c): chr(0x2400 + c) for c in range(32)} | {"\x7f": "\u2421"}
 DARK = 5  # shades from here on carry white text
 
 
@@ -39,8 +45,15 @@ class Args:
     """Run folder, made by train.py or convert_huggingface.py."""
     prompt: str
     """Text to continue; may be empty."""
+    chat: bool = False
+    """Reply to the prompt as a message of a user, in the tokenizer's chat template."""
     max_new_tokens: int = 64
-    """Maximum number of new tokens; the tokenizer's end token stops earlier."""
+    """Maximum number of new tokens.
+
+    What ends a text stops earlier: the end token, the end of a turn in the chat template, and the eos_token_id of
+    generation_config.json."""
+    stop: tuple[str, ...] = ()
+    """Texts, or names of special tokens, before which generation stops."""
     steps: int | None = None
     """Recurrences per token; the maximum, with an exit rule.
 
@@ -100,19 +113,23 @@ def main() -> int:
         print(f"calibrated: {found.guarantee}", file=sys.stderr)
     rule = exits.named(args.exit, args.threshold)
     max_steps = args.steps or run.config.mean_recurrence * (1 if rule is None else 2)
-    with Stream(tokenizer, args.prompt) as stream:
+    chat = [{"role": "user", "content": args.prompt}]
+    before = tokenizer.encode_chat(chat) if args.chat else tokenizer.encode(args.prompt)
+    words = [s for s in args.stop if s not in tokenizer.special_ids]
+    with Stream(tokenizer.decode_stream(after=before, stop=words), args.prompt + "\n" * args.chat) as stream:
         out = run.generate(
-            args.prompt,
+            chat if args.chat else args.prompt,
             max_new_tokens=args.max_new_tokens,
             num_steps=max_steps,
             exit_rule=rule,
             min_steps=args.min_steps,
-            sampling=sampling(args, tokenizer),
+            sampling=sampling(args),
+            stop=args.stop,
             key=jax.random.key(args.seed),
             on_token=stream.token,
         )
     if args.show_steps:
-        show_steps(tokenizer, out, max_steps)
+        show_steps(tokenizer, before, out)
     summary(out, args, max_steps, stream.rate)
     return 0
 
@@ -127,7 +144,7 @@ def check_calibrated(args: Args) -> None:
             raise InputError(f"{flag} {value:g}: --calibrated promises nothing about it; leave one of them out")
 
 
-def sampling(args: Args, tokenizer: Tokenizer) -> Sampling:
+def sampling(args: Args) -> Sampling:
     """How tokens are chosen."""
     return Sampling(
         temperature=args.temperature,
@@ -135,18 +152,17 @@ def sampling(args: Args, tokenizer: Tokenizer) -> Sampling:
         top_p=args.top_p,
         min_p=args.min_p,
         repetition_penalty=args.repetition_penalty,
-        stop_tokens=(tokenizer.eos_id,),
     )
 
 
 class Stream:
     """Prints the prompt and the tokens as they come, and measures their rate."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt: str) -> None:
+    def __init__(self, decoder: DecodeStream, prompt: str) -> None:
         """Nothing is printed before the first token; a terminal shows that something is going on."""
         from rich.console import Console
 
-        self.decoder, self.prompt = tokenizer.decode_stream(), prompt
+        self.decoder, self.prompt = decoder, prompt
         self.times: list[float] = []
         self.status = Console(stderr=True).status("compiling")
 
@@ -157,16 +173,16 @@ class Stream:
     def __exit__(self, *exception: object) -> None:
         self.status.stop()
         if self.times:
-            print(self.decoder.end(), flush=True)
+            print(visible(self.decoder.end()), flush=True)
 
     def token(self, prompt: int, token: int, steps: int) -> None:
         """One more token."""
         del prompt, steps
         if not self.times:
             self.status.stop()
-            print(self.prompt, end="")
+            print(visible(self.prompt), end="")
         self.times.append(time.perf_counter())
-        print(self.decoder.push(token), end="", flush=True)
+        print(visible(self.decoder.push(token)), end="", flush=True)
 
     @property
     def rate(self) -> float | None:
@@ -176,13 +192,19 @@ class Stream:
         return (len(self.times) - 1) / (self.times[-1] - self.times[0])
 
 
-def show_steps(tokenizer: Tokenizer, out: Generation, max_steps: int) -> None:
+def visible(text: str) -> str:
+    """For a terminal: control characters other than newline and tab as printable ones. Elsewhere: the text itself."""
+    return CONTROL.sub(lambda c: PICTURES.get(c[0], f"\\x{ord(c[0]):02x}"), text) if sys.stdout.isatty() else text
+
+
+def show_steps(tokenizer: Tokenizer, before: np.ndarray, out: Generation) -> None:
     """Every new token with its recurrences: shaded on a terminal, as TOKEN/RECURRENCES elsewhere."""
     from rich.console import Console
     from rich.text import Text
 
     tokens, steps = out.tokens[0].tolist(), out.steps[0].tolist()
-    pieces = [tokenizer.decode([t], skip_special=False) for t in tokens]
+    earlier = [[*before.tolist(), *tokens[:i]] for i in range(len(tokens))]
+    pieces = [tokenizer.decode([t], skip_special=False, after=a) for t, a in zip(tokens, earlier, strict=True)]
     if not sys.stdout.isatty():
         print("\ntoken/recurrences:")
         line = ""
@@ -196,7 +218,7 @@ def show_steps(tokenizer: Tokenizer, out: Generation, max_steps: int) -> None:
     low, high = min(steps), max(steps)
     text = Text("\n")
     for piece, r in zip(pieces, steps, strict=True):
-        text.append(piece.replace("\n", "⏎\n"), style(r, low, high))
+        text.append(visible(piece).replace("\n", "⏎\n"), style(r, low, high))
     text.append("\n\nrecurrences: ")
     for r in sorted(set(steps)):
         text.append(f" {r} ", style(r, low, high))

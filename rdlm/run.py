@@ -44,8 +44,16 @@ class Run:
     @functools.cached_property
     def _model(self) -> tuple[Params, ModelConfig]:
         if self.run_config is None:
-            return load_huggingface(self.folder)
-        return load_checkpoint(self.folder, self.step, self.ema)
+            params, config = load_huggingface(self.folder)
+        else:
+            params, config = load_checkpoint(self.folder, self.step, self.ema)
+        return params, self._masked(config)
+
+    def _masked(self, config: ModelConfig) -> ModelConfig:
+        """With ids that the tokenizer does not have as padding rows, which are never chosen."""
+        if self.tokenizer is None or self.tokenizer.vocab_size >= config.vocab_size:
+            return config
+        return dataclasses.replace(config, vocab_size=self.tokenizer.vocab_size, padded_vocab_size=config.rows)
 
     @property
     def params(self) -> Params:
@@ -54,19 +62,20 @@ class Run:
 
     @property
     def config(self) -> ModelConfig:
-        """The shape of the model."""
-        return self._model[1] if self.run_config is None else self.run_config.model
+        """The shape of the model. Ids that the tokenizer does not have count as padding rows."""
+        return self._model[1] if self.run_config is None else self._masked(self.run_config.model)
 
     def require_tokenizer(self) -> Tokenizer:
         """The tokenizer.
 
         Raises:
-          InputError: there is none.
+          InputError: there is none, or one with more entries than the model.
         """
         if self.tokenizer is None:
             raise InputError(
                 f"{self.folder}: no tokenizer.json; put the tokenizer there, or pass token ids to rdlm.generate"
             )
+        self.tokenizer.check_fits(self.config.vocab_size, self.folder)
         return self.tokenizer
 
     def require_config(self) -> RunConfig:
@@ -85,6 +94,8 @@ class Run:
         *,
         max_new_tokens: int = 64,
         sampling: Sampling = Sampling(),
+        stop: Sequence[str] = (),
+        on_token: Callable[[int, int, int], object] | None = None,
         **options: Any,
     ) -> TextGeneration:
         """Continue a text, each of several texts, or a chat.
@@ -92,7 +103,9 @@ class Run:
         Args:
           prompt: text, a list of texts, or chat messages {"role": ..., "content": ...} to reply to.
           max_new_tokens: maximum per prompt.
-          sampling: as in `rdlm.generate`; without stop tokens, generation stops at the tokenizer's end tokens.
+          sampling: as in `rdlm.generate`; without stop tokens, generation stops at the tokenizer's `end_ids`.
+          stop: texts, or names of special tokens, before the first of which the text ends.
+          on_token: as in `rdlm.generate`.
           options: other arguments of `rdlm.generate`.
 
         Raises:
@@ -101,19 +114,31 @@ class Run:
         tokenizer = self.require_tokenizer()
         single = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], Mapping))
         prompts: Any = [prompt] if single else prompt
-        if len(sampling.stop_tokens) == 0:
-            ends = {tokenizer.eos_id, tokenizer.special_ids.get("<|end_turn|>", tokenizer.eos_id)}
-            sampling = dataclasses.replace(sampling, stop_tokens=tuple(sorted(ends)))
+        special = [tokenizer.special_ids[s] for s in stop if s in tokenizer.special_ids]
+        ends: Any = sampling.stop_tokens if len(sampling.stop_tokens) else tokenizer.end_ids
+        if special:
+            rows = ends if np.ndim(ends[0]) else [ends] * len(prompts)
+            ends = tuple((*row, *special) for row in rows)
         encoded = [_encode(tokenizer, p) for p in prompts]
+        words = stop if isinstance(stop, str) else [s for s in stop if s not in tokenizer.special_ids]
+        streams = [tokenizer.decode_stream(stop=words) for _ in prompts]
+
+        def listen(i: int, token: int, steps: int) -> bool:
+            streams[i].push(token)
+            enough = on_token is not None and on_token(i, token, steps)
+            return bool(enough) or streams[i].stopped
+
         out = generate(
             self.params,
             self.config,
             encoded,
             max_new_tokens=max_new_tokens,
-            sampling=sampling,
+            sampling=dataclasses.replace(sampling, stop_tokens=ends),
+            on_token=listen if words else on_token,
             **options,
         )
-        texts = [tokenizer.decode(new, after=before) for new, before in zip(out.tokens, encoded, strict=True)]
+        pairs = zip(out.tokens, encoded, strict=True)
+        texts = [tokenizer.decode(new, after=before, stop=words) for new, before in pairs]
         return TextGeneration(**vars(out), text=texts[0] if single else texts)
 
     def validation(self, folder: str | None = None) -> Chain:

@@ -80,6 +80,42 @@ def test_a_chat(run, monkeypatch):
     assert out.text == run.generate("chat 12 ba", max_new_tokens=3).text
 
 
+def test_stop_strings_end_each_text_by_itself(run):
+    prompts = ["12 ba", "7"]
+    whole = run.generate(prompts, max_new_tokens=12)
+    stop = whole.text[0][3:5]
+    out = run.generate(prompts, max_new_tokens=12, stop=[stop])
+    for text, tokens, before, all_tokens in zip(out.text, out.tokens, whole.text, whole.tokens, strict=True):
+        assert text == before.partition(stop)[0]
+        np.testing.assert_array_equal(tokens, all_tokens[: len(tokens)])
+    assert len(out.tokens[0]) < len(whole.tokens[0])
+    with pytest.raises(InputError, match="stop = "):
+        run.generate("7", stop=[""])
+
+
+def test_a_listener_that_has_enough_ends_its_prompt(run):
+    whole = run.generate(["12 ba", "7"], max_new_tokens=8)
+    made = []
+    out = run.generate(["12 ba", "7"], max_new_tokens=8, on_token=lambda i, t, r: made.append((i, t)) or i == 0)
+    assert [len(tokens) for tokens in out.tokens] == [1, len(whole.tokens[1])]
+    np.testing.assert_array_equal(out.tokens[1], whole.tokens[1])
+    assert [t for i, t in made if i == 1] == whole.tokens[1].tolist()
+    assert [t for i, t in made if i == 0] == whole.tokens[0][:1].tolist()
+
+
+def test_ids_that_the_tokenizer_does_not_have_are_never_chosen(run):
+    small = Tokenizer.train([f"{i} bananas and {i} oaks\n" for i in range(50)], 270)
+    assert small.vocab_size < run.config.vocab_size
+    model = dataclasses.replace(run, tokenizer=small)
+    assert (model.config.vocab_size, model.config.rows) == (270, run.config.rows)
+    options = {"max_new_tokens": 30, "sampling": Sampling(temperature=50.0), "key": jax.random.key(0)}
+    assert max(model.generate("oak", **options).tokens[0]) < 270 <= max(run.generate("oak", **options).tokens[0])
+    large = Tokenizer.bytes_only()
+    large._backend.add_tokens([f"word {i}" for i in range(200)])
+    with pytest.raises(InputError, match="tokenizer has 488 entries, the model only 384"):
+        dataclasses.replace(run, tokenizer=large).generate("oak")
+
+
 def test_loss_by_depth(run):
     curve = run.evaluate(depths=[4, 1], batches=2)
     data = run.validation()

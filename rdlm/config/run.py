@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Literal
 
-from rdlm.config.errors import InputError, require
+from rdlm.config.errors import require
 from rdlm.config.model import ModelConfig
 
 Scheme = Literal[
@@ -281,11 +281,12 @@ class RunConfig:
             self.model.backprop_depth,
             f"must be at most model.mean_recurrence = {self.model.mean_recurrence}",
         )
-        if self.data.tokenizer_size != self.model.vocab_size:
-            raise InputError(
-                f"data.tokenizer_size = {self.data.tokenizer_size}: must equal model.vocab_size = "
-                f"{self.model.vocab_size}; set both"
-            )
+        require(
+            self.data.tokenizer_size <= self.model.vocab_size,
+            "data.tokenizer_size",
+            self.data.tokenizer_size,
+            f"must be at most model.vocab_size = {self.model.vocab_size}; set both",
+        )
 
     @property
     def folder(self) -> str:

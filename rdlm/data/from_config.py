@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 
@@ -80,7 +81,8 @@ def open_validation(data: DataConfig, tokenizer: Tokenizer, *, make_with_it: boo
 
 def _folders(data: DataConfig, tokenizer: Tokenizer | None = None) -> list[Path]:
     if not data.prepared:
-        return [prepare_embedded(data, tokenizer=tokenizer)]
+        size = data.tokenizer_size if tokenizer is None else tokenizer.vocab_size
+        return [prepare_embedded(dataclasses.replace(data, tokenizer_size=size), tokenizer=tokenizer)]
     return [local_copy(folder, data.folder) for folder in data.prepared]
 
 

@@ -45,7 +45,7 @@ def generate(
     speculative: Speculative | None = None,
     init_scale: float = 1.0,
     key: ArrayLike | None = None,
-    on_token: Callable[[int, int, int], None] | None = None,
+    on_token: Callable[[int, int, int], object] | None = None,
 ) -> Generation:
     """Continue prompts of any lengths (docs/semantics.md, Generate). Tokens and steps do not depend on other prompts.
 
@@ -68,7 +68,7 @@ def generate(
       speculative: None, or Speculative(draft_steps, lookahead, threshold).
       init_scale: scale of the initial state; 0.0 is the zero state.
       key: one key for all prompts (equal prompts, equal samples) or one per prompt.
-      on_token: called with (prompt index, token, recurrences) as tokens are made.
+      on_token: called with (prompt index, token, recurrences) as tokens are made; a true result ends that prompt.
 
     Raises:
       InputError (a ValueError): empty prompts, ids out of range, too long, a depth below 1, sampling without a key.
@@ -91,7 +91,7 @@ def generate(
     progress, prompt_steps = begin(
         params, config, jnp.asarray(tokens), jnp.asarray(lengths), request, sizes, prefill_exit, warm_start
     )
-    max_tokens, shown = jnp.int32(max_new_tokens), np.zeros(len(rows), int)
+    max_tokens, shown, most = jnp.int32(max_new_tokens), np.zeros(len(rows), int), np.full(len(rows), max_new_tokens)
     while True:
         # Without a listener one call makes everything; with one, each call makes the next token of the slowest row.
         behind = shown[~np.asarray(progress.done)]
@@ -103,11 +103,16 @@ def generate(
         count, made, steps = (np.asarray(x) for x in (progress.count, progress.tokens, progress.steps))
         if on_token is None:
             break
+        count = np.minimum(count, most)
         for b in range(len(rows)):
             for j in range(shown[b], count[b]):
-                on_token(b, int(made[b, j]), int(steps[b, j]))
+                if on_token(b, int(made[b, j]), int(steps[b, j])):
+                    most[b] = count[b] = j + 1
+                    break
         shown = count
-        if np.all(np.asarray(progress.done) | (count >= max_new_tokens)):
+        ended = np.asarray(progress.done) | (count >= most)
+        progress = progress._replace(done=jnp.asarray(ended))
+        if ended.all():
             break
     return Generation(
         [row[:n] for row, n in zip(made, count, strict=True)],

@@ -68,6 +68,8 @@ def run_command(main: Callable[[], int | None]) -> None:
     same command may succeed later; with a traceback, a bug. Of several processes, those that JAX aborts because
     another one is lost end with 134.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a model may write what a terminal's encoding lacks
     try:
         code = main()
     except (InputError, RunError) as error:

@@ -21,6 +21,8 @@ from rdlm.tokenizer.training import Config
 _LONG = 2**19  # characters; longer texts are encoded in pieces of about this size
 _ENCODED_AT_ONCE = 2**22  # characters
 _LINE_START = re.compile(r"\n(?=[^\W_])")
+_SAID = "qj"  # by an assistant, to find the end of its turn
+_GENERATION = "generation_config.json"
 _BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 
@@ -98,10 +100,17 @@ class Tokenizer:
             config |= {"chat_template": _read_object(place, "chat_template.json").get("chat_template")}
         if (place / "chat_template.jinja").exists():
             config |= {"chat_template": _read(place, "chat_template.jinja")}
+        if (place / _GENERATION).exists():
+            config |= {_GENERATION: _read_object(place, _GENERATION)}
+            ends = config[_GENERATION].get("eos_token_id")
+            if not all(isinstance(i, int) for i in (ends if isinstance(ends, list) else [ends or 0])):
+                raise InputError(f"{folder}/{_GENERATION}: eos_token_id = {ends!r}: must be an id, or a list of ids")
         return cls(backend, config, where=f"{folder}/{name}")
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json, readable by Hugging Face tools.
+
+        And generation_config.json, if there was one.
 
         Raises:
           InputError: the folder cannot be written.
@@ -110,8 +119,12 @@ class Tokenizer:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "tokenizer.json").write_text(self._backend.to_str(pretty=True), encoding="utf-8")
-            text = json.dumps(self._config, indent=2, ensure_ascii=False) + "\n"
-            (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+            config = {key: value for key, value in self._config.items() if key != _GENERATION}
+            files = {"tokenizer_config.json": config, _GENERATION: self._config.get(_GENERATION)}
+            for name, tree in files.items():
+                if tree is not None:
+                    text = json.dumps(tree, indent=2, ensure_ascii=False) + "\n"
+                    (folder / name).write_text(text, encoding="utf-8")
         except OSError as error:
             raise InputError(f"{folder}: cannot be written ({error.strerror or error})") from error
 
@@ -200,22 +213,41 @@ class Tokenizer:
             scored += [any(start < b and end > a for a, b in spans) for start, end in encoding.offsets]
         return np.array(ids, np.int32), np.array(scored, bool)
 
-    def decode(self, ids: Iterable[int], skip_special: bool = True, *, after: Iterable[int] = ()) -> str:
+    def decode(
+        self, ids: Iterable[int], skip_special: bool = True, *, after: Iterable[int] = (), stop: Sequence[str] = ()
+    ) -> str:
         """Text of token ids. Bytes that are not UTF-8 become U+FFFD; ids outside the vocabulary are skipped.
 
-        after: ids that come before, whose text is left out: a space between the two belongs to the result.
+        Args:
+          ids: of the tokens.
+          skip_special: leave special tokens out.
+          after: ids that come before, whose text is left out: a space between the two belongs to the result.
+          stop: the text ends before the first of these.
+
+        Raises:
+          InputError: an empty stop string.
         """
-        stream = self.decode_stream(skip_special, after=after)
+        stream = self.decode_stream(skip_special, after=after, stop=stop)
         return stream.push(*ids) + stream.end()
 
-    def decode_stream(self, skip_special: bool = True, *, after: Iterable[int] = ()) -> DecodeStream:
-        """A decoder for ids that arrive one at a time. after: as in `decode`."""
-        return DecodeStream(self, skip_special, after)
+    def decode_stream(
+        self, skip_special: bool = True, *, after: Iterable[int] = (), stop: Sequence[str] = ()
+    ) -> DecodeStream:
+        """A decoder for ids that arrive one at a time; arguments as those of `decode`."""
+        return DecodeStream(self, skip_special, after, stop)
 
     @functools.cached_property
     def vocab_size(self) -> int:
         """Largest id + 1: the number of entries, unless the vocabulary has holes."""
         return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    def check_fits(self, vocab_size: int, where: str | Path) -> None:
+        """Raise InputError unless a model of `vocab_size` entries, in `where`, has all ids of this tokenizer."""
+        if self.vocab_size > vocab_size:
+            raise InputError(
+                f"{where}: its tokenizer has {self.vocab_size} entries, the model only {vocab_size}, so it is another "
+                "model's; put the model's own tokenizer there"
+            )
 
     @functools.cached_property
     def special_ids(self) -> dict[str, int]:
@@ -230,6 +262,28 @@ class Tokenizer:
             if isinstance(text, str) and (found := self._backend.token_to_id(text)) is not None:
                 special.setdefault(text, found)
         return {text: i for text, i in special.items() if not self._is_byte(text)}
+
+    @functools.cached_property
+    def end_ids(self) -> tuple[int, ...]:
+        """Where a generated text ends: eos_id, the end of the assistant's turn, what generation_config.json names."""
+        found = {self.eos_id, self._end_of_turn}
+        named = self._config.get(_GENERATION, {}).get("eos_token_id")
+        for i in named if isinstance(named, list) else [named]:
+            if i is not None and 0 <= i < self.vocab_size:
+                found.add(i)
+        return tuple(sorted(found))
+
+    @property
+    def _end_of_turn(self) -> int:
+        """The first special token that the chat template writes after what the assistant says, or eos_id."""
+        chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _SAID}]
+        try:
+            ids = self.encode_chat(chat, reply=False).tolist()
+        except InputError:  # none, or one that needs other messages
+            return self.eos_id
+        after = next((at + 1 for at in range(len(ids)) if _SAID in self.decode(ids[: at + 1])), len(ids))
+        special = frozenset(self.special_ids.values()) - {self.bos_id}
+        return next((i for i in ids[after:] if i in special), self.eos_id)
 
     @functools.cached_property
     def hash(self) -> str:
@@ -416,8 +470,15 @@ class DecodeStream:
     (`tokenizers.decoders.DecodeStream` has no `end`, so it loses an incomplete character).
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True, after: Iterable[int] = ()) -> None:
-        self._tokenizer, self._skip_special = tokenizer, skip_special
+    def __init__(
+        self, tokenizer: Tokenizer, skip_special: bool = True, after: Iterable[int] = (), stop: Sequence[str] = ()
+    ) -> None:
+        if isinstance(stop, str) or not all(isinstance(s, str) and s for s in stop):
+            raise InputError(f"stop = {stop!r}: must be a list of texts, none of them empty")
+        self._tokenizer, self._skip_special, self._stop = tokenizer, skip_special, tuple(stop)
+        self._held = ""  # may be the beginning of a stop string
+        self.stopped = False
+        """Whether a stop string has come."""
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         how, before = tokenizer._decoding, [i for i in map(int, after) if tokenizer._is_text(i, skip_special)]
         self._drop_space = how is not None and how.drops_first_space and not before
@@ -426,6 +487,25 @@ class DecodeStream:
 
     def push(self, *tokens: int) -> str:
         """Text completed by these tokens, possibly empty."""
+        text = self._held + self._decoded(tokens)
+        self._held = ""
+        if self.stopped or not self._stop:
+            return "" if self.stopped else text
+        found = [(at + len(s), at) for s in self._stop if (at := text.find(s)) >= 0]
+        if found:  # the first that is complete, however the text arrives
+            self.stopped = True
+            return text[: min(found)[1]]
+        possible = [n for s in self._stop for n in range(1, len(s)) if text.endswith(s[:n])]
+        shown = len(text) - max(possible, default=0)
+        self._held = text[shown:]
+        return text[:shown]
+
+    def end(self) -> str:
+        """The rest of the text when no token follows: U+FFFD for an incomplete character, or nothing."""
+        rest = self._utf8.decode(b"", final=True) + (self._fresh() if self._ids else "")
+        return "" if self.stopped else self._held + rest
+
+    def _decoded(self, tokens: Sequence[int]) -> str:
         kept = [i for i in map(int, tokens) if self._tokenizer._is_text(i, self._skip_special)]
         pieces = self._tokenizer._pieces
         if pieces is None:
@@ -435,10 +515,6 @@ class DecodeStream:
         if self._drop_space and data:
             self._drop_space, data = False, data.removeprefix(b" ")
         return self._utf8.decode(data)
-
-    def end(self) -> str:
-        """The rest of the text when no token follows: U+FFFD for an incomplete character, or nothing."""
-        return self._utf8.decode(b"", final=True) + (self._fresh() if self._ids else "")
 
     def _fresh(self, hold: str | None = None) -> str:
         text = self._tokenizer._backend.decode(self._ids, skip_special_tokens=False)

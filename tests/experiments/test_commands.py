@@ -153,6 +153,27 @@ def test_generate_streams_text_and_shows_steps(rule, trained, command):
     assert "token/recurrences" not in other
 
 
+def test_generate_stops_at_stop_strings_and_replies_to_messages(trained, command):
+    common = ("--exit", "none", "--steps", "2", "--max-new-tokens", "12", "--no-show-steps")
+    code, out, err = command("generate", trained[0], "--prompt", "12 The", *common)
+    assert code == 0, err
+    continued = out.removeprefix("12 The").rpartition("\n")[0].rpartition("\n")[0]
+    stop = continued[1:3]
+    code, out, err = command("generate", trained[0], "--prompt", "12 The", *common, "--stop", "never", stop)
+    assert code == 0, err
+    assert out.startswith("12 The" + continued.partition(stop)[0] + "\n")
+    code, out, err = command("generate", trained[0], "--prompt", "12 The", *common, "--chat")
+    assert code == 0, err
+    assert out.startswith("12 The\n")
+
+
+def test_control_characters_are_shown_on_a_terminal_alone(monkeypatch):
+    visible, text = script("generate").visible, "a\x1b[31m\x00\x08\r\n\té\x7f\x9b\x0e"
+    assert visible(text) == text
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert visible(text) == "a␛[31m␀␈␍\n\té␡\\x9b␎"
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_help_names_every_field_and_says_what_it_is(name, command):
     code, out, _ = command(name, *(["nano"] if name == "train" else []), "--help")
@@ -248,6 +269,8 @@ def test_mistakes_of_form_print_the_parsers_message(name, arguments, words, comm
         ("generate", ("RUN", "--prompt", "a", "--temperature", "-1"), ["temperature = -1", "not be negative"]),
         ("generate", ("RUN", "--prompt", "a", "--max-new-tokens", "300"), ["max_new_tokens = 300", "256"]),
         ("generate", ("RUN", "--prompt", "\ud800"), ["text", "Unicode"]),
+        ("generate", ("RUN", "--prompt", "\ud800", "--chat"), ["messages[0]", "Unicode"]),
+        ("generate", ("RUN", "--prompt", "a", "--stop", "b", ""), ["stop = ['b', '']", "none of them empty"]),
     ],
 )
 def test_evaluate_and_generate_refuse_arguments(name, arguments, words, trained, refused):

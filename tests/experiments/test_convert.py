@@ -13,6 +13,7 @@ import pytest
 from golden_cases import GOLDEN, model
 from safetensors.numpy import load_file
 
+import rdlm
 from rdlm.checkpoint import load_checkpoint
 from rdlm.config import InputError, ModelConfig
 from rdlm.hf import load_huggingface, save_huggingface
@@ -177,3 +178,26 @@ def test_a_hub_name_without_the_library_says_what_to_install(tmp_path, monkeypat
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ValueError, match="install huggingface_hub"):
         convert(monkeypatch, "organisation/name", tmp_path / "out")
+
+
+def test_a_tokenizer_that_does_not_fit_is_said(tmp_path, monkeypatch, tokenizer, capsys):
+    for size, code in ((256, 2), (512, 0)):
+        source = tmp_path / str(size)
+        config = dataclasses.replace(TINY, vocab_size=size)
+        save_huggingface(source, cast(fresh(config, jax.random.key(0)), "bfloat16"), config)
+        for file in tokenizer.iterdir():
+            (source / file.name).write_bytes(file.read_bytes())
+        (source / "generation_config.json").write_text('{"eos_token_id": [1, 7]}')
+        if code:
+            with pytest.raises(InputError, match="tokenizer has 300 entries, the model only 256"):
+                convert(monkeypatch, source, tmp_path / "run")
+            assert not (tmp_path / "run").exists()
+    assert convert(monkeypatch, source, tmp_path / "run") == 0
+    assert "the tokenizer has 300 entries, the model 512: the rest is masked" in capsys.readouterr().out
+    run = rdlm.load(tmp_path / "run")
+    assert (run.require_config().data.tokenizer_size, run.require_config().model.vocab_size) == (300, 512)
+    assert (run.config.vocab_size, run.config.rows) == (300, 512)
+    # What ends a text comes along, both ways.
+    assert {1, 7} <= set(run.require_tokenizer().end_ids)
+    assert convert(monkeypatch, tmp_path / "run", tmp_path / "back") == 0
+    assert json.loads((tmp_path / "back/generation_config.json").read_text()) == {"eos_token_id": [1, 7]}

@@ -126,6 +126,54 @@ def test_an_emoji_arrives_with_its_last_token():
     assert streamed(TOKENIZER, ids[:-1])[-1] == "\ufffd"  # cut short: said at the end, not lost
 
 
+@given(st.text("ab\n é🙂"), st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3))
+def test_a_stop_string_ends_the_text_and_nothing_of_it_is_shown(text, stop):
+    ids = TOKENIZER.encode(text).tolist()
+    stream = TOKENIZER.decode_stream(stop=stop)
+    pieces = [stream.push(i) for i in ids]
+    found = [(text.find(s) + len(s), text.find(s)) for s in stop if s in text]
+    assert stream.stopped == bool(found)
+    assert "".join(pieces) + stream.end() == text[: min(found, default=(0, len(text)))[1]]
+    assert TOKENIZER.decode(ids, stop=stop) == "".join(pieces) + stream.end()
+
+
+@pytest.mark.parametrize("stop", ["", [""], ["a", ""], "a", [7]])
+def test_stop_strings_are_a_list_of_texts(stop):
+    with pytest.raises(InputError, match=r"stop = .*list of texts"):
+        TOKENIZER.decode_stream(stop=stop)
+
+
+# Where a text ends
+
+CLOSED = "{% for m in messages %}<|begin_header|>{{ m.role }} {{ m.content }}<|pad|>\n{% endfor %}"
+STRICT = "{{ raise_exception('a system message first') }}"
+
+
+@pytest.mark.parametrize(
+    ("template", "generation", "ends"),
+    [
+        (None, None, {1, 4}),  # the reference's template: <|end_turn|>
+        (CLOSED, None, {1, 5}),
+        (STRICT, None, {1}),
+        ("{% for m in messages %}{{ m.content }}\n{% endfor %}", None, {1}),
+        (None, {"eos_token_id": 9}, {1, 4, 9}),
+        (None, {"eos_token_id": [9, 3, 100_000]}, {1, 4, 9, 3}),
+        (None, {"eos_token_id": None, "temperature": 1}, {1, 4}),
+    ],
+)
+def test_a_text_ends_at_the_end_token_at_the_end_of_a_turn_and_where_its_folder_says(
+    template, generation, ends, saved, tmp_path
+):
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    tokenizer = Tokenizer.load(saved("tokenizer_config.json", lambda t: {**t, "chat_template": template}))
+    assert set(tokenizer.end_ids) == ends
+    tokenizer.save(tmp_path / "again")
+    again = Tokenizer.load(tmp_path / "again")
+    assert (again.end_ids, again.hash) == (tokenizer.end_ids, tokenizer.hash)
+    assert "generation_config" not in (tmp_path / "again/tokenizer_config.json").read_text()
+
+
 # Identity, saving and loading
 
 
@@ -212,6 +260,8 @@ def test_folders_of_others_may_name_no_begin_token_and_keep_their_names_elsewher
         ("tokenizer_config.json", '{"eos_token": ' + "1" * 5000 + "}", "tokenizer_config.json: not JSON"),
         ("special_tokens_map.json", "[1]", "special_tokens_map.json: expected an object"),
         ("chat_template.json", "{", "chat_template.json: not JSON"),
+        ("generation_config.json", "{", "generation_config.json: not JSON"),
+        ("generation_config.json", '{"eos_token_id": ["2"]}', "eos_token_id = .'2'.: must be an id"),
         (
             "tokenizer_config.json",
             '{"bos_token": "<s>", "eos_token": "<|end_text|>"}',

@@ -262,9 +262,7 @@ class DepthLM(LM):
                 f"the model reads {self.config.max_length} tokens, prompt included"
             )
         special = self._tokens.special_ids
-        ends = {self._tokens.eos_id, self._tokens.bos_id} | {
-            special[s] for s in (*until, "<|end_turn|>") if s in special
-        }
+        ends = {*self._tokens.end_ids, self._tokens.bos_id} | {special[s] for s in until if s in special}
         if not sampled:
             chosen = {name: value for name, value in chosen.items() if name == "repetition_penalty"}
         tokens = self._encode_written(before) if before in self._written else self._encode(before)
