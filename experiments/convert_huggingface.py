@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from rdlm.config import DataConfig, InputError, RunConfig, differences, one_line, require
+from rdlm.config import DataConfig, InputError, RunConfig, differences, local_path, one_line, require
 from rdlm.runtime import complete_folder, parse_arguments, run_command, set_aside
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def main() -> int:
     require(0 <= args.threshold < math.inf, "--threshold", args.threshold, "must be a finite number, not negative")
     from rdlm.hf import is_huggingface
 
-    source, target = local_folder(args.src), args.dst.expanduser()
+    source, target = local_folder(args.src), args.dst
     if source.resolve() == target.resolve():
         raise InputError(f"{target}: source and destination are the same folder")
     to_run = is_huggingface(source)
@@ -107,9 +107,10 @@ def local_folder(name: str) -> Path:
     Raises:
       InputError: neither a folder nor a model on the hub, or huggingface_hub is not installed.
     """
-    if Path(name).expanduser().is_dir():
-        return Path(name).expanduser()
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or Path(name).exists():
+    folder = local_path(name)
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or folder.exists():
         raise InputError(f"{name}: no such folder")
     try:
         from huggingface_hub import snapshot_download

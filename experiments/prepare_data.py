@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from rdlm.config import Packing, require
+from rdlm.config import Packing, is_url, local_path, require
 from rdlm.runtime import parse_arguments, run_command
 
 if TYPE_CHECKING:
@@ -85,7 +85,12 @@ class Args:
         require(bool(self.tokenizer), "--tokenizer", self.tokenizer, fix)
         require(self.processes >= 0, "--processes", self.processes, "must not be negative")
         require(self.shard_bytes >= 1, "--shard-bytes", self.shard_bytes, "must be at least 1")
-        require(self.beam or "://" not in self.out, "--out", self.out, "must be a local folder (or pass --beam)")
+        if not self.beam:
+            fix = "is a URL, and this must be a local path; mount the bucket and give the folder there, or pass --beam"
+            require(not is_url(self.out), "--out", self.out, fix)
+            local_path(self.out, "--out")
+        if self.tokenizer != "bytes":
+            local_path(self.tokenizer, "--tokenizer")
         require(self.beam or not self.beam_flags, "--beam-flags", self.beam_flags, "only with --beam")
 
 

@@ -39,7 +39,7 @@ def main() -> int:
         "lm_eval": f"python experiments/lm_eval.py {args.run_dir} --preset paper",
     }
     page = html_page(args.run_dir, commands)
-    path = args.run_dir / "report.html" if args.out is None else args.out.expanduser()
+    path = args.run_dir / "report.html" if args.out is None else args.out
     print(f"page: {write_output(path, page)} ({len(page.encode()) / 1e6:.1f} MB)")
     return 0
 

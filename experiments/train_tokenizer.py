@@ -13,12 +13,11 @@ import dataclasses
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from rdlm.config import InputError, require
+from rdlm.config import InputError, local_path, require
 from rdlm.runtime import parse_arguments, run_command
 
 
@@ -60,7 +59,7 @@ def main() -> int:
     from rdlm.runtime.files import complete_folder
     from rdlm.tokenizer import Tokenizer
 
-    out = Path(args.out).expanduser()
+    out = local_path(args.out, "--out")
     if out.exists():
         raise InputError(f"--out = {args.out}: is there already; choose another")
     tokenizer = Tokenizer.bytes_only() if args.bytes else Tokenizer.train(texts(args), args.size, "last")

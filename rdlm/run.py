@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from rdlm.checkpoint import load_checkpoint, load_tokenizer, read_config, read_meta, saved_steps
-from rdlm.config import InputError, ModelConfig, RunConfig, Sampling
+from rdlm.config import InputError, ModelConfig, RunConfig, Sampling, local_path
 from rdlm.data import Batch, Chain
 from rdlm.decode import Generation, generate
 from rdlm.evaluation.depth import DepthCurve, depth_curve
@@ -193,7 +193,7 @@ def _encode(tokenizer: Tokenizer, prompt: str | Chat) -> np.ndarray:
 
 def find(folder: str | Path, step: int | None = None, ema: bool = False) -> Run:
     """As `load`, but parameters are read on first use."""
-    folder = Path(folder)
+    folder = local_path(folder)
     if is_huggingface(folder):
         if step is not None or ema:
             raise InputError(f"{folder}: a Hugging Face folder has one set of weights; leave out step and ema")

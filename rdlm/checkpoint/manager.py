@@ -19,7 +19,7 @@ from jaxtyping import PyTree
 
 from rdlm.checkpoint.integrity import Meta, as_mapping, bit_sum, reading, wrong_sum
 from rdlm.checkpoint.run_folder import saved_steps, write_config
-from rdlm.config import InputError, RunConfig, one_line
+from rdlm.config import InputError, RunConfig, local_path, one_line
 from rdlm.model import Params
 from rdlm.runtime import RunError, exchange, is_first, owned
 
@@ -250,7 +250,7 @@ def save_parameters(run_folder: str | Path, params: Params, run: RunConfig, meta
       InputError: the folder already holds checkpoints, is used by another process, or cannot be written.
       SaveError: the disk refuses while they are written.
     """
-    folder = Path(run_folder)
+    folder = local_path(run_folder)
     largest = max(x.nbytes for x in jax.tree.leaves(params))
     handlers: dict[str, ocp.CheckpointHandler] = {
         "params": ocp.StandardCheckpointHandler(save_concurrent_gb=max(1, -(-largest // 10**9))),

@@ -12,7 +12,7 @@ from jax.sharding import SingleDeviceSharding
 from jaxtyping import PyTree
 
 from rdlm.checkpoint.integrity import Meta, as_mapping, naming, wrong_sum
-from rdlm.config import InputError, ModelConfig, RunConfig, from_json, to_json
+from rdlm.config import InputError, ModelConfig, RunConfig, from_json, local_path, to_json
 from rdlm.model import Params, init_params
 from rdlm.optim import AverageState, average_of, optimizer
 from rdlm.runtime import write_atomically
@@ -30,7 +30,7 @@ def read_config(folder: Path) -> RunConfig:
     Raises:
       InputError: no such folder, not a run folder, or a config that is not valid.
     """
-    folder = Path(folder)
+    folder = local_path(folder)
     if folder.is_file():
         raise InputError(f"run folder {folder}: is a file; give the folder that holds it")
     if not folder.is_dir():
@@ -58,7 +58,7 @@ def _is_huggingface_config(text: str) -> bool:
 
 def saved_steps(folder: Path) -> list[int]:
     """Steps of the complete checkpoints in a run folder, ascending."""
-    path = Path(folder) / "checkpoints"
+    path = local_path(folder) / "checkpoints"
     if not path.is_dir():
         return []
     return sorted(int(p.name) for p in path.iterdir() if p.name.isdigit() and (p / "_CHECKPOINT_METADATA").exists())
@@ -76,7 +76,7 @@ def load_checkpoint(run_folder: str | Path, step: int | None = None, ema: bool =
       InputError: not a run folder, no complete checkpoint, no such step, no average, or damaged files (the message
         names another step that can be loaded).
     """
-    run = read_config(Path(run_folder))
+    run = read_config(local_path(run_folder))
     if ema:
         return _load_average(run, run_folder, step), run.model
     config = run.model
@@ -138,7 +138,7 @@ def load_tokenizer(run_folder: str | Path, step: int | None = None) -> Tokenizer
       InputError: no checkpoint, no tokenizer, or one that does not match the checkpoint.
     """
     trained = read_meta(run_folder, step).get("tokenizer")
-    folder = Path(run_folder) / "tokenizer"
+    folder = local_path(run_folder) / "tokenizer"
     tokenizer = Tokenizer.load(folder)
     if trained is not None and trained != tokenizer.hash:  # None: a model that was converted without one
         raise InputError(
@@ -149,7 +149,7 @@ def load_tokenizer(run_folder: str | Path, step: int | None = None) -> Tokenizer
 
 
 def _checkpoint(run_folder: str | Path, step: int | None) -> Path:
-    folder, steps = Path(run_folder), saved_steps(Path(run_folder))
+    folder, steps = local_path(run_folder), saved_steps(local_path(run_folder))
     if not steps:
         raise InputError(f"run folder {folder}: has no complete checkpoint yet; train until one is saved")
     if step is not None and step not in steps:
@@ -158,7 +158,7 @@ def _checkpoint(run_folder: str | Path, step: int | None) -> Path:
 
 
 def _way_out(run_folder: str | Path, damaged: int) -> str:
-    others = [step for step in saved_steps(Path(run_folder)) if step != damaged]
+    others = [step for step in saved_steps(local_path(run_folder)) if step != damaged]
     before = max((step for step in others if step < damaged), default=max(others, default=None))
     if before is None:
         return "there is no other: restore it from a copy, or delete it and train again"

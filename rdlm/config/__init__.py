@@ -3,6 +3,7 @@
 from rdlm.config.errors import InputError, did_you_mean, one_line, require
 from rdlm.config.json import differences, from_json, to_json
 from rdlm.config.model import CachePolicy, ExitName, ModelConfig, Sampling, Speculative, check_threshold
+from rdlm.config.paths import is_url, local_path
 from rdlm.config.presets import PRESETS, preset
 from rdlm.config.run import (
     IGNORED,
@@ -47,6 +48,8 @@ __all__ = [
     "did_you_mean",
     "differences",
     "from_json",
+    "is_url",
+    "local_path",
     "one_line",
     "preset",
     "require",

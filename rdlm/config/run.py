@@ -8,6 +8,7 @@ from typing import Literal
 
 from rdlm.config.errors import require
 from rdlm.config.model import ModelConfig
+from rdlm.config.paths import local_path
 
 Scheme = Literal[
     "poisson-lognormal-filling",
@@ -133,12 +134,17 @@ class DataConfig:
         # Training a tokenizer needs at least 262 entries and checks that; a converted model may have any number.
         for name in ("sequence_length", "batch_size", "microbatches", "tokenizer_size"):
             require(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "must be at least 1")
+        local_path(self.folder, "data.folder")
         folders = len(self.prepared)
-        weighted = not self.weights or (len(self.weights) == folders and min(self.weights) > 0)
+        total = sum(self.weights)  # not a number if one of them is not
+        weighted = not self.weights or (len(self.weights) == folders and min(self.weights) > 0 and total < math.inf)
         sample = "a sample of the stream, made by experiments/prepare_data.py"
         checks = {
             "validation_fraction": (0 < self.validation_fraction < 1, "must be between 0 and 1"),
-            "weights": (weighted, f"must be empty, or a positive number for each of the {folders} in data.prepared"),
+            "weights": (
+                weighted,
+                f"must be empty, or a positive finite number for each of the {folders} in data.prepared",
+            ),
             "stream": (not self.stream or folders == 1, f"needs exactly one folder in data.prepared: {sample}"),
             "task_size": ((self.task_size >= 1) == bool(self.task), "must be at least 1 with data.task, and 0 without"),
         }
@@ -264,8 +270,10 @@ class RunConfig:
             value = getattr(self, section.name)
             for field in dataclasses.fields(value) if dataclasses.is_dataclass(value) else ():
                 number = getattr(value, field.name)
-                finite = not isinstance(number, float) or math.isfinite(number)
+                floats = [x for x in (number if isinstance(number, tuple) else (number,)) if isinstance(x, float)]
+                finite = all(map(math.isfinite, floats))
                 require(finite, f"{section.name}.{field.name}", number, "must be a finite number")
+        _ = self.folder  # must be local
         require(self.steps >= 1, "steps", self.steps, "must be at least 1")
         require(0 <= self.seed < 2**31, "seed", self.seed, "must be in [0, 2**31)")
         require(
@@ -290,5 +298,5 @@ class RunConfig:
 
     @property
     def folder(self) -> str:
-        """The run folder."""
-        return self.run_dir or f"runs/{self.preset}"
+        """The run folder, ~ expanded."""
+        return str(local_path(self.run_dir or f"runs/{self.preset}", "run_dir"))

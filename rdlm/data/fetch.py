@@ -7,7 +7,7 @@ from pathlib import Path
 
 import fsspec
 
-from rdlm.config import InputError, one_line
+from rdlm.config import InputError, is_url, local_path, one_line
 from rdlm.data.manifest import read_manifest
 from rdlm.runtime.files import complete_folder
 
@@ -20,14 +20,14 @@ def local_copy(folder: str, cache: str) -> Path:
     Raises:
       InputError: it cannot be copied, or arrives damaged.
     """
-    if "://" not in folder:
-        return Path(folder).expanduser()
+    if not is_url(folder):
+        return local_path(folder)
     try:
         fs, root = fsspec.core.url_to_fs(folder)
         manifest = fs.cat_file(f"{root}/manifest.json")
         # Named by its content: another manifest at the same URL is another copy.
         name = f"{root.rstrip('/').rpartition('/')[2]}-{hashlib.sha256(manifest).hexdigest()[:12]}"
-        final = Path(cache).expanduser() / name
+        final = local_path(cache) / name
         if not final.exists():
             with complete_folder(final) as partial:
                 fs.get(f"{root.rstrip('/')}/", f"{partial}/", recursive=True)

@@ -11,7 +11,7 @@ import grain
 import numpy as np
 from grain.experimental import index_shuffle
 
-from rdlm.config import InputError
+from rdlm.config import InputError, local_path
 from rdlm.data.manifest import Manifest, first_difference, read_manifest
 from rdlm.data.packing import EMPTY, Row, arrays, labels_in, mix
 from rdlm.data.records import RowFiles
@@ -104,7 +104,7 @@ class PackedData:
           InputError: the folder is not prepared data or is damaged, was prepared with another length or tokenizer,
             the train split has fewer rows than a batch, or no token of the split counts as a label.
         """
-        folder = Path(folder)
+        folder = local_path(folder)
         manifest = read_manifest(folder)
         if split not in ("train", "validation"):
             raise InputError(f"split = {split!r}: must be 'train' or 'validation'")

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from rdlm.config import InputError, Packing, from_json, require, to_json
+from rdlm.config import InputError, Packing, from_json, local_path, require, to_json
 
 FORMAT_VERSION = 2
 """Incremented when older folders can no longer be read."""
@@ -172,7 +172,7 @@ def read_manifest(folder: str | Path, *, checksums: bool = False) -> Manifest:
     Raises:
       InputError: no prepared data there, another format version, or files missing, cut short or altered.
     """
-    folder = Path(folder)
+    folder = local_path(folder)
     path = folder / "manifest.json"
     try:
         text = path.read_text(encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import grain
@@ -102,9 +103,9 @@ class _Pattern(grain.transforms.DatasetSelectionMap):
     """
 
     def __init__(self, weights: Sequence[float], sources: int) -> None:
-        if len(weights) != sources or min(weights) <= 0:
+        if len(weights) != sources or not all(x > 0 for x in weights) or sum(weights) == math.inf:
             raise InputError(
-                f"data.weights = {tuple(weights)}: must be one positive number for each of {sources} folders"
+                f"data.weights = {tuple(weights)}: must be one positive finite number for each of {sources} folders"
             )
         exact = np.array(weights, np.float64) / sum(weights) * _CYCLE
         counts = np.floor(exact).astype(int)

@@ -22,7 +22,7 @@ import numpy as np
 from jax import Array
 
 from rdlm import exits
-from rdlm.config import InputError, ModelConfig, did_you_mean, require
+from rdlm.config import InputError, ModelConfig, did_you_mean, local_path, require
 from rdlm.exits import ExitRule
 from rdlm.model import Params, forward
 from rdlm.perf import flops
@@ -355,7 +355,7 @@ def save(run_folder: str | Path, found: Calibrated) -> Path:
     """
     known = read(run_folder) | {found.rule: found}
     text = json.dumps({rule: _flat(x) for rule, x in known.items()}, indent=1)
-    return write_output(Path(run_folder) / FILE, text + "\n")
+    return write_output(local_path(run_folder) / FILE, text + "\n")
 
 
 def read(run_folder: str | Path) -> dict[str, Calibrated]:
@@ -364,7 +364,7 @@ def read(run_folder: str | Path) -> dict[str, Calibrated]:
     Raises:
       InputError: the file is damaged.
     """
-    path = Path(run_folder) / FILE
+    path = local_path(run_folder) / FILE
     try:
         return {rule: _from_flat(rule, x) for rule, x in json.loads(path.read_text(encoding="utf-8")).items()}
     except FileNotFoundError:
@@ -407,7 +407,7 @@ def load(run_folder: str | Path, rule: str, step: int, command: str) -> Calibrat
     Raises:
       InputError: not calibrated, calibrated for another checkpoint, no threshold passed, or the file is damaged.
     """
-    path, known, command = Path(run_folder) / FILE, read(run_folder), f"{command} --rules {rule}"
+    path, known, command = local_path(run_folder) / FILE, read(run_folder), f"{command} --rules {rule}"
     if rule not in known:
         there = f"only {', '.join(known)}" if known else "nothing"
         raise InputError(f"{path}: {rule} is not calibrated ({there} is there); run `{command}`")

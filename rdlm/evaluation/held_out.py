@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from rdlm.checkpoint import load_tokenizer, read_config, read_meta
-from rdlm.config import DataConfig, InputError, RunConfig
+from rdlm.config import DataConfig, InputError, RunConfig, local_path
 from rdlm.data import Chain, open_validation
 from rdlm.data.prepare import prepared_folder
 from rdlm.tasks import IGNORED, Expression, PointerChasing, Reachability, Task, WordProblem, batch, named
@@ -55,7 +55,7 @@ def held_out(run_dir: str | Path, step: int | None = None, size: int | None = No
     Raises:
       InputError: not a run folder, no checkpoint, a task that is not known, no validation data, a size for a text.
     """
-    folder = Path(run_dir)
+    folder = local_path(run_dir)
     run = read_config(folder)
     read_meta(folder, step)  # raises if there is no such checkpoint
     if run.data.task:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from rdlm.config import InputError
+from rdlm.config import InputError, local_path
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 Style = Literal["text", "letters"]
@@ -60,7 +60,7 @@ def read_questions(path: str | Path) -> list[Choice] | list[Cloze]:
     Raises:
       InputError: no such file, no questions, or a line that is not one: named with its number.
     """
-    path = Path(path)
+    path = local_path(path)
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:

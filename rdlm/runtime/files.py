@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from rdlm.config import InputError
+from rdlm.config import InputError, local_path
 
 
 def write_atomically(path: Path, content: str | bytes) -> Path:
@@ -39,6 +39,7 @@ def write_output(path: Path, content: str | bytes) -> Path:
     Raises:
       InputError: it cannot be written.
     """
+    path = local_path(path)
     try:
         Path(os.path.realpath(path)).parent.mkdir(parents=True, exist_ok=True)
         return write_atomically(path, content)
@@ -61,7 +62,7 @@ def complete_folder(final: Path, field: str = "") -> Iterator[Path]:
     Raises:
       InputError: the disk refuses (permissions, space, a file where a folder should be).
     """
-    final = Path(os.path.realpath(final))  # a link is followed, not replaced
+    final = Path(os.path.realpath(local_path(final, field)))  # a link is followed, not replaced
     partial = _partial(final)
     try:
         partial.mkdir(parents=True)

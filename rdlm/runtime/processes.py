@@ -68,6 +68,7 @@ def start(agree_on: str = "") -> None:
     if place is not None:
         _join(*place, agree_on, timeout)
     port = _number("RDLM_PROFILER_PORT", 0)
+    _check_port("RDLM_PROFILER_PORT", port, port)
     if port and is_first():
         import jax
 
@@ -109,9 +110,14 @@ def _join(address: str, count: int, index: int, agree_on: str, timeout: int) -> 
 
 def _number(name: str, default: int) -> int:
     text = os.environ.get(name) or str(default)
-    if not text.isdecimal():
-        raise InputError(f"{name} = {text!r}: must be a whole number")
+    if not text.isdecimal() or len(text) > 9:
+        raise InputError(f"{name} = {text[:40]!r}: must be a whole number of at most 9 digits")
     return int(text)
+
+
+def _check_port(name: str, value: str | int, port: int) -> None:
+    if port > 65535:
+        raise InputError(f"{name} = {value!r}: a port is at most 65535")
 
 
 def _from_environment() -> tuple[str, int, int] | None:
@@ -124,8 +130,9 @@ def _from_environment() -> tuple[str, int, int] | None:
         missing = next(name for name in names if name not in given)
         raise InputError(f"{missing} is not set, but {given[0]} is; several processes need {', '.join(names)}")
     address, count, index = os.environ[names[0]], _number(names[1], 1), _number(names[2], 0)
-    if not re.fullmatch(r".+:\d+", address):
+    if not re.fullmatch(r".+:0*[1-9][0-9]{0,5}", address):
         raise InputError(f"RDLM_COORDINATOR = {address!r}: must be HOST:PORT of process 0")
+    _check_port(names[0], address, int(address.rpartition(":")[2]))
     if not index < count:
         raise InputError(f"RDLM_PROCESS_ID = {index}: must be less than RDLM_PROCESSES = {count}")
     return address, count, index

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import tokenizers
 
-from rdlm.config import InputError, one_line
+from rdlm.config import InputError, local_path, one_line
 from rdlm.tokenizer import chat, training
 from rdlm.tokenizer.training import Config
 
@@ -83,7 +83,7 @@ class Tokenizer:
         Raises:
           InputError: a file is missing or invalid, or no eos_token is named.
         """
-        place = Path(folder).expanduser()
+        place = local_path(folder)
         text = _read(place, "tokenizer.json")
         try:
             backend = tokenizers.Tokenizer.from_str(text)
@@ -115,7 +115,7 @@ class Tokenizer:
         Raises:
           InputError: the folder cannot be written.
         """
-        folder = Path(folder)
+        folder = local_path(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "tokenizer.json").write_text(self._backend.to_str(pretty=True), encoding="utf-8")

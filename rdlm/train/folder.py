@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 
 from rdlm.checkpoint import Checkpoints, read_config, write_config
-from rdlm.config import InputError, RunConfig, differences
+from rdlm.config import InputError, RunConfig, differences, local_path
 from rdlm.evaluation.depth import DepthCurve
 from rdlm.runtime import complete_folder, exchange, is_first, owned, together, write_atomically
 from rdlm.tokenizer import Tokenizer
@@ -45,7 +45,7 @@ class RunFolder:
         Raises:
           InputError: it holds another run, or is not a run folder.
         """
-        self.config, self.path = config, Path(config.folder)
+        self.config, self.path = config, local_path(config.folder, "run_dir")
         self._check()
 
     def _check(self) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections import Counter
 
 import numpy as np
@@ -112,10 +113,18 @@ def test_sources_with_equal_document_numbers_get_different_noise(mix, folders):
 # What is refused
 
 
-@pytest.mark.parametrize("weights", [(1, 2), (1, 2, 0), (1, 1, 1e-9)])
+@pytest.mark.parametrize(
+    "weights", [(1, 2), (1, 2, 0), (1, 1, 1e-9), (1, math.nan, 1), (1, math.inf, 1), (1e308, 1e308, 1)]
+)
 def test_weights_that_do_not_fit_are_refused(mix, weights, one_line):
     with one_line("data.weights = "):
         mix(weights)
+
+
+@pytest.mark.parametrize("weights", [(1, math.nan), (math.nan, 1), (1, math.inf), (1, -math.inf), (1e308, 1e308)])
+def test_a_configuration_refuses_weights_without_a_finite_sum(weights, one_line):
+    with one_line("data.weights = "):
+        DataConfig(prepared=("a", "b"), weights=weights)
 
 
 def test_sources_of_different_tokenizers_are_refused(tmp_path, folders, one_line):

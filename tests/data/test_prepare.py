@@ -208,7 +208,7 @@ def test_a_full_disk_is_reported_and_leaves_nothing(tiny_data, monkeypatch, one_
 
 
 def test_a_bucket_is_refused(tiny_data, one_line):
-    with one_line("must be a local folder"):
+    with one_line("must be a local path"):
         prepare_embedded(dataclasses.replace(tiny_data, folder="gs://bucket/data"))
 
 

@@ -155,6 +155,17 @@ def test_a_missing_device_is_an_error_and_not_the_end_of_a_later_program(monkeyp
         ),
         ({"RDLM_COORDINATOR": "a:1", "RDLM_PROCESSES": "two", "RDLM_PROCESS_ID": "0"}, "RDLM_PROCESSES = 'two'"),
         ({"RDLM_START_TIMEOUT": "5m"}, "RDLM_START_TIMEOUT = '5m'"),
+        ({"RDLM_START_TIMEOUT": "1" * 5000}, "RDLM_START_TIMEOUT = '1111.*at most 9 digits"),
+        ({"RDLM_PROFILER_PORT": "99999"}, "RDLM_PROFILER_PORT = 99999: a port is at most 65535"),
+        *(
+            ({"RDLM_COORDINATOR": address, "RDLM_PROCESSES": "2", "RDLM_PROCESS_ID": index}, words)
+            for index in "01"
+            for address, words in (
+                ("a:99999", "RDLM_COORDINATOR = 'a:99999': a port is at most 65535"),
+                ("a:0", "RDLM_COORDINATOR = 'a:0': must be HOST:PORT"),
+                ("a:" + "9" * 5000, "must be HOST:PORT"),
+            )
+        ),
     ],
 )
 def test_wrong_environment_is_refused(environment, words, monkeypatch):

@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rdlm.config import InputError, from_json, one_line, to_json
+from rdlm.config import InputError, from_json, local_path, one_line, to_json
 from rdlm.data.manifest import INPUTS, Manifest, Recipe, first_difference, read_manifest
 from rdlm.data.prepare.documents import read_documents
 from rdlm.data.prepare.input_files import Fingerprint, changed, fingerprint
@@ -77,7 +77,7 @@ def build(
       InputError: the target holds other data, or was begun with other settings (the message says which); another
         process is preparing it; a document is bad, or the disk is full. Complete shards are kept for the next attempt.
     """
-    target = Path(target).expanduser()
+    target = local_path(target)
     target = target.resolve() if target.is_symlink() else target
     unfinished = target.parent / f".{target.name}.unfinished"
     try:

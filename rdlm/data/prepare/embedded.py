@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from rdlm.config import DataConfig, InputError
+from rdlm.config import DataConfig, InputError, local_path
 from rdlm.data.manifest import Recipe, first_difference, read_manifest
 from rdlm.data.prepare import factbook
 from rdlm.data.prepare.build import Corpus
@@ -51,8 +51,6 @@ def prepare_embedded(data: DataConfig, *, tokenizer: Tokenizer | None = None) ->
 
 def prepared_folder(data: DataConfig, tokenizer: Tokenizer | None = None) -> Path:
     """The folder of `prepare_embedded`: data.folder/SOURCE-VOCABULARY-LENGTH, then non-default settings."""
-    if "://" in data.folder:
-        raise InputError(f"data.folder = {data.folder!r}: must be a local folder; every host prepares its own copy")
     name = f"{data.source}-{data.tokenizer_size}-{data.sequence_length}"
     if data.validation_fraction != DataConfig.validation_fraction:
         name += f"-v{data.validation_fraction:g}"
@@ -62,7 +60,7 @@ def prepared_folder(data: DataConfig, tokenizer: Tokenizer | None = None) -> Pat
                 f"data.tokenizer_size = {data.tokenizer_size}: the tokenizer given has {tokenizer.vocab_size} entries"
             )
         name += f"-{tokenizer.hash[:8]}"
-    return Path(data.folder).expanduser() / name
+    return local_path(data.folder, "data.folder") / name
 
 
 def embedded_corpus(folder: Path) -> Corpus:
@@ -107,4 +105,4 @@ SOURCE_VERSION = f"{factbook.PACKAGE} {factbook.PACKAGE_VERSION}, text {factbook
 
 
 def _documents(data: DataConfig) -> list[str]:
-    return factbook.documents(Path(data.folder).expanduser() / "tfds")
+    return factbook.documents(local_path(data.folder, "data.folder") / "tfds")

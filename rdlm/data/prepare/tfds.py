@@ -12,7 +12,7 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
-from rdlm.config import InputError, did_you_mean, one_line
+from rdlm.config import InputError, did_you_mean, local_path, one_line
 from rdlm.data.prepare import factbook
 from rdlm.data.prepare.parts import Part, Text, field_of
 
@@ -36,7 +36,7 @@ def dataset(name: str, data_dir: str | Path, manual_dir: str | Path | None = Non
     for module in _MODULES:
         importlib.import_module(f"tensorflow_datasets.{module}")
     known = tfds.list_builders(with_community_datasets=False)
-    folder = Path(data_dir).expanduser()
+    folder = local_path(data_dir)
     try:
         # TFDS would look up an unknown name in the network for half a minute.
         if base not in known and not (folder / base).is_dir():
@@ -47,9 +47,7 @@ def dataset(name: str, data_dir: str | Path, manual_dir: str | Path | None = Non
             builder = _prepared(folder / name)
             if builder is None:
                 builder = tfds.builder(name, data_dir=str(folder), file_format="array_record")
-                downloads = tfds.download.DownloadConfig(
-                    manual_dir=str(Path(manual_dir).expanduser()) if manual_dir else None
-                )
+                downloads = tfds.download.DownloadConfig(manual_dir=str(local_path(manual_dir)) if manual_dir else None)
                 builder.download_and_prepare(file_format="array_record", download_config=downloads)
     except InputError:
         raise
