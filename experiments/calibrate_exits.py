@@ -58,6 +58,8 @@ class Args:
     The threshold is then scored on up to as many of the other rows."""
     seed: int = 0
     """Of the drawn rows and the initial states."""
+    prepared: tuple[str, ...] = ()
+    """Where the run's prepared data lie now, if they have moved; they are compared with what it was trained on."""
 
 
 def main() -> int:
@@ -73,7 +75,7 @@ def main() -> int:
     calibration.check_risk(args.epsilon, args.delta)
     for rule in args.rules:
         calibration.thresholds(rule, 2)  # refuse a wrong name before minutes of work
-    data = held_out(args.run_dir)
+    data = held_out(args.run_dir, prepared=args.prepared)
     calibration.read(args.run_dir)
     run = find(args.run_dir)
     made = run.require_config().data

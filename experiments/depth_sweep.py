@@ -73,6 +73,8 @@ class Args:
     """Size of a task's instances: letters, operators, hops, distance. None: that of training."""
     step: int | None = None
     """Checkpoint. None: the newest."""
+    prepared: tuple[str, ...] = ()
+    """Where the run's prepared data lie now, if they have moved; they are compared with what it was trained on."""
 
 
 def main() -> int:
@@ -85,7 +87,7 @@ def main() -> int:
     from rdlm.report import picture_line, plot_sweep, write_result, write_table
     from rdlm.run import find
 
-    data = held_out(args.run_dir, args.step, args.size)
+    data = held_out(args.run_dir, args.step, args.size, args.prepared)
     run = find(args.run_dir, args.step)
     if data.length > run.config.max_length:
         raise InputError(f"--size {args.size}: {data.length} tokens, more than the model's max_length; choose less")

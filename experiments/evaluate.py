@@ -48,7 +48,9 @@ class Args:
     ema: bool = False
     """Evaluate the moving average of the weights, if the run has one (optimizer.ema_decay)."""
     data_folder: str | None = None
-    """Folder of prepared data. None: the one in the run's config (data.folder)."""
+    """Folder in which the embedded corpus is prepared. None: the one in the run's config (data.folder)."""
+    prepared: tuple[str, ...] = ()
+    """Where the run's prepared data lie now, if they have moved; they are compared with what it was trained on."""
     saved: bool = False
     """Evaluate nothing; print and draw the saved loss_by_depth.json."""
 
@@ -68,7 +70,7 @@ def main() -> int:
     part += f"_batches_{args.batches}" if args.batches else ""
     name = CURVE.replace(".", part + ".")
     saved = read_curve(args.run_dir, name) if args.saved else None
-    data = run.validation(args.data_folder)
+    data = run.validation(args.data_folder, args.prepared)
     if saved is not None:
         curve = saved_curve(saved, data, run.require_tokenizer(), args.batches)
     else:

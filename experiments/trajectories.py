@@ -66,6 +66,8 @@ class Args:
     """Size of a task's instance: letters, operators, hops, distance. None: that of training."""
     step: int | None = None
     """Checkpoint. None: the newest."""
+    prepared: tuple[str, ...] = ()
+    """Where the run's prepared data lie now, if they have moved; they are compared with what it was trained on."""
 
 
 class Text(NamedTuple):
@@ -90,7 +92,7 @@ def main() -> int:
     from rdlm.evaluation.held_out import held_out  # JAX takes seconds to import
     from rdlm.run import find
 
-    data = held_out(args.run_dir, args.step, args.size)
+    data = held_out(args.run_dir, args.step, args.size, args.prepared)
     run = find(args.run_dir, args.step)
     params, config = run.params, run.config
     text = prompted(args.prompt, data) if args.prompt is not None else chosen(args, data)

@@ -141,16 +141,20 @@ class Run:
         texts = [tokenizer.decode(new, after=before, stop=words) for new, before in pairs]
         return TextGeneration(**vars(out), text=texts[0] if single else texts)
 
-    def validation(self, folder: str | None = None) -> Chain:
-        """The run's validation data; folder: of prepared data, if it is not where the run's config says.
+    def validation(self, folder: str | None = None, prepared: Sequence[str] = ()) -> Chain:
+        """The run's validation data.
+
+        Args:
+          folder: in which the embedded corpus is prepared; None: where the run's config says (data.folder).
+          prepared: where the run's prepared data lie now; empty: where the run's config says (data.prepared).
 
         Raises:
-          InputError: no data, or data made with another tokenizer.
+          InputError: no data, other data, or data made with another tokenizer.
         """
         config = self.require_config().data
         if folder is not None:
             config = dataclasses.replace(config, folder=folder)
-        return validation(self.folder, self.step, config, self.require_tokenizer())
+        return validation(self.folder, self.step, config, self.require_tokenizer(), prepared)
 
     def evaluate(
         self,

@@ -8,7 +8,8 @@ from typing import NamedTuple, TypedDict
 
 from rdlm.config import DataConfig, InputError
 from rdlm.data.fetch import local_copy
-from rdlm.data.loader import PackedData
+from rdlm.data.loader import DataState, PackedData, check_sources
+from rdlm.data.manifest import read_manifest
 from rdlm.data.mixture import Chain, Mixture
 from rdlm.data.prepare.embedded import prepare_embedded
 from rdlm.data.stream import StreamedData
@@ -16,13 +17,15 @@ from rdlm.tokenizer import Tokenizer
 
 
 class RunData(NamedTuple):
-    """What training reads. `train` has batch(step), state(step), restore(step, state) and steps_per_epoch."""
+    """What training reads. `train` has batch(step), state(step), restore(step, state), check and steps_per_epoch."""
 
     train: PackedData | Mixture | StreamedData
     validation: Chain
     tokenizer: Tokenizer
     folder: Path
     """Of the (first) prepared data, for messages."""
+    identity: dict[str, object]
+    """By the names of what was read: what must be the same on all hosts."""
 
 
 class _Batches(TypedDict):
@@ -60,21 +63,33 @@ def open_data(data: DataConfig, *, seed: int, process_index: int = 0, process_co
     else:
         sources = [PackedData(folder, sequence_length=length, batch_size=1, seed=seed) for folder in folders]
         train = Mixture(sources, data.weights, **batches)
-    return RunData(train, _validation(folders, length, tokenizer, batches), tokenizer, folders[0])
+    identity = {
+        f"{name}: {key}": value
+        for name, folder in zip(data.prepared or [data.source], folders, strict=True)
+        for key, value in read_manifest(folder).identity().items()
+    }
+    if isinstance(train, StreamedData):
+        identity |= {f"data.stream: file {i}": str(file) for i, file in enumerate(train.files)}
+    return RunData(train, _validation(folders, length, tokenizer, batches), tokenizer, folders[0], identity)
 
 
-def open_validation(data: DataConfig, tokenizer: Tokenizer, *, make_with_it: bool = False) -> Chain:
+def open_validation(
+    data: DataConfig, tokenizer: Tokenizer, *, make_with_it: bool = False, state: DataState | None = None
+) -> Chain:
     """The validation split alone, for a model with this tokenizer.
 
     Args:
       data: the run's data.
       tokenizer: the model's.
       make_with_it: embedded corpus only: prepare it with this tokenizer instead of the one it is trained with.
+      state: of the data that the run was trained on, to be compared.
 
     Raises:
-      InputError: as `open_data`, or the data belong to another tokenizer.
+      InputError: as `open_data`, or the data belong to another tokenizer, or are not those of `state`.
     """
     folders = _folders(data, tokenizer if make_with_it else None)
+    if state is not None:
+        check_sources(state, [(folder, read_manifest(folder)) for folder in folders])
     batches = _Batches(batch_size=data.batch_size, process_index=0, process_count=1)
     return _validation(folders, data.sequence_length, tokenizer, batches)
 

@@ -157,14 +157,18 @@ class PackedData:
         """What the data are, and how often they have been seen before `step`."""
         return {"sources": [self.manifest.identity()], "epochs": [step * self.batch_size / self.len_rows]}
 
-    def restore(self, step: int, state: DataState) -> None:
-        """Check that a run saved with `state` continues with the same data; the position is the step itself.
+    def check(self, state: DataState) -> None:
+        """Check that a run saved with `state` was trained on these data, wherever they lie.
 
         Raises:
           InputError: another packing, source, tokenizer, ... (the message says which), or other rows.
         """
+        check_sources(state, [(self.folder, self.manifest)])
+
+    def restore(self, step: int, state: DataState) -> None:
+        """`check`; the position is the step itself."""
         del step
-        check_sources(state, [self])
+        self.check(state)
 
     def batches(self, n: int | None = None) -> Iterator[Batch]:
         """The first `n` batches (None: all) in the order on disk, each row once; for validation.
@@ -226,8 +230,8 @@ def stack(examples: Sequence[Example], sequence_length: int, pad_id: int) -> Bat
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def check_sources(state: DataState, data: Sequence[PackedData]) -> None:
-    """Compare the data that a checkpoint describes with the data on disk.
+def check_sources(state: DataState, data: Sequence[tuple[Path, Manifest]]) -> None:
+    """Compare the data that a checkpoint describes with the data in folders.
 
     Raises:
       InputError: naming the first difference.
@@ -235,7 +239,7 @@ def check_sources(state: DataState, data: Sequence[PackedData]) -> None:
     old = state["sources"]
     if len(old) != len(data):
         raise InputError(f"data.prepared: {len(data)} folders, but this run was trained on {len(old)}")
-    for before, now in zip(old, data, strict=True):
-        different = first_difference(before, now.manifest.identity())
+    for before, (folder, manifest) in zip(old, data, strict=True):
+        different = first_difference(before, manifest.identity())
         if different:
-            raise InputError(f"{now.folder}: has changed since the checkpoint: {different}; put the same data back")
+            raise InputError(f"{folder}: has changed since the checkpoint: {different}; put the same data back")

@@ -83,13 +83,17 @@ class Mixture:
         }
 
     def restore(self, step: int, state: DataState) -> None:
-        """See `PackedData.restore`.
+        """See `PackedData.restore`."""
+        del step
+        self.check(state)
+
+    def check(self, state: DataState) -> None:
+        """See `PackedData.check`.
 
         Raises:
           InputError: other data, or other weights.
         """
-        del step
-        check_sources(state, self.sources)
+        check_sources(state, [(source.folder, source.manifest) for source in self.sources])
         counts = self._pattern.counts
         if state["pattern"] != counts:
             raise InputError(f"data.weights: in {_CYCLE:,} rows {counts} of each, not {state['pattern']} as before")

@@ -126,19 +126,27 @@ class StreamedData:
             "files": [list(file) for file in self.files],
         }
 
-    def restore(self, step: int, state: DataState) -> None:
-        """Continue at `step` from its `state`.
+    def check(self, state: DataState) -> None:
+        """See `PackedData.check`.
 
         Raises:
-          InputError: another sample, another number of processes, other files, or a run that was not streamed.
+          InputError: another sample, or other files.
         """
-        check_sources(state, [self._sample])
+        check_sources(state, [(self._sample.folder, self._sample.manifest)])
         before = [Fingerprint(*file) for file in state.get("files", self.files)]  # older states have none
         if different := changed(before, self.files):
             raise InputError(
                 f"data.stream: the files have changed since the checkpoint: {different}; its position in them is lost: "
                 "put the same files back, or begin another run"
             )
+
+    def restore(self, step: int, state: DataState) -> None:
+        """Continue at `step` from its `state`.
+
+        Raises:
+          InputError: see `check`; another number of processes, or a run that was not streamed.
+        """
+        self.check(state)
         saved = state.get("stream", [])
         if len(saved) != self._processes:
             raise InputError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +44,16 @@ class HeldOut:
         return self.tokenizer is None
 
 
-def held_out(run_dir: str | Path, step: int | None = None, size: int | None = None) -> HeldOut:
+def held_out(
+    run_dir: str | Path, step: int | None = None, size: int | None = None, prepared: Sequence[str] = ()
+) -> HeldOut:
     """Held-out examples of the run in a folder.
 
     Args:
       run_dir: run folder.
       step: checkpoint whose tokenizer must match; None: the newest.
       size: of a task's instances (letters, operators, hops, distance); None: the size of training.
+      prepared: where the run's prepared data lie now; empty: where its config says.
 
     Raises:
       InputError: not a run folder, no checkpoint, a task that is not known, no validation data, a size for a text.
@@ -63,7 +66,7 @@ def held_out(run_dir: str | Path, step: int | None = None, size: int | None = No
     if size is not None:
         raise InputError(f"--size {size}: {folder} was trained on text, which has no size; leave it out")
     tokenizer = load_tokenizer(folder, step)
-    data = validation(folder, step, run.data, tokenizer)
+    data = validation(folder, step, run.data, tokenizer, prepared)
     return HeldOut(
         what="validation text",
         batches=data.batches,
@@ -75,11 +78,22 @@ def held_out(run_dir: str | Path, step: int | None = None, size: int | None = No
     )
 
 
-def validation(run_dir: Path, step: int | None, config: DataConfig, tokenizer: Tokenizer) -> Chain:
-    """The run's validation data, refused unless it was made with the run's tokenizer."""
+def validation(
+    run_dir: Path, step: int | None, config: DataConfig, tokenizer: Tokenizer, prepared: Sequence[str] = ()
+) -> Chain:
+    """The run's validation data, refused unless it was made with the run's tokenizer.
+
+    prepared: folders in place of those that the run's config names, refused unless they hold the same data.
+    """
+    meta = read_meta(run_dir, step)
+    if prepared:
+        config = dataclasses.replace(config, prepared=tuple(prepared), weights=(), stream=())
+        if "data" not in meta:
+            raise InputError(f"{run_dir}: does not say on what it was trained, so other data cannot be compared")
+        return open_validation(config, tokenizer, state=meta["data"])
     # A converted model has its own tokenizer, and data for it are prepared on first use. A run trained here needs the
     # data it was trained on; if they are gone, `prepare_embedded` makes the same bytes again.
-    foreign = "source" in read_meta(run_dir, step) and not config.prepared and not prepared_folder(config).exists()
+    foreign = "source" in meta and not config.prepared and not prepared_folder(config).exists()
     return open_validation(config, tokenizer, make_with_it=foreign)
 
 

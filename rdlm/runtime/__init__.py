@@ -16,7 +16,7 @@ from rdlm.runtime.compile_cache import compiled_programs, keep_compiled_programs
 from rdlm.runtime.errors import RunError, StartError
 from rdlm.runtime.files import complete_folder, set_aside, write_atomically, write_output
 from rdlm.runtime.owner import owned
-from rdlm.runtime.processes import exchange, is_first, on_tpu, start, together
+from rdlm.runtime.processes import agree, exchange, is_first, on_tpu, start, together
 from rdlm.runtime.progress import Progress, drop_lost_output, duration
 from rdlm.runtime.versions import versions
 
@@ -29,6 +29,7 @@ __all__ = [
     "Progress",
     "RunError",
     "StartError",
+    "agree",
     "compiled_programs",
     "complete_folder",
     "drop_lost_output",

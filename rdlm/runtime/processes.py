@@ -6,7 +6,9 @@ others within half a minute.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import os
 import re
 import sys
@@ -194,6 +196,30 @@ def together(make: Callable[[], T]) -> T:
         if said:
             raise InputError(f"process {i}: {said}")
     return result
+
+
+def agree(things: dict[str, object]) -> None:
+    """Compare named things between processes. All must call it together.
+
+    Raises:
+      InputError: on all of them, naming the first process whose things differ from those of process 0, and the thing.
+    """
+    items = list(things.items())
+    digests = exchange(hashlib.sha256(json.dumps(items).encode()).hexdigest())
+    while len({*digests}) > 1:  # the service takes short messages, so a long list goes in parts
+        part, items = items[:1000], items[1000:]
+        parts: list[list[object]] = [json.loads(text) for text in exchange(json.dumps(part))]
+        for i, found in enumerate(parts):
+            for ours, theirs in itertools.zip_longest(parts[0], found):
+                if ours != theirs:
+                    raise InputError(
+                        f"process {i}: {_pair(theirs)}, but on process 0 {_pair(ours)}: the hosts have different data; "
+                        "give all of them the same"
+                    )
+
+
+def _pair(item: Any) -> str:
+    return "nothing" if item is None else f"{item[0]} = {json.dumps(item[1])}"
 
 
 def leave(code: int, at_once: bool = False) -> NoReturn:

@@ -28,8 +28,11 @@ MAY_CHANGE = (
     "alarms.",
     "recurrence.remat",
     "data.folder",
+    "data.prepared",
+    "data.stream",
 )
-"""Fields that a resumed run may change: its length, its name, and the hardware it runs on."""
+"""Fields that a resumed run may change: its length, its name, the hardware it runs on, and where its data lie: these
+are known again by their digests (`PackedData.check`)."""
 
 
 _BEFORE_CONFIG = (".owner", ".shared", ".config.json.partial-")

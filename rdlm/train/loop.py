@@ -26,7 +26,7 @@ from jax import Array
 
 from rdlm import sharding
 from rdlm.analysis.vitals import alarms, vitals
-from rdlm.checkpoint import Checkpoints, SaveError, as_abstract
+from rdlm.checkpoint import Checkpoints, SaveError, as_abstract, read_meta
 from rdlm.config import PRESETS, InputError, RunConfig, differences, require
 from rdlm.data import open_data, prefetch
 from rdlm.evaluation.depth import DepthCurve, depth_curve
@@ -38,6 +38,7 @@ from rdlm.runtime import (
     EXIT_DONE,
     EXIT_PREEMPTED,
     Progress,
+    agree,
     compiled_programs,
     exchange,
     is_first,
@@ -83,7 +84,7 @@ class Trainer:
         self.tx = optimizer(config.optimizer, config.steps)
         self.shapes, self.shardings = state_shardings(config, self.tx, self.mesh)
         self.folder = RunFolder(config)
-        self.train, self.validation, self.tokenizer, prepared = open_data(
+        self.train, self.validation, self.tokenizer, prepared, self.data_identity = open_data(
             config.data, seed=config.seed, process_index=jax.process_index(), process_count=jax.process_count()
         )
         self.folder.check_tokenizer(self.tokenizer, prepared)
@@ -96,6 +97,7 @@ class Trainer:
           RunError: another process has taken the run folder over.
           InputError: losses or gradients are not finite, and one rollback did not help.
         """
+        agree(self.data_identity)
         preemption, path = Preemption(), self.folder.path
         try:
             with (
@@ -103,6 +105,9 @@ class Trainer:
                 Checkpoints(path, self.config.checkpoint.keep) as self.checkpoints,
             ):
                 if exchange(str(self.folder.is_finished(self.checkpoints)))[0] == "True":
+                    meta = read_meta(path)
+                    if "data" in meta:
+                        self.train.check(meta["data"])
                     self.say(f"{path} is finished: step {self.config.steps} is saved and evaluated")
                     return EXIT_DONE
                 self.stop = Stop(preemption, self.mesh)

@@ -16,7 +16,7 @@ import pytest
 import rdlm.runtime.processes as processes
 import rdlm.runtime.roll_call as rolls
 from rdlm.config import InputError
-from rdlm.runtime import StartError, exchange, start, together
+from rdlm.runtime import StartError, agree, exchange, start, together
 from rdlm.runtime.processes import HEARTBEAT_SECONDS
 from rdlm.runtime.roll_call import roll_call
 
@@ -255,3 +255,44 @@ def test_a_process_that_fails_ends_the_other_within_a_minute(address):
     assert time.monotonic() - failed < HEARTBEAT_SECONDS + 30, "JAX's heartbeat, on a busy machine"
     assert waits.returncode not in (0, 2, 75)
     assert "another task died" in err
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "says"),
+    [
+        ({"a: rows": 1}, {"a: rows": 2}, "process 1: a: rows = 2, but on process 0 a: rows = 1"),
+        ({"a": 1, "b": 2}, {"a": 1}, "process 1: nothing, but on process 0 b = 2"),
+        ({"file 0": "x"}, {"file 0": "x", "file 1": "y"}, 'process 1: file 1 = "y", but on process 0 nothing'),
+        (dict.fromkeys(map(str, range(3000)), 0), {str(i): int(i == 2500) for i in range(3000)}, "process 1: 2500 = 1"),
+        ({"a": 1}, {"a": 1}, None),
+        ({}, {}, None),
+    ],
+)
+def test_processes_agree_or_all_name_the_first_difference(first, second, says, monkeypatch):
+    both, said = threading.Barrier(2, timeout=20), [{}, {}]
+    calls = threading.local()
+
+    def exchange(text):
+        number = calls.count = getattr(calls, "count", 0) + 1
+        said[calls.index][number] = text
+        both.wait()
+        return [texts[number] for texts in said]
+
+    monkeypatch.setattr(processes, "exchange", exchange)
+    found = [None, None]
+
+    def process(index, things):
+        calls.index = index
+        try:
+            agree(things)
+        except InputError as error:
+            found[index] = str(error)
+
+    threads = [threading.Thread(target=process, args=pair) for pair in enumerate((first, second))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found[0] == found[1]
+    assert (found[0] is None) == (says is None)
+    assert says is None or found[0].startswith(says)
