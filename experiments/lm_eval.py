@@ -9,14 +9,17 @@ that generate run once per depth. A preset sets few-shot examples, chat template
 as in the paper, and lists what is not documented; all of it is stored with the results. Offline, the task files of
 FOLDER read local data (`dataset_path: json`; see `rdlm/evaluation/lm_eval/tasks.py`).
 
-Prints a table; writes RUN/analysis/lm_eval.json and .csv. Exit codes: 0 done, 2 wrong input. Hardware: any.
+Prints a table; writes RUN/analysis/lm_eval_TASKS.json and .csv, and the newest also as lm_eval.json.
+Exit codes: 0 done, 2 wrong input. Hardware: any.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -38,6 +41,7 @@ UNITS = {
     "published": "per cent",
     "iterations": "mean recurrences per token read or generated",
     "looks": "mean checks that read logits, per token",
+    "cut": "requests whose context is longer than the model reads, and was cut on the left",
     "flops_per_token": "forward FLOPs, attention in full over the mean context",
     "equivalent_parameters": "parameters of the unrolled model at the mean recurrences",
 }
@@ -140,10 +144,13 @@ def run(args: Args, protocol: Protocol, tasks: list[Any]) -> int:
         progress=Bar(),
     )
     rows = evaluate(lm, tasks, protocol, args.limit)
-    names = [getattr(task, "task_name", None) or task.name for task in tasks]
+    asked = [name for name in args.tasks or protocol.tasks if name in rows[0].results]
+    names = list(dict.fromkeys([*(getattr(task, "task_name", None) or task.name for task in tasks), *asked]))
     found = [record(config, x, name_of(args, x)) for x in rows]
     show(f"{args.run_dir}, step {model.step}", rows, [name_of(args, x) for x in rows], found, names, args.limit)
-    path = args.run_dir / "analysis" / "lm_eval.json"
+    cut, of = lm.cut
+    if cut:
+        print(f"note: {cut} of {of} contexts are longer than the model reads and were cut on the left")
     result = {
         "run": str(args.run_dir),
         "step": model.step,
@@ -152,12 +159,23 @@ def run(args: Args, protocol: Protocol, tasks: list[Any]) -> int:
         "lm_eval": importlib.metadata.version("lm-eval"),
         "task_versions": rows[0].versions,
         "examples_in_context": rows[0].fewshot,
+        "cut": cut,
+        "requests": of,
         "rows": found,
         "published": published(names),
     }
-    print(f"numbers: {write_result(path, result, UNITS)}")
-    print(f"table:   {write_table(path.with_suffix('.csv'), flat(found))}")
+    newest = args.run_dir / "analysis" / "lm_eval.json"
+    for path in (newest, newest.with_name(f"lm_eval_{file_name(names)}.json")):
+        write_result(path, result, UNITS)
+        write_table(path.with_suffix(".csv"), flat(found))
+    print(f"numbers: {path}\ntable:   {path.with_suffix('.csv')}")
     return 0
+
+
+def file_name(tasks: list[str]) -> str:
+    """The tasks as part of a file's name: results of other tasks are kept."""
+    name = re.sub(r"[^\w.+-]", "_", "+".join(tasks))
+    return name if len(name) <= 80 else f"{name[:60]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 class Bar:

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from rdlm.tokenizer import Tokenizer
 
 UNITS = {
+    "cut": "questions longer than the model reads, whose context was cut on the left",
     "accuracy": "share of questions, with Wilson's 95 % interval",
     "nats": "minus log-likelihood of the right answer",
     "iterations": "mean recurrences per token read",
@@ -51,6 +52,9 @@ UNITS = {
     "equivalent_parameters": "parameters of the unrolled model at the mean recurrences",
     "steps": "recurrences per token, mean with 95 % interval over questions; histogram[i]: tokens of i recurrences",
 }
+
+
+CUT = "questions are longer than the {} tokens that the model reads; their contexts were cut on the left"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +116,8 @@ def ask(args: Args, path: Path, questions: Questions) -> int:
     found = answer(
         params, config, tokenizer, questions, depths, **options, progress=bar(asked, f"answers, r up to {depths[-1]}")
     )
+    if found.cut:
+        print(f"note: {found.cut} of {len(questions)} {CUT.format(config.max_length)}")
     rows = [row(config, f"r = {r}", found, i, len(questions)) for i, r in enumerate(depths)]
     plain = [q for q in questions if isinstance(q, Choice)]
     known = baselines(plain) if plain else {}
@@ -123,6 +129,7 @@ def ask(args: Args, path: Path, questions: Questions) -> int:
         "protocol": {"style": args.style, "fewshot": 0, "begin_token": True, "normalisation": "characters"},
         "baselines": known,
         "length": found.length,
+        "cut": found.cut,
         "categories": by_category(questions, found, depths),
     }
     rule = exits.named(args.exit, args.threshold)
@@ -251,9 +258,14 @@ def new_token_steps(
 ) -> dict[str, dict[str, list[np.ndarray]]]:
     """Recurrences of new tokens by kind of start and category."""
     from rdlm import exits
-    from rdlm.evaluation import Choice, answer_steps
+    from rdlm.evaluation import Choice, answer_steps, cut_left, longest_prompt
 
     prompts = [tokenizer.encode(q.texts(args.style)[0] if isinstance(q, Choice) else q.prompt) for q in questions]
+    room = longest_prompt(config, args.steps_tokens)
+    cut = sum(len(prompt) > room for prompt in prompts)
+    if cut:
+        print(f"note: to count steps, {cut} of {len(prompts)} {CUT.format(room)}")
+        prompts = [cut_left(prompt, room, tokenizer.bos_id) for prompt in prompts]
     rule = exits.named("kl" if args.exit == "none" else args.exit, args.threshold)
     assert rule is not None  # kl by default
     starts: dict[str, Literal[False, "raw"]] = {"default": False, "warm start": "raw"}

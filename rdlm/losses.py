@@ -99,6 +99,11 @@ def cross_entropy(
     return jnp.where(scored, jax.nn.logsumexp(logits, axis=-1) - at_label, 0.0)
 
 
+def likeliest(logits: Float32[Array, "*tokens V"]) -> Int[Array, "*tokens"]:
+    """The likeliest token, -1 where the logits are not finite: the argmax of NaN is 0, and so agrees with itself."""
+    return jnp.where(jnp.isfinite(logits.max(-1)), jnp.argmax(logits, axis=-1), -1)
+
+
 def is_likeliest(
     logits: Float32[Array, "*tokens V"], labels: Int[Array | np.ndarray, "*tokens"]
 ) -> Bool[Array, "*tokens"]:

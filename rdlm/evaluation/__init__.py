@@ -12,11 +12,11 @@ held_out        examples that a run was not trained on
 lm_eval         lm-eval's tasks; needs the extra `eval`
 """
 
-from rdlm.evaluation.answer_steps import answer_steps
+from rdlm.evaluation.answer_steps import answer_steps, longest_prompt
 from rdlm.evaluation.question_files import Choice, Cloze, Style, read_questions, write_questions
 from rdlm.evaluation.question_sets import SETS, question_file
 from rdlm.evaluation.questions import Answers, answer, baselines, bootstrap_mean, wilson
-from rdlm.evaluation.scoring import Pair, Scores, score, split
+from rdlm.evaluation.scoring import Pair, Scores, cut_left, cut_pair, is_cut, score, split
 
 __all__ = [
     "SETS",
@@ -30,6 +30,10 @@ __all__ = [
     "answer_steps",
     "baselines",
     "bootstrap_mean",
+    "cut_left",
+    "cut_pair",
+    "is_cut",
+    "longest_prompt",
     "question_file",
     "read_questions",
     "score",

@@ -15,6 +15,18 @@ from rdlm.model import Params
 _ROWS = 16
 
 
+def longest_prompt(config: ModelConfig, new_tokens: int) -> int:
+    """Maximum tokens of a prompt that `answer_steps` does not cut.
+
+    Raises:
+      InputError: more new tokens than the model's max_length holds.
+    """
+    room = config.max_length - new_tokens - 1
+    if new_tokens < 1 or room < 1:
+        raise InputError(f"new_tokens = {new_tokens}: must be in [1, config.max_length - 2 = {config.max_length - 2}]")
+    return room
+
+
 def answer_steps(
     params: Params,
     config: ModelConfig,
@@ -29,8 +41,8 @@ def answer_steps(
     """Recurrences of `new_tokens` greedy tokens after every prompt, int32 [new_tokens] each.
 
     The first generated token belongs to the last position of the prompt, so one more is generated and the first is left
-    out. With `warm_start` every counted token therefore starts at its predecessor's last state. Prompts that are too
-    long are cut on the left.
+    out. With `warm_start` every counted token therefore starts at its predecessor's last state. Prompts of more than
+    `longest_prompt` tokens are cut on the left.
 
     Args:
       params, config: the model.
@@ -44,10 +56,8 @@ def answer_steps(
     Raises:
       InputError: more new tokens than the model's max_length holds.
     """
-    max_prompt = config.max_length - new_tokens - 1
-    if new_tokens < 1 or max_prompt < 1:
-        raise InputError(f"new_tokens = {new_tokens}: must be in [1, config.max_length - 2 = {config.max_length - 2}]")
-    cut = [np.asarray(p, np.int32)[-max_prompt:] for p in prompts]
+    room = longest_prompt(config, new_tokens)
+    cut = [np.asarray(p, np.int32)[-room:] for p in prompts]
     found: list[np.ndarray] = [np.zeros(0, np.int32)] * len(cut)
     order = sorted(range(len(cut)), key=lambda i: -cut[i].size)  # similar lengths share a program
     for start in range(0, len(order), _ROWS):

@@ -24,6 +24,7 @@ from jax import Array
 from rdlm import exits
 from rdlm.config import InputError, ModelConfig, did_you_mean, local_path, require
 from rdlm.exits import ExitRule
+from rdlm.losses import likeliest
 from rdlm.model import Params, forward
 from rdlm.perf import flops
 from rdlm.runtime import write_output
@@ -156,8 +157,13 @@ def p_value(loss: np.ndarray, epsilon: float) -> float:
     It is one over the money of a gambler who starts with 1 and bets on every row that its loss is below epsilon. Under
     the hypothesis the expected money is at most 1, so it is rarely large (Markov). Valid for any N, for independent
     rows and for rows drawn without replacement (docs/calibration.md).
+
+    Raises:
+      InputError: a loss outside [0, 1], such as NaN.
     """
-    money = [math.log(share) + np.log1p(bet * (epsilon - np.asarray(loss, np.float64))).sum() for bet, share in _BETS]
+    loss = np.asarray(loss, np.float64)
+    require(bool(((loss >= 0) & (loss <= 1)).all()), "loss", loss, "must be in [0, 1]")
+    money = [math.log(share) + np.log1p(bet * (epsilon - loss)).sum() for bet, share in _BETS]
     return float(min(1.0, math.exp(-np.logaddexp.reduce(money))))
 
 
@@ -216,7 +222,7 @@ Rows = dict[str, np.ndarray]
 @functools.partial(jax.jit, static_argnames="config")
 def _full(params: Params, config: ModelConfig, rows: dict[str, Array], num_steps: Array) -> Array:
     out = forward(params, config, rows["tokens"], num_steps, segment_ids=rows["segment_ids"], key=rows["key"])
-    return jnp.argmax(out.logits, axis=-1)
+    return likeliest(out.logits)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -226,9 +232,9 @@ def _score(params: Params, config: ModelConfig, rows: dict[str, Array], num_step
     )
     assert out.checks is not None  # with a rule, checks are counted
     scored = rows["scored"]
-    other = scored & (jnp.argmax(out.logits, axis=-1) != full)
+    found = likeliest(out.logits)
     spent = [jnp.where(scored, x, 0).sum(1) for x in (out.steps, out.checks)]
-    return other.sum(1), scored.sum(1), *spent
+    return (scored & (found != full)).sum(1), scored.sum(1), *spent, (scored & (found < 0)).sum(1)
 
 
 class Scorer:
@@ -256,7 +262,7 @@ class Scorer:
           progress: called with the number of finished batches, for full depth and for each threshold.
 
         Raises:
-          InputError: fewer than 2 recurrences, or nothing to score.
+          InputError: fewer than 2 recurrences, nothing to score, or logits that are not finite.
         """
         require(num_steps >= 2, "num_steps", num_steps, "must be at least 2: at 1 there is nothing to save")
         if not len(rows["tokens"]) or not rows["scored"].any():
@@ -270,19 +276,31 @@ class Scorer:
             # The last batch is padded with copies of the first rows, so that every call has the same shape.
             index = np.arange(first, first + batch_size) % len(self.used)
             batch = {name: jnp.asarray(values[index]) for name, values in rows.items()} | {"key": keys[index]}
-            self.batches.append((batch, _full(params, config, batch, jnp.int32(num_steps))))
+            full = _full(params, config, batch, jnp.int32(num_steps))
+            _require_finite(int((batch["scored"] & (full < 0)).sum()), f"after {num_steps} recurrences")
+            self.batches.append((batch, full))
             progress(len(self.batches))
 
     def __call__(self, rule: str, threshold: float) -> Outcome:
-        """The outcome of `rule` at `threshold`, for all rows that have a token to score."""
+        """The outcome of `rule` at `threshold`, for all rows that have a token to score.
+
+        Raises:
+          InputError: logits that are not finite.
+        """
         made: ExitRule = getattr(exits, rule)(np.float32(threshold))
         found = []
         for done, (batch, full) in enumerate(self.batches, 1):
             counts = _score(self.params, self.config, batch, jnp.int32(self.num_steps), full, made)
             found.append(np.stack([np.asarray(x) for x in counts]).astype(np.int64))
             self.progress(done)
-        other, tokens, steps, checks = np.concatenate(found, axis=1)[:, : len(self.used)][:, self.used]
+        other, tokens, steps, checks, lost = np.concatenate(found, axis=1)[:, : len(self.used)][:, self.used]
+        _require_finite(lost.sum(), f"with {rule} at {threshold:g}")
         return Outcome(other / tokens, tokens, steps, checks)
+
+
+def _require_finite(lost: int, where: str) -> None:
+    if lost:
+        raise InputError(f"calibration: the logits of {lost} tokens are not finite {where}; nothing can be promised")
 
 
 def calibrate(

@@ -15,6 +15,7 @@ from jax import Array
 from rdlm import exits
 from rdlm.config import InputError, ModelConfig
 from rdlm.exits import ExitRule, Observation
+from rdlm.losses import likeliest
 from rdlm.model import Params, bind, forward
 from rdlm.recurrence import check_depths, checkpoints
 from rdlm.tasks.instance import IGNORED
@@ -52,7 +53,7 @@ def logits_by_depth(params: Params, config: ModelConfig, tokens: Array, depths: 
 
 @functools.partial(jax.jit, static_argnames=("config", "depths"))
 def _answers(params: Params, config: ModelConfig, tokens: Array, depths: tuple[int, ...], key: Array) -> Array:
-    return jnp.argmax(logits_by_depth(params, config, tokens, depths, key), axis=-1)
+    return likeliest(logits_by_depth(params, config, tokens, depths, key))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "max_steps"))
@@ -61,7 +62,7 @@ def _per_token(
 ) -> tuple[Array, Array]:
     """Answers [1, B, L] and recurrences [B, L] when every token stops on its own."""
     out = forward(params, config, tokens, max_steps, exit_rule=rule, key=key)
-    return jnp.argmax(out.logits, axis=-1)[None], out.steps
+    return likeliest(out.logits)[None], out.steps
 
 
 @functools.partial(jax.jit, static_argnames=("config", "max_steps"))
@@ -83,7 +84,7 @@ def _per_sequence(
 
     start = state, jnp.full(tokens.shape, max_steps, jnp.int32)
     (_, steps), _ = jax.lax.scan(check, start, (jnp.arange(1, max_steps + 1, dtype=jnp.int32), logits))
-    answers = jnp.take_along_axis(jnp.argmax(logits, axis=-1), steps[None] - 1, axis=0)
+    answers = jnp.take_along_axis(likeliest(logits), steps[None] - 1, axis=0)
     return answers, steps
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from rdlm.config import ModelConfig
 from rdlm.evaluation.question_files import LETTERS, Choice, Cloze, Questions, Style
-from rdlm.evaluation.scoring import score, split
+from rdlm.evaluation.scoring import cut_pair, is_cut, score, split
 from rdlm.exits import ExitRule
 from rdlm.model import Params
 from rdlm.tokenizer import Tokenizer
@@ -23,7 +24,8 @@ class Answers(NamedTuple):
     "per_character", the likeliest after division by its length in characters (acc_norm). Cloze: "greedy", every token
     of the answer is the likeliest. nats f64 [R, N]: minus the log-likelihood of the right answer. recurrences f64 [R],
     checks: means over all input tokens. length: mean over input tokens of the length of their sequence. steps: with an
-    exit rule, the recurrences of the tokens of every prompt, int32 [n] per question.
+    exit rule, the recurrences of the tokens of every prompt, int32 [n] per question. cut: questions of which the model
+    could not read all.
     """
 
     right: dict[str, np.ndarray]
@@ -32,6 +34,7 @@ class Answers(NamedTuple):
     checks: float
     length: float
     steps: list[np.ndarray] | None
+    cut: int = 0
 
 
 def answer(
@@ -61,7 +64,8 @@ def answer(
     encode = functools.partial(tokenizer.encode, bos=True)
     asked = [_texts(question, style) for question in questions]
     pairs = [split(encode, tokenizer.bos_id, before, after) for before, rest in asked for after in rest]
-    found = score(params, config, pairs, depths, exit_rule=exit_rule, **options)
+    readable = [cut_pair(pair, config, tokenizer.bos_id) for pair in pairs]
+    found = score(params, config, readable, depths, exit_rule=exit_rule, **options)
     first = np.cumsum([0, *(len(rest) for _, rest in asked)])
     R, N = len(found.log_likelihood), len(questions)
     nats = np.zeros((R, N))
@@ -85,7 +89,8 @@ def answer(
         steps = [found.steps[j][: found.length[j] - len(pairs[j][1]) + 1] for j in first[:-1].tolist()]
     weight = found.length / found.length.sum()
     length = float((found.length * weight).sum())
-    return Answers(right, nats, found.recurrences @ weight, float(found.checks @ weight), length, steps)
+    cut = sum(any(is_cut(pair, config) for pair in pairs[a:b]) for a, b in itertools.pairwise(first.tolist()))
+    return Answers(right, nats, found.recurrences @ weight, float(found.checks @ weight), length, steps, cut)
 
 
 def _texts(question: Choice | Cloze, style: Style) -> tuple[str, list[str]]:

@@ -57,9 +57,9 @@ def score(
 ) -> Scores:
     """Log-likelihoods of continuations, all depths from one unroll to the deepest.
 
-    The logits are those of `rdlm.forward` over the context and the continuation without its last token. Tokens beyond
-    config.max_length are dropped on the left. The initial state depends on the position alone, so all choices of a
-    question have the same.
+    The logits are those of `rdlm.forward` over the context and the continuation without its last token. If these are
+    more than config.max_length, the context is cut on the left (`cut_pair` keeps its begin token). The initial state
+    depends on the position alone, so all choices of a question have the same.
 
     Args:
       params, config: the model.
@@ -71,8 +71,8 @@ def score(
       progress: called with the number of finished pairs.
 
     Raises:
-      InputError: no pairs, an empty side, ids out of range, a continuation longer than the model reads, or wrong
-        depths.
+      InputError: no pairs, an empty side, ids out of range, a continuation longer than the model reads, wrong depths,
+        or logits that are not finite.
     """
     depths = check_depths(depths)
     check_rule(exit_rule, 1)
@@ -94,7 +94,32 @@ def score(
             _fill(out, batch.rows, depths, found, *map(np.asarray, effort))
         done += sum(len(row.pairs) for row in batch.rows)
         progress(done)
+    lost = np.argwhere(~np.isfinite(out.log_likelihood))
+    if len(lost):
+        row, i = lost[0].tolist()
+        at = f"r = {depths[row]}" if exit_rule is None else f"exit rule {exit_rule.kind}"
+        raise InputError(f"pairs[{i}]: the logits are not finite at {at} (in all: {len(lost)} of {R * N} scores)")
     return out
+
+
+def is_cut(pair: Pair, config: ModelConfig) -> bool:
+    """Whether `score` has to cut the context of this pair."""
+    return sum(map(len, pair)) > config.max_length + 1
+
+
+def cut_pair(pair: Pair, config: ModelConfig, begin: int) -> Pair:
+    """The pair as the model can read it, its context cut on the left as by `cut_left`."""
+    room = config.max_length + 1 - len(pair[1])
+    return (cut_left(np.asarray(pair[0], np.int32), room, begin), pair[1]) if room > 0 else pair
+
+
+def cut_left(tokens: np.ndarray, room: int, begin: int) -> np.ndarray:
+    """The last `room` tokens, the first of them the begin token if `tokens` starts with it."""
+    if len(tokens) <= room:
+        return tokens
+    if tokens[0] != begin or room < 2:
+        return tokens[-room:]
+    return np.concatenate([tokens[:1], tokens[-(room - 1) :]])
 
 
 @dataclasses.dataclass
@@ -138,8 +163,7 @@ def _rows(pairs: Sequence[Pair], config: ModelConfig) -> list[_Row]:
             raise InputError(
                 f"pairs[{i}]: a continuation of {second.size} tokens exceeds config.max_length = {config.max_length}"
             )
-        whole = np.concatenate([first, second])[-(config.max_length + 1) :]
-        tokens = whole[:-1]
+        tokens = np.concatenate([first, second])[-(config.max_length + 1) : -1]
         row = found.setdefault((tokens.tobytes(), second.size), _Row(tokens, [], []))
         row.labels.append(second)
         row.pairs.append(i)

@@ -78,7 +78,7 @@ def html_page(folder: Path, commands: Mapping[str, str]) -> str:
         "about": section("about", first, "trajectories")[1],
         "trajectories": {name: section(name, path, "trajectories") for name, path in latent.items()},
         "questions": {name: section("questions", path) for name, path in asked.items()},
-        "lm_eval": section("lm_eval", analysis / "lm_eval.json"),
+        "lm_eval": [section("lm_eval", path)[1] for path in lm_eval_results(analysis)],
         "others": [
             path
             for path in sorted(analysis.glob("*.png"))
@@ -88,6 +88,14 @@ def html_page(folder: Path, commands: Mapping[str, str]) -> str:
     }
     page: str = template.page(f"{folder.resolve().name}: report", run, meta.get("source"), found)
     return page.lstrip()
+
+
+def lm_eval_results(analysis: Path) -> list[Path]:
+    """The results of each set of tasks, and the newest unless it is one of them."""
+    kept, newest = sorted(analysis.glob("lm_eval_*.json")), analysis / "lm_eval.json"
+    if newest.is_file() and newest.read_bytes() not in [path.read_bytes() for path in kept]:
+        kept.append(newest)
+    return kept
 
 
 def _template(**known: Any) -> Any:

@@ -41,6 +41,13 @@ def test_the_p_value_is_what_the_gambler_owns():
     assert p_value(np.ones(1000), epsilon) == 1
 
 
+@pytest.mark.parametrize("wrong", [np.nan, -0.1, 1.5, np.inf])
+def test_losses_that_are_no_shares_prove_nothing(wrong):
+    losses = np.append(np.zeros(400), wrong)
+    with pytest.raises(InputError, match=r"must be in \[0, 1\]"):
+        loosest([(0.1, losses)], 0.05, 0.05)
+
+
 DRAWS = {
     "whole rows": lambda rng, n: (rng.random((4000, n)) < 0.1).astype(float),
     "many small losses": lambda rng, n: rng.beta(0.5, 4.5, (4000, n)),
@@ -200,6 +207,16 @@ def test_looks_at_logits_are_paid_for(scorer):
     look = rdlm.perf.flops.check_flops(TINY, LENGTH)
     assert found.effect.flops_per_token == pytest.approx(work + found.effect.mean_steps * look)
     assert (found.checked_rows, found.effect.checked_agreement) == (0, None)
+
+
+def test_a_model_that_computes_nan_promises_nothing(scorer, rows):
+    ln_f = {"scale": scorer.params["ln_f"]["scale"].at[0].set(np.nan)}
+    with pytest.raises(InputError, match=r"\d+ tokens are not finite after 10 recurrences; nothing can be promised"):
+        Scorer(scorer.params | {"ln_f": ln_f}, TINY, rows, STEPS, batch_size=20)
+    healthy = Scorer(scorer.params, TINY, rows, STEPS, batch_size=20)
+    healthy.params = scorer.params | {"ln_f": ln_f}  # finite at full depth, and not with a rule
+    with pytest.raises(InputError, match=r"not finite with kl at 0\.1"):
+        healthy("kl", 0.1)
 
 
 def test_what_cannot_be_calibrated_is_refused(scorer, rows):

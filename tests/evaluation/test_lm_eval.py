@@ -115,7 +115,7 @@ def test_multiple_choice_is_what_forward_says(model, tokenizer, task, quick_comp
     params, config = model
     rng = np.random.default_rng(2)
     text = lambda n: spelt(rng.integers(4, 128, n))  # noqa: E731
-    # The last question is cut on the left.
+    # The last question is cut on the left, and keeps its begin token.
     rows = [{"question": text(n), "choices": [text(1), text(3)], "gold": 1} for n in (1, 3, 6, 20, 50)]
     calls = []
     monkeypatch.setattr(harness_model, "score", lambda *a, **k: calls.append(a[3]) or rdlm.evaluation.score(*a, **k))
@@ -129,7 +129,7 @@ def test_multiple_choice_is_what_forward_says(model, tokenizer, task, quick_comp
         for doc in rows:
             scores = []
             for choice in doc["choices"]:
-                whole = [1, *encode(doc["question"]), *encode(choice)][-(config.max_length + 1) :]
+                whole = [1, *[*encode(doc["question"]), *encode(choice)][-config.max_length :]]
                 log_p = log_softmax(params, config, whole[:-1], r)
                 n = len(choice)
                 scores.append(log_p[np.arange(len(whole) - 1 - n, len(whole) - 1), whole[-n:]].sum())
@@ -144,6 +144,7 @@ def test_multiple_choice_is_what_forward_says(model, tokenizer, task, quick_comp
         assert (row.depth, row.rule) == (r, None)
         assert row.effort["mine"].recurrences == r * row.effort["mine"].tokens
     assert calls == [DEPTHS]  # asking again costs nothing
+    assert lm.cut == (2, 10)  # both choices of one question
     assert np.abs(np.subtract(chosen[:5], chosen[5:])).min() > 1e-3  # and the depths do differ
     assert headline(found[0].results["mine"]) == [("", found[0].results["mine"]["acc,none"])]
 
@@ -212,6 +213,157 @@ def test_generation_is_generate_cut_at_its_stop(model, tokenizer, task, quick_co
     request.arguments = (spelt([9]), {"num_beams": 4})
     with pytest.raises(InputError, match="'num_beams' is not supported"):
         lm.generate_until([request])
+
+
+@pytest.fixture
+def asked(model, tokenizer):
+    """asked(options, ...) -> the texts of requests with one prompt each, and the model they were asked."""
+
+    def ask(*options, prompt=(9, 10, 11), depth=2):
+        lm = DepthLM(*model, tokenizer, (depth,), lanes=4)
+        requests = [harness_model.Instance("generate_until", {}, (spelt(prompt), o), 0) for o in options]
+        return lm.generate_until(requests), lm
+
+    return ask
+
+
+def test_repeats_are_other_samples(asked, quick_compile):
+    sampled = {"max_gen_toks": 12, "do_sample": True, "temperature": 2.0}
+    other = sampled | {"temperature": 1.9}
+    texts, lm = asked(sampled, sampled, sampled, sampled)
+    assert len(set(texts)) == 4
+    # The same whatever stands between them, and the first as without repeats.
+    mixed, _ = asked(sampled, other, sampled, other, sampled)
+    assert mixed[::2] == texts[:3]
+    assert mixed[1] != mixed[3]
+    assert asked(sampled)[0] == texts[:1]
+    effort = lm.effort([harness_model.Instance("generate_until", {}, (spelt((9, 10, 11)), sampled), 0)])
+    assert effort.tokens == 4 * (1 + 3 + 11)  # begin token, prompt, and all new tokens but the last
+    greedy = {"max_gen_toks": 12}
+    assert len(set(asked(greedy, greedy)[0])) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "sampled"),
+    [
+        ({"temperature": 2.0}, True), ({"temperature": 2, "do_sample": None}, True),
+        ({"temperature": 2.0, "do_sample": True}, True), ({"temperature": 2.0, "do_sample": False}, False),
+        ({"temperature": 0.0}, False), ({"temperature": 0}, False), ({}, False), ({"do_sample": False}, False),
+        ({"temperature": None, "top_k": None}, False),
+    ],
+)  # fmt: skip
+def test_sampling_is_decided_as_lm_eval_does(options, sampled, asked, quick_compile):
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    if None not in options.values():  # which it cannot read
+        assert normalize_gen_kwargs(options)["do_sample"] == sampled
+    texts, _ = asked({"max_gen_toks": 12, **options}, {"max_gen_toks": 12})
+    assert (texts[0] != texts[1]) == sampled
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"do_sample": True}, "do_sample = True: needs a temperature above 0"),
+        ({"do_sample": True, "temperature": 0}, "do_sample = True: needs a temperature above 0"),
+        ({"do_sample": "false", "temperature": 1.0}, "do_sample = 'false': must be true or false"),
+        ({"do_sample": 1, "temperature": 1.0}, "do_sample = 1: must be true or false"),
+        ({"temperature": "0.7"}, "temperature = '0.7': must be a number"),
+        ({"temperature": True}, "temperature = True: must be a number"),
+        ({"until": 3}, "until = 3: must be a text"), ({"until": [3]}, "until = [3]: must be a text"),
+        ({"until": ["a", None]}, "must be a text or a list of texts"), ({"until": {"a": 1}}, "must be a text"),
+        ({"max_gen_toks": "many"}, "max_gen_toks = 'many': must be a whole number"),
+        ({"max_gen_toks": 3.5}, "max_gen_toks = 3.5: must be a whole number"),
+        ({"max_gen_toks": True}, "max_gen_toks = True: must be a whole number"),
+        ({"max_gen_toks": 0}, "max_gen_toks = 0: must be in [1, 47]"),
+        ({"max_gen_toks": -1}, "max_gen_toks = -1"), ({"max_gen_toks": 10**30}, "must be in [1, 47]"),
+        ({"colour": "red"}, "'colour' is not supported"),
+    ],
+)  # fmt: skip
+def test_generation_kwargs_that_are_refused(options, words, asked):
+    with pytest.raises(InputError) as error:
+        asked({"max_gen_toks": 4, **options})
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_nothing_to_generate(asked):
+    assert asked()[0] == []
+
+
+def test_long_prompts_of_texts_are_counted_and_keep_the_begin_token(asked, model, quick_compile):
+    params, config = model
+    ids = np.random.default_rng(5).integers(4, 128, 60)
+    texts, lm = asked({"max_gen_toks": 8}, {"max_gen_toks": 7}, prompt=ids)
+    assert lm.cut == (2, 2)
+    kept = [1, *ids[-(config.max_length - 8 - 1) :]]
+    made = rdlm.generate(params, config, [kept], max_new_tokens=8, num_steps=2).tokens[0]
+    assert texts[0] == spelt([t for t in made if t not in SPECIAL.values()])
+    assert asked({"max_gen_toks": 8})[1].cut == (0, 1)
+
+
+def test_a_model_that_computes_nan_gets_no_score(model, tokenizer, task):
+    params, config = model
+    broken = params | {"ln_f": {"scale": params["ln_f"]["scale"].at[0].set(np.nan)}}
+    row = {"question": spelt([9]), "choices": [spelt([10]), spelt([11])], "gold": 0, "text": spelt([9, 10])}
+    for name, text in (("choose", MULTIPLE_CHOICE), ("rolls", ROLLING)):
+        with pytest.raises(InputError, match="the logits are not finite at r = 1"):
+            evaluate(DepthLM(broken, config, tokenizer, (1,)), task(name, text, [row]), Protocol())
+
+
+def test_tasks_named_twice_count_once(model, tokenizer, task, tmp_path, quick_compile):
+    row = {"question": spelt([9]), "choices": [spelt([10]), spelt([11])], "gold": 0}
+    task("mc", MULTIPLE_CHOICE, [row] * 3)
+    task("other", MULTIPLE_CHOICE, [row])
+    folder = tmp_path / "tasks"
+    (folder / "all.yaml").write_text("group: all\ntask: [mc, other]\n")
+    (folder / "some.yaml").write_text("group: some\ntask: [mc]\n")
+    lm = DepthLM(model[0], model[1], tokenizer, (1,))
+    for names, found in ((["mc", "mc"], {"mc"}), (["all", "mc"], {"all", "mc", "other"}),
+                         (["mc", "all", "all"], {"all", "mc", "other"})):  # fmt: skip
+        assert set(evaluate(lm, load_tasks(names, folder), Protocol())[0].results) >= found - {"all"}
+    with pytest.raises(InputError, match="found in both"):
+        evaluate(lm, load_tasks(["all", "some"], folder), Protocol())
+
+
+CHOICES = {"question": "a", "choices": ["b", "c"], "gold": 0}
+
+
+@pytest.mark.parametrize(
+    ("text", "rows", "words"),
+    [
+        (MULTIPLE_CHOICE, [CHOICES | {"choices": ["", "c"]}], "a choice of its first document is empty"),
+        (MULTIPLE_CHOICE, [CHOICES, CHOICES | {"choices": ["b", ""]}], "document 1: choices ['b', '']"),
+        (MULTIPLE_CHOICE, [CHOICES, CHOICES | {"choices": []}], "document 1: target 0 is not one of the 0 choices"),
+        (MULTIPLE_CHOICE, [CHOICES, CHOICES | {"gold": 2}], "document 1: target 2 is not one of the 2 choices"),
+        (MULTIPLE_CHOICE, [CHOICES, CHOICES | {"gold": -1}], "document 1: target -1"),
+        (MULTIPLE_CHOICE, [CHOICES | {"gold": 2}], "a target that is not one of them"),
+        (MULTIPLE_CHOICE, [CHOICES | {"gold": "d"}], "document 0: target 'd'"),
+    ],
+)
+def test_documents_that_no_model_can_get_right(text, rows, words, task):
+    with pytest.raises(InputError) as error:
+        task("mine", text, rows)
+    assert words in str(error.value)
+    assert "empty or damaged" not in str(error.value)
+
+
+def test_what_lm_eval_raises_is_one_line(model, tokenizer, task, monkeypatch):
+    lm = DepthLM(model[0], model[1], tokenizer, (1,))
+    number = GENERATE.replace('"{{question}}"', "question")
+    asked = task("number", number, [{"question": 3, "answer": "a"}])
+    with pytest.raises(InputError, match="tasks: lm-eval cannot run them"):
+        evaluate(lm, asked, Protocol())
+    few = task("few", MULTIPLE_CHOICE, [CHOICES] * 3, fewshot_split="test")
+    with pytest.raises(InputError, match="fewshot = 50: a task has fewer examples"):
+        evaluate(lm, few, Protocol(fewshot=50))
+
+    def bug(*a, **k):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(harness_model, "score", bug)  # our own mistakes stay what they are
+    with pytest.raises(ZeroDivisionError):
+        evaluate(lm, task("fine", MULTIPLE_CHOICE, [CHOICES]), Protocol())
 
 
 def test_an_exit_rule_is_one_more_row(model, tokenizer, task, quick_compile):

@@ -1,5 +1,6 @@
 """Questions: read and refused, scored at every depth as `rdlm.forward` would, and their statistics."""
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -22,6 +23,9 @@ from rdlm.evaluation import (
     answer_steps,
     baselines,
     bootstrap_mean,
+    cut_left,
+    cut_pair,
+    is_cut,
     question_file,
     question_sets,
     read_questions,
@@ -143,6 +147,64 @@ def test_refused_scores(model):
         with pytest.raises(InputError) as error:
             score(params, config, pairs, depths, **options)
         assert words in str(error.value)
+
+
+BREAKS = {  # every way to NaN or infinity: at the first token, in the core, in the readout, by overflow
+    "embedding": ("wte", (5, 0), np.nan),
+    "core": (("core_0", "mlp", "proj"), (0, 0), np.nan),
+    "last norm": (("ln_f", "scale"), (0,), np.inf),
+    "overflow": (("core_1", "norm_4", "scale"), (0,), 3e38),
+    "adapter": ("adapter", (0, 0, 0), -np.inf),
+}
+
+
+@pytest.mark.parametrize(
+    ("where", "rule"), [*((where, None) for where in BREAKS), ("embedding", rdlm.exits.kl(1e-3))], ids=str
+)
+def test_scores_that_are_not_finite_are_refused(where, rule, model, quick_compile):
+    params, config = model
+    path, at, value = BREAKS[where]
+    path = (path,) if isinstance(path, str) else path
+    flat = {tuple(k.key for k in keys): x for keys, x in jax.tree_util.tree_leaves_with_path(params)}
+    name = next(keys for keys in flat if keys[: len(path)] == path)
+    flat[name] = flat[name].at[at[: flat[name].ndim] + (0,) * (flat[name].ndim - len(at))].set(value)
+    broken = jax.tree_util.tree_unflatten(jax.tree.structure(params), list(flat.values()))
+    with pytest.raises(InputError, match=r"pairs\[\d\]: the logits are not finite at") as error:
+        score(broken, config, [([5, 6], [7]), ([5], [6, 7])], (2,), exit_rule=rule)
+    assert "\n" not in str(error.value)
+
+
+def test_a_context_that_is_cut_keeps_its_begin_token_and_is_counted(model, quick_compile):
+    params, config = model
+    ids = np.random.default_rng(3).integers(4, 128, 70)
+    before, after = np.append(1, ids[:60]), ids[60:63]
+    kept = np.concatenate([[1], ids[:63][-config.max_length :]])
+    found = score(params, config, [cut_pair((before, after), config, 1)], (4,))
+    value, greedy, _ = transparent(params, config, (kept[:-3], kept[-3:]), 4)
+    assert found.log_likelihood[0, 0] == pytest.approx(value, abs=1e-4)
+    assert found.greedy[0, 0] == greedy
+    plain = score(params, config, [(before, after)], (4,)).log_likelihood[0, 0]
+    assert abs(plain - value) > 1e-3  # without it the tokens move by one
+    for size, expected in ((config.max_length + 1, False), (config.max_length + 2, True)):
+        assert is_cut(([1] * (size - 2), [2, 3]), config) == expected
+    longest = np.append([1], ids)[: config.max_length]
+    for room, begin, expected in (
+        (9, None, longest[-9:]),
+        (9, 1, [1, *longest[-8:]]),
+        (9, 2, longest[-9:]),
+        (1, 1, longest[-1:]),
+    ):
+        assert cut_left(longest, room, begin).tolist() == list(expected)
+    assert cut_left(longest, 99, 1) is longest
+
+
+def test_answers_count_the_questions_that_are_cut(model, quick_compile):
+    params, _ = model
+    config = dataclasses.replace(model[1], vocab_size=300, padded_vocab_size=None)
+    params = params | {"wte": jnp.tile(params["wte"], (3, 1))[:300]}
+    tokenizer = Tokenizer.bytes_only()
+    questions = [Choice("a" * n, ("b", "c"), 0) for n in (1, 200, 300)]
+    assert answer(params, config, tokenizer, questions, (1,)).cut == 2
 
 
 def test_context_and_continuation_are_cut_as_one_text():

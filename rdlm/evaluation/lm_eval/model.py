@@ -6,7 +6,9 @@ Likelihoods are computed at all depths in one unroll and cached, so another dept
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,10 +16,10 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from rdlm.config import InputError, ModelConfig, Sampling
+from rdlm.config import InputError, ModelConfig, Sampling, require
 from rdlm.decode import Engine
 from rdlm.decode.engine import Served
-from rdlm.evaluation import Pair, score, split
+from rdlm.evaluation import Pair, cut_left, cut_pair, is_cut, score, split
 from rdlm.exits import ExitRule
 from rdlm.model import Params
 from rdlm.recurrence import check_depths
@@ -85,6 +87,7 @@ class DepthLM(LM):
         self.seed, self._progress = seed, progress
         self.row = 0
         self._written: set[str] = set()  # contexts made by a chat template
+        self._cut: dict[tuple[str | int, ...], bool] = {}  # by request: whether its context was too long
         # By request and row: (log-likelihood, greedy), and their cost.
         self._known: dict[tuple[str | int, ...], tuple[tuple[float, bool], Effort]] = {}
 
@@ -101,11 +104,18 @@ class DepthLM(LM):
             total.add(self._known[self._name(request)][1])
         return total
 
+    @property
+    def cut(self) -> tuple[int, int]:
+        """(requests whose context was cut on the left, all requests), whatever their number of rows and repeats."""
+        return sum(self._cut.values()), len(self._cut)
+
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
         """(log-likelihood of the continuation, whether it is the greedy one) per request."""
         new = self._unknown(requests)
         pairs = [self._pair(*request.args) for request in new]
-        for request, answer in zip(new, self._score(pairs, "likelihoods"), strict=True):
+        scored = self._score([cut_pair(pair, self.config, self._tokens.bos_id) for pair in pairs], "likelihoods")
+        for request, pair, answer in zip(new, pairs, scored, strict=True):
+            self._cut[request.request_type, *map(str, request.args)] = is_cut(pair, self.config)
             self._learn(request, answer)
         return [self._answer(request) for request in requests]
 
@@ -129,9 +139,14 @@ class DepthLM(LM):
         return [self._answer(request)[0] for request in requests]
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
-        """Continuations up to the first stop string; greedy unless the task samples."""
+        """Continuations up to the first stop string; greedy unless the task samples.
+
+        A request that stands several times in the list is sampled anew each time; greedy texts are equal.
+        """
+        if not requests:
+            return []
         wanted = [self._wanted(request) for request in requests]
-        longest = max((w.tokens.size + w.max_tokens for w in wanted), default=0)
+        longest = max(w.tokens.size + w.max_tokens for w in wanted)
         max_steps, rule = self.rows[self.row]
         engine = Engine(
             self.params,
@@ -144,18 +159,27 @@ class DepthLM(LM):
             init_scale=self.init_scale,
             max_queue=len(wanted),
         )
-        key = jax.random.key(self.seed)  # one for all, so that no answer depends on the order of the requests
-        for w in wanted:
+        key, copies = jax.random.key(self.seed), Counter[tuple[str | int, ...]]()
+        for request, w in zip(requests, wanted, strict=True):
+            # Folded in is how often the same request came before, so no answer depends on the order of the others.
+            copy = copies[self._name(request)]
+            copies[self._name(request)] += 1
             w.request = engine.submit(
-                w.tokens, max_new_tokens=w.max_tokens, sampling=w.sampling, on_token=w.token, key=key
+                w.tokens,
+                max_new_tokens=w.max_tokens,
+                sampling=w.sampling,
+                on_token=w.token,
+                key=jax.random.fold_in(key, copy) if copy and w.sampled else key,
             )
         served = [w.request for w in wanted]
         while engine.step():
             self._progress("generated texts", sum(s.done for s in served), len(served))
+        efforts: dict[tuple[str | int, ...], Effort] = {}
         for request, s in zip(requests, served, strict=True):
             if s.error is not None:
                 raise s.error
-            self._known[self._name(request)] = (0.0, False), _generated(s, rule)
+            efforts.setdefault(self._name(request), Effort()).add(_generated(s, rule))
+        self._known |= {name: ((0.0, False), effort) for name, effort in efforts.items()}
         return [w.text for w in wanted]
 
     def apply_chat_template(self, chat_history: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> str:
@@ -248,11 +272,14 @@ class DepthLM(LM):
         before, given = request.args
         options = dict(given)
         until = options.pop("until", None) or []
-        until = [until] if isinstance(until, str) else list(until)
-        limits = [options.pop(name) for name in _LIMITS if name in options]
-        max_tokens = int(limits[0]) if limits else 256
-        sampled = bool(options.pop("do_sample", False))
-        chosen = {name: options.pop(name) for name in _SAMPLING if options.get(name) is not None}
+        until = [until] if isinstance(until, str) else until
+        texts = isinstance(until, (list, tuple)) and all(isinstance(u, str) for u in until)
+        require(texts, "generation_kwargs: until", until, "must be a text or a list of texts")
+        limits = [x for name in _LIMITS if (x := options.pop(name, None)) is not None]
+        max_tokens = limits[0] if limits else 256
+        require(_whole(max_tokens), "generation_kwargs: max_gen_toks", max_tokens, "must be a whole number")
+        sampled = _sampled(options)
+        chosen = {name: x for name in _SAMPLING if (x := options.pop(name, None)) is not None}
         if options:
             raise InputError(f"generation_kwargs: {next(iter(options))!r} is not supported")
         max_prompt = self.config.max_length - max_tokens
@@ -263,14 +290,38 @@ class DepthLM(LM):
             )
         special = self._tokens.special_ids
         ends = {*self._tokens.end_ids, self._tokens.bos_id} | {special[s] for s in until if s in special}
-        if not sampled:
+        if not sampled:  # as lm-eval's own models, which drop the rest too
             chosen = {name: value for name, value in chosen.items() if name == "repetition_penalty"}
         tokens = self._encode_written(before) if before in self._written else self._encode(before)
         if not len(tokens):
             tokens = np.array([self._tokens.bos_id], np.int32)
         sampling = Sampling(stop_tokens=tuple(sorted(ends)), **chosen)
         strings = [u for u in until if u and u not in special]
-        return _Wanted(tokens[-max_prompt:], max_tokens, strings, sampling, self._tokens)
+        self._cut[request.request_type, *map(str, request.args)] = len(tokens) > max_prompt
+        tokens = cut_left(tokens, max_prompt, self._tokens.bos_id)
+        return _Wanted(tokens, max_tokens, strings, sampling, sampled, self._tokens)
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _sampled(options: dict[str, Any]) -> bool:
+    """Whether to sample, by lm-eval's rule: do_sample, or a temperature above 0 without it. Takes do_sample out.
+
+    Raises:
+      InputError: do_sample is no bool, or asks for samples without a temperature to draw them at.
+    """
+    temperature, sampled = options.get("temperature"), options.pop("do_sample", None)
+    number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
+    require(temperature is None or number, "generation_kwargs: temperature", temperature, "must be a number")
+    known = sampled is None or isinstance(sampled, bool)
+    require(known, "generation_kwargs: do_sample", sampled, "must be true or false")
+    hot = temperature is not None and not temperature <= 0
+    require(
+        hot or not sampled, "generation_kwargs: do_sample", sampled, f"needs a temperature above 0, not {temperature}"
+    )
+    return hot if sampled is None else bool(sampled)
 
 
 @dataclasses.dataclass
@@ -281,6 +332,7 @@ class _Wanted:
     max_tokens: int
     until: list[str]
     sampling: Sampling
+    sampled: bool
     tokenizer: Tokenizer
     request: Served = dataclasses.field(init=False)  # set when it is submitted
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import logging
 import re
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from rdlm.config import InputError, did_you_mean, one_line
 from rdlm.evaluation.lm_eval.model import DepthLM, Effort
 from rdlm.evaluation.lm_eval.protocols import Protocol
 
+_MODEL = inspect.getfile(DepthLM)
 _FIELDS = ("doc_to_text", "doc_to_target", "doc_to_choice")
 
 
@@ -61,7 +64,7 @@ def load_tasks(names: Sequence[str], include_path: Path | None = None) -> list[T
     if include_path is not None:
         _check_files(include_path)
     loaded: list[Task | Group] = []
-    for name in names:
+    for name in dict.fromkeys(names):
         if name not in manager.all_tasks:
             where = "" if include_path is None else f" in {include_path}"
             raise InputError(f"task {name!r}: unknown{where}.{did_you_mean(name, manager.all_tasks)}")
@@ -70,7 +73,9 @@ def load_tasks(names: Sequence[str], include_path: Path | None = None) -> list[T
             for leaf in [task] if isinstance(task, Task) else task.get_all_tasks():
                 _check_columns(leaf, local=include_path is not None)
         loaded += found
-    return loaded
+    # lm-eval refuses a task that comes twice, alone and in a group; its results stand beside those of the group.
+    grouped = {leaf.task_name for group in loaded if isinstance(group, Group) for leaf in group.get_all_tasks()}
+    return [task for task in loaded if isinstance(task, Group) or task.task_name not in grouped]
 
 
 def evaluate(
@@ -101,6 +106,13 @@ def evaluate(
             )
         except (jinja2.UndefinedError, KeyError) as error:
             raise InputError(f"tasks: a document has no column for its template ({one_line(error)})") from error
+        except Exception as error:  # whatever a task's own code and lm-eval's checks raise
+            ours = any(frame.filename == _MODEL for frame in traceback.extract_tb(error.__traceback__))
+            if isinstance(error, InputError) or ours:
+                raise  # not the task's fault
+            if protocol.fewshot and "population" in str(error):
+                raise InputError(f"fewshot = {protocol.fewshot}: a task has fewer examples to put in front") from error
+            raise InputError(f"tasks: lm-eval cannot run them ({type(error).__name__}: {one_line(error)})") from error
         effort = {task.task_name: lm.effort(task.instances) for task in leaves}
         numbers = {name: _numbers(found) for name, found in {**results.get("groups", {}), **results["results"]}.items()}
         versions, fewshot = dict(results["versions"]), dict(results["n-shot"])
@@ -145,7 +157,11 @@ def _load(manager: TaskManager, name: str) -> list[Task | Group]:
             f"task {name!r}: its data cannot be found ({one_line(error)}); files are looked for from the folder "
             f"where the command runs, and other data sets need a network"
         ) from error
-    except (IndexError, StopIteration, datasets.exceptions.DatasetGenerationError) as error:
+    except IndexError as error:  # from lm-eval's look at the first document
+        known = {"string index out of range": "a choice of its first document is empty"}
+        other = "it has no document, or its first one has no choices or a target that is not one of them"
+        raise InputError(f"task {name!r}: {known.get(str(error), other)} ({one_line(error)})") from error
+    except (StopIteration, datasets.exceptions.DatasetGenerationError) as error:
         cause = error.__cause__ or error  # a file without a line is a StopIteration
         raise InputError(f"task {name!r}: its data are empty or damaged ({one_line(cause)})") from error
     except (KeyError, ValueError, TypeError, AttributeError, OSError, yaml.YAMLError) as error:
@@ -178,3 +194,19 @@ def _check_columns(task: Task, local: bool) -> None:
         # If no column has this name, lm-eval takes the word as text, and every question becomes the same.
         if isinstance(value, str) and re.fullmatch(r"[A-Za-z_]\w*", value) and value not in columns:
             raise InputError(f"task {name!r}: {field}: column {value!r} is missing (there: {', '.join(columns)})")
+    if local and task.OUTPUT_TYPE == "multiple_choice":
+        for i, document in enumerate(documents):
+            _check_choices(task, document, f"task {name!r}: document {i}")
+
+
+def _check_choices(task: Task, document: dict[str, Any], where: str) -> None:
+    """Refuse an empty choice, and a target that is not one of the choices: lm-eval would count it as wrong."""
+    try:
+        choices, target = task.doc_to_choice(document), task.doc_to_target(document)
+    except Exception as error:  # of the task's templates and functions
+        raise InputError(f"{where}: its templates do not fit ({type(error).__name__}: {one_line(error)})") from error
+    if not all(isinstance(choice, str) and choice for choice in choices):
+        raise InputError(f"{where}: choices {choices!r}: must be texts, none empty")
+    for one in target if isinstance(target, list) else [target]:
+        if one not in (range(len(choices)) if isinstance(one, int) else choices):
+            raise InputError(f"{where}: target {one!r} is not one of the {len(choices)} choices")
