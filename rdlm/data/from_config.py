@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import sys
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 
@@ -47,6 +49,15 @@ def open_data(data: DataConfig, *, seed: int, process_index: int = 0, process_co
       InputError: something is missing, damaged, or does not fit the configuration.
     """
     folders, length = _folders(data), data.sequence_length
+    read_manifest(folders[0])  # says what is wrong with other folders
+    for folder, again in itertools.combinations(folders, 2):
+        if folder.resolve() == again.resolve():
+            raise InputError(f"data.prepared = {data.prepared}: {again} is given twice; give it once, with a weight")
+    if data.prepared and data.validation_fraction != DataConfig.validation_fraction and process_index == 0:
+        print(
+            f"data.validation_fraction = {data.validation_fraction} has no effect: {folders[0]} is split already",
+            file=sys.stderr,
+        )
     tokenizer = Tokenizer.load(folders[0] / "tokenizer")
     if data.prepared and tokenizer.vocab_size > data.tokenizer_size:
         raise InputError(

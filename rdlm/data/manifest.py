@@ -176,7 +176,7 @@ def read_manifest(folder: str | Path, *, checksums: bool = False) -> Manifest:
     path = folder / "manifest.json"
     try:
         text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(
             f"{folder}: not prepared data (no manifest.json); name a folder that prepare_data.py made"
         ) from error
@@ -184,7 +184,7 @@ def read_manifest(folder: str | Path, *, checksums: bool = False) -> Manifest:
         raise InputError(f"{path}: cannot be read ({error}); {PREPARE_AGAIN}") from error
     try:
         version = json.loads(text).get("format_version")
-    except (json.JSONDecodeError, AttributeError) as error:
+    except (ValueError, RecursionError, AttributeError) as error:
         raise InputError(f"{path}: not a manifest ({error}); {PREPARE_AGAIN}") from error
     if version != FORMAT_VERSION:
         raise InputError(f"{path}: format version {version}, this rdlm reads version {FORMAT_VERSION}; {PREPARE_AGAIN}")

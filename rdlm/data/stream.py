@@ -85,7 +85,8 @@ class StreamedData:
         files = find_files(paths, left_out)
         self.files = [fingerprint(file.path, samples=True) for file in files]
         """By which a resumed run knows its files again."""
-        print(f"Streaming {described(files, left_out)}", file=sys.stderr)
+        if process_index == 0:
+            print(f"Streaming {described(files, left_out)}", file=sys.stderr)
         all_parts = cut_files(files, manifest.recipe.reading, part_bytes)
         if len(all_parts) < process_count:
             raise InputError(

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -42,12 +43,18 @@ def parse_arguments(
       config: tyro's markers.
 
     Raises:
-      InputError: raised by `cls` itself for an impossible value; a `Path` that is not a local one.
+      InputError: raised by `cls` itself for an impossible value; a `Path` that is not a local one; a flag that is given
+        twice, of which tyro would take the last.
       SystemExit: with code 0 after --help, with code 2 after tyro's message about an unknown flag, a missing value or
         one of the wrong type.
     """
     import tyro  # here, so that importing this room costs nothing
 
+    words = sys.argv[1:] if args is None else args
+    flags = Counter(word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--"))
+    for flag, count in flags.items():
+        if count > 1:
+            raise InputError(f"{flag}: given {count} times; give it once, with all its values")
     given = tyro.MISSING_NONPROP if default is None else default
     message = io.StringIO()
     try:

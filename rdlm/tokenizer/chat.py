@@ -70,7 +70,7 @@ def render(
         raise InputError(f"messages: expected a list of {{'role': ..., 'content': ...}}, got {type(messages).__name__}")
     if not messages:
         raise InputError("messages: at least one is needed")
-    guarded = []
+    chosen, guarded = _chosen(template, special), []
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping):
             raise InputError(f"messages[{i}]: expected {{'role': ..., 'content': ...}}, got {type(message).__name__}")
@@ -79,8 +79,9 @@ def render(
                 raise InputError(f"messages[{i}]: {field!r} is missing or not text")
         # A role is often part of a special token that the template builds, such as <|user|>.
         role = _guard(message["role"], special, edges=False)
+        if message.get("tool_calls") and "tool_calls" not in chosen:
+            message = {**message, "content": _with_calls(message["content"], message["tool_calls"], f"messages[{i}]")}
         guarded.append({**_guarded(message, special, f"messages[{i}]"), "role": role})
-    chosen = _chosen(template, special)
 
     def written(count: int, prompt: bool) -> str:
         try:
@@ -107,6 +108,13 @@ def render(
             pieces += [text[done : len(prompt)], _BEGIN, text[len(prompt) : end], _END]
             done = end
     return "".join([*pieces, text[done:], _REST])
+
+
+def _with_calls(content: str, calls: object, where: str) -> str:
+    """A message with its tool calls below, one JSON object a line, for templates that write none. Raises InputError."""
+    if not isinstance(calls, Sequence) or not all(isinstance(call, Mapping) for call in calls):
+        raise InputError(f"{where}: 'tool_calls' must be a list of objects")
+    return "\n".join([content] * bool(content) + [json.dumps(c.get("function", c), ensure_ascii=False) for c in calls])
 
 
 def _chosen(template: object, special: Sequence[str]) -> str:

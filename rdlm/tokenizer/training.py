@@ -21,6 +21,7 @@ _LAST = (*SPECIAL_TOKENS, *(f"<|reserved_{i}|>" for i in range(_SLOTS - len(SPEC
 # newlines, other blanks. Digits stay single, so that a number is tokenized in the same way everywhere.
 _SPLIT = r" ?\p{L}[\p{L}\p{M}]*|\p{N}|\n+| ?[^\s\p{L}\p{N}]|[^\S\n]+(?!\S)|[^\S\n]+"
 _LONGEST_TOKEN = 32  # bytes, as the reference
+_LONGEST_WORD = 2048  # characters; training takes time in the square of a word, and no word of a language is longer
 
 Config = dict[str, Any]
 """The content of a tokenizer_config.json."""
@@ -44,7 +45,11 @@ def train(texts: Iterable[str], vocab_size: int, special_ids: Literal["first", "
         max_token_length=_LONGEST_TOKEN,
         show_progress=False,
     )
+    usual = backend.pre_tokenizer
+    cut = pre_tokenizers.Split(tokenizers.Regex(rf"[\s\S]{{{_LONGEST_WORD}}}"), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([_words(), cut, _characters()])
     backend.train_from_iterator(texts, trainer)
+    backend.pre_tokenizer = usual
     if special_ids == "last":
         backend.add_special_tokens(list(special))
     reached = backend.get_vocab_size()
@@ -72,14 +77,17 @@ def characters_of_bytes() -> list[str]:
 
 def _empty(model: models.Model) -> tokenizers.Tokenizer:
     backend = tokenizers.Tokenizer(model)
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(tokenizers.Regex(_SPLIT), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    backend.pre_tokenizer = pre_tokenizers.Sequence([_words(), _characters()])
     backend.decoder = decoders.ByteLevel()
     return backend
+
+
+def _words() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Split(tokenizers.Regex(_SPLIT), "isolated")
+
+
+def _characters() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 
 
 def _finished(backend: tokenizers.Tokenizer, special: tuple[str, ...], *, chat_template: bool) -> Made:

@@ -67,7 +67,7 @@ def test_what_is_beside_the_data_is_left_out_and_counted(data, name, reason):
     (data / name).parent.mkdir(exist_ok=True)
     (data / name).write_text("not for training")
     assert names("data") == (["a.jsonl"], {reason: 1})
-    assert described(find_files(["data"]), Counter({reason: 1})) == f"1 files (1 .jsonl), left out 1 {reason}"
+    assert described(find_files(["data"]), Counter({reason: 1})) == f"1 file (1 .jsonl); left out: 1 {reason}"
 
 
 def test_text_is_data_where_nothing_else_is(data):

@@ -179,6 +179,96 @@ def test_the_commands_refuse_in_one_line_and_leave_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
+def test_what_was_taken_and_left_out_is_said(command, folder, tmp_path):
+    (folder / "image.png").write_bytes(b"")
+    (folder / ".notes.txt").write_text("hidden")
+    arguments = ("--tokenizer", "bytes", "--sequence-length", "32", "--processes", "1", "--out", tmp_path / "out")
+    code, out, err = command("prepare_data", folder, folder / "00.txt", *arguments)
+    assert code == 0, err
+    assert "60 files (60 .txt); left out: 1 hidden, 1 of unknown kind, 1 named twice: 0.0 MB" in err
+    assert " rows of 32, " in out
+    assert " labels" in out
+    code, out, err = command("train_tokenizer", folder, folder / "00.txt", "--size", "320", "--out", tmp_path / "tok")
+    assert "1 named twice: learning from 0.0 of 0.0 MB" in err
+
+
+CHATS = {  # name -> a conversation
+    "parts": [{"role": "user", "content": [{"type": "text", "text": "tea"}, {"type": "text", "text": "tea"}]}],
+    "sharegpt": [{"from": "human", "value": "teatea"}, {"from": "gpt", "value": "teatea"}],
+}
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_a_tokenizer_learns_the_words_of_chats(command, tmp_path, name):
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"chat": CHATS[name]}) + "\n" + '{"chat": "half \\ud83d"}\n')
+    arguments = (tmp_path / "chats.jsonl", "--field", "chat", "--size", "290", "--out", tmp_path / "tok",
+                 "--validation-fraction", "0")  # fmt: skip
+    code, _, err = command("train_tokenizer", *arguments)
+    assert (code, err.count("\n")) == (2, 2), err
+    assert "chats.jsonl, byte " in err
+    assert "not valid Unicode" in err
+    code, _, err = command("train_tokenizer", *arguments, "--bad-documents", "skip")
+    assert code == 0, err
+    assert "Skipped: 1 bad" in err
+    assert len(Tokenizer.load(tmp_path / "tok").encode("tea", bos=False)) < 3
+    assert len(Tokenizer.load(tmp_path / "tok").encode("'type': 'text'", bos=False)) >= 14
+
+
+def test_data_that_cannot_be_validated_alone_say_so(command, folder, tmp_path):
+    code, out, err = command("prepare_data", folder, "--tokenizer", "bytes", "--validation-fraction", "0",
+                             "--processes", "1", "--out", tmp_path / "out")  # fmt: skip
+    assert code == 0, err
+    assert "out holds no validation rows: train on it beside a folder that holds some" in out
+    assert "PRESET" not in out
+
+
+@pytest.mark.parametrize("name", ["dä", "d\udcff"])
+def test_folders_may_have_any_name(folder, tmp_path, name):
+    corpus = Corpus("files", "texts", cut_files(find_files([str(folder)]), Recipe(32).reading, 10**6))
+    manifest = build(tmp_path / name, corpus, Recipe(32), BYTES, processes=1, say=print)
+    assert PackedData(tmp_path / name, sequence_length=32, batch_size=2).len_rows == manifest.train.rows
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--data.prepared", "A", "--data.prepared", "B"), ["--data.prepared: given 2 times", "all its values"]),
+        (("--data.prepared", "A", "--data.prepared=B"), ["--data.prepared: given 2 times"]),
+        (("--data.sequence-length", "32", "--data.sequence_length", "64"), ["--data.sequence-length: given 2 times"]),
+        (("--data.prepared", "A", "A/"), ["data.prepared", "is given twice", "with a weight"]),
+        (("--data.prepared", "A", "B/../a"), ["data.prepared", "is given twice"]),
+        (("--data.prepared", "TEXTS"), ["texts: not prepared data", "that prepare_data.py made"]),
+        (("--data.prepared", "TEXTS/00.txt"), ["00.txt: not prepared data"]),
+        (("--data.prepared", ""), ["not prepared data"]),
+        (("--data.prepared", "A", "B", "--data.weights", "1", "nan"), ["data.weights = (1.0, nan)", "positive number"]),
+        (("--data.prepared", "A", "B", "--data.weights", "1", "inf"), ["data.weights = (1.0, inf)"]),
+        (("--data.prepared", "A", "B", "--data.weights", "1e308", "1e308"), ["data.weights = (1e+308, 1e+308)"]),
+    ],
+)
+def test_training_refuses_data_named_wrongly(command, sources, folder, tmp_path, monkeypatch, flags, words):
+    [a, b], _ = sources
+    names = {"TEXTS": str(folder), "A": a, "B": b}
+    sizes = ("--data.tokenizer-size", "288", "--model.vocab-size", "288", "--data.batch-size", "8")
+    given = [names[flag.partition("/")[0]] + flag[len(flag.partition("/")[0]) :] if flag.partition("/")[0] in names
+             else flag for flag in flags]  # fmt: skip
+    if "32" not in flags:
+        sizes += ("--data.sequence-length", "32")
+    monkeypatch.chdir(tmp_path)
+    code, out, err = command("train", "nano", *given, *sizes, "--steps", "1", "--run-dir", tmp_path / "run")
+    assert (code, out, err.count("\n")) == (2, "", 1), err
+    assert all(word in err for word in words), err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_setting_without_effect_is_said(sources, capsys):
+    [a, _], _ = sources
+    config = DataConfig(prepared=(a,), sequence_length=32, tokenizer_size=288, batch_size=2)
+    open_data(config, seed=0)
+    assert "no effect" not in capsys.readouterr().err
+    open_data(dataclasses.replace(config, validation_fraction=0.5), seed=0)
+    assert "data.validation_fraction = 0.5 has no effect" in capsys.readouterr().err
+
+
 def test_a_large_document_is_prepared_in_pieces_and_needs_no_validation(tmp_path):
     line = "The quick brown fox jumps over the lazy dog, 1234 times.\n"
     (tmp_path / "large.txt").write_text(line * (3_000_000 // len(line)))

@@ -692,3 +692,47 @@ def test_a_template_whose_texts_do_not_join_up_is_named(template):
         tokenizer.encode_conversation(messages)
     assert "\n" not in str(caught.value)
     assert tokenizer.encode_chat(messages).size  # a prompt needs no spans
+
+
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "f<|end_turn|>"}}]}
+
+
+@pytest.mark.parametrize(
+    ("template", "written"),
+    [
+        (None, '{"name": "f<|end_turn|>"}'),
+        (CHATML + PROMPT, '{"name": "f<|end_turn|>"}'),
+        (CHATML.replace("m['content']", "m.tool_calls[0].function.name if m.tool_calls else ''"), "f<|end_turn|>"),
+    ],
+)
+def test_tool_calls_are_written_also_by_templates_that_know_none(template, written):
+    tokenizer = Tokenizer(TOKENIZER._backend, {**TOKENIZER._config, "chat_template": template})
+    messages = [{"role": "user", "content": "call"}, CALL]
+    ids, said = tokenizer.encode_conversation(messages, reply=False)
+    assert written in tokenizer.decode(ids[said], skip_special=False)
+    assert (ids == tokenizer.special_ids["<|end_turn|>"]).sum() == 2
+    with_words = tokenizer.encode_chat([messages[0], {**CALL, "content": "I call"}])
+    assert ("I call\n" in tokenizer.decode(with_words)) == (written != "f<|end_turn|>")
+    if written != "f<|end_turn|>":
+        with pytest.raises(InputError, match="'tool_calls' must be a list of objects"):
+            tokenizer.encode_chat([{**CALL, "tool_calls": 3}])
+
+
+# One long unbroken run
+
+
+@pytest.mark.parametrize("alphabet", ["a", "abcdefgh", "\n", " ", "\u0301"])
+def test_training_ends_on_one_long_unbroken_run(alphabet):
+    run = "a" + "".join(random.Random(0).choices(alphabet, k=300_000))  # took a minute where words were not cut
+    with pytest.raises(InputError, match="yield only"):
+        Tokenizer.train([run], 300_000)
+    assert Tokenizer.train([run, *TEXTS], 300).hash
+
+
+def test_cutting_long_runs_changes_no_other_training(monkeypatch):
+    usual = Tokenizer.train(TEXTS, 384)
+    monkeypatch.setattr("rdlm.tokenizer.training._LONGEST_WORD", 50_000)
+    assert Tokenizer.train(TEXTS, 384).hash == usual.hash
+    monkeypatch.setattr("rdlm.tokenizer.training._LONGEST_WORD", 2)  # control: this does
+    with pytest.raises(InputError, match="yield only"):
+        Tokenizer.train(TEXTS, 384)

@@ -100,12 +100,11 @@ def find_files(paths: Sequence[str], left_out: Counter[str] | None = None) -> li
 
 
 def described(files: Sequence[InputFile], left_out: Counter[str]) -> str:
-    """'3 files (2 .jsonl, 1 .txt), left out 1 hidden'."""
+    """'3 files (2 .jsonl, 1 .txt); left out: 1 hidden'."""
     kinds = Counter(suffix_of(file.path) for file in files)
-    left = ", ".join(f"{n:,} {reason}" for reason, n in left_out.items())
-    return f"{len(files):,} files ({', '.join(f'{n:,} {kind}' for kind, n in kinds.items())})" + (
-        f", left out {left}" if left else ""
-    )
+    taken = ", ".join(f"{n:,} {kind}" for kind, n in kinds.items())
+    left = "".join(f", {n:,} {reason}" for reason, n in left_out.items())
+    return f"{len(files):,} file{'s' * (len(files) != 1)} ({taken})" + (f"; left out: {left[2:]}" if left else "")
 
 
 def fingerprint(path: str, *, samples: bool = False) -> Fingerprint:
