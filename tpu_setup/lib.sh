@@ -229,6 +229,10 @@ on_all() {
   return "$worst"
 }
 
+# states: the state words of the lines that worker.sh says, each between blanks. A line is "[N] none" or
+# "[N] ID STATE ..."; the rest of it may quote a log, which can contain any word.
+states() { awk '{ printf " %s ", $2 == "none" ? $2 : $3 }'; }
+
 # run_state ASSUMED [ID]: the state of run ID, or of the newest, on all workers, as one word: none | running | done |
 # preempted | wrong | alarm | failed | unreachable.
 run_state() {
@@ -240,8 +244,7 @@ run_state() {
     return
   }
   if [[ $DRY_RUN == 1 ]]; then said="[0] ID $1"; fi
-  # A line is "[N] none" or "[N] ID STATE ...". The rest of it may quote a log, which can contain any word.
-  said=$(awk '{ printf " %s ", $2 == "none" ? $2 : $3 }' <<<"$said")
+  said=$(states <<<"$said")
   case $said in
     *' running '*) echo running ;;
     *' wrong '*) echo wrong ;;
@@ -260,9 +263,21 @@ run_id() {
   printf '%s-%s\n' "$name" "$(printf '%s\0' "$@" | cksum | cut -d ' ' -f 1)"
 }
 
-# Exits unless the script is tracked by git; says which scripts there are.
+# check_script RUNS SCRIPT ARGS...: exits unless the script is tracked by git and its arguments are right: before
+# anything is rented for them. RUNS: folders to write must be below it; empty: anywhere.
 check_script() {
+  local runs=$1 python code
+  shift
   (($# > 0)) || die "which script? For example: tpu_setup/${0##*/} experiments/train.py small --run-dir runs/small"
   git -C "$ROOT" ls-files --error-unmatch -- "$1" >/dev/null 2>&1 ||
     die "$1: git tracks no such script; there are:" "$(git -C "$ROOT" ls-files 'experiments/*.py' | tr '\n' ' ')"
+  for python in "$ROOT/.venv/bin/python" python3; do
+    code=0
+    (cd "$ROOT" && PYTHONPATH=$ROOT "$python" tpu_setup/check.py "$runs" "$@") >"$WORK/check" 2>&1 || code=$?
+    case $code in
+      0) return ;;
+      2) cat "$WORK/check" >&2 && exit 2 ;;
+    esac # else: this Python is missing, or lacks a package
+  done
+  say "note: no Python here has rdlm installed (make test), so the arguments of $1 are not checked before it starts"
 }

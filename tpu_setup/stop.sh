@@ -5,5 +5,5 @@ settings
 [[ ${1:-600} =~ ^[0-9]+$ ]] || die "$1: not a number of seconds"
 need_ready
 on_all rdlm/tpu_setup/worker.sh stop "${1:-600}" | tee "$WORK/stopped"
-! grep -qE 'lost|failed|wrong' "$WORK/stopped" || fail "the run failed; see tpu_setup/logs.sh"
+! states <"$WORK/stopped" | grep -qE ' (lost|failed|wrong) ' || fail "the run failed; see tpu_setup/logs.sh"
 say "$TPU_NAME is still there and billed; tpu_setup/delete.sh deletes it"

@@ -73,6 +73,7 @@ class Place:
         fakes = folder / "fakes"
         fake = Path(__file__).with_name("fake_gcloud.py").read_text()
         executable(fakes / "gcloud", f"#!{sys.executable} -IS\n{fake}")
+        executable(fakes / "python3", f'#!/usr/bin/env bash\nexec {sys.executable} "$@"\n')
         executable(fakes / "sleep", SLEEP.format(python=f"{sys.executable} -IS"))
         executable(fakes / "date", DATE.format(python=f"{sys.executable} -IS", real=shutil.which("date")))
         self.settings(**SETTINGS)

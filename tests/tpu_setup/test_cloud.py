@@ -1,7 +1,10 @@
 """What each script asks of gcloud, to the word; what it says when gcloud refuses; what arrives on a worker."""
 
+import ast
+import subprocess
+
 import pytest
-from fake_place import SETTINGS, executable
+from fake_place import ROOT, SCRIPTS, SETTINGS, executable
 
 ZONE = ["--project=my-project", "--zone=us-west4-a"]
 UNAUTHORIZED = "ERROR: PERMISSION_DENIED: Location us-west4-z is not found or access is unauthorized."
@@ -114,6 +117,40 @@ def test_a_creation_that_failed_half_way_is_mentioned(place, refused):
     _, err = refused(["connection reset"], "create.sh", lines=2)
     assert "left behind in us-west4-a" in err
     assert "node CREATING" in err
+
+
+def start_errors():
+    """The text of every StartError of the library, with a word for each value."""
+    for path in sorted((ROOT / "rdlm").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "message":
+                yield node.value
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "StartError" and node.args:
+                yield node.args[0]
+
+
+STATES = [
+    *("".join(getattr(part, "value", None) if isinstance(part, ast.Constant) else "running" for part in text.values)
+      for text in start_errors() if isinstance(text, ast.JoinedStr)),
+    "something went wrong in the driver", "an alarm was lost", "running", "done", "none", "[0] x-1 running",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", STATES)
+def test_a_run_that_failed_has_failed_whatever_the_last_line_of_its_log_says(line):
+    script = '. "$1"; on_all() { printf "%s\\n" "[0] x-1 done" "$2"; }; run_state none'
+    said = f"[1] x-1 failed (exit code 1): error: {line}"
+    done = subprocess.run(["bash", "-c", script, "-", SCRIPTS / "lib.sh", said], capture_output=True, text=True)
+    assert done.stdout == "failed\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("state", "code"),
+    [("preempted (saved, exit code 75)", 0), ("done", 0), ("lost (restarted?)", 1), ("failed (exit code 1): done", 1)],
+)
+def test_stop_looks_at_the_state_and_not_at_the_name(state, code, place):
+    place.cloud(queue="ACTIVE", node="READY", workers=1, replies={"stop": [[0, f"lost_and_wrong-12 {state}", ""]]})
+    assert place.run("stop.sh")[0] == code
 
 
 @pytest.mark.parametrize("script", ["create.sh", "delete.sh", "status.sh", "setup.sh"])

@@ -102,6 +102,34 @@ def test_supervise(scenario, place):
     assert ("left behind" in err.splitlines()[-1]) == scenario.billed, err
 
 
+REFUSED = [
+    (["experiments/train.py", "smal"], "Did you mean 'small'?"),
+    (["experiments/train.py"], "which preset?"),
+    (["experiments/train.py", "nano", "--steps", "0"], "steps = 0"),
+    (["experiments/train.py", "nano", "--steps", "many"], "many"),
+    (["experiments/train.py", "nano", "--stepz", "3"], "--stepz"),
+    (["experiments/train.py", "nano", "--run-dir", "gs://my-bucket/x"], "is a URL"),
+    (["experiments/train.py", "nano", "--run-dir", "gs:/my-bucket/x"], "is a URL"),
+    (["experiments/train.py", "nano", "--run-dir", "elsewhere/x"], "run_dir = 'elsewhere/x': must be in runs/"),
+    (["experiments/train.py", "nano", "--run-dir=runs/../x"], "must be in runs/"),
+    (["experiments/train.py", "nano", "--run-dir", "/tmp/runs/x"], "must be in runs/"),
+    (["experiments/train.py", "nano", "--run-dir", "runs"], "must be in runs/"),
+    (["experiments/prepare_data.py", "t", "--tokenizer", "bytes", "--out", "data/x"], "must be in runs/"),
+    (["experiments/evaluate.py", "runs/x", "--depths", "a"], "a"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"), REFUSED, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
+def test_a_wrong_command_is_refused_before_anything_is_rented(arguments, words, place):
+    code, out, err = place.run("supervise.sh", *arguments)
+    assert code == 2, err
+    assert words in err
+    assert "Traceback" not in out + err
+    assert place.changes() == []
+
+
 def test_every_start_is_the_same_command(place):
     place.cloud(workers=2, events=[{"run": "preempted"}, GONE, {"run": "done"}])
     assert place.run("supervise.sh", "experiments/train.py", "nano", "--run-dir", "runs/a b")[0] == 0
