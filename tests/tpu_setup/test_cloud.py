@@ -1,6 +1,7 @@
 """What each script asks of gcloud, to the word; what it says when gcloud refuses; what arrives on a worker."""
 
 import ast
+import os
 import subprocess
 
 import pytest
@@ -138,9 +139,11 @@ STATES = [
 
 @pytest.mark.parametrize("line", STATES)
 def test_a_run_that_failed_has_failed_whatever_the_last_line_of_its_log_says(line):
-    script = '. "$1"; on_all() { printf "%s\\n" "[0] x-1 done" "$2"; }; run_state none'
+    script = '. "$1"; on_all() { printf "%s\\n" "[0] x-1 done" "$SAID"; }; run_state none'
     said = f"[1] x-1 failed (exit code 1): error: {line}"
-    done = subprocess.run(["bash", "-c", script, "-", SCRIPTS / "lib.sh", said], capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", "-c", script, "-", SCRIPTS / "lib.sh"], env=os.environ | {"SAID": said}, capture_output=True, text=True
+    )
     assert done.stdout == "failed\n", done.stderr
 
 
