@@ -17,6 +17,7 @@ import collections
 import dataclasses
 import threading
 from collections.abc import AsyncIterator, Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +25,10 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from rdlm.config import CachePolicy, InputError, ModelConfig, Sampling
-from rdlm.decode.lanes import Flush, advance, empty_lanes, insert
+from rdlm.decode.lanes import Flush, Lanes, advance, empty_lanes, insert
 from rdlm.decode.loop import Sizes, begin
 from rdlm.decode.passes import next_power
-from rdlm.decode.requests import Prompt, Request, RequestOptions, WarmStart, as_requests, padded
+from rdlm.decode.requests import Prompt, Request, RequestOptions, WarmStart, as_requests, not_finite, padded
 from rdlm.exits import ExitRule
 from rdlm.model import Params, compute_dtype
 
@@ -47,8 +48,14 @@ class Served:
     prompt_steps: np.ndarray | None = None  # int32 per prompt position, once the prompt has been read
     done: bool = False  # no more tokens will come
     cancelled: bool = False
-    error: Exception | None = None  # why the request ended early
+    error: BaseException | None = None  # why the request ended early
+    log_probs: list[float] = dataclasses.field(default_factory=list)  # of each token, as in `generate`
     _on_token: OnToken | None = dataclasses.field(default=None, repr=False)
+    _consumers: int = dataclasses.field(default=0, repr=False)
+
+    def _end(self, error: BaseException | None = None) -> None:
+        if not self.done:
+            self.error, self.done = error, True
 
     def cancel(self) -> None:
         """Give up: the lane is free for others at the next step. `tokens` keeps the output so far."""
@@ -56,17 +63,23 @@ class Served:
             self.done = self.cancelled = True
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, int]]:
-        """(token, steps) as they are made; the consumers run the engine."""
+        """(token, steps) as they are made; the consumers run the engine. The last one to leave cancels the request."""
         shown = 0
-        while True:
-            while shown < len(self.tokens):
-                shown += 1
-                yield self.tokens[shown - 1], self.steps[shown - 1]
-            if self.done:
-                break
-            async with self._engine._consumers_turn():
-                if shown == len(self.tokens) and not self.done:
-                    await asyncio.to_thread(self._engine.step)
+        self._consumers += 1
+        try:
+            while True:
+                while shown < len(self.tokens):
+                    shown += 1
+                    yield self.tokens[shown - 1], self.steps[shown - 1]
+                if self.done:
+                    break
+                async with self._engine._consumers_turn():
+                    if shown == len(self.tokens) and not self.done:
+                        await asyncio.to_thread(self._engine._step_for, self)
+        finally:
+            self._consumers -= 1
+            if self._consumers == 0:
+                self.cancel()
         if self.error is not None:
             raise self.error
 
@@ -146,11 +159,16 @@ class Engine:
         self._flush, self._ticks = Flush(self._group, flush_every), ticks_per_step
         # Row 0 stands for every idle lane; making it also checks the engine's own options.
         self._idle, _ = as_requests(config, [[0]], 1, self._options)
+        if any(np.shape(leaf)[:1] != (1,) for leaf in jax.tree.leaves(self._idle.depth)):
+            raise InputError(
+                f"exit_rule: {exit_rule and exit_rule.kind!r} has weights without an axis of rows, so requests cannot "
+                "have their own; override its by_row"
+            )
         sets = cache.sets(next_power(int(np.max(self._idle.depth.num_steps))))
         self._sizes = Sizes(cache, sets, capacity, max_new_tokens)
-        self._lanes = empty_lanes(config, _stack([self._idle] * lanes), self._sizes, compute_dtype(params, config))
-        self._queue: collections.deque[Served] = collections.deque()
         self._serving: list[Served | None] = [None] * lanes
+        self._lanes = self._empty_lanes()
+        self._queue: collections.deque[Served] = collections.deque()
         self._queue_lock = threading.Lock()  # requests may come while another thread runs a step
         self._running, self._inside = threading.RLock(), False
         self._turn: tuple[asyncio.AbstractEventLoop, asyncio.Lock] | None = None
@@ -196,10 +214,17 @@ class Engine:
             )
         if size.policy.sets(int(np.max(row.depth.num_steps))) > size.sets:
             raise InputError(f"num_steps = {num_steps}: the engine's cache keeps {size.sets} recurrences")
-        kinds: list[object] = [jax.tree.structure(depth) for depth in (row.depth, self._idle.depth)]
+        theirs, ours = row.depth, self._idle.depth
+        kinds: list[object] = [jax.tree.structure(depth) for depth in (theirs, ours)]
         if kinds[0] != kinds[1]:
             kind, other = (None if x.exit_rule is None else x.exit_rule.kind for x in (own, options))
             raise InputError(f"exit_rule: this engine serves {kind!r}; another kind, {other!r}, needs another engine")
+        for leaf, other_leaf in zip(jax.tree.leaves(theirs), jax.tree.leaves(ours), strict=True):
+            if (leaf.shape, leaf.dtype) != (other_leaf.shape, other_leaf.dtype):
+                raise InputError(
+                    f"exit_rule: weights of {leaf.dtype} {list(leaf.shape[1:])}, but this engine serves those of "
+                    f"{other_leaf.dtype} {list(other_leaf.shape[1:])}"
+                )
         if row.sampling.stop_tokens.shape != self._idle.sampling.stop_tokens.shape:
             width = self._idle.sampling.stop_tokens.shape[1]
             raise InputError(f"Sampling.stop_tokens: the engine serves at most {width} per request")
@@ -231,9 +256,17 @@ class Engine:
             finally:
                 self._inside = False
 
+    def _step_for(self, served: Served) -> None:
+        """A step for a consumer.
+
+        Raises:
+          InputError: there is nothing to do although its request is not done: it would wait for ever.
+        """
+        if not self.step() and not served.done:
+            raise InputError("Engine: does not know this request any more; submit it again")
+
     def _step(self) -> bool:
-        alive = np.asarray([s is not None and not s.done for s in self._serving])
-        self._serving = [s if a else None for s, a in zip(self._serving, alive, strict=True)]
+        self._serving = [None if s is None or s.done else s for s in self._serving]
         while self._admit():
             pass
         if not any(self._serving):
@@ -243,11 +276,33 @@ class Engine:
         queued = min(len(self._queue), self._group)
         wake = max(queued - int((~alive).sum()), 1) if queued else len(alive) + 1
         ticks = jnp.int32(self._ticks), jnp.int32(wake)
-        self._lanes = advance(
-            self.params, self.config, self._lanes, jnp.asarray(alive), *ticks, self._flush, self._options.warm_start
-        )
-        self._deliver()
+        try:
+            self._lanes = advance(
+                self.params, self.config, self._lanes, jnp.asarray(alive), *ticks, self._flush, self._options.warm_start
+            )
+            made = _Made.read(self._lanes)
+        except BaseException as error:
+            in_flight = [s for s in self._serving if s is not None]
+            self._fail(in_flight if isinstance(error, Exception) else [], error)  # Ctrl-C alone ends nothing
+            return True
+        self._deliver(made)
         return True
+
+    def _empty_lanes(self) -> Lanes:
+        rows = _stack([self._idle] * len(self._serving))
+        return empty_lanes(self.config, rows, self._sizes, compute_dtype(self.params, self.config))
+
+    def _fail(self, concerned: list[Served], error: BaseException) -> None:
+        """End the requests concerned with `error`, and if the lanes are lost with it, all that are in flight."""
+        try:
+            jax.block_until_ready(self._lanes)
+        except Exception:  # donated to a program that failed, or made by it
+            concerned = concerned + [s for s in self._serving if s is not None]
+            self._lanes = self._empty_lanes()
+        for s in concerned:
+            s._end(error)
+        if not isinstance(error, Exception):
+            raise error
 
     def _consumers_turn(self) -> asyncio.Lock:
         """Lets one consumer at a time keep the engine going. Such locks belong to an event loop; engines do not."""
@@ -271,48 +326,75 @@ class Engine:
             if size == 0 or len(free) < size:
                 return False
             group = [self._queue.popleft() for _ in range(size)]
-        rest = self._group - size  # rows of padding: no tokens, and a lane that does not exist
+        self._place(group, free[:size])
+        return True
+
+    def _place(self, group: list[Served], lanes: list[int]) -> None:
+        """Prefill requests and put them into these lanes. If several fail together, each is tried alone."""
+        try:
+            made, prompt_steps = self._prefill(group, lanes)
+        except BaseException as error:  # such as too little memory for prompts of that length
+            if len(group) == 1 or not isinstance(error, Exception):
+                self._fail(group, error)
+            else:
+                self._fail([], error)
+                for s, lane in zip(group, lanes, strict=True):
+                    self._place([s], [lane])
+            return
+        for row, (s, lane) in enumerate(zip(group, lanes, strict=True)):
+            self._serving[lane], s.prompt_steps = s, prompt_steps[row, : s.prompt.size]
+        self._deliver(made)  # a request may be over after its first token
+
+    def _prefill(self, group: list[Served], lanes: list[int]) -> tuple[_Made, np.ndarray]:
+        """(What lanes hold then, recurrences of every prompt token)."""
+        rest = self._group - len(group)  # rows of padding: no tokens, and a lane that does not exist
         tokens, given = padded([s.prompt for s in group] + [np.zeros(0, np.int32)] * rest, self.config.max_length)
         lengths = jnp.asarray(given, jnp.int32)
-        lane = jnp.asarray(free[:size] + [len(self._serving)] * rest, jnp.int32)
+        lane = jnp.asarray(lanes + [len(self._serving)] * rest, jnp.int32)
         max_tokens = jnp.asarray([s.max_new_tokens for s in group] + [1] * rest, jnp.int32)
         request = _stack([s._row for s in group] + [self._idle] * rest)
         sizes = self._sizes._replace(capacity=tokens.shape[1], tokens=1)
         ways = self._options.prefill_exit, self._options.warm_start
-        try:
-            progress, prompt_steps = begin(
-                self.params, self.config, jnp.asarray(tokens), lengths, request, sizes, *ways
-            )
-            depth = np.asarray(prompt_steps)
-        except Exception as error:  # such as too little memory for prompts of that length: the lanes are untouched
-            for s in group:
-                s.error, s.done = error, True
-            return True
-        for i, s in enumerate(group):
-            self._serving[free[i]], s.prompt_steps = s, depth[i, : s.prompt.size]
+        progress, prompt_steps = begin(self.params, self.config, jnp.asarray(tokens), lengths, request, sizes, *ways)
+        depth = np.asarray(prompt_steps)  # errors of the program appear here, while the lanes are untouched
         self._lanes = insert(self.params, self.config, self._lanes, progress, lengths, request, max_tokens, lane)
-        self._deliver()  # a request may be over after its first token
-        return True
+        return _Made.read(self._lanes), depth
 
-    def _deliver(self) -> None:
+    def _deliver(self, made: _Made) -> None:
         """Hand out new tokens, and free the lanes of requests that have ended."""
-        p = self._lanes
-        busy, count, tokens, steps = (np.asarray(x) for x in (p.busy, p.count, p.tokens, p.steps))
         for lane, served in enumerate(self._serving):
             if served is None or served.done:
                 continue
-            for j in range(len(served.tokens), count[lane]):
-                served.tokens.append(int(tokens[lane, j]))
-                served.steps.append(int(steps[lane, j]))
+            for j in range(len(served.tokens), made.count[lane]):
+                served.tokens.append(int(made.tokens[lane, j]))
+                served.steps.append(int(made.steps[lane, j]))
+                served.log_probs.append(float(made.log_probs[lane, j]))
                 if served._on_token is not None:
                     try:
                         served._on_token(served.tokens[-1], served.steps[-1])
-                    except Exception as error:  # a listener's error ends its own request alone
-                        served.error, served.done = error, True
+                    except (Exception, asyncio.CancelledError) as error:  # a listener's error is its own request's
+                        served._end(error)
                 if served.done:  # or it has cancelled itself
                     break
-            if not busy[lane]:
-                served.done, self._serving[lane] = True, None
+            if not made.busy[lane]:
+                served._end(not_finite("request", len(served.tokens)) if made.failed[lane] else None)
+                self._serving[lane] = None
+
+
+class _Made(NamedTuple):
+    """What the host reads of lanes; the names are those of `Lanes`."""
+
+    busy: np.ndarray
+    failed: np.ndarray
+    count: np.ndarray  # type: ignore[assignment]  # hides tuple.count, which nobody needs
+    tokens: np.ndarray
+    steps: np.ndarray
+    log_probs: np.ndarray
+
+    @classmethod
+    def read(cls, lanes: Lanes) -> _Made:
+        """Wait for the program that makes them; its errors appear here."""
+        return cls(*(np.asarray(getattr(lanes, name)) for name in cls._fields))
 
 
 def _stack(rows: list[Request]) -> Request:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from rdlm.config import CachePolicy, ModelConfig, Sampling, Speculative
 from rdlm.decode.loop import Sizes, begin, decode_tokens
 from rdlm.decode.passes import next_power
-from rdlm.decode.requests import Prompt, RequestOptions, WarmStart, as_requests, padded
+from rdlm.decode.requests import Prompt, RequestOptions, WarmStart, as_requests, not_finite, padded
 from rdlm.decode.speculative import check_speculation, speculate
 from rdlm.exits import Counts, ExitRule
 from rdlm.model import Params
@@ -26,6 +26,7 @@ class Generation:
     steps: list[np.ndarray]  # int32 [n], recurrences of the pass whose logits gave each token
     prompt_steps: list[np.ndarray]  # int32, per prompt position
     core_passes: int  # sequential core recurrences of the whole batch
+    log_probs: list[np.ndarray]  # f32 [n], ln p of each token by the model: before penalty, temperature and filters
 
 
 def generate(
@@ -71,7 +72,8 @@ def generate(
       on_token: called with (prompt index, token, recurrences) as tokens are made; a true result ends that prompt.
 
     Raises:
-      InputError (a ValueError): empty prompts, ids out of range, too long, a depth below 1, sampling without a key.
+      InputError (a ValueError): empty prompts, ids out of range, too long, a depth below 1, sampling without a key, or
+        logits that are not finite (`rdlm.Engine` ends the request concerned and serves the others).
     """
     options = RequestOptions(
         num_steps, exit_rule, prefill_exit, min_steps, check_every, sampling, warm_start, init_scale, key
@@ -114,9 +116,16 @@ def generate(
         progress = progress._replace(done=jnp.asarray(ended))
         if ended.all():
             break
+    for row in np.flatnonzero(np.asarray(progress.failed)):
+        raise not_finite(f"prompts[{row}]", int(count[row]))
+
+    def rows_of(table: ArrayLike, sizes: Iterable[int]) -> list[np.ndarray]:
+        return [row[:n] for row, n in zip(np.asarray(table), sizes, strict=True)]
+
     return Generation(
-        [row[:n] for row, n in zip(made, count, strict=True)],
-        [row[:n] for row, n in zip(steps, count, strict=True)],
-        [row[:n] for row, n in zip(np.asarray(prompt_steps), lengths, strict=True)],
+        rows_of(made, count),
+        rows_of(steps, count),
+        rows_of(prompt_steps, lengths),
         int(progress.passes),
+        rows_of(progress.log_probs, count),
     )

@@ -23,9 +23,9 @@ from rdlm import exits
 from rdlm.config import ModelConfig
 from rdlm.decode.loop import Progress, Sizes, token_keys
 from rdlm.decode.requests import Request, WarmStart
-from rdlm.decode.sampling import choose, known_only, stops
+from rdlm.decode.sampling import choose, finite, log_probability, stops
 from rdlm.exits import Observation
-from rdlm.model import Params, coda, context, core_step, embed, head, inject, noisy
+from rdlm.model import Params, coda, context, core_step, embed, head, inject, known, noisy
 from rdlm.model.blocks import Context
 from rdlm.model.cache import Cache, allocate, cached_bias, skip_bias, write
 from rdlm.model.kernels import after
@@ -40,6 +40,7 @@ class Lanes(NamedTuple):
     request: Request  # that each lane serves
     max_tokens: Array  # int32, new tokens that the request may have
     busy: Array  # bool, serves a request
+    failed: Array  # bool, its request ended because the logits of its next token were not finite
     iterating: Array  # bool, its token still runs the core; a busy lane that does not is due for a flush
     s: Array  # [B, 1, D], state of the present token
     injected: Array  # [B, 1, D], its injected input
@@ -47,8 +48,9 @@ class Lanes(NamedTuple):
     rule: PyTree  # state of the exit rule
     tokens: Array  # int32 [B, N], output so far
     steps: Array  # int32 [B, N], recurrences of each
+    log_probs: Array  # f32 [B, N], see `log_probability`
     count: Array  # type: ignore[assignment]  # int32, how many; hides tuple.count, which nobody needs
-    present: Array  # bool [B, V], tokens of prompt and output
+    present: Array  # bool [B, V], tokens of prompt and output; V = vocab_size
     ticks: Array  # int32 scalar, recurrences of all lanes together
     used: Array  # int32 scalar, lanes that took part, summed over ticks
     flushes: Array  # int32 scalar
@@ -79,7 +81,9 @@ class _Exit(NamedTuple):
     coda_kv: Layers  # [W, .] per layer
     depth: Array  # int32 [W]
     token: Array  # int32 [W], the one chosen
+    log_prob: Array  # f32 [W]
     done: Array  # bool [W], whether it ends the request
+    failed: Array  # bool [W], whether there is none, because logits were not finite
 
 
 def empty_lanes(config: ModelConfig, request: Request, sizes: Sizes, dtype: DTypeLike) -> Lanes:
@@ -93,15 +97,17 @@ def empty_lanes(config: ModelConfig, request: Request, sizes: Sizes, dtype: DTyp
         request=request,
         max_tokens=zero,
         busy=no,
+        failed=no,
         iterating=no,
         s=s,
         injected=s,
         ran=zero,
-        rule=() if rule is None else exits.init(rule, s, config.rows),
+        rule=() if rule is None else exits.init(rule, s, config.vocab_size),
         tokens=table,
         steps=table,
+        log_probs=table.astype(jnp.float32),
         count=zero,
-        present=jnp.zeros((B, config.rows), bool),
+        present=jnp.zeros((B, config.vocab_size), bool),
         ticks=scalar,
         used=scalar,
         flushes=scalar,
@@ -199,7 +205,7 @@ def _check(params: Params, config: ModelConfig, p: Lanes, ctx: Context) -> tuple
         logits = None
         if rule.needs_logits:
             (y, _), _ = coda(params, config, p.s, ctx, p.cache.coda)
-            logits = head(params, config, y)
+            logits = known(config, head(params, config, y))
         new, value = exits.update(rule, state, Observation(p.s, logits, p.ran[:, None]))
         return exits.seen_only(due[:, None], new, state), exits.exits(rule, value)[:, 0] & due
 
@@ -222,15 +228,17 @@ def _flush(
     position, ran, s = p.cache.length[row], p.ran[row], p.s[row]
     ctx = _context(config, p.cache, position)
     (y, z), coda_kv = coda(params, config, s, ctx, jax.tree.map(lambda x: x[row], p.cache.coda))
-    logits = known_only(head(params, config, y)[:, 0], config.vocab_size)
+    logits = known(config, head(params, config, y)[:, 0])
     request, count = jax.tree.map(lambda x: x[row], p.request), p.count[row]
     token = choose(logits, p.present[row], request.sampling, token_keys(request, count))
     # Sets that the token never reached get a copy of its last.
     wrote = jnp.minimum(jnp.arange(p.cache.sets)[:, None], ran[None] - 1)
     index = (wrote * B + row[None]) * p.cache.capacity + position[None]
     core_kv = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1])[index], p.cache.core)
-    done = stops(token, request.sampling) | (count + 1 >= p.max_tokens[row])
-    left = _Exit(core_kv, jax.tree.map(lambda x: x[:, 0], coda_kv), ran, token, done)
+    failed = ~finite(logits)
+    done = failed | stops(token, request.sampling) | (count + 1 >= p.max_tokens[row])
+    coda_kv = jax.tree.map(lambda x: x[:, 0], coda_kv)
+    left = _Exit(core_kv, coda_kv, ran, token, log_probability(logits, token), done, failed)
     warm = {"normalized": z, "raw": s}.get(warm_start or "")
     return lane, left, _enter(params, config, p.cache, row, request, token, position + 1, warm)
 
@@ -251,7 +259,7 @@ def _enter(
     s = warm
     if s is None:
         s = initial_state(request.keys, position[:, None], config.embed_dim, e.dtype, request.init_scale)
-    rule = () if request.depth.rule is None else exits.init(request.depth.rule, s, config.rows)
+    rule = () if request.depth.rule is None else exits.init(request.depth.rule, s, config.vocab_size)
     prelude_kv = jax.tree.map(lambda x: x[:, 0], new_kv)
     return _Entry(position, s, inject(params, config, e), rule, prelude_kv)
 
@@ -267,13 +275,16 @@ def _apply(p: Lanes, lane: Array, left: _Exit, entry: _Entry) -> Lanes:
         depth=cache.depth.at[lane, at].set(left.depth, mode="drop"),
         length=cache.length.at[lane].add(1, mode="drop"),
     )
+    made = jnp.where(left.failed, p.busy.size, lane)
     p = p._replace(
         cache=cache,
-        tokens=p.tokens.at[lane, count].set(left.token, mode="drop"),
-        steps=p.steps.at[lane, count].set(left.depth, mode="drop"),
-        count=p.count.at[lane].add(1, mode="drop"),
-        present=p.present.at[lane, left.token].set(True, mode="drop"),
+        tokens=p.tokens.at[made, count].set(left.token, mode="drop"),
+        steps=p.steps.at[made, count].set(left.depth, mode="drop"),
+        log_probs=p.log_probs.at[made, count].set(left.log_prob, mode="drop"),
+        count=p.count.at[made].add(1, mode="drop"),
+        present=p.present.at[made, left.token].set(True, mode="drop"),
         busy=_put(p.busy, lane, ~left.done),
+        failed=_put(p.failed, lane, left.failed),
     )
     return _begin(p, lane, entry)
 
@@ -327,9 +338,11 @@ def insert(
         request=_put(lanes.request, lane, request),
         max_tokens=_put(lanes.max_tokens, lane, max_tokens),
         busy=_put(lanes.busy, lane, ~progress.done & (max_tokens > 1)),
+        failed=_put(lanes.failed, lane, progress.failed),
         tokens=lanes.tokens.at[lane, 0].set(progress.tokens[:, 0], mode="drop"),
         steps=lanes.steps.at[lane, 0].set(progress.steps[:, 0], mode="drop"),
-        count=_put(lanes.count, lane, jnp.ones_like(max_tokens)),
+        log_probs=lanes.log_probs.at[lane, 0].set(progress.log_probs[:, 0], mode="drop"),
+        count=_put(lanes.count, lane, progress.count),
         present=_put(lanes.present, lane, progress.present),
     )
     index = jnp.minimum(lane, lanes.busy.size - 1)

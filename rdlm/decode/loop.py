@@ -14,8 +14,8 @@ from jaxtyping import Float, Int, Int32, Key
 from rdlm.config import CachePolicy, ModelConfig
 from rdlm.decode.passes import continuation, run_pass
 from rdlm.decode.requests import Request, WarmStart
-from rdlm.decode.sampling import choose, known_only, stops
-from rdlm.model import Params, Pass, Start, Text, compute_dtype, start_from
+from rdlm.decode.sampling import choose, finite, log_probability, stops
+from rdlm.model import Params, Pass, Start, Text, compute_dtype, known, start_from
 from rdlm.model.cache import Cache, allocate
 
 _STREAM = 0x746F6B65  # separates the randomness of tokens from that of initial states
@@ -29,9 +29,11 @@ class Progress(NamedTuple):
     warm: Array | None  # [B, 1, D], the state it starts from; None: from noise
     tokens: Array  # int32 [B, N], made so far
     steps: Array  # int32 [B, N], recurrences of the pass that gave each of them
+    log_probs: Array  # f32 [B, N], see `log_probability`
     count: Array  # type: ignore[assignment]  # int32 [B], how many; hides tuple.count, which nobody needs
     done: Array  # bool [B]
-    present: Array  # bool [B, V], tokens of prompt and output
+    failed: Array  # bool [B], done because the logits of its next token were not finite
+    present: Array  # bool [B, V], tokens of prompt and output; V = vocab_size
     passes: Array  # int32 scalar, sequential core recurrences so far
 
 
@@ -62,8 +64,9 @@ def begin(
     depth = request.depth._replace(rule=None) if prefill_exit == "never" else request.depth
     start = request_start(params, config, text, request)
     done, cache = run_pass(params, config, text, start, depth, empty, prefill_exit == "together", last_only=True)
-    present = jnp.zeros((B, config.rows), bool)
-    present = present.at[jnp.arange(B)[:, None], jnp.where(text.valid, tokens, config.rows)].set(True, mode="drop")
+    V = config.vocab_size
+    present = jnp.zeros((B, V), bool)
+    present = present.at[jnp.arange(B)[:, None], jnp.where(text.valid, tokens, V)].set(True, mode="drop")
     last = (lengths - 1)[:, None]
     table = jnp.zeros((B, sizes.tokens), jnp.int32)
     progress = Progress(
@@ -72,13 +75,15 @@ def begin(
         warm=_warm(done, last, warm_start),
         tokens=table,
         steps=table,
+        log_probs=jnp.zeros((B, sizes.tokens), jnp.float32),
         count=jnp.zeros(B, jnp.int32),
         done=jnp.zeros(B, bool),
+        failed=jnp.zeros(B, bool),
         present=present,
         passes=done.ran,
     )
     steps = jnp.take_along_axis(done.steps, last, axis=1)[:, 0]
-    return emit(progress, request, known_only(done.logits[:, 0], config.vocab_size), steps), done.steps
+    return emit(progress, request, known(config, done.logits[:, 0]), steps), done.steps
 
 
 def progress_shapes(params: Params, config: ModelConfig, request: Request, sizes: Sizes) -> Progress:
@@ -113,17 +118,20 @@ def token_keys(request: Request, index: Int[Array, "B"]) -> Key[Array, "B"]:
 
 
 def emit(p: Progress, request: Request, logits: Float[Array, "B V"], steps: Int[Array, "B"]) -> Progress:
-    """Choose a token for every row that is not done, and write it down."""
+    """Choose a token for every row that is not done, and write it down; a row without finite logits is done."""
     token = choose(logits, p.present, request.sampling, token_keys(request, p.count))
-    rows = jnp.arange(len(token))
-    where = jnp.where(p.done, p.tokens.shape[1], p.count)
+    rows, failed = jnp.arange(len(token)), ~p.done & ~finite(logits)
+    done = p.done | failed
+    where = jnp.where(done, p.tokens.shape[1], p.count)
     return p._replace(
         token=token,
         tokens=p.tokens.at[rows, where].set(token, mode="drop"),
         steps=p.steps.at[rows, where].set(steps, mode="drop"),
-        count=p.count + ~p.done,
+        log_probs=p.log_probs.at[rows, where].set(log_probability(logits, token), mode="drop"),
+        count=p.count + ~done,
         present=p.present.at[rows, token].set(True),
-        done=p.done | stops(token, request.sampling),
+        done=done | stops(token, request.sampling),
+        failed=p.failed | failed,
     )
 
 
@@ -151,7 +159,7 @@ def decode_tokens(
         p = p._replace(
             cache=cache, passes=p.passes + done.ran, warm=_warm(done, jnp.zeros_like(text.tokens), warm_start)
         )
-        p = emit(p, request, known_only(done.logits[:, 0], config.vocab_size), done.steps[:, 0])
+        p = emit(p, request, known(config, done.logits[:, 0]), done.steps[:, 0])
         return p._replace(done=p.done | (p.count >= max_tokens))
 
     return until(limit, one, progress)

@@ -104,6 +104,14 @@ def _ids(config: ModelConfig, prompt: Prompt, name: str, max_new_tokens: int) ->
     return row.astype(np.int32)
 
 
+def not_finite(name: str, made: int) -> InputError:
+    """For a request that has no next token, after `made`: its logits are NaN or infinite."""
+    return InputError(
+        f"{name}: the logits of new token {made + 1} are not finite; either weights are NaN or infinite, or sums "
+        "overflow: try rdlm.cast(params, 'float32')"
+    )
+
+
 def padded(
     rows: Sequence[Int32[np.ndarray, "_"]], max_length: int
 ) -> tuple[Int32[np.ndarray, "{len(rows)} L"], list[int]]:

@@ -73,11 +73,6 @@ def as_arrays(sampling: Sampling, rows: int) -> SamplingArrays:
     return SamplingArrays(**{k: jnp.asarray(v) for k, v in fields.items()}, stop_tokens=jnp.asarray(table))
 
 
-def known_only(logits: Float[Array, "*tokens V"], vocab_size: int) -> Float[Array, "*tokens V"]:
-    """Logits with the padding of the vocabulary set to -inf: no tokenizer has those ids."""
-    return logits if logits.shape[-1] == vocab_size else logits.at[..., vocab_size:].set(-jnp.inf)
-
-
 def penalise(
     logits: Float[Array, "B V"], present: Bool[Array, "B V"], penalty: Float[Array, "B"]
 ) -> Float[Array, "B V"]:
@@ -93,6 +88,8 @@ def probabilities(logits: Float[Array, "B V"], present: Bool[Array, "B V"], s: S
     token that crosses the threshold is dropped, the first always kept), min-p, renormalisation.
     """
     logits = penalise(logits, present, s.repetition_penalty)
+    # The maximum goes first: divided by a tiny temperature, a rounding of the difference would be large.
+    logits = logits - logits.max(-1, keepdims=True)
     p = jax.nn.softmax(logits / jnp.where(s.temperature > 0, s.temperature, 1.0)[:, None], axis=-1)
 
     def cut(p: Array) -> Array:
@@ -123,6 +120,17 @@ def choose(
 
     drawn = jax.lax.cond(jnp.any(s.temperature > 0), draw, lambda: greedy)
     return jnp.where(s.temperature > 0, drawn, greedy).astype(jnp.int32)
+
+
+def finite(logits: Float[Array, "*tokens V"]) -> Bool[Array, "*tokens"]:
+    """Whether a choice among these means anything: the argmax of NaN is 0."""
+    return jnp.isfinite(logits).all(-1)
+
+
+def log_probability(logits: Float[Array, "*tokens V"], token: Int[Array, "*tokens"]) -> Float32[Array, "*tokens"]:
+    """ln p(token) by the model itself: without penalty, temperature or filters."""
+    chosen = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
 def stops(token: Int[Array, "B"], s: SamplingArrays) -> Bool[Array, "B"]:

@@ -21,9 +21,9 @@ from rdlm.config import CachePolicy, InputError, ModelConfig, Speculative
 from rdlm.decode.loop import Progress, request_start, token_keys, until
 from rdlm.decode.passes import continuation, run_pass
 from rdlm.decode.requests import Request, RequestOptions
-from rdlm.decode.sampling import known_only, penalise, probabilities, stops
+from rdlm.decode.sampling import finite, log_probability, penalise, probabilities, stops
 from rdlm.exits import Depth
-from rdlm.model import Params
+from rdlm.model import Params, known
 from rdlm.model.cache import Cache, KeyValue
 from rdlm.model.network import Layers
 
@@ -92,7 +92,9 @@ def _draft(params: Params, config: ModelConfig, p: Progress, request: Request, s
         cache, token, present, passes = carry
         text = continuation(config, cache, token[:, None], jnp.where(p.done, 0, 1))
         done, cache = run_pass(params, config, text, request_start(params, config, text, request), depth, cache)
-        q = _distribution(known_only(done.logits[:, 0], config.vocab_size), present, request)
+        logits = known(config, done.logits[:, 0])
+        logits = jnp.where(finite(logits)[:, None], logits, 0.0)  # any draft will do: it is verified
+        q = _distribution(logits, present, request)
         keys = jax.vmap(jax.random.fold_in, (0, None))(token_keys(request, p.count + j), 1)
         drafted = _draw(q, request, keys)
         seen = present.at[rows, drafted].set(True)
@@ -120,22 +122,26 @@ def _verify(
     drafts: _Drafts,
 ) -> Progress:
     """Run the remaining recurrences of all drafts in parallel, and keep those up to the first refusal."""
-    B, L, V = len(p.token), spec.lookahead, config.rows
+    B, L, V = len(p.token), spec.lookahead, config.vocab_size
     rows, start = jnp.arange(B), p.cache.length
     cache = _rewind(drafts.cache, start)
     text = continuation(config, cache, drafts.inputs, jnp.where(p.done, 0, L))
     resumed = request_start(params, config, text, request, drafts.states)
     resumed = resumed._replace(ran=jnp.int32(spec.draft_steps), core_kv=drafts.core_kv)
     checked, cache = run_pass(params, config, text, resumed, Depth(request.depth.num_steps), cache)
-    logits = known_only(checked.logits, config.vocab_size)  # [B, L, V]
+    logits = known(config, checked.logits)  # [B, L, V]
     accepted, replacement = _accept(logits, drafts, request, p.count, spec)
     matched = jnp.cumprod(accepted.astype(jnp.int32), axis=1).sum(1)  # drafts kept, [B]
     index = jnp.arange(L)[None]
     made = jnp.where(index < matched[:, None], drafts.tokens, replacement)
     keep = jnp.minimum(matched + 1, L)
     keep = jnp.minimum(keep, max_tokens - p.count)
+    sound = jnp.cumprod(finite(logits).astype(jnp.int32), axis=1).sum(1)  # tokens before logits that are not finite
+    failed = ~p.done & (sound < keep)
+    keep = jnp.minimum(keep, sound)
     stopping = jax.vmap(lambda t: stops(t, request.sampling), in_axes=1, out_axes=1)(made) & (index < keep[:, None])
     first_stop = jnp.where(stopping.any(1), jnp.argmax(stopping, axis=1) + 1, L + 1)
+    failed = failed & (first_stop > keep)
     keep = jnp.where(p.done, 0, jnp.minimum(keep, first_stop))
     slots = jnp.where(index < keep[:, None], p.count[:, None] + index, p.tokens.shape[1])
     seen = jnp.where(index < keep[:, None], made, V)
@@ -146,9 +152,11 @@ def _verify(
         token=jnp.where(keep > 0, last, p.token),
         tokens=p.tokens.at[rows[:, None], slots].set(made, mode="drop"),
         steps=p.steps.at[rows[:, None], slots].set(checked.steps, mode="drop"),
+        log_probs=p.log_probs.at[rows[:, None], slots].set(log_probability(logits, made), mode="drop"),
         count=count,
         present=p.present.at[rows[:, None], seen].set(True, mode="drop"),
-        done=p.done | stopping.any(1) | (count >= max_tokens),
+        done=p.done | stopping.any(1) | failed | (count >= max_tokens),
+        failed=p.failed | failed,
         passes=drafts.passes + checked.ran - spec.draft_steps,
     )
 

@@ -21,7 +21,7 @@ from rdlm.exits import Depth, ExitRule, Observation
 from rdlm.model.attention import HIDDEN
 from rdlm.model.cache import Cache, NewKV, frozen_set, read_set, skip_bias, write_set, zeros
 from rdlm.model.inputs import Start, Text
-from rdlm.model.network import Layers, Params, coda, core_step, embed, head, inject
+from rdlm.model.network import Layers, Params, coda, core_step, embed, head, inject, known
 from rdlm.model.noise import noisy
 from rdlm.recurrence import unroll_until
 
@@ -122,7 +122,7 @@ class _Loop:
         if not core_kv:
             core_kv = tuple(zeros(config, (self.cache.sets, *shape), dtype) for _ in range(config.core_layers))
         if rule is not None:
-            rule_state = exits.init(rule, self.observed(start.s), config.rows)
+            rule_state = exits.init(rule, self.observed(start.s), config.vocab_size)
         if rule is not None and rule.needs_logits:
             coda_kv = tuple(zeros(config, shape, dtype) for _ in range(config.coda_layers))
         return _Carry(
@@ -182,7 +182,7 @@ class _Loop:
             # Only rows with a token that is due: the coda keys of a stopped token must not depend on other rows.
             row = jnp.any(due, axis=1, keepdims=True)
             (y, _), coda_kv = self.coda(c.s, c.coda_kv, ~c.fresh & row)
-            logits = head(self.params, self.config, self.at_last(y) if self.by_last else y)
+            logits = known(self.config, head(self.params, self.config, self.at_last(y) if self.by_last else y))
             c = c._replace(coda_kv=coda_kv, fresh=c.fresh | row, checks=c.checks + due)
         state, value = exits.update(self.rule, c.rule, Observation(self.observed(c.s), logits, ran))
         if self.together and not self.by_last:

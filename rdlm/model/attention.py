@@ -1,8 +1,8 @@
 """Softmax attention over explicit keys and values (docs/model.md, Block): masks, and the formula itself.
 
 A bias says which keys a query sees: 0 for those it does, `HIDDEN` for the others. It is built once per pass and shared
-by all layers and recurrences. `softmax_attention` serves every platform; `rdlm.model.kernels` holds faster ways to
-compute the same.
+by all layers and recurrences. What is hidden may hold any number, NaN included (`masked`, `harmless`).
+`softmax_attention` serves every platform; `rdlm.model.kernels` holds faster ways to compute the same.
 """
 
 from __future__ import annotations
@@ -68,7 +68,23 @@ def scaled_scores(
 ) -> Float32[Array, "B H L T"]:
     """q k / sqrt(Q) + bias, in f32."""
     scale = q.dtype.type(q.shape[-1] ** -0.5)
-    return jnp.einsum("bhlq,bhtq->bhlt", q * scale, k, preferred_element_type=jnp.float32) + bias
+    return masked(jnp.einsum("bhlq,bhtq->bhlt", q * scale, k, preferred_element_type=jnp.float32), bias)
+
+
+def masked(scores: Float32[Array, "*shape"], bias: Float32[Array, "*#shape"]) -> Float32[Array, "*shape"]:
+    """scores + bias, whatever the score of a hidden key is: NaN plus HIDDEN would be NaN."""
+    return jnp.where(bias < 0, bias, scores)
+
+
+def harmless(
+    k: Float[Array, "B T Hk Q"], v: Float[Array, "B T K Q"]
+) -> tuple[Float[Array, "B T Hk Q"], Float[Array, "B T K Q"]]:
+    """Keys and values that do no harm while hidden: a value's weight is 0 then, and 0 times NaN is NaN.
+
+    Values that are not finite become zeros, and their keys NaN: a query that sees one still gets NaN.
+    """
+    broken = ~jnp.isfinite(v).all((-2, -1), keepdims=True)
+    return jnp.where(broken, jnp.nan, k), jnp.where(broken, 0, v)
 
 
 def weighted_values(p: Float32[Array, "B H L T"], v: Float[Array, "B H T Q"]) -> Float32[Array, "B H L Q"]:

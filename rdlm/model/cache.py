@@ -5,6 +5,9 @@ A token writes one set of core keys and values per recurrence, at index i mod S 
 every later read is a plain slice. Under "skip" a query hides tokens that did not run its recurrence.
 
 During a pass the cache is only read; the pass keeps its new sets (`NewKV`) and writes them once, at its end.
+
+A cache holds finite numbers only, so that a hidden entry times its weight 0 is 0: a row of the batch may be left by one
+text and taken by the next. A text whose keys or values overflow has NaN for logits, by which callers end it.
 """
 
 from __future__ import annotations
@@ -152,8 +155,12 @@ def write(
 
 
 def _wide(new: Array, target: Array) -> Array:
-    """`new` in the dtype and width of `target`."""
-    return jnp.pad(new.astype(target.dtype), [(0, 0)] * (new.ndim - 1) + [(0, target.shape[-1] - new.shape[-1])])
+    """`new` in the dtype and width of `target`, with finite numbers only."""
+    new = new.astype(target.dtype)
+    if jnp.issubdtype(new.dtype, jnp.floating):
+        largest = float(jnp.finfo(new.dtype).max) / 2  # finite in bf16 too, as which a TPU may multiply f32
+        new = jnp.nan_to_num(new, posinf=largest, neginf=-largest)
+    return jnp.pad(new, [(0, 0)] * (new.ndim - 1) + [(0, target.shape[-1] - new.shape[-1])])
 
 
 def append(

@@ -18,8 +18,10 @@ from jaxtyping import Bool, Float, Float32, Int, Shaped
 
 from rdlm.model.attention import (
     KeysValues,
+    harmless,
     heads_first,
     heads_last,
+    masked,
     scaled_scores,
     softmax_attention,
     weighted_values,
@@ -44,7 +46,7 @@ def attend(
       q, k, v: as in `softmax_attention`.
       bias: must hide every later token (as `causal_bias` does).
     """
-    q, k, v = heads_first(q, k, v)
+    q, k, v = heads_first(q, *harmless(k, v))
     return heads_last(_forward(q, k, v, bias[:, None])[0])
 
 
@@ -194,8 +196,10 @@ def attend_cached(q: Float[Array, "B L H Q"], new: KeysValues, cached: KeysValue
 
     Args:
       q: as in `softmax_attention`.
-      new, cached: (k, v, bias) of the L tokens of the pass and of the T tokens in the cache.
+      new, cached: (k, v, bias) of the L tokens of the pass and of the T tokens in the cache, which are finite.
     """
+    if q.shape[1] > 1:  # a token by itself hides from nobody
+        new = (*harmless(new[0], new[1]), new[2])
     if q.shape[1] > FEW_QUERIES:
         return softmax_attention(q, cached, new)
     return jax.lax.platform_dependent(q, cached, new, cpu=softmax_attention, default=attend_flat)
@@ -214,7 +218,7 @@ def attend_flat(q: Float[Array, "B L H Q"], *parts: KeysValues) -> Float[Array, 
     for k, _, bias in parts:
         spread = jnp.einsum("blhq,hk->bkqlh", q * q.dtype.type(Q**-0.5), _serves(H, k.shape[2], q.dtype))
         flat = jnp.einsum("btd,bdn->bnt", _flat(k), spread.reshape(B, -1, L * H), preferred_element_type=jnp.float32)
-        scores.append(flat.reshape(B, L, H, -1) + bias[:, :, None])
+        scores.append(masked(flat.reshape(B, L, H, -1), bias[:, :, None]))
     top = functools.reduce(jnp.maximum, [x.max(-1, keepdims=True) for x in scores])
     total, out = jnp.zeros(()), jnp.zeros(())
     for x, (_, v, _) in zip(scores, parts, strict=True):

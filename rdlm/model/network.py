@@ -188,6 +188,11 @@ def head(params: Params, config: ModelConfig, y: Float[Array, "*tokens D"]) -> F
     return out.reshape(*y.shape[:-1], -1)
 
 
+def known(config: ModelConfig, logits: Float[Array, "*tokens {config.rows}"]) -> Float[Array, "*tokens V"]:
+    """Logits of the ids there are: the padding of the vocabulary is no choice, and has no probability."""
+    return logits[..., : config.vocab_size]
+
+
 def readout(
     params: Params, config: ModelConfig, s: Float[Array, "B L D"], ctx: Context
 ) -> tuple[Float32[Array, "B L {config.rows}"], Float[Array, "B L D"]]:

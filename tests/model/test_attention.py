@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rdlm.model.attention import HIDDEN, causal_bias
-from rdlm.model.kernels import attend, attend_cached, attend_flash, attend_in_training
+from rdlm.model.kernels import attend, attend_cached, attend_flash, attend_flat, attend_in_training
 
 B, H, Q = 2, 4, 8
 
@@ -189,3 +189,59 @@ def test_forward_mode_is_that_of_softmax_attention():
     ours, reference = tangents(given, along)
     np.testing.assert_allclose(ours, reference, rtol=0, atol=1e-5 * np.abs(reference).max())
     assert np.abs(tangents(given, along[::-1])[0] - reference).max() > 0.1
+
+
+# What is hidden may hold anything.
+
+
+def hidden_by(attention, bias, visible, spoilt):
+    """(Output with zeros in the keys and values that `visible` [B, T] hides from all, with `spoilt` in them)."""
+    q, k, v = inputs(visible.shape[1])
+    run = jax.jit(lambda q, k, v: attention(q, k, v, bias))
+    filled = [[np.where(visible[..., None, None], x, np.float32(fill)) for x in (k, v)] for fill in (0, spoilt)]
+    return [np.asarray(run(q, *kv)) for kv in filled]
+
+
+def over_a_cache(attention):
+    """`attention` of the last two tokens over cached ones before them."""
+
+    def run(q, k, v, bias):
+        own, past = (slice(None), slice(-2, None)), (slice(None), slice(None, -2))
+        return attention(q[own], (k[own], v[own], bias[:, -2:, -2:]), (k[past], v[past], bias[:, -2:, :-2]))
+
+    return run
+
+
+SPOILT = [np.nan, np.inf, -np.inf, 3e38]
+
+
+@pytest.mark.parametrize("spoilt", SPOILT)
+@pytest.mark.parametrize("L", [20, 70])
+def test_padding_may_hold_anything(L, spoilt):
+    ids = np.where(np.arange(L) < np.array([[L - 9], [L - 1]]), 1, 0)
+    bias = causal_bias(jnp.asarray(ids), L)
+    clean, other = hidden_by(attend, bias, ids > 0, spoilt)
+    assert np.array_equal(clean[ids > 0], other[ids > 0])
+    assert np.isfinite(clean).all()
+
+
+@pytest.mark.parametrize("spoilt", SPOILT)
+def test_later_tokens_and_other_documents_may_hold_anything(spoilt):
+    ids, at = np.repeat([[1, 2, 3], [1, 1, 2]], 5, axis=1), np.arange(15)
+    bias, visible = causal_bias(jnp.asarray(ids), 15), ids != 2
+    clean, other = hidden_by(attend, bias, visible, spoilt)
+    assert np.array_equal(clean[visible], other[visible])
+    whole, spoilt_late = hidden_by(attend, causal_bias(None, 15), np.broadcast_to(at < 12, (B, 15)), spoilt)
+    assert np.array_equal(whole[:, :12], spoilt_late[:, :12])
+    if not np.isfinite(spoilt):
+        assert not np.isfinite(spoilt_late[:, 12:]).any()  # whoever sees it knows
+
+
+@pytest.mark.parametrize("spoilt", [3e38, -3e38])
+@pytest.mark.parametrize("attention", [attend_cached, attend_flat])
+def test_an_empty_place_of_the_cache_may_hold_any_finite_number(attention, spoilt):
+    visible = np.arange(20) != np.array([[3], [17]])
+    bias = jnp.where(visible, 0.0, HIDDEN)[:, None] + causal_bias(None, 20)
+    clean, other = hidden_by(over_a_cache(attention), bias, visible, spoilt)
+    assert np.array_equal(clean, other)
+    assert np.isfinite(clean).all()

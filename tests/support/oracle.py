@@ -126,7 +126,8 @@ class Oracle:
                     asked = asked[moved < gate]
                 if len(asked):  # the coda catches up with every state that has changed
                     late = np.flatnonzero(behind)
-                    logits = dict(zip(late, self._logits(s[late], at[late]), strict=True))
+                    known = self._logits(s[late], at[late])[:, : cfg.vocab_size]
+                    logits = dict(zip(late, known, strict=True))
                     behind[:] = False
                 for t in asked:
                     states[t].append(s[t].copy())
