@@ -13,7 +13,7 @@ from jax import Array
 from rdlm.config import InputError, ModelConfig
 from rdlm.exits import divergence
 from rdlm.losses import cross_entropy
-from rdlm.model import Params, bind, check_tokens
+from rdlm.model import Params, bind, check_tokens, known
 from rdlm.recurrence import checkpoints
 
 
@@ -36,10 +36,10 @@ class Lens(NamedTuple):
 def _lens(params: Params, config: ModelConfig, tokens: Array, labels: Array, depths: tuple[int, ...], count: int):
     bound = bind(params, config, tokens)
     states = checkpoints(bound.step, bound.s0, depths, lambda s: s)
-    last = jax.nn.log_softmax(bound.read(states[-1])[0])
+    last = jax.nn.log_softmax(known(config, bound.read(states[-1])[0]))
 
     def at(s: Array):
-        logits, _ = bound.read(s)
+        logits = known(config, bound.read(s)[0])
         log_p = jax.nn.log_softmax(logits)
         probability, top = jax.lax.top_k(jnp.exp(log_p), count)
         return top, probability, cross_entropy(logits, labels), divergence(last, log_p)
@@ -65,7 +65,7 @@ def lens(
     tokens = check_tokens(tokens, config)
     if np.shape(labels) != tokens.shape:
         raise InputError(f"labels: expected shape {list(tokens.shape)}, got {list(np.shape(labels))}")
-    if not 1 <= count <= config.rows:
-        raise InputError(f"count = {count}: must be in [1, {config.rows}]")
+    if not 1 <= count <= config.vocab_size:
+        raise InputError(f"count = {count}: must be in [1, {config.vocab_size}]")
     found = _lens(params, config, tokens, jnp.asarray(labels), tuple(depths), count)
     return Lens(tuple(depths), *map(np.asarray, found))

@@ -25,7 +25,7 @@ from rdlm import exits
 from rdlm.config import InputError, ModelConfig, did_you_mean, local_path, require
 from rdlm.exits import ExitRule
 from rdlm.losses import likeliest
-from rdlm.model import Params, forward
+from rdlm.model import Params, forward, known
 from rdlm.perf import flops
 from rdlm.runtime import write_output
 
@@ -222,7 +222,7 @@ Rows = dict[str, np.ndarray]
 @functools.partial(jax.jit, static_argnames="config")
 def _full(params: Params, config: ModelConfig, rows: dict[str, Array], num_steps: Array) -> Array:
     out = forward(params, config, rows["tokens"], num_steps, segment_ids=rows["segment_ids"], key=rows["key"])
-    return likeliest(out.logits)
+    return likeliest(known(config, out.logits))
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -232,7 +232,7 @@ def _score(params: Params, config: ModelConfig, rows: dict[str, Array], num_step
     )
     assert out.checks is not None  # with a rule, checks are counted
     scored = rows["scored"]
-    found = likeliest(out.logits)
+    found = likeliest(known(config, out.logits))
     spent = [jnp.where(scored, x, 0).sum(1) for x in (out.steps, out.checks)]
     return (scored & (found != full)).sum(1), scored.sum(1), *spent, (scored & (found < 0)).sum(1)
 

@@ -16,7 +16,7 @@ from rdlm import exits
 from rdlm.config import InputError, ModelConfig
 from rdlm.exits import ExitRule, Observation
 from rdlm.losses import likeliest
-from rdlm.model import Params, bind, forward
+from rdlm.model import Params, bind, forward, known
 from rdlm.recurrence import check_depths, checkpoints
 from rdlm.tasks.instance import IGNORED
 
@@ -48,7 +48,7 @@ class ByDifficulty:
 def logits_by_depth(params: Params, config: ModelConfig, tokens: Array, depths: tuple[int, ...], key: Array) -> Array:
     """Logits f32 [R, B, L, V] of tokens int [B, L] after each of the R increasing `depths`, from one unroll."""
     bound = bind(params, config, tokens, key=key)
-    return checkpoints(bound.step, bound.s0, depths, lambda s: bound.read(s)[0])
+    return checkpoints(bound.step, bound.s0, depths, lambda s: known(config, bound.read(s)[0]))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "depths"))
@@ -62,7 +62,7 @@ def _per_token(
 ) -> tuple[Array, Array]:
     """Answers [1, B, L] and recurrences [B, L] when every token stops on its own."""
     out = forward(params, config, tokens, max_steps, exit_rule=rule, key=key)
-    return likeliest(out.logits)[None], out.steps
+    return likeliest(known(config, out.logits))[None], out.steps
 
 
 @functools.partial(jax.jit, static_argnames=("config", "max_steps"))

@@ -19,7 +19,7 @@ from jax import Array
 
 from rdlm.config import InputError, ModelConfig, require
 from rdlm.exits import ExitRule
-from rdlm.model import Params, bind_text, check_ids, check_rule, coda, forward, head, start_from, text_from
+from rdlm.model import Params, bind_text, check_ids, check_rule, coda, forward, head, known, start_from, text_from
 from rdlm.recurrence import check_depths, checkpoints
 
 Pair = tuple[Sequence[int] | np.ndarray, Sequence[int] | np.ndarray]
@@ -223,7 +223,7 @@ def _by_depth(
     def read(s: Array) -> tuple[Array, Array]:
         (y, _), _ = coda(params, config, s, text.context)
         y = jnp.take_along_axis(y, batch.at[..., None], axis=1)  # the head runs on scored positions only
-        return _continuations(head(params, config, y), batch)
+        return _continuations(known(config, head(params, config, y)), batch)
 
     return checkpoints(bound.step, bound.s0, depths, read)
 
@@ -235,14 +235,16 @@ def _by_exit(
     """((log-likelihoods f32 [1, B, K, C], greedy bool [1, B, K]), steps int32 [B, L], checks int32 [B, L])."""
     s = start_from(params, config, text_from(config, batch.tokens), None, scale=scale).s
     out = forward(params, config, batch.tokens, max_steps, state=s, segment_ids=batch.segment_ids, exit_rule=rule)
-    log_p, greedy = _continuations(jnp.take_along_axis(out.logits, batch.at[..., None], axis=1), batch)
+    at_scored = jnp.take_along_axis(known(config, out.logits), batch.at[..., None], axis=1)
+    log_p, greedy = _continuations(at_scored, batch)
     return (log_p[None], greedy[None]), out.steps, out.checks
 
 
 def _continuations(logits: Array, batch: _Arrays) -> tuple[Array, Array]:
     """logits [B, C, V] -> log-likelihoods f32 [B, K, C] and greedy bool [B, K] of every continuation."""
     scored = batch.scored[:, None]
-    at_label = jnp.take_along_axis(logits[:, None], batch.labels[..., None], axis=-1)[..., 0]
+    labels = batch.labels[..., None]  # those that are padding of the vocabulary have probability 0
+    at_label = jnp.take_along_axis(logits[:, None], labels, axis=-1, mode="fill", fill_value=-jnp.inf)[..., 0]
     log_p = at_label - jax.nn.logsumexp(logits, axis=-1)[:, None]
     likeliest = jnp.argmax(logits, axis=-1)[:, None] == batch.labels
     return jnp.where(scored, log_p, 0), (likeliest | ~scored).all(-1)
