@@ -11,7 +11,7 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Float32, Int, Int32
 
-from rdlm.config import IGNORED, InputError, ModelConfig, Remat
+from rdlm.config import IGNORED, InputError, LossConfig, ModelConfig, Remat
 from rdlm.model import (
     Bound,
     Params,
@@ -104,6 +104,26 @@ def likeliest(logits: Float32[Array, "*tokens V"]) -> Int[Array, "*tokens"]:
     return jnp.where(jnp.isfinite(logits.max(-1)), jnp.argmax(logits, axis=-1), -1)
 
 
+def training_loss(
+    logits: Float32[Array, "*tokens V"],
+    labels: Int[Array | np.ndarray, "*tokens"],
+    vocab_size: int,
+    terms: LossConfig,
+) -> Float32[Array, "*tokens"]:
+    """Cross-entropy with label smoothing and z-loss; 0 where the label is ignored.
+
+    With p = softmax(logits), Z its normaliser and V = vocab_size, a label y costs
+    -(1 - label_smoothing) log p_y - label_smoothing / V sum_v log p_v + z_loss log(Z)^2.
+    """
+    losses, log_z = cross_entropy(logits, labels), jax.nn.logsumexp(logits, axis=-1)
+    smoothing = terms.label_smoothing
+    if smoothing:
+        losses = (1 - smoothing) * losses + smoothing * (log_z - logits[..., :vocab_size].mean(-1))
+    if terms.z_loss:
+        losses = losses + terms.z_loss * log_z**2
+    return jnp.where(labels != IGNORED, losses, 0.0)
+
+
 def is_likeliest(
     logits: Float32[Array, "*tokens V"], labels: Int[Array | np.ndarray, "*tokens"]
 ) -> Bool[Array, "*tokens"]:
@@ -154,23 +174,24 @@ def token_losses(
     config: ModelConfig,
     batch: Batch,
     depths: Depths,
+    state: Float[Array, "B L D"],
     *,
-    state: Float[ArrayLike, "B L D"] | None = None,
-    key: Array | None = None,
+    terms: LossConfig = LossConfig(),
     remat: Remat = "none",
     layout: Layout | None = None,
 ) -> Float32[Array, "B L"]:
-    """Cross-entropy of every token after n + k recurrences; 0 where ignored.
+    """Loss of every token after n + k recurrences; 0 where ignored.
 
     Args:
-      params, config, batch, state, key: as in `loss`.
+      params, config, batch: as in `loss`.
       depths: n and k.
+      state: initial (`batch_state`).
+      terms: what is added to the cross-entropy.
       remat: what the backward pass recomputes (`config.RecurrenceConfig.remat`).
       layout: how parameters are split over devices, inside `jax.shard_map`: `params` are shards. None: they are full.
     """
     (n, k, max_k, rows), flash = depths, layout is not None and layout.flash
     ctx = context(config, batch.positions, batch.segment_ids, flash=flash)._replace(training=True)
-    s = batch_state(params, config, batch, state, key)
 
     def full(name: str) -> Params:
         return params if layout is None else params | layout.full({name: params[name]})
@@ -196,9 +217,9 @@ def token_losses(
         running = jnp.where(i < n, i >= n - rows[0], i - n >= k - rows[1])
         return jnp.where(running[:, None, None], new, s)
 
-    s = unroll(step, s, n, k, max_k, remat)
+    s = unroll(step, state, n, k, max_k, remat)
     (y, _), _ = coda(params, config, s, ctx._replace(around=outer))
-    return head_losses(full("wte" if config.tie_embeddings else "head"), config, y, batch.labels)
+    return head_losses(full("wte" if config.tie_embeddings else "head"), config, y, batch.labels, terms)
 
 
 LOGITS_AT_ONCE = 2**26
@@ -206,23 +227,30 @@ LOGITS_AT_ONCE = 2**26
 
 
 def head_losses(
-    params: Params, config: ModelConfig, y: Float[Array, "B L D"], labels: Int[Array, "B L"]
+    params: Params,
+    config: ModelConfig,
+    y: Float[Array, "B L D"],
+    labels: Int[Array, "B L"],
+    terms: LossConfig = LossConfig(),
 ) -> Float32[Array, "B L"]:
-    """Cross-entropies of y, never more than about `LOGITS_AT_ONCE` logits held at once."""
+    """Losses of y, never more than about `LOGITS_AT_ONCE` logits held at once."""
+
+    def losses_of(y: Array, labels: Array) -> Array:
+        logits = head(params, config, y)
+        if terms == LossConfig():
+            return cross_entropy(logits, labels)
+        return training_loss(logits, labels, config.vocab_size, terms)
+
     tokens = labels.size
     parts = -(-tokens * config.rows // LOGITS_AT_ONCE)
     if parts <= 1:
-        return cross_entropy(head(params, config, y), labels)
+        return losses_of(y, labels)
     size = -(-tokens // parts)
     padding = size * parts - tokens
     flat = jnp.pad(y.reshape(tokens, -1), ((0, padding), (0, 0))).reshape(parts, size, -1)
     wanted = jnp.pad(labels.reshape(-1), (0, padding), constant_values=IGNORED).reshape(parts, size)
 
-    @jax.checkpoint
-    def part(y: Array, labels: Array) -> Array:
-        return cross_entropy(head(params, config, y), labels)
-
-    losses = jax.lax.map(lambda part_of: part(*part_of), (flat, wanted))
+    losses = jax.lax.map(lambda part_of: jax.checkpoint(losses_of)(*part_of), (flat, wanted))
     return losses.reshape(-1)[:tokens].reshape(labels.shape)
 
 
@@ -236,8 +264,9 @@ def loss(
     key: Array | None = None,
     max_k: int | None = None,
     remat: Remat = "none",
+    terms: LossConfig = LossConfig(),
 ) -> Float32[Array, ""]:
-    """Mean cross-entropy over the scored labels of the batch (docs/semantics.md, Forward and loss).
+    """Mean cross-entropy over the scored labels of the batch (docs/semantics.md, Forward and loss), and `terms`.
 
     Args:
       params, config: the model.
@@ -248,13 +277,15 @@ def loss(
       key: one key, or one per row.
       max_k: slots compiled for a traced k (default backprop_depth).
       remat: see `token_losses`.
+      terms: z-loss and label smoothing; off by default.
     """
     batch = as_batch(batch)
     check_ids("batch: tokens", batch.tokens, config)
     if not isinstance(batch.labels, jax.core.Tracer):
         check_ids(f"batch: labels (ignored ones are {IGNORED})", batch.labels[batch.labels != IGNORED], config)
     depths = Depths(*split_steps(steps, config), config.backprop_depth if max_k is None else max_k)
-    losses = token_losses(params, config, batch, depths, state=state, key=key, remat=remat)
+    start = batch_state(params, config, batch, state, key)
+    losses = token_losses(params, config, batch, depths, start, terms=terms, remat=remat)
     return losses.sum() / jnp.maximum((batch.labels != IGNORED).sum(), 1)
 
 

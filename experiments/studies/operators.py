@@ -129,7 +129,9 @@ def per_sequence(
     keys = jax.random.split(depth_key, len(batch["tokens"]))
     n, k = jax.vmap(lambda key: sample_steps(key, model.mean_recurrence, model.backprop_depth))(keys)
     depths = losses.Depths(n.max(), k.max(), model.backprop_depth, (n, k))
-    found = losses.token_losses(params, model, losses.as_batch(batch), depths, key=state_key)
+    labelled = losses.as_batch(batch)
+    start = losses.batch_state(params, model, labelled, None, state_key)
+    found = losses.token_losses(params, model, labelled, depths, start)
     return found.sum() / (batch["labels"] != IGNORED).sum()
 
 

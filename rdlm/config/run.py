@@ -61,6 +61,22 @@ class RecurrenceConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """What training adds to the cross-entropy; validation is always the cross-entropy alone."""
+
+    z_loss: float = 0.0
+    """Weight of log(Z)^2, which keeps the softmax's normaliser Z near 1, for example 1e-4 (PaLM, arXiv 2204.02311,
+    section 5); 0 is off."""
+    label_smoothing: float = 0.0
+    """Share of a label that is spread evenly over the vocabulary, for example 0.1 (arXiv 1512.00567, section 7);
+    0 is off."""
+
+    def __post_init__(self) -> None:
+        require(self.z_loss >= 0, "loss.z_loss", self.z_loss, "must not be negative")
+        require(0 <= self.label_smoothing < 1, "loss.label_smoothing", self.label_smoothing, "must be in [0, 1)")
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """Optimizer and learning-rate schedule."""
 
@@ -247,6 +263,7 @@ class RunConfig:
 
     model: ModelConfig
     recurrence: RecurrenceConfig = RecurrenceConfig()
+    loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     data: DataConfig = DataConfig()
     mesh: MeshConfig = MeshConfig()

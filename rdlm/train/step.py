@@ -15,7 +15,7 @@ from jaxtyping import PyTree
 
 from rdlm import sharding
 from rdlm.config import ModelConfig, RunConfig
-from rdlm.losses import IGNORED, Batch, Depths, as_batch, token_losses
+from rdlm.losses import IGNORED, Batch, Depths, as_batch, batch_state, token_losses
 from rdlm.model import Params, init_params, logical_axes
 from rdlm.optim import module_norms, schedule
 from rdlm.recurrence import max_gradient_steps, sample_steps
@@ -134,7 +134,10 @@ def _gradients(
 
     def part(params: Params, batch: Batch, n: Array, k: Array, rows: tuple[Array, Array] | None) -> tuple[Array, Array]:
         depths = Depths(n, k, max_k, rows)
-        losses = token_losses(params, config, batch, depths, key=state_key, remat=run.recurrence.remat, layout=layout)
+        start = batch_state(params, config, batch, None, state_key)
+        losses = token_losses(
+            params, config, batch, depths, start, terms=run.loss, remat=run.recurrence.remat, layout=layout
+        )
         weight = depth_weight(run, *(rows or (n, k)))
         return (losses.sum(-1) * weight).sum() / scored, losses.sum() / scored
 

@@ -18,7 +18,7 @@ from rdlm import sharding
 from rdlm.checkpoint import load_checkpoint, saved_steps, write_config
 from rdlm.config import PRESETS, InputError, MeshConfig
 from rdlm.evaluation.depth import depth_curve
-from rdlm.losses import Depths, as_batch, token_losses
+from rdlm.losses import Depths, as_batch, batch_state, token_losses
 from rdlm.optim import optimizer
 from rdlm.train import Trainer, draw_depth, init_state, layout_of, state_shardings, train_step
 from rdlm.train.metrics import MetricsWriter, read_metrics
@@ -214,7 +214,13 @@ def test_the_depth_curve_is_that_of_separate_evaluations():
     labels = np.concatenate([b["labels"].ravel() for b in batches])
     assert (found.tokens, found.bytes) == (labels.size, size[labels].sum())
     depths_of = functools.partial(Depths, k=0, max_k=0)
-    at_depth = jax.jit(lambda b, r: token_losses(params, NANO.model, as_batch(b), depths_of(r), key=jax.random.key(0)))
+
+    @jax.jit
+    def at_depth(b, r):
+        labelled = as_batch(b)
+        start = batch_state(params, NANO.model, labelled, None, jax.random.key(0))
+        return token_losses(params, NANO.model, labelled, depths_of(r), start)
+
     for r, nats, bits in zip(depths, found.nats, found.bits_per_byte, strict=True):
         each = [np.asarray(at_depth(b, r)).sum() for b in batches]
         np.testing.assert_allclose(nats, sum(each) / labels.size, atol=1e-5)
