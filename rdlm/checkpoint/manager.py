@@ -21,7 +21,7 @@ from rdlm.checkpoint.integrity import Meta, as_mapping, bit_sum, reading, wrong_
 from rdlm.checkpoint.run_folder import saved_steps, write_config
 from rdlm.config import InputError, RunConfig, local_path, one_line
 from rdlm.model import Params
-from rdlm.runtime import RunError, exchange, is_first, owned
+from rdlm.runtime import RunError, exchange, free_name, is_first, owned
 
 _PARTIAL = ".orbax-checkpoint-tmp"
 
@@ -226,13 +226,8 @@ class Checkpoints:
     def _set_aside(self, rejected: list[tuple[int, str, str]], say: Callable[[str], None], instead: str) -> None:
         """Rename checkpoints, given as (step, suffix, reason)."""
         for step, suffix, why in rejected:
-            path, number = Path(self.manager.directory) / str(step), 1
-            name = f"{step}.{suffix}"
-            if is_first():
-                while path.with_name(name).exists():
-                    number += 1
-                    name = f"{step}.{suffix}{number}"
-                path.rename(path.with_name(name))
+            path = Path(self.manager.directory) / str(step)
+            name = path.rename(free_name(path, suffix)).name if is_first() else ""
             name = exchange(name)[0]
             while path.exists():  # in a mounted bucket other hosts see the new name late
                 time.sleep(0.5)

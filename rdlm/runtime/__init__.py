@@ -14,10 +14,10 @@ from rdlm.runtime.cli import (
 )
 from rdlm.runtime.compile_cache import compiled_programs, keep_compiled_programs
 from rdlm.runtime.errors import RunError, StartError
-from rdlm.runtime.files import complete_folder, set_aside, write_atomically, write_output
+from rdlm.runtime.files import complete_folder, free_name, set_aside, write_atomically, write_output
 from rdlm.runtime.owner import owned
 from rdlm.runtime.processes import agree, exchange, is_first, on_tpu, start, together
-from rdlm.runtime.progress import Progress, drop_lost_output, duration
+from rdlm.runtime.progress import Progress, drop_lost_output, duration, to_stderr
 from rdlm.runtime.versions import versions
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "drop_lost_output",
     "duration",
     "exchange",
+    "free_name",
     "is_first",
     "keep_compiled_programs",
     "leaving_on_signals",
@@ -46,6 +47,7 @@ __all__ = [
     "set_aside",
     "start",
     "stop_signals",
+    "to_stderr",
     "together",
     "versions",
     "write_atomically",

@@ -87,11 +87,16 @@ def set_aside(path: Path) -> Path:
     Raises:
       OSError: it cannot be renamed.
     """
-    number, aside = 1, path.with_name(f"{path.name}.replaced")
-    while os.path.lexists(aside):
+    return path.rename(free_name(path, "replaced"))
+
+
+def free_name(path: Path, word: str) -> Path:
+    """X.WORD beside X, or X.WORD2, X.WORD3, ..., whichever is free."""
+    number, name = 1, path.with_name(f"{path.name}.{word}")
+    while os.path.lexists(name):
         number += 1
-        aside = path.with_name(f"{path.name}.replaced{number}")
-    return path.rename(aside)
+        name = path.with_name(f"{path.name}.{word}{number}")
+    return name
 
 
 def _partial(final: Path) -> Path:

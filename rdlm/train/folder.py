@@ -122,7 +122,7 @@ class RunFolder:
                 "use a folder that all hosts share (tpu_setup/mount.sh mounts a bucket as runs/)"
             )
 
-    def open(self, tokenizer: Tokenizer, step: int) -> MetricsWriter | None:
+    def open(self, tokenizer: Tokenizer, step: int, say: Callable[[str], None]) -> MetricsWriter | None:
         """Write tokenizer and config, and open the metrics for rows from `step` on; None on all but the first process.
 
         Raises:
@@ -134,7 +134,7 @@ class RunFolder:
             with complete_folder(self.path / "tokenizer") as partial:
                 tokenizer.save(partial)
         write_config(self.path, self.config)
-        return MetricsWriter(self.path, step, self.config.tensorboard)
+        return MetricsWriter(self.path, step, self.config.tensorboard, say)
 
     def is_finished(self, checkpoints: Checkpoints) -> bool:
         """Whether the last step is saved, and loss_by_depth.json was written after it for the configured depths."""

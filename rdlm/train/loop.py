@@ -135,7 +135,7 @@ class Trainer:
             say=self.say,
         )
         with contextlib.closing(self.reporter):
-            self.reporter.writer = self.folder.open(self.tokenizer, self.step)
+            self.reporter.writer = self.folder.open(self.tokenizer, self.step, self.say)
             self.say(f"{self._headline()}\ncompiled programs: {compiled_programs()}")
             with contextlib.closing(prefetch(self.train.batch, self.step + faults.shift)) as self.batches:
                 return self._loop()
@@ -255,7 +255,7 @@ class Trainer:
         for _ in range(faults.next_batch - batch):
             next(self.batches)
         reporter.close()
-        reporter.writer = self.folder.open(self.tokenizer, self.step)
+        reporter.writer = self.folder.open(self.tokenizer, self.step, self.say)
         reporter.faults = faults.after_rollback(self.step)
 
     def restore(self, rollback: bool = False) -> tuple[TrainState, Faults]:

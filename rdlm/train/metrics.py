@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +15,32 @@ import numpy as np
 
 from rdlm.config import InputError, RunConfig
 from rdlm.perf import flops
-from rdlm.runtime import duration, write_atomically
+from rdlm.runtime import duration, free_name, to_stderr, write_atomically
 
 
 class MetricsWriter:
     """Appends one JSON object per step to metrics.jsonl, flushed at once: a killed run loses no row."""
 
-    def __init__(self, folder: Path, start_step: int, tensorboard: bool = False):
+    def __init__(
+        self, folder: Path, start_step: int, tensorboard: bool = False, say: Callable[[str], None] = to_stderr
+    ):
         """Open `folder`/metrics.jsonl, dropping rows from `start_step` on, which the run is about to write again.
+
+        Of a damaged file what can be read is kept, and the file itself under another name; `say` prints the line about
+        it.
 
         Raises:
           InputError: tensorboard without the extra `log`.
         """
         self.path = folder / "metrics.jsonl"
-        kept = [line for line in _complete_lines(self.path) if json.loads(line)["step"] < start_step]
-        write_atomically(self.path, "".join(kept))
+        rows, damaged = _rows(self.path)
+        if damaged:
+            aside = write_atomically(free_name(self.path, "damaged"), self.path.read_bytes())
+            say(
+                f"{self.path}: damaged in {len(damaged)} lines, the first is line {damaged[0]}; {len(rows)} rows are "
+                f"kept, and the file as it was is now {aside.name}"
+            )
+        write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] < start_step))
         self.file = self.path.open("a")
         self.events = None
         if tensorboard:
@@ -60,14 +71,32 @@ class MetricsWriter:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Every row of `folder`/metrics.jsonl; a line truncated by a kill is dropped."""
-    return [json.loads(line) for line in _complete_lines(folder / "metrics.jsonl")]
+    """Every row of `folder`/metrics.jsonl; a line truncated by a kill is dropped.
+
+    Raises:
+      InputError: other lines are damaged.
+    """
+    rows, damaged = _rows(folder / "metrics.jsonl")
+    if damaged:
+        raise InputError(f"{folder / 'metrics.jsonl'}: line {damaged[0]} is damaged; resume the run, which mends it")
+    return rows
 
 
-def _complete_lines(path: Path) -> list[str]:
-    if not path.exists():
-        return []
-    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+def _rows(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """(rows that can be read, numbers of lines with damage). What follows the last line break was cut by a kill."""
+    rows, damaged = [], []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else (), 1):
+        text = line.strip(b"\0")  # what a power cut leaves where a block was not written
+        try:
+            row = json.loads(text.decode())
+        except (ValueError, RecursionError):
+            row = None
+        whole = isinstance(row, dict) and type(row.get("step")) is int
+        if whole:
+            rows.append(row)
+        if not whole or len(text) < len(line):
+            damaged.append(number)
+    return rows, damaged
 
 
 def device_memory() -> dict[str, int]:

@@ -361,7 +361,7 @@ def test_a_disk_that_is_full_when_the_tokenizer_is_saved_is_no_wrong_input(nano_
         return write_text(path, *rest, **options)
 
     monkeypatch.setattr(Path, "write_text", full)
-    monkeypatch.setattr(Trainer, "_run", lambda self: self.folder.open(self.tokenizer, 0))
+    monkeypatch.setattr(Trainer, "_run", lambda self: self.folder.open(self.tokenizer, 0, print))
     with pytest.raises(SaveError, match="No space left on device"):
         trainer.run()
 

@@ -205,6 +205,48 @@ def test_metrics_drop_what_a_lost_stretch_wrote(tmp_path):
     assert [json.loads(x)["step"] for x in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [0, 1, 2]
 
 
+DAMAGE = {
+    "NUL bytes before a row": (b'\0\0\0{"step": 2, "loss": 1.0}', True),
+    "NUL bytes behind a row": (b'{"step": 2, "loss": 1.0}\0', True),
+    "NUL bytes alone": (b"\0" * 5000, False),
+    "another encoding": ('{"step": 2, "note": "é"}'.encode("latin-1"), False),
+    "no step": (b'{"loss": 1.0}', False),
+    "a step that is none": (b'{"step": "2"}', False),
+    "true for a step": (b'{"step": true}', False),
+    "another kind of JSON": (b"[1, 2]", False),
+    "a number": (b"3", False),
+    "half a row": (b'{"step": 2, "lo', False),
+    "two halves": (b'{"step": 2, "lo{"step": 2, "loss": 1.0}', False),
+    "an empty line": (b"", False),
+    "a long number": (b'{"step": ' + b"9" * 5000 + b"}", False),
+    "deep": (b'{"step": ' + b"[" * 100_000, False),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("place", [0, 2, 4])
+def test_damaged_metrics_are_set_aside_and_what_can_be_read_is_kept(damage, place, tmp_path):
+    (line, read), path, lines = DAMAGE[damage], tmp_path / "metrics.jsonl", []
+    rows = [json.dumps({"step": step, "loss": step / 3}).encode() for step in range(4)]
+    content = b"".join(row + b"\n" for row in [*rows[:place], line, *rows[place:]])
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=rf"metrics.jsonl: line {place + 1} is damaged") as refused:
+        read_metrics(tmp_path)
+    assert "\n" not in str(refused.value)
+    MetricsWriter(tmp_path, 3, say=lines.append).close()
+    assert sorted(row["step"] for row in read_metrics(tmp_path)) == [0, 1, 2, *[2] * read]
+    assert sorted(row["loss"] for row in read_metrics(tmp_path)) == [0, 1 / 3, 2 / 3, *[1.0] * read]
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == content
+    assert len(lines) == 1
+    assert f"damaged in 1 lines, the first is line {place + 1}" in lines[0]
+    assert "now metrics.jsonl.damaged" in lines[0]
+    MetricsWriter(tmp_path, 3, say=lines.append).close()
+    assert len(lines) == 1, "it is mended"
+    path.write_bytes(content)
+    MetricsWriter(tmp_path, 3, say=lines.append).close()
+    assert (tmp_path / "metrics.jsonl.damaged2").exists()
+
+
 @pytest.mark.usefixtures("quick_compile")
 def test_the_depth_curve_is_that_of_separate_evaluations():
     params = init_state(NANO, optimizer(NANO.optimizer, 10)).params
