@@ -10,7 +10,6 @@ from __future__ import annotations
 import bisect
 import functools
 import itertools
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -59,7 +58,7 @@ def write_rows(path: Path, rows: Iterable[Row], dtype: str) -> int:
     count = 0
     try:
         # One record per chunk of the file, so that reading a row reads nothing else. Tokens hardly compress.
-        writer = array_record_module.ArrayRecordWriter(os.fsencode(path), "group_size:1,uncompressed")
+        writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1,uncompressed")
         for row in rows:
             writer.write(to_bytes(row, dtype))
             count += 1
@@ -109,7 +108,7 @@ class RowFiles:
 def _reader(path: Path, count: int) -> array_record_module.ArrayRecordReader:
     # No read-ahead and a small buffer: shuffled rows are read one by one.
     options = "readahead_buffer_size:0,max_parallelism:0"
-    reader = array_record_module.ArrayRecordReader(os.fsencode(path), options=options, file_reader_buffer_size=2**15)
+    reader = array_record_module.ArrayRecordReader(str(path), options=options, file_reader_buffer_size=2**15)
     if reader.num_records() != count:
         raise RuntimeError(f"{reader.num_records()} rows instead of {count}")
     return reader

@@ -222,13 +222,6 @@ def test_data_that_cannot_be_validated_alone_say_so(command, folder, tmp_path):
     assert "PRESET" not in out
 
 
-@pytest.mark.parametrize("name", ["dä", "d\udcff"])
-def test_folders_may_have_any_name(folder, tmp_path, name):
-    corpus = Corpus("files", "texts", cut_files(find_files([str(folder)]), Recipe(32).reading, 10**6))
-    manifest = build(tmp_path / name, corpus, Recipe(32), BYTES, processes=1, say=print)
-    assert PackedData(tmp_path / name, sequence_length=32, batch_size=2).len_rows == manifest.train.rows
-
-
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -240,7 +233,7 @@ def test_folders_may_have_any_name(folder, tmp_path, name):
         (("--data.prepared", "TEXTS"), ["texts: not prepared data", "that prepare_data.py made"]),
         (("--data.prepared", "TEXTS/00.txt"), ["00.txt: not prepared data"]),
         (("--data.prepared", ""), ["not prepared data"]),
-        (("--data.prepared", "A", "B", "--data.weights", "1", "nan"), ["data.weights = (1.0, nan)", "positive number"]),
+        (("--data.prepared", "A", "B", "--data.weights", "1", "nan"), ["data.weights = (1.0, nan)", "positive finite number"]),
         (("--data.prepared", "A", "B", "--data.weights", "1", "inf"), ["data.weights = (1.0, inf)"]),
         (("--data.prepared", "A", "B", "--data.weights", "1e308", "1e308"), ["data.weights = (1e+308, 1e+308)"]),
     ],
