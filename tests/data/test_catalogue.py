@@ -3,6 +3,7 @@
 import csv
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,9 @@ def test_a_field_that_is_no_text_is_refused(stories, one_line):
     [part] = catalogue.dataset_parts(stories[1], "test", "label", 10**9)
     with one_line("example 0: field 'label' is .*neither text nor"):
         list(read_documents(part, Reading(field="label")))
+    skipped = Counter()
+    assert not list(read_documents(part, Reading(field="label", bad_documents="skip"), skipped=skipped))
+    assert skipped["bad"] == part.end
 
 
 def test_damaged_files_are_reported(manual, tmp_path, one_line):

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from rdlm.data import Reading
 from rdlm.data.prepare import cut_files, find_files, read_documents
+from rdlm.data.prepare.input_files import opened
 from rdlm.data.prepare.parts import Part
 
 LINES = st.lists(st.sampled_from(["", " ", "a", "bc", "déf 🙂", "x" * 30, "\t"]), max_size=30)
@@ -307,6 +308,13 @@ def test_a_document_too_large_for_memory_is_refused(tmp_path, monkeypatch, one_l
         skipped = Counter()
         assert everything([tmp_path / "a.txt"], Reading("text", document, "skip"), 900_000, skipped) == expected
         assert skipped["bad"] == 1
+
+
+def test_a_window_that_is_too_long_is_no_damage(tmp_path, one_line):
+    (tmp_path / "a.jsonl.zst").write_bytes(b"")
+    said = "a.jsonl.zst: compressed with a window that is too long to read; run: zstd -d --long=31"
+    with one_line(said), opened(str(tmp_path / "a.jsonl.zst")):  # as `zstd --long=31` makes pyarrow say
+        raise OSError("ZSTD decompress failed: Frame requires too much memory for decoding")
 
 
 def test_a_file_that_is_gone_is_named(tmp_path, one_line):

@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
+import itertools
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -49,9 +50,12 @@ class Corpus(NamedTuple):
     """Units of work, in order."""
 
     def fingerprints(self) -> list[Fingerprint]:
-        """Of all files. Reads them."""
-        paths = dict.fromkeys(path for part in self.parts for path in part.paths)
-        return [fingerprint(path) for path in paths if "://" in path or os.path.isfile(path)]
+        """Of all files; of a TFDS dataset, those with its examples. Reads them."""
+        paths = dict.fromkeys(
+            (part.kind, path) for part in self.parts for path in part.paths if part.kind != "factbook"
+        )
+        files = [sorted(map(str, Path(p).glob("*.array_record*"))) if kind == "tfds" else [p] for kind, p in paths]
+        return [fingerprint(path) for path in itertools.chain.from_iterable(files)]
 
 
 def build(
