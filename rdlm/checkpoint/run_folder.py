@@ -32,12 +32,12 @@ def read_config(folder: Path) -> RunConfig:
     """
     folder = local_path(folder)
     if folder.is_file():
-        raise InputError(f"run folder {folder}: is a file; give the folder that holds it")
+        raise InputError(f"run folder {folder}: is a file; give the folder that holds it, {_run_around(folder)}")
     if not folder.is_dir():
         raise InputError(f"run folder {folder}: does not exist; train a model there first")
     path = folder / "config.json"
     if not path.is_file():
-        raise InputError(f"run folder {folder}: has no config.json, so it is not (yet) a run folder")
+        raise InputError(f"run folder {folder}: has no config.json, so it is not (yet) a run folder{_hint(folder)}")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -45,6 +45,23 @@ def read_config(folder: Path) -> RunConfig:
     if _is_huggingface_config(text):
         raise InputError(f"{folder}: a Hugging Face folder; convert it first (experiments/convert_huggingface.py)")
     return from_json(RunConfig, text, str(path))
+
+
+def _run_around(path: Path) -> Path:
+    """The run folder that `path` lies in, or else the folder that it lies in."""
+    around = list(path.absolute().parents)[:3]  # checkpoints/STEP/params is the deepest that somebody may give
+    return next((folder for folder in around if (folder / "checkpoints").is_dir()), path.parent)
+
+
+def _hint(folder: Path) -> str:
+    """What a folder is that was given for a run folder."""
+    inside = sorted(config.parent.name for config in folder.glob("*/config.json"))
+    if (_run_around(folder) / "config.json").is_file():
+        return f"; it is a part of {_run_around(folder)}: give that"
+    if inside:
+        return f"; it holds {', '.join(inside[:5])}{', ...' if len(inside) > 5 else ''}: give one of them"
+    kinds = {"manifest.json": "prepared data", "adapter_config.json": "an adapter", "tokenizer.json": "a tokenizer"}
+    return next((f"; it holds {kind}" for name, kind in kinds.items() if (folder / name).is_file()), "")
 
 
 def _is_huggingface_config(text: str) -> bool:

@@ -5,6 +5,7 @@ import functools
 import importlib
 import json
 import random
+import re
 from pathlib import Path
 
 import jax
@@ -15,7 +16,7 @@ from training_cases import Flips
 
 import rdlm.train.loop
 from rdlm import sharding
-from rdlm.checkpoint import load_checkpoint, saved_steps, write_config
+from rdlm.checkpoint import load_checkpoint, read_config, saved_steps, write_config
 from rdlm.config import PRESETS, InputError, MeshConfig
 from rdlm.evaluation.depth import depth_curve
 from rdlm.losses import Depths, as_batch, batch_state, token_losses
@@ -182,6 +183,35 @@ def test_a_half_written_checkpoint_is_never_picked_up(tmp_path):
     assert "\n" not in str(refused.value)
     with pytest.raises(InputError, match="does not exist"):
         load_checkpoint(tmp_path / "nowhere")
+
+
+def test_what_is_given_for_a_run_folder_is_named_for_what_it_is(tmp_path):
+    run = tmp_path / "runs" / "small"
+    (run / "checkpoints" / "7" / "params").mkdir(parents=True)
+    (run / "tokenizer").mkdir()
+    write_config(run, NANO)
+    (run / "metrics.jsonl").write_text("")
+    given = {
+        run / "config.json": f"is a file; give the folder that holds it, {run}",
+        run / "metrics.jsonl": f"is a file; give the folder that holds it, {run}",
+        run / "checkpoints": f"it is a part of {run}: give that",
+        run / "checkpoints" / "7": f"it is a part of {run}: give that",
+        run / "checkpoints" / "7" / "params": f"it is a part of {run}: give that",
+        run / "tokenizer": f"it is a part of {run}: give that",
+        tmp_path / "runs": "it holds small: give one of them",
+    }
+    for name, kind in (("manifest", "prepared data"), ("tokenizer", "a tokenizer"), ("adapter_config", "an adapter")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.json").write_text("{}")
+        given[tmp_path / name] = f"it holds {kind}"
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
+    given[tmp_path / "model"] = "a Hugging Face folder; convert it first"
+    for path, words in given.items():
+        with pytest.raises(InputError, match=re.escape(words)) as refused:
+            load_checkpoint(path)
+        assert "\n" not in str(refused.value)
+    assert read_config(run) == NANO
 
 
 def steps_of(folder):
