@@ -1,8 +1,12 @@
 """Folders that differ from what the reference saves: taken where harmless, else refused in one clear line."""
 
 import json
+import random
 import re
 import shutil
+import subprocess
+import sys
+import time
 
 import jax
 import numpy as np
@@ -49,6 +53,43 @@ def test_names_with_the_prefix_of_a_wrapper(prefix, tmp_path):
     folder = edited(tmp_path)
     save_file(tensors, folder / "model.safetensors")
     jax.tree.map(np.testing.assert_array_equal, load_huggingface(folder)[0], model("A2")[0])
+
+
+EXPORTS = """
+import sys
+import jax
+import rdlm
+
+params, config = rdlm.load_huggingface(sys.argv[1])
+for i in range(10**6):
+    scaled = jax.tree.map(lambda x: x * (1 + i % 2), params)
+    rdlm.save_huggingface(sys.argv[2], scaled, config, shard_bytes=int(sys.argv[3]))
+    print("saved", flush=True)
+"""
+
+
+@pytest.mark.parametrize("shard_bytes", [30_000, 10**9])
+def test_an_export_that_is_killed_over_an_earlier_one_leaves_one_of_them_or_none_and_no_mixture(shard_bytes, tmp_path):
+    params, config = model("A2")
+    folder, draw = tmp_path / "out", random.Random(shard_bytes)
+    for _ in range(3):
+        command = [sys.executable, "-c", EXPORTS, GOLDEN / "A2", folder, shard_bytes]
+        process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE)
+        process.stdout.readline()
+        time.sleep(draw.uniform(0, 0.2))
+        process.kill()
+        process.communicate()
+        (folder / "mine.txt").write_text("mine")
+        try:
+            found = load_huggingface(folder)[0]
+        except InputError:
+            continue
+        scale = np.asarray(found["wte"]).max() / np.asarray(params["wte"]).max()
+        assert scale in (1, 2)
+        jax.tree.map(lambda x, y, scale=scale: np.testing.assert_array_equal(x, y * scale), found, params)
+    save_huggingface(folder, params, config, shard_bytes=shard_bytes)
+    jax.tree.map(np.testing.assert_array_equal, load_huggingface(folder)[0], params)
+    assert (folder / "mine.txt").read_text() == "mine"
 
 
 def test_a_single_file_beside_an_index(tmp_path):
