@@ -104,12 +104,16 @@ def main() -> int:
 def ask(args: Args, path: Path, questions: Questions) -> int:
     """Score, print and write."""
     from rdlm import exits
-    from rdlm.evaluation import Choice, answer, baselines
+    from rdlm.evaluation import Choice, answer, as_pairs, baselines, longest_prompt
     from rdlm.report import write_result, write_table
     from rdlm.run import find
 
     run = find(args.run_dir, args.step)
-    tokenizer, params, config = run.require_tokenizer(), run.params, run.config
+    tokenizer, config = run.require_tokenizer(), run.config
+    as_pairs(tokenizer, config, questions, args.style)  # refuses what the model cannot read, before it is loaded
+    if args.steps_tokens:
+        longest_prompt(config, args.steps_tokens)
+    params = run.params
     depths = tuple(sorted(set(args.depths)))
     asked = sum(len(q.choices) if isinstance(q, Choice) else 1 for q in questions)
     options: Json = {"style": args.style, "tokens_per_batch": args.tokens_per_batch}

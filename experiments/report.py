@@ -16,6 +16,7 @@ from typing import Annotated
 
 import tyro
 
+from rdlm.config import InputError
 from rdlm.runtime import parse_arguments, run_command, write_output
 
 
@@ -40,6 +41,8 @@ def main() -> int:
     }
     page = html_page(args.run_dir, commands)
     path = args.run_dir / "report.html" if args.out is None else args.out
+    if path.is_file() and not path.read_bytes()[:15].lower().startswith(b"<!doctype html"):
+        raise InputError(f"{path}: exists and is not a page; choose another --out")
     print(f"page: {write_output(path, page)} ({len(page.encode()) / 1e6:.1f} MB)")
     return 0
 

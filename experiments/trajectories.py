@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from rdlm.evaluation.held_out import HeldOut
     from rdlm.model import Params
     from rdlm.report.results import Json
+    from rdlm.run import Run
 
 LENS_ROWS, LENS_SHOWN = 40, 10  # tokens in the picture of the lens, and in the printed table
 PANELS = 12  # paths in the figure
@@ -71,13 +73,18 @@ class Args:
 
 
 class Text(NamedTuple):
-    """The text: ids and labels int [L], names of the tokens, a description, and the meaning of a label."""
+    """The text: ids and labels int [L], pieces(ids) -> names of tokens, a description, and the meaning of a label."""
 
     ids: np.ndarray
     labels: np.ndarray
-    names: list[str]
+    pieces: Callable[[np.ndarray], list[str]]
     what: str
     label: str
+
+    @property
+    def names(self) -> list[str]:
+        """A name for every token."""
+        return self.pieces(self.ids)
 
 
 def main() -> int:
@@ -92,27 +99,34 @@ def main() -> int:
     from rdlm.evaluation.held_out import held_out  # JAX takes seconds to import
     from rdlm.run import find
 
-    data = held_out(args.run_dir, args.step, args.size, args.prepared)
     run = find(args.run_dir, args.step)
+    if args.prompt is not None:
+        text = prompted(args, run)
+    else:
+        text = chosen(args, held_out(args.run_dir, args.step, args.size, args.prepared))
     params, config = run.params, run.config
-    text = prompted(args.prompt, data) if args.prompt is not None else chosen(args, data)
     if len(text.ids) > config.max_length:
         what = "--prompt" if args.prompt is not None else f"--size {args.size}"
         raise InputError(f"{what}: {len(text.ids)} tokens, the model takes at most {config.max_length}; shorten it")
     out = Writer(args, run.step, text)
-    analyse(args, params, config, text, data, out)
+    analyse(args, params, config, text, out)
     return 0
 
 
-def prompted(prompt: str, data: HeldOut) -> Text:
-    """The user's text, whose labels are its own next tokens."""
-    if data.tokenizer is None:
+def prompted(args: Args, run: Run) -> Text:
+    """The user's text, whose labels are its own next tokens. Needs the tokenizer alone."""
+    from rdlm.evaluation.held_out import pieces
+
+    if run.run_config is not None and run.run_config.data.task:
         raise InputError("--prompt: this run was trained on a task and reads no text; choose an instance with --row")
-    ids = data.tokenizer.encode(prompt)
+    for flag, given in (("--size", args.size), ("--row", args.row), ("--prepared", args.prepared)):
+        require(not given, flag, given, "chooses held-out data, and --prompt is the text; leave one of them out")
+    tokenizer = run.require_tokenizer()
+    ids = tokenizer.encode(args.prompt or "")
     if len(ids) < 2:
         raise InputError("--prompt: has fewer than two tokens; give at least a word")
-    labels = np.append(ids[1:], -100)
-    return Text(ids, labels, data.pieces(ids), f"prompt of {len(ids)} tokens", "the text's next token")
+    labels, name = np.append(ids[1:], -100), functools.partial(pieces, tokenizer)
+    return Text(ids, labels, name, f"prompt of {len(ids)} tokens", "the text's next token")
 
 
 def chosen(args: Args, data: HeldOut) -> Text:
@@ -128,7 +142,7 @@ def chosen(args: Args, data: HeldOut) -> Text:
     inside = batch["segment_ids"][i] == batch["segment_ids"][i][0]  # the first document of the row
     ids, labels = (batch[name][i][inside][: args.tokens] for name in ("tokens", "labels"))
     what = f"{data.what.removeprefix('new instances of ')}, row {args.row}"
-    return Text(ids, labels, data.pieces(ids), what, "the right answer" if data.is_task else "the text's next token")
+    return Text(ids, labels, data.pieces, what, "the right answer" if data.is_task else "the text's next token")
 
 
 class Writer:
@@ -164,7 +178,7 @@ class Writer:
             draw(self.folder / f"{name}.png", f"{heading}\n{self.title}")
 
 
-def analyse(args: Args, params: Params, config: ModelConfig, text: Text, data: HeldOut, out: Writer) -> None:
+def analyse(args: Args, params: Params, config: ModelConfig, text: Text, out: Writer) -> None:
     """All six analyses of one text."""
     from rdlm.analysis import from_starts
 
@@ -180,7 +194,7 @@ def analyse(args: Args, params: Params, config: ModelConfig, text: Text, data: H
     out.start("contraction")
     lines.append(contract(args, params, config, text, own, out))
     out.start("logit lens")
-    show_lens(args, params, config, text, data, out)
+    show_lens(args, params, config, text, out)
     out.progress.update(6, "done", last=True)
     print(f"{out.title}\n" + "\n".join(lines))
     files = "JSON, CSV and PNG" if out.draws else "JSON and CSV (no pictures: pip install 'rdlm[plots]')"
@@ -324,7 +338,7 @@ def contract(args: Args, params: Params, config: ModelConfig, text: Text, states
     return f"  contraction   at the limit: {at}{observed}"
 
 
-def show_lens(args: Args, params: Params, config: ModelConfig, text: Text, data: HeldOut, out: Writer) -> None:
+def show_lens(args: Args, params: Params, config: ModelConfig, text: Text, out: Writer) -> None:
     """The logit lens, as files and, for the first tokens, as a table."""
     from rdlm.analysis import lens
     from rdlm.report import plot_lens
@@ -332,7 +346,7 @@ def show_lens(args: Args, params: Params, config: ModelConfig, text: Text, data:
     depths = tuple(sorted(set(args.depths)))
     found = lens(params, config, text.ids[None], text.labels[None], depths)
     known = np.unique(np.concatenate([found.top.ravel(), text.labels[text.labels >= 0]]))
-    names = dict(zip(known.tolist(), data.pieces(known), strict=True))
+    names = dict(zip(known.tolist(), text.pieces(known), strict=True))
     rows = []
     for i, token in enumerate(text.names):
         label = int(text.labels[i])

@@ -60,12 +60,17 @@ def lens(
     labels: int [B, L], -100 ignored. Depth 0 is the readout of the initial noise.
 
     Raises:
-      InputError: depths that are not increasing, labels of another shape, count outside [1, V], or as `rdlm.forward`.
+      InputError: depths that are not increasing, labels of another shape, count outside [1, V], logits that are not
+        finite, or as `rdlm.forward`.
     """
     tokens = check_tokens(tokens, config)
     if np.shape(labels) != tokens.shape:
         raise InputError(f"labels: expected shape {list(tokens.shape)}, got {list(np.shape(labels))}")
     if not 1 <= count <= config.vocab_size:
         raise InputError(f"count = {count}: must be in [1, {config.vocab_size}]")
-    found = _lens(params, config, tokens, jnp.asarray(labels), tuple(depths), count)
-    return Lens(tuple(depths), *map(np.asarray, found))
+    read = _lens(params, config, tokens, jnp.asarray(labels), tuple(depths), count)
+    found = Lens(tuple(depths), *map(np.asarray, read))
+    lost = ~np.isfinite(found.probability).all((1, 2, 3))
+    if lost.any():
+        raise InputError(f"lens: the logits are not finite at r = {depths[int(lost.argmax())]}")
+    return found

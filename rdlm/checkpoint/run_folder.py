@@ -178,5 +178,5 @@ def _way_out(run_folder: str | Path, damaged: int) -> str:
     others = [step for step in saved_steps(local_path(run_folder)) if step != damaged]
     before = max((step for step in others if step < damaged), default=max(others, default=None))
     if before is None:
-        return "there is no other: restore it from a copy, or delete it and train again"
+        return "there is no other: restore it from a copy, or train again in another folder"
     return f"ask for step {before}, or resume training, which renames this one"

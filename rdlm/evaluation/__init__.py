@@ -15,7 +15,7 @@ lm_eval         lm-eval's tasks; needs the extra `eval`
 from rdlm.evaluation.answer_steps import answer_steps, longest_prompt
 from rdlm.evaluation.question_files import Choice, Cloze, Style, read_questions, write_questions
 from rdlm.evaluation.question_sets import SETS, question_file
-from rdlm.evaluation.questions import Answers, answer, baselines, bootstrap_mean, wilson
+from rdlm.evaluation.questions import Answers, answer, as_pairs, baselines, bootstrap_mean, wilson
 from rdlm.evaluation.scoring import Pair, Scores, cut_left, cut_pair, is_cut, score, split
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "Style",
     "answer",
     "answer_steps",
+    "as_pairs",
     "baselines",
     "bootstrap_mean",
     "cut_left",

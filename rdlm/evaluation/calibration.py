@@ -130,6 +130,11 @@ class Calibrated:
     def guarantee(self) -> str:
         """The guarantee in words."""
         share, confidence, r = f"{1 - self.goal.epsilon:.4g}", f"{1 - self.goal.delta:.4g}", self.goal.num_steps
+        if self.threshold is None and self.rule == "fixed":
+            return (
+                f"fixed: no depth below {r} that was tried agrees with {r} recurrences for {share} of tokens at "
+                f"confidence {confidence}; keep {r}"
+            )
         if self.threshold is None:
             return (
                 f"{self.rule}: no threshold that was tried agrees with {r} recurrences for {share} of tokens at "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,9 +74,14 @@ def held_out(
         total=data.steps_per_epoch,
         length=run.data.sequence_length,
         token_bytes=tokenizer.token_bytes,
-        pieces=lambda ids: [tokenizer.decode([i], skip_special=False) for i in np.asarray(ids).tolist()],
+        pieces=functools.partial(pieces, tokenizer),
         tokenizer=tokenizer,
     )
+
+
+def pieces(tokenizer: Tokenizer, ids: Any) -> list[str]:
+    """The text of each token, special ones by name."""
+    return [tokenizer.decode([i], skip_special=False) for i in np.asarray(ids).tolist()]
 
 
 def validation(

@@ -29,6 +29,8 @@ class Choice:
     choices: tuple[str, ...]
     answer: int
     category: str = ""
+    where: str = dataclasses.field(default="", compare=False, repr=False)
+    """File and line, for messages."""
 
     def texts(self, style: Style) -> tuple[str, list[str]]:
         """(context, continuations).
@@ -49,6 +51,8 @@ class Cloze:
     prompt: str
     answer: str
     category: str = ""
+    where: str = dataclasses.field(default="", compare=False, repr=False)
+    """File and line, for messages."""
 
 
 Questions = list[Choice] | list[Cloze]
@@ -62,7 +66,7 @@ def read_questions(path: str | Path) -> list[Choice] | list[Cloze]:
     """
     path = local_path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # with or without a byte-order mark
     except OSError as error:
         raise InputError(f"questions {path}: cannot be read ({error.strerror or error})") from error
     except UnicodeDecodeError as error:
@@ -82,7 +86,8 @@ def read_questions(path: str | Path) -> list[Choice] | list[Cloze]:
 
 def write_questions(path: Path, questions: Sequence[Choice]) -> None:
     """Write what `read_questions` reads."""
-    lines = [json.dumps(dataclasses.asdict(q), ensure_ascii=False) + "\n" for q in questions]
+    rows = [{name: x for name, x in dataclasses.asdict(q).items() if name != "where"} for q in questions]
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     path.write_text("".join(lines), encoding="utf-8")
 
 
@@ -93,10 +98,14 @@ def _objects(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
         where = f"questions {path}, line {number}"
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{where}: not JSON ({error})") from error
         if not isinstance(row, dict):
             raise InputError(f"{where}: expected an object, found {type(row).__name__}")
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"{where}: not valid Unicode, it holds half of a surrogate pair; correct it") from error
         yield where, row
 
 
@@ -133,8 +142,8 @@ def _choice(row: dict[str, Any], where: str) -> Choice:
         raise InputError(
             f"{where}: answer = {row['answer']!r}: must be an index in [0, {last}] or a letter from A to {letter}"
         )
-    return Choice(question, tuple(choices), answer, _category(row, where))
+    return Choice(question, tuple(choices), answer, _category(row, where), where)
 
 
 def _cloze(row: dict[str, Any], where: str) -> Cloze:
-    return Cloze(_text(row, "prompt", where), _text(row, "answer", where), _category(row, where))
+    return Cloze(_text(row, "prompt", where), _text(row, "answer", where), _category(row, where), where)

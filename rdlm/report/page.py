@@ -254,7 +254,7 @@ def read_metrics(path: Path) -> list[Json]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); delete it, or restore the run's own") from error
+        raise InputError(f"{path}: cannot be read ({error}); put the run's own back") from error
     rows = []
     for i, line in enumerate(lines, 1):
         if not line.endswith("}"):
@@ -265,7 +265,9 @@ def read_metrics(path: Path) -> list[Json]:
             numbers = {name: x for name, x in row.items() if isinstance(x, (int, float))}
             rows.append({"step": numbers["step"]} | numbers | alarms)
         except (AttributeError, LookupError, TypeError, ValueError) as error:
-            raise InputError(f"{path}: line {i} is not the numbers of a step ({error}); delete that line") from error
+            raise InputError(
+                f"{path}: line {i} is not the numbers of a step ({error}); mend it, or put the run's own file back"
+            ) from error
     return rows
 
 
@@ -328,15 +330,21 @@ def progress(rows: Sequence[Json], keys: Sequence[str]) -> list[list[Any]]:
 
 def depth_curve(tree: Json) -> Json:
     """A chart and the rows (r, nats, change) of a loss by depth."""
-    points = sorted((int(r), float(nats)) for r, nats in tree.items())
+    points = sorted((int(r), math.nan if nats is None else float(nats)) for r, nats in tree.items())
     if not points or points[0][0] < 1:
         raise ValueError("no depth of at least 1")
     r, nats = zip(*points, strict=True)
     change = ["", *(f"{b - a:+.4f}" if abs(b - a) >= 5e-5 else f"{b - a:+.0e}" for a, b in pairwise(nats))]
+    rows = [
+        [a, f"{b:.4f}", c] if math.isfinite(b) else [a, "not finite", ""]
+        for a, b, c in zip(r, nats, change, strict=True)
+    ]
+    if not any(map(math.isfinite, nats)):
+        return {"svg": Markup(""), "rows": rows}
     alt = f"Validation loss by recurrences: {nats[0]:.3f} at r = {r[0]}, {nats[-1]:.3f} at r = {r[-1]}"
     line = Series("validation loss", r, nats)
     svg = line_chart([line], "recurrences r (log scale)", "validation loss (nats per token)", alt, log_x=True)
-    return {"svg": svg, "rows": [[a, f"{b:.4f}", c] for a, b, c in zip(r, nats, change, strict=True)]}
+    return {"svg": svg, "rows": rows}
 
 
 def agreement_chart(found: Sequence[calibration.Calibrated]) -> Markup:

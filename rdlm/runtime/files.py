@@ -37,8 +37,10 @@ def write_output(path: Path, content: str | bytes) -> Path:
     """Write a file that the user asked for, atomically and with its folder; returns the path.
 
     Raises:
-      InputError: it cannot be written.
+      InputError: it cannot be written, or is a folder.
     """
+    if path.is_dir():
+        raise InputError(f"{path}: cannot be written, it is a folder; give the name of a file")
     path = local_path(path)
     try:
         Path(os.path.realpath(path)).parent.mkdir(parents=True, exist_ok=True)

@@ -263,6 +263,13 @@ def test_paths_from_several_starts(params):
         from_starts(params, TINY, TOKENS[0], 3, 1)
 
 
+def test_a_lens_that_is_not_finite_is_refused(params):
+    ln_f = {"scale": params["ln_f"]["scale"].at[0].set(np.nan)}
+    labels = np.full_like(TOKENS, -100)
+    with pytest.raises(InputError, match="lens: the logits are not finite at r = 1"):
+        lens(params | {"ln_f": ln_f}, TINY, TOKENS, labels, (1, 2, 6), 2)
+
+
 def test_the_lens_reads_what_forward_would_say(params):
     labels = np.where(np.arange(5) == 2, -100, TOKENS[:, ::-1])
     found = lens(params, TINY, TOKENS, labels, (1, 2, 6), 2)

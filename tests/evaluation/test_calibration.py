@@ -223,6 +223,12 @@ def test_what_cannot_be_calibrated_is_refused(scorer, rows):
     known = {"epsilon": 0.01, "delta": 0.05, "step": 9, "data": "noise"}
     with pytest.raises(InputError, match=r"41 rows cannot show it .* at least \d{3} can"):
         calibrate(scorer, "kl", **known)
+    assert (
+        "fixed: no depth below 10 that was tried"
+        in dataclasses.replace(
+            calibrate(scorer, "fixed", epsilon=0.4, delta=0.1, step=9, data="noise"), threshold=None
+        ).guarantee
+    )
     with pytest.raises(InputError, match=r"rule = 'latent_dif': .* Did you mean 'latent_diff'"):
         calibrate(scorer, "latent_dif", **known)
     with pytest.raises(InputError, match="num_steps = 1: must be at least 2"):

@@ -21,6 +21,7 @@ from rdlm.evaluation import (
     Cloze,
     answer,
     answer_steps,
+    as_pairs,
     baselines,
     bootstrap_mean,
     cut_left,
@@ -267,6 +268,37 @@ def test_a_wrong_line_is_named(tmp_path, row, words):
         read_questions(path)
     assert words in str(error.value)
     assert str(error.value).startswith(f"questions {path}, line 2: ")
+
+
+def test_a_byte_order_mark_is_read_over(tmp_path):
+    path = lines(tmp_path / "q.jsonl", QUESTION)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert read_questions(path) == [Choice("2 + 2?", ("3", "4"), 1)]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        '{"prompt": "a", "answer": "\\ud800"}', '{"question": "\\udc00", "choices": ["a", "b"], "answer": 0}',
+        '{"question": "a", "choices": ["a", "\\ud83d"], "answer": 0}',
+        '{"prompt": "a", "answer": "b", "category": "\\ud800"}',
+        '{"prompt": "a", "answer": ' + 5000 * "1" + "}", "[" * 100_000,
+    ],
+    ids=["answer", "question", "choice", "category", "digits", "brackets"],
+)  # fmt: skip
+def test_a_line_that_cannot_be_read_is_named(row, tmp_path):
+    with pytest.raises(InputError, match=r"q\.jsonl, line 2: not ") as error:
+        read_questions(lines(tmp_path / "q.jsonl", '{"prompt": "a", "answer": "b"}', row))
+    assert "\n" not in str(error.value)
+
+
+def test_a_question_that_the_model_cannot_read_is_named_with_its_line(tmp_path, model):
+    config = model[1]
+    tokenizer = Tokenizer.bytes_only()
+    path = lines(tmp_path / "q.jsonl", QUESTION, QUESTION | {"choices": ["a", "b" * 60]})
+    with pytest.raises(InputError, match=r"q\.jsonl, line 2: tokens of an answer = 61: .* max_length = 48"):
+        as_pairs(tokenizer, config, read_questions(path))
+    as_pairs(tokenizer, config, read_questions(path), "letters")  # of which it reads the letters alone
 
 
 def test_no_questions(tmp_path):

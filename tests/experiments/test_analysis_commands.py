@@ -188,6 +188,21 @@ def test_runs_that_cannot_be_analysed_are_one_line(name, text_run, task_run, tmp
     refused(command(name, text_run, "--size", "4"), ["--size 4", "trained on text"])
 
 
+def test_a_prompt_needs_the_tokenizer_alone(text_run, command, tmp_path, monkeypatch):
+    run = shutil.copytree(text_run, tmp_path / "elsewhere/run")
+    config = json.loads((run / "config.json").read_text())
+    config["data"]["prepared"] = [str(tmp_path / "gone")]
+    (run / "config.json").write_text(json.dumps(config))
+    monkeypatch.chdir(tmp_path)
+    words = ("--recurrences", "16", "--starts", "2", "--depths", "1", "4")
+    code, _, err = command("trajectories", run, "--prompt", "a $1_^ b", *words)
+    assert code == 0, err
+    assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"]  # no data folder
+    refused(command("trajectories", run), ["gone"])  # a row of the validation text does need it
+    for flag, value in (("--row", "1"), ("--size", "4"), ("--prepared", "x")):
+        refused(command("trajectories", run, "--prompt", "ab", flag, value), [flag, "leave one of them out"])
+
+
 def test_prompts_that_do_not_fit_are_one_line(text_run, command):
     refused(command("trajectories", text_run, "--prompt", "x" * 40), ["--prompt", "41 tokens", "at most 40"])
     refused(command("trajectories", text_run, "--prompt", ""), ["--prompt", "fewer than two tokens"])

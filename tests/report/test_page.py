@@ -301,6 +301,74 @@ def test_damaged_files_are_named(damage, words, empty, report):
     assert not (empty / "report.html").is_file()
 
 
+CURVES = {
+    "all NaN": ({"1": math.nan, "2": math.nan}, 0), "some": ({"1": 2.5, "2": math.inf, "4": math.nan}, 1),
+    "null": ({"1": None, "4": None}, 0), "the first": ({"1": math.nan, "2": 3.0}, 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("curve", "finite"), CURVES.values(), ids=CURVES)
+def test_a_diverged_run_has_a_page(curve, finite, empty, report):
+    fill(empty)
+    (empty / "loss_by_depth.json").write_text(json.dumps(curve))
+    code, _, err = report(empty)
+    assert code == 0, err
+    words = (empty / "report.html").read_text()
+    assert words.count("not finite") == len(curve) - finite
+    assert "Validation loss by recurrences" in words or not finite
+
+
+@pytest.mark.parametrize("name", ["depth_sweep", "questions_mine", "lm_eval"])
+def test_results_that_are_not_finite_are_shown(name, empty, report):
+    fill(empty)
+    path = empty / f"analysis/{name}.json"
+    found, times = re.subn(r'("(nats|bits_per_byte|acc,none)": )[\d.]+', r"\1null", path.read_text())
+    assert times  # as `write_result` writes what is not finite
+    path.write_text(found)
+    code, _, err = report(empty)
+    assert code == 0, err
+
+
+def test_every_set_of_tasks_is_on_the_page(empty, report):
+    fill(empty)
+    newest = empty / "analysis/lm_eval.json"
+    text = newest.read_text()
+    newest.with_name("lm_eval_other.json").write_text(text.replace("0.4375", "0.8125"))
+    for copy, times in ((False, 1), (True, 1)):
+        if copy:
+            newest.with_name("lm_eval_mine.json").write_text(text)
+        report(empty)
+        words = (empty / "report.html").read_text()
+        assert (words.count("0.4375"), words.count("0.8125")) == (times, 1)
+
+
+@pytest.mark.parametrize("out", ["", ".", "..", "folder"])
+def test_a_page_needs_a_name(out, empty, command, monkeypatch):
+    monkeypatch.chdir(empty)
+    (empty / "folder").mkdir()
+    before = sorted(empty.parent.rglob("*"))
+    code, _, err = command("report", empty, "--out", out)
+    assert code == 2
+    assert "it is a folder; give the name of a file" in err
+    assert sorted(empty.parent.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "thesis.tex"])
+def test_a_page_replaces_pages_only(name, empty, command):
+    fill(empty)
+    (empty / "thesis.tex").write_text("chapter one")
+    before = (empty / name).read_bytes()
+    code, _, err = command("report", empty, "--out", empty / name)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "exists and is not a page" in err
+    assert (empty / name).read_bytes() == before
+    (empty / "real.html").write_text("<!DOCTYPE html>old")
+    (empty / "page.html").symlink_to("real.html")
+    assert command("report", empty, "--out", empty / "page.html")[0] == 0
+    assert (empty / "page.html").is_symlink()
+    assert len((empty / "real.html").read_text()) > 1000
+
+
 # Parts
 
 
