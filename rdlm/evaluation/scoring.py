@@ -246,7 +246,9 @@ def _continuations(logits: Array, batch: _Arrays) -> tuple[Array, Array]:
     labels = batch.labels[..., None]  # those that are padding of the vocabulary have probability 0
     at_label = jnp.take_along_axis(logits[:, None], labels, axis=-1, mode="fill", fill_value=-jnp.inf)[..., 0]
     total = jax.nn.logsumexp(logits, axis=-1)[:, None]
-    log_p = jnp.where(jnp.isfinite(total), at_label - total, jnp.nan)
+    log_p = at_label - total
+    finite = jnp.isfinite(total) & (jnp.isfinite(log_p) | jnp.isneginf(at_label))
+    log_p = jnp.where(finite, log_p, jnp.nan)
     likeliest = jnp.argmax(logits, axis=-1)[:, None] == batch.labels
     return jnp.where(scored, log_p, 0), (likeliest | ~scored).all(-1)
 
