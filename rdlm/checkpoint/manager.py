@@ -9,12 +9,13 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
+import orbax.checkpoint.checkpoint_managers as policies
 from jaxtyping import PyTree
 
 from rdlm.checkpoint.integrity import Meta, as_mapping, bit_sum, reading, wrong_sum
@@ -51,6 +52,10 @@ def _is_full(error: BaseException | None) -> bool:
     return False
 
 
+def _validation_loss(metrics: Mapping[str, float]) -> float:
+    return metrics["validation_loss"]
+
+
 class Restored(NamedTuple):
     """A checkpoint that was read."""
 
@@ -63,13 +68,23 @@ class Restored(NamedTuple):
 class Checkpoints:
     """Saves and restores the state of a training run. Saving runs in the background. Use as a context manager."""
 
-    def __init__(self, folder: Path, keep: int, handlers: dict[str, ocp.CheckpointHandler] | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        handlers: dict[str, ocp.CheckpointHandler] | None = None,
+        *,
+        keep_every: int = 0,
+        keep_best: int = 0,
+    ):
         """Open `folder`/checkpoints and delete unfinished checkpoints in it.
 
         Args:
           folder: the run folder.
-          keep: how many checkpoints to keep; older ones are deleted.
+          keep: how many of the newest checkpoints to keep; others are deleted.
           handlers: how to save an item, where the default of Orbax does not fit.
+          keep_every: also keep those of steps that are multiples of this; 0: none.
+          keep_best: also keep this many of those with the lowest `validation_loss`.
 
         Raises:
           InputError: the folder cannot be made or written.
@@ -82,8 +97,18 @@ class Checkpoints:
             probe.unlink(missing_ok=True)  # another process may have deleted it
         except OSError as error:
             raise InputError(f"run folder {folder}: cannot be written ({error.strerror})") from error
+        kept: list[policies.PreservationPolicy] = [policies.LatestN(keep)]
+        if keep_every:
+            kept.append(policies.EveryNSteps(keep_every))
+        if keep_best:
+            lowest = policies.BestN(
+                get_metric_fn=_validation_loss, reverse=True, n=keep_best, keep_checkpoints_without_metrics=False
+            )
+            kept.append(lowest)
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
+            preservation_policy=policies.AnyPreservationPolicy(kept),
+            best_fn=_validation_loss if keep_best else None,  # otherwise Orbax saves no metrics
+            best_mode="min",
             enable_async_checkpointing=True,
             cleanup_tmp_directories=True,
             # Otherwise, when a folder cannot be made, Orbax's threads wait five minutes for it.
@@ -131,8 +156,16 @@ class Checkpoints:
         """Step of the newest complete checkpoint."""
         return self.manager.latest_step()
 
-    def save(self, step: int, params: Params, optimizer: PyTree, meta: Meta) -> None:
+    def save(
+        self, step: int, params: Params, optimizer: PyTree, meta: Meta, validation_loss: float | None = None
+    ) -> None:
         """Save a checkpoint; returns when the arrays are copied, while they are written in the background.
+
+        Args:
+          step: of training.
+          params, optimizer: arrays.
+          meta: JSON beside them.
+          validation_loss: of these parameters, if it is known, for `keep_best`.
 
         Raises:
           SaveError: this checkpoint, or the one before, could not be written.
@@ -148,6 +181,7 @@ class Checkpoints:
                     optimizer=ocp.args.StandardSave(optimizer),
                     meta=ocp.args.JsonSave(meta | {"sums": sums}),
                 ),
+                metrics=None if validation_loss is None else {"validation_loss": validation_loss},
             )
         if not begun:
             raise RuntimeError(f"checkpoint {step} was not saved: {self.latest} is newer")

@@ -197,16 +197,25 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """How often the run is saved."""
+    """How often the run is saved, and which checkpoints are kept."""
 
     every: int = 500
     """Steps between checkpoints; the last step is always saved."""
     keep: int = 3
     """Number of newest checkpoints that are kept."""
+    keep_every: int = 0
+    """Also keep the checkpoints of steps that are multiples of this; 0 is off."""
+    keep_best: int = 0
+    """Also keep this many checkpoints with the lowest validation loss, at the depth of evaluation.depths nearest to
+    model.mean_recurrence; 0 is off."""
 
     def __post_init__(self) -> None:
         require(self.every >= 1, "checkpoint.every", self.every, "must be at least 1")
         require(self.keep >= 1, "checkpoint.keep", self.keep, "must be at least 1")
+        kept = self.keep_every >= 0 and self.keep_every % self.every == 0
+        fix = f"must be 0 or a multiple of checkpoint.every = {self.every}, or no checkpoint of these steps is made"
+        require(kept, "checkpoint.keep_every", self.keep_every, fix)
+        require(self.keep_best >= 0, "checkpoint.keep_best", self.keep_best, "must not be negative")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,6 +307,13 @@ class RunConfig:
             "data.sequence_length",
             self.data.sequence_length,
             f"must be at most model.max_length = {self.model.max_length}",
+        )
+        require(
+            not self.checkpoint.keep_best or self.checkpoint.every % self.evaluation.every == 0,
+            "checkpoint.every",
+            self.checkpoint.every,
+            f"must be a multiple of evaluation.every = {self.evaluation.every}, because checkpoint.keep_best needs the "
+            "validation loss of every checkpoint",
         )
         # With more gradient steps than recurrences, training would be deeper than mean_recurrence.
         require(

@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import math
 import sys
 from collections.abc import Callable, Generator
 
@@ -75,7 +76,15 @@ class Trainer:
           InputError: a field, the mesh, the run folder or the data. A run that is refused leaves its folder unchanged.
         """
         require(not config.data.task, "data.task", config.data.task, "must be empty: only studies train on tasks")
+        require(
+            config.model.param_dtype != "float16",
+            "model.param_dtype",
+            config.model.param_dtype,
+            "its range is too small for gradients and moments; train in float32 or bfloat16, if you like with "
+            "--model.compute-dtype float16",
+        )
         self.config = config
+        self.validated = -1, math.nan  # step and validation loss
         self.progress = Progress(config.steps, quiet=not is_first())
         self.say = say or self.progress.say
         self.mesh = sharding.make_mesh(config.mesh, config.model)
@@ -102,7 +111,7 @@ class Trainer:
         try:
             with (
                 self.folder.begin(self.say) as self.still_ours,
-                Checkpoints(path, self.config.checkpoint.keep) as self.checkpoints,
+                self._checkpoints() as self.checkpoints,
             ):
                 if exchange(str(self.folder.is_finished(self.checkpoints)))[0] == "True":
                     meta = read_meta(path)
@@ -121,6 +130,10 @@ class Trainer:
             raise SaveError(path, "the run", cause) from error
         finally:
             preemption.restore()
+
+    def _checkpoints(self) -> Checkpoints:
+        kept = self.config.checkpoint
+        return Checkpoints(self.folder.path, kept.keep, keep_every=kept.keep_every, keep_best=kept.keep_best)
 
     def _run(self) -> int:
         """Restore the state, open what the loop reads and writes, and run the loop."""
@@ -181,6 +194,8 @@ class Trainer:
         if curve is None:
             return False
         found, lines = self.examine(self.state.params)
+        usual = min(range(len(curve.depths)), key=lambda i: abs(curve.depths[i] - self.config.model.mean_recurrence))
+        self.validated = self.step, curve.nats[usual]
         losses = zip(curve.depths, curve.nats, strict=True)
         self.reporter.write(self.step - 1, {f"validation_loss_r{r}": x for r, x in losses} | found)
         self.progress.say(f"step {self.step}  validation loss  {as_text(curve)}")
@@ -201,7 +216,9 @@ class Trainer:
             "data": self.train.state(self.step + faults.shift),
             "faults": faults._asdict(),
         }
-        self.checkpoints.save(self.step, self.state.params, self.state.optimizer, meta)
+        at, nats = self.validated
+        known = nats if at == self.step and math.isfinite(nats) else None
+        self.checkpoints.save(self.step, self.state.params, self.state.optimizer, meta, known)
         self.reporter.sync()
 
     def _leave(self, code: int) -> int:

@@ -215,6 +215,12 @@ def test_help_names_every_field_and_says_what_it_is(name, command):
         (("nano", "--data.sequence-length", "999"), ["sequence_length = 999", "model.max_length = 256"]),
         (("nano", "--data.batch-size", "12"), ["batch_size = 12", "try 16"]),
         (("nano", "--evaluation.depths", "4", "2"), ["evaluation.depths = (4, 2)", "increasing"]),
+        (("nano", "--model.param-dtype", "float16"), ["model.param_dtype = 'float16'", "float32 or bfloat16"]),
+        (("nano", "--loss.z-loss", "-1"), ["loss.z_loss = -1", "not be negative"]),
+        (("nano", "--loss.label-smoothing", "1"), ["loss.label_smoothing = 1", "[0, 1)"]),
+        (("nano", "--checkpoint.keep-every", "7"), ["checkpoint.keep_every = 7", "multiple of checkpoint.every = 5"]),
+        (("nano", "--checkpoint.keep-best", "2"), ["checkpoint.every = 5", "multiple of evaluation.every = 10"]),
+        (("nano", "--checkpoint.keep-best", "-1"), ["checkpoint.keep_best = -1", "not be negative"]),
     ],
 )
 def test_train_refuses_arguments(arguments, words, refused, tmp_path, monkeypatch):

@@ -64,6 +64,25 @@ def saved(tmp_path):
     return tmp_path, state, restore
 
 
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({}, [6, 7]),
+        ({"keep_every": 3}, [3, 6, 7]),
+        ({"keep_best": 1}, [2, 6, 7]),
+        ({"keep_best": 2, "keep_every": 5}, [2, 4, 5, 6, 7]),
+    ],
+)
+def test_the_newest_the_best_and_every_nth_checkpoint_are_kept(options, kept, tmp_path):
+    losses = [None, 3.0, 1.0, 4.0, 2.0, None, 5.0, None]
+    for steps in (range(1, 4), range(4, 8)):  # a resumed run knows the losses of the first part
+        with Checkpoints(tmp_path, 2, **options) as checkpoints:
+            for step in steps:
+                checkpoints.save(step, {"a": jnp.ones(2)}, {"m": jnp.ones(2)}, {"step": step}, losses[step])
+                checkpoints.wait()
+    assert saved_steps(tmp_path) == kept
+
+
 @pytest.mark.parametrize("damage", [flip_a_bit, cut_short, half_named, without_meta])
 def test_the_newest_whole_checkpoint_is_used_and_the_others_are_set_aside(damage, saved):
     folder, state, restore = saved
