@@ -245,7 +245,10 @@ def test_a_chat_that_the_template_refuses_is_named_or_left_out(tmp_path, templat
     place = 0 if everything else len(chats())
     with one_line(f"chats.jsonl, byte {place}: {reason}"):
         prepare_chats(tmp_path, chats(chat), tokenizer)
-    if not everything:
+    if everything:
+        with one_line("leave no train row of 0 documents .41 bad left out.; give more"):
+            prepare_chats(tmp_path, chats(chat), tokenizer, "skip")
+    else:
         manifest = prepare_chats(tmp_path, chats(chat), tokenizer, "skip")
         assert manifest.skipped.bad == 1
         assert manifest.train.documents + manifest.validation.documents == 40

@@ -171,11 +171,14 @@ def finish(
       OSError: a file cannot be written.
     """
     total = sum(shard.train.documents + shard.validation.documents for shard in shards)
+    skipped = Skipped(*(sum(getattr(s.skipped, n) for s in shards) for n in ("empty", "bad", "duplicate")))
     for split, wanted in (("train", True), ("validation", recipe.validation_fraction > 0)):
         if wanted and not any(getattr(shard, split).rows for shard in shards):
+            left_out = ", ".join(f"{n} {what}" for what, n in dataclasses.asdict(skipped).items() if n)
             raise InputError(
                 f"validation_fraction = {recipe.validation_fraction}, packing = {recipe.packing}: leave no {split} "
-                f"row of {total} documents; give more (text files: --document line or blank_line), change the fraction"
+                f"row of {total} documents{f' ({left_out} left out)' * bool(left_out)}; give more (text files: "
+                "--document line or blank_line), change the fraction"
             )
     everything = hashlib.sha256("".join(shard.documents_sha256 for shard in shards).encode())
     splits = {}
@@ -213,7 +216,7 @@ def finish(
             token_dtype=token_dtype(tokenizer.vocab_size),
             train=splits["train"],
             validation=splits["validation"],
-            skipped=Skipped(*(sum(getattr(s.skipped, n) for s in shards) for n in ("empty", "bad", "duplicate"))),
+            skipped=skipped,
             files=tuple(sorted(entries, key=lambda entry: entry.name)),
         )
         write_manifest(local, manifest)
