@@ -1,5 +1,6 @@
 """Streams: the same batches from any saved state, nothing held out ever trained on, files closed."""
 
+import contextlib
 import gc
 import json
 import os
@@ -213,8 +214,10 @@ REFUSES = (
 )
 
 
-@pytest.mark.parametrize("bad_documents", ["refuse", "skip"])
-def test_a_chat_that_the_template_refuses_is_named_or_left_out(tmp_path, bad_documents, one_line, capsys):
+@pytest.fixture
+def chats(tmp_path):
+    """chats("sample", bad_documents) -> the sample, a file with one refused conversation more, one of these alone."""
+
     def chat(i, content):
         return [{"role": "user", "content": f"what is {i}?"}, {"role": "assistant", "content": content}]
 
@@ -222,27 +225,41 @@ def test_a_chat_that_the_template_refuses_is_named_or_left_out(tmp_path, bad_doc
         (tmp_path / name).write_text("".join(json.dumps({"messages": c}) + "\n" for c in chats))
         return str(tmp_path / name)
 
-    good, refused = [chat(i, f"{i} is it") for i in range(30)], [chat(99, "no")]
-    recipe = Recipe(16, reading=Reading("messages", bad_documents=bad_documents), validation_fraction=0.2)
-    tokenizer = Tokenizer(BYTES._backend, {**BYTES._config, "chat_template": REFUSES})
-    cut = cut_files(find_files([write("sample.jsonl", good)]), recipe.reading, 10**6)
-    build(tmp_path / "sample", Corpus("files", "sample", cut), recipe, tokenizer, processes=1, say=print)
-    sample = PackedData(tmp_path / "sample", "validation", sequence_length=16, batch_size=1)
-    files = [write("more.jsonl", good + refused)]
-    if bad_documents == "refuse":
-        with one_line("more.jsonl, byte .*: chat template: not this"):
-            data = StreamedData(files, sample, batch_size=4, window=1)
-            for step in range(20):
-                data.batch(step)
-        return
-    data = StreamedData(files, sample, batch_size=4, window=1)
-    capsys.readouterr()
-    for step in range(20):
-        data.batch(step)
+    def chats(name, bad_documents):
+        recipe = Recipe(16, reading=Reading("messages", bad_documents=bad_documents), validation_fraction=0.2)
+        tokenizer = Tokenizer(BYTES._backend, {**BYTES._config, "chat_template": REFUSES})
+        good = [chat(i, f"{i} is it") for i in range(30)]
+        cut = cut_files(find_files([write("sample.jsonl", good)]), recipe.reading, 10**6)
+        build(tmp_path / name, Corpus("files", "sample", cut), recipe, tokenizer, processes=1, say=print)
+        sample = PackedData(tmp_path / name, "validation", sequence_length=16, batch_size=1)
+        return sample, write("more.jsonl", [*good, chat(99, "no")]), write("bad.jsonl", [chat(99, "no")] * 30)
+
+    return chats
+
+
+def test_a_chat_that_the_template_refuses_is_left_out(chats, one_line, capsys):
+    sample, file, bad = chats("sample", "skip")
+    with contextlib.closing(StreamedData([file], sample, batch_size=4, window=1)) as data:
+        capsys.readouterr()
+        for step in range(20):
+            data.batch(step)
     assert "data.stream: 1 bad documents left out so far" in capsys.readouterr().err
-    data.close()
     with one_line("the files hold no train document, or none with a label"):  # and does not search for ever
-        StreamedData([write("bad.jsonl", refused * 30)], sample, batch_size=4).batch(0)
+        StreamedData([bad], sample, batch_size=4).batch(0)
+
+
+def test_a_stream_stopped_by_a_bad_document_goes_on_with_a_sample_that_skips_them(chats, one_line):
+    sample, file, _ = chats("sample", "refuse")
+    data, state, seen = StreamedData([file], sample, batch_size=4, window=1), None, []
+    with one_line("more.jsonl, byte .*: chat template: not this"):
+        for step in range(20):
+            state = saved([data], step)
+            seen.append(data.batch(step))
+    assert seen
+    sample, file, _ = chats("other", "skip")
+    with contextlib.closing(StreamedData([file], sample, batch_size=4, window=1)) as data:
+        data.restore(len(seen), state)
+        assert data.batch(len(seen))["tokens"].shape == (4, 16)
 
 
 def test_a_sample_without_duplicates_is_refused(source, tmp_path, one_line):
