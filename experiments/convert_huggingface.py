@@ -173,7 +173,7 @@ def write_run(folder: Path, params: Params, config: ModelConfig, source: Path) -
 
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise InputError(f"{folder}: exists and is not an empty folder; choose another")
-    with complete_folder(folder.resolve()) as partial:
+    with complete_folder(folder.resolve(), alike=False) as partial:
         copy_tokenizer(source, partial / "tokenizer")
         tokenizer = fitting_tokenizer(partial / "tokenizer", config, source)
         size = config.vocab_size if tokenizer is None else tokenizer.vocab_size

@@ -63,7 +63,7 @@ def main() -> int:
     if out.exists():
         raise InputError(f"--out = {args.out}: is there already; choose another")
     tokenizer = Tokenizer.bytes_only() if args.bytes else Tokenizer.train(texts(args), args.size, "last")
-    with complete_folder(out) as partial:
+    with complete_folder(out, alike=False) as partial:
         tokenizer.save(partial)
     special = ", ".join(f"{i} {name}" for name, i in list(tokenizer.special_ids.items())[:6])
     print(f"{out}: {tokenizer.vocab_size:,} entries; special: {special}, ...")

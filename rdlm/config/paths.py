@@ -25,7 +25,8 @@ def local_path(path: str | os.PathLike[str], field: str = "") -> Path:
     if not isinstance(path, (str, os.PathLike)):
         raise InputError(f"{field or 'path'} = {path!r}: must be a path")
     text = os.fspath(path)
-    named = f"{field} = {text!r}" if field else text
+    typed = _URL.sub(lambda scheme: scheme[0] + "/", text, count=1) if isinstance(path, Path) else text
+    named = f"{field} = {typed!r}" if field else typed
     if _URL.match(text):
         raise InputError(
             f"{named}: is a URL, and this must be a local path; mount the bucket (gcsfuse, tpu_setup/mount.sh) and "

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from rdlm.config import local_path
+
 OFF = "off"
 
 
@@ -16,11 +18,14 @@ def keep_compiled_programs() -> str:
     The folder is the first of: RDLM_COMPILE_CACHE ("off" turns the cache off), JAX's own JAX_COMPILATION_CACHE_DIR,
     rdlm/compiled in XDG_CACHE_HOME, and ~/.cache/rdlm/compiled. If it cannot be created the cache is off. It may be
     deleted at any time. Programs in it are executed, so only trusted users may have write access.
+
+    Raises:
+      InputError: not a local folder.
     """
     config = _jax_config()
     chosen = os.environ.get("RDLM_COMPILE_CACHE") or config.jax_compilation_cache_dir
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rdlm" / "compiled"
-    folder = Path(chosen or default).expanduser()
+    folder = local_path(chosen or default, "RDLM_COMPILE_CACHE")
     if chosen != OFF:
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -50,7 +50,7 @@ def write_output(path: Path, content: str | bytes) -> Path:
 
 
 @contextlib.contextmanager
-def complete_folder(final: Path, field: str = "") -> Iterator[Path]:
+def complete_folder(final: Path, field: str = "", alike: bool = True) -> Iterator[Path]:
     """Yield a new folder beside `final` to fill; it is renamed to `final` when the block ends without an error.
 
     So `final` is never seen half-written. Several processes may build the same folder at once: each fills its own, the
@@ -60,9 +60,11 @@ def complete_folder(final: Path, field: str = "") -> Iterator[Path]:
     Args:
       final: the folder.
       field: of the configuration that says where it lies; named in the message.
+      alike: whoever else builds this folder fills it with the same; False: only the first to finish may.
 
     Raises:
-      InputError: the disk refuses (permissions, space, a file where a folder should be).
+      InputError: the disk refuses (permissions, space, a file where a folder should be), or another process that may
+        have filled it otherwise was first.
     """
     final = Path(os.path.realpath(local_path(final, field)))  # a link is followed, not replaced
     partial = _partial(final)
@@ -74,6 +76,8 @@ def complete_folder(final: Path, field: str = "") -> Iterator[Path]:
         except OSError:
             if not final.is_dir():
                 raise
+            if not alike:
+                raise InputError(f"{final}: another process made it meanwhile; choose another folder") from None
     except OSError as error:
         where = f"set {field}" if field else "choose another folder"
         raise InputError(

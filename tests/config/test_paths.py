@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from rdlm.data.prepare import build
 from rdlm.evaluation.question_files import read_questions
 from rdlm.evaluation.question_sets import question_file
 from rdlm.report import read_curve
-from rdlm.runtime import complete_folder, write_output
+from rdlm.runtime import complete_folder, keep_compiled_programs, write_output
 from rdlm.tokenizer import Tokenizer
 
 NANO = PRESETS["nano"]
@@ -85,8 +86,18 @@ def test_commands_refuse_a_url_at_the_start(arguments, command, tmp_path, monkey
     code, out, err = command(*[word.replace("URL", "gs://bucket/x") for word in arguments])
     assert (code, out) == (2, ""), err
     assert err.startswith("error: ")
-    assert "is a URL, and this must be a local path" in err, err
+    assert re.search("'?gs://bucket/x'?: is a URL, and this must be a local path", err), err
     assert err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["RDLM_COMPILE_CACHE", "XDG_CACHE_HOME"])
+def test_compiled_programs_are_kept_in_a_local_folder(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RDLM_COMPILE_CACHE")
+    monkeypatch.setenv(name, "gs://bucket/x")
+    with pytest.raises(InputError, match=r"RDLM_COMPILE_CACHE = 'gs://bucket/x.*is a URL"):
+        keep_compiled_programs()
     assert not list(tmp_path.iterdir())
 
 

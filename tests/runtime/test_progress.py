@@ -1,6 +1,7 @@
 """The progress display: plain lines without a terminal, one live line on one, nothing on other processes."""
 
 import io
+import subprocess
 import sys
 
 import pytest
@@ -20,6 +21,29 @@ def clock(monkeypatch):
     now = [1000.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
     return now
+
+
+READERLESS = """
+import sys
+from rdlm.runtime import Progress
+
+sys.stdin.readline()  # by now nobody reads what this process says
+progress = Progress(3)
+for step in (1, 2, 3):
+    progress.say("a line")
+    progress.update(step, last=step == 3)
+open(sys.argv[1], "w").write("done")
+"""
+
+
+def test_work_goes_on_when_the_reader_of_its_progress_is_gone(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", READERLESS, tmp_path / "end"], stdin=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stderr.close()
+    process.stdin.close()
+    assert process.wait(60) == 0
+    assert (tmp_path / "end").read_text() == "done"
 
 
 def test_steps_are_plain_lines_ten_seconds_apart(clock, capsys):
