@@ -31,6 +31,7 @@ from rdlm.model import (
     typed_key,
 )
 from rdlm.model.blocks import Block
+from rdlm.model.network import core_names
 from rdlm.recurrence import checkpoints, initial_state, unroll
 from rdlm.sharding import Layout
 
@@ -141,17 +142,19 @@ def batch_state(
     batch: Batch,
     state: Float[ArrayLike, "B L D"] | None,
     key: Array | None,
-) -> Float[Array, "B L {config.embed_dim}"]:
-    """The initial state of a batch: the one given, or noise keyed by (key, sequence, position)."""
+) -> Float[Array, "B L {config.embed_dim}"] | None:
+    """The initial state of a batch: the one given, or noise keyed by (key, sequence, position). None: the prelude's."""
     dtype = compute_dtype(params, config)
     if state is not None:
         return jnp.asarray(state, dtype)
+    if config.loop.start == "embedding":
+        return None
     key = typed_key(key)
     if batch.sequence_ids is not None:
         rows = key if key.ndim else key[None]
         rows = jnp.broadcast_to(rows, batch.tokens.shape[:1])
         key = jax.vmap(lambda k, ids: jax.vmap(lambda i: jax.random.fold_in(k, i))(ids))(rows, batch.sequence_ids)
-    s = initial_state(key, batch.positions, config.embed_dim, dtype)
+    s = initial_state(key, batch.positions, config.embed_dim, dtype, config.start_scale)
     return jnp.broadcast_to(s, (*batch.tokens.shape, config.embed_dim))
 
 
@@ -174,7 +177,7 @@ def token_losses(
     config: ModelConfig,
     batch: Batch,
     depths: Depths,
-    state: Float[Array, "B L D"],
+    state: Float[Array, "B L D"] | None,
     *,
     terms: LossConfig = LossConfig(),
     remat: Remat = "none",
@@ -185,7 +188,7 @@ def token_losses(
     Args:
       params, config, batch: as in `loss`.
       depths: n and k.
-      state: initial (`batch_state`).
+      state: initial (`batch_state`); None: what the prelude returns.
       terms: what is added to the cross-entropy.
       remat: what the backward pass recomputes (`config.RecurrenceConfig.remat`).
       layout: how parameters are split over devices, inside `jax.shard_map`: `params` are shards. None: they are full.
@@ -205,10 +208,11 @@ def token_losses(
         run = layout.block(name, run) if layout is not None and layout.gather == "each" else run
         return jax.checkpoint(run) if remat in ("layer", "offload") else run
 
-    core = {name: params[name] for name in ("adapter", *(f"core_{j}" for j in range(config.core_layers)))}
+    core = {name: params[name] for name in core_names(config)}
     weights = (lambda: core) if layout is None else layout.for_recurrences(core)
     e, _ = embed(full("wte"), config, batch.tokens, ctx._replace(around=outer))
     injected = inject(weights(), config, e)
+    start = e if state is None else state
 
     def step(s: Array, i: Array) -> Array:
         new, _ = core_step(weights(), config, s, injected, ctx._replace(around=inner))
@@ -217,7 +221,7 @@ def token_losses(
         running = jnp.where(i < n, i >= n - rows[0], i - n >= k - rows[1])
         return jnp.where(running[:, None, None], new, s)
 
-    s = unroll(step, state, n, k, max_k, remat)
+    s = unroll(step, start, n, k, max_k, remat)
     (y, _), _ = coda(params, config, s, ctx._replace(around=outer))
     return head_losses(full("wte" if config.tie_embeddings else "head"), config, y, batch.labels, terms)
 

@@ -20,7 +20,7 @@ from jaxtyping import Float32, PyTree
 
 from rdlm.config import InputError, OptimizerConfig
 
-UNDECAYED = ("scale", "qk_bias")
+UNDECAYED = ("scale", "qk_bias", "qkv_bias", "bias")
 """Last path component of parameters without weight decay: norm weights and biases."""
 
 Count = int | float | Array

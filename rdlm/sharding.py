@@ -184,12 +184,13 @@ class Layout:
         return self._scattered(shards, lax.stop_gradient(self.all_gather(shards)))
 
     def for_recurrences(self, shards: Params) -> Callable[[], Params]:
-        """A function that each recurrence calls for its weights: the adapter and the core, assembled as `gather` says.
+        """A function that each recurrence calls for its weights (`model.core_names`), assembled as `gather` says.
 
         Every call returns arrays of the same values; what differs is where their gradients are summed.
         """
         if self.gather == "each":  # blocks are gathered where they run, see `block`
-            return lambda: shards | self.full({"adapter": shards["adapter"]})
+            rest = {name: x for name, x in shards.items() if not name.startswith("core_")}
+            return lambda: shards | self.full(rest)
         full = lax.stop_gradient(self.all_gather(shards))
         if self.gather == "weights_once":
             return lambda: self._scattered(shards, full)

@@ -12,7 +12,8 @@ from jax.typing import ArrayLike
 
 from rdlm.config import InputError, ModelConfig
 from rdlm.model import Bound, Params, bind, check_tokens
-from rdlm.model.blocks import SandwichBlock, linear
+from rdlm.model.blocks import TransformerBlock
+from rdlm.model.network import close, enter
 from rdlm.recurrence import trajectory
 
 
@@ -25,13 +26,13 @@ class Captured(NamedTuple):
 
 def core_layers(bound: Bound, s: Array, i: Array | int) -> Array:
     """Outputs [C, B, L, D] of the C core layers in recurrence i from state [B, L, D]; the last is the next state."""
-    x = linear(bound.noisy(s, i), bound.params["adapter"][0].astype(s.dtype)) + bound.injected
+    x = enter(bound.params, bound.config, bound.noisy(s, i), bound.injected)
     made = []
     for j in range(bound.config.core_layers):
         weights = {"params": bound.params[f"core_{j}"]}
-        out: Any = SandwichBlock(bound.config).apply(weights, x, bound.text.context)
+        out: Any = TransformerBlock(bound.config).apply(weights, x, bound.text.context)
         made.append(x := out[0])
-    return jnp.stack(made)
+    return jnp.stack([*made[:-1], close(bound.params, bound.config, made[-1])])
 
 
 @functools.partial(jax.jit, static_argnames=("config", "r", "layers"))

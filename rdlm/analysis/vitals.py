@@ -80,7 +80,8 @@ def course(params: Params, config: ModelConfig, batch: Any, key: Array) -> Cours
 
     (last, first), (correlation, rms, residual) = lax.scan(body, (s, s), jnp.arange(config.mean_recurrence))
     scored = jnp.maximum((labelled.labels != IGNORED).sum(), 1)
-    halves = jnp.square(params["adapter"].astype(jnp.float32)).sum((1, 2)) / config.embed_dim
+    adapter = params.get("adapter", jnp.zeros((2, 1, 1)))  # a model without injection has none
+    halves = jnp.square(adapter.astype(jnp.float32)).sum((1, 2)) / config.embed_dim
     losses = lax.map(loss, jnp.stack([first, last])) / scored
     return Course(correlation, rms, residual, losses, jnp.sqrt(halves))
 

@@ -2,7 +2,17 @@
 
 from rdlm.config.errors import InputError, did_you_mean, one_line, require
 from rdlm.config.json import differences, from_json, to_json
-from rdlm.config.model import CachePolicy, ExitName, ModelConfig, Sampling, Speculative, check_threshold
+from rdlm.config.model import (
+    Block,
+    CachePolicy,
+    ExitName,
+    Loop,
+    ModelConfig,
+    RotaryScaling,
+    Sampling,
+    Speculative,
+    check_threshold,
+)
 from rdlm.config.paths import is_url, local_path
 from rdlm.config.presets import PRESETS, preset
 from rdlm.config.run import (
@@ -27,6 +37,7 @@ __all__ = [
     "IGNORED",
     "PRESETS",
     "AlarmConfig",
+    "Block",
     "CachePolicy",
     "CheckpointConfig",
     "DataConfig",
@@ -35,6 +46,7 @@ __all__ = [
     "FaultsConfig",
     "Gather",
     "InputError",
+    "Loop",
     "LossConfig",
     "MeshConfig",
     "ModelConfig",
@@ -42,6 +54,7 @@ __all__ = [
     "Packing",
     "RecurrenceConfig",
     "Remat",
+    "RotaryScaling",
     "RunConfig",
     "Sampling",
     "Scheme",

@@ -13,6 +13,86 @@ NOISES = ("fixed", "geom", "sqrt", "line", "chi")
 
 
 @dataclasses.dataclass(frozen=True)
+class Block:
+    """What one block computes (docs/families.md). Defaults: the paper's block."""
+
+    norm_input: bool = True
+    """Norm of what attention and MLP read."""
+    norm_output: Literal["none", "branch", "sum"] = "sum"
+    """Norm of what they give: of the branch before it is added, or of the residual sum."""
+    norm_weight: Literal["scale", "offset"] = "scale"
+    """Norms multiply by w, or by 1 + w."""
+    qk_norm: Literal["none", "head", "width"] = "none"
+    """Norm of queries and keys before rotary: of each head, or of all heads together."""
+    qkv_bias: bool = False
+    """Learned bias on queries, keys and values."""
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    """Of the gated MLP."""
+    attention_scale: float | None = None
+    """What scores are multiplied by. None: 1 / sqrt(head_dim)."""
+
+    def __post_init__(self) -> None:
+        _choice("block.norm_output", self.norm_output, ("none", "branch", "sum"))
+        _choice("block.norm_weight", self.norm_weight, ("scale", "offset"))
+        _choice("block.qk_norm", self.qk_norm, ("none", "head", "width"))
+        _choice("block.activation", self.activation, ("silu", "gelu_tanh"))
+        normed = self.norm_input or self.norm_output == "branch"
+        require(normed, "block.norm_input", self.norm_input, "must be true, unless block.norm_output is 'branch'")
+        scale = self.attention_scale
+        require(scale is None or scale > 0, "block.attention_scale", scale, "must be positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """How the core is repeated (docs/families.md). Defaults: the paper's loop."""
+
+    injection: Literal["linear", "none"] = "linear"
+    """What each recurrence adds to the state: A [s; e], or nothing."""
+    start: Literal["noise", "embedding"] = "noise"
+    """The initial state: noise, or what the prelude returns."""
+    start_std: float | None = None
+    """Standard deviation of the noise before it is cut at 3 of them. None: sqrt(2 / 5)."""
+    close: bool = False
+    """The final norm ends every recurrence; the next one reads the normed state. Needs coda_layers = 0."""
+    bridge: bool = True
+    """The final norm stands between core and coda too."""
+    gate: bool = False
+    """A linear exit gate reads the state after every recurrence."""
+
+    def __post_init__(self) -> None:
+        _choice("loop.injection", self.injection, ("linear", "none"))
+        _choice("loop.start", self.start, ("noise", "embedding"))
+        require(self.start_std is None or self.start_std > 0, "loop.start_std", self.start_std, "must be positive")
+        noisy = self.start_std is None or self.start == "noise"
+        require(noisy, "loop.start_std", self.start_std, "must be None, because loop.start is 'embedding'")
+        fed = self.injection == "linear" or self.start == "embedding"
+        require(fed, "loop.start", self.start, "must be 'embedding' without injection, or the text is never read")
+        require(self.close or not self.gate, "loop.gate", self.gate, "needs loop.close: the gate reads a normed state")
+        once = not (self.close and self.bridge)
+        require(once, "loop.bridge", self.bridge, "must be false with loop.close, which has normed the state already")
+
+
+@dataclasses.dataclass(frozen=True)
+class RotaryScaling:
+    """Stretches slow rotary frequencies by `factor`, leaves fast ones, and blends between (docs/families.md)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_length: int
+
+    def __post_init__(self) -> None:
+        require(self.factor >= 1, "rope_scaling.factor", self.factor, "must be at least 1")
+        low, high = self.low_freq_factor, self.high_freq_factor
+        require(0 < low < high, "rope_scaling.low_freq_factor", low, f"must be in (0, high_freq_factor = {high})")
+        require(self.original_length >= 1, "rope_scaling.original_length", self.original_length, "must be at least 1")
+
+
+def _choice(name: str, value: str, known: tuple[str, ...]) -> None:
+    require(value in known, name, value, f"must be one of {', '.join(known)}")
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Shape of a recurrent-depth model (docs/model.md, Block). Hashable, so it can be a static argument of `jit`."""
 
@@ -21,7 +101,7 @@ class ModelConfig:
     embed_dim: int
     """Width D of the residual stream and the latent state."""
     num_heads: int
-    """Query heads H; must divide embed_dim."""
+    """Query heads H; must divide embed_dim, unless head_width is set."""
     mlp_dim: int
     """Width F of the gated MLP."""
     prelude_layers: int = 2
@@ -32,12 +112,16 @@ class ModelConfig:
     """Blocks of the coda, run once."""
     num_kv_heads: int | None = None
     """Key/value heads K; must divide num_heads. None: as many as query heads."""
+    head_width: int | None = None
+    """Width Q of one head. None: embed_dim / num_heads."""
     padded_vocab_size: int | None = None
     """Rows of the embedding (and columns of the logits). None: vocab_size."""
     max_length: int = 4096
     """Maximum number of positions."""
     rope_base: float = 50000.0
     """Base of the rotary frequencies."""
+    rope_scaling: RotaryScaling | None = None
+    """Stretching of the rotary frequencies. None: off."""
     attention_window: int | None = None
     """Tokens that a query sees: itself and those directly before it. None: all before it."""
     norm_eps: float = 1e-6
@@ -46,6 +130,12 @@ class ModelConfig:
     """Learned bias on queries and keys, per query head, before rotary."""
     tie_embeddings: bool = True
     """The head is the transposed embedding."""
+    embed_scale: float | None = None
+    """What embeddings are multiplied by. None: sqrt(embed_dim)."""
+    block: Block = Block()
+    """What one block computes."""
+    loop: Loop = Loop()
+    """How the core is repeated."""
     mean_recurrence: int = 32
     """Mean r of training, and the default depth at test time."""
     backprop_depth: int = 8
@@ -66,6 +156,10 @@ class ModelConfig:
             object.__setattr__(self, "num_kv_heads", None)
         if self.padded_vocab_size == self.vocab_size:
             object.__setattr__(self, "padded_vocab_size", None)
+        if self.head_width is not None and self.head_width * self.num_heads == self.embed_dim:
+            object.__setattr__(self, "head_width", None)
+        if self.embed_scale == self.embed_dim**0.5:
+            object.__setattr__(self, "embed_scale", None)
         positive = ["vocab_size", "embed_dim", "num_heads", "mlp_dim", "prelude_layers", "core_layers", "coda_layers"]
         for name in [*positive, "max_length", "mean_recurrence", "backprop_depth"]:
             value = getattr(self, name)
@@ -77,7 +171,11 @@ class ModelConfig:
         divides = self.kv_heads >= 1 and self.num_heads % self.kv_heads == 0
         sees = window is None or (isinstance(window, int) and window >= 1)
         checks = {
-            "embed_dim": (above == self.embed_dim, f"must be a multiple of num_heads = {self.num_heads} (try {above})"),
+            "head_width": (self.head_width is None or self.head_width >= 2, "must be at least 2"),
+            "embed_scale": (self.embed_scale is None or self.embed_scale > 0, "must be positive"),
+            "coda_layers": (not self.loop.close or not self.coda_layers, "must be 0 with loop.close"),
+            "qk_bias": (not self.qk_bias or self.block.qk_norm == "none", "must be false with block.qk_norm"),
+            "embed_dim": (self.head_width is not None or above == self.embed_dim, f"must be a multiple of num_heads = {self.num_heads} (try {above})"),
             "num_kv_heads": (divides, f"must divide num_heads = {self.num_heads}"),
             "padded_vocab_size": (self.rows >= self.vocab_size, f"must be at least vocab_size = {self.vocab_size}"),
             "rope_base": (self.rope_base > 0, "must be positive"),
@@ -93,12 +191,18 @@ class ModelConfig:
         }
         for name, (fulfilled, fix) in checks.items():
             require(fulfilled, name, getattr(self, name), fix)
-        require(self.head_dim % 2 == 0, "embed_dim / num_heads", self.head_dim, "must be even for rotary positions")
+        named = "embed_dim / num_heads" if self.head_width is None else "head_width"
+        require(self.head_dim % 2 == 0, named, self.head_dim, "must be even for rotary positions")
 
     @property
     def head_dim(self) -> int:
         """Width Q of one head."""
-        return self.embed_dim // self.num_heads
+        return self.embed_dim // self.num_heads if self.head_width is None else self.head_width
+
+    @property
+    def start_scale(self) -> float:
+        """Noise of the initial state over that of the paper, whose standard deviation is sqrt(2 / 5)."""
+        return 1.0 if self.loop.start_std is None else self.loop.start_std / 0.4**0.5
 
     @property
     def kv_heads(self) -> int:

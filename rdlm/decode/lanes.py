@@ -256,9 +256,10 @@ def _enter(
     """The next token [W] of the lanes `row`, at its position: prelude, injected input, initial state."""
     ctx = _context(config, cache, position)
     e, new_kv = embed(params, config, token[:, None], ctx, jax.tree.map(lambda x: x[row], cache.prelude))
-    s = warm
-    if s is None:
-        s = initial_state(request.keys, position[:, None], config.embed_dim, e.dtype, request.init_scale)
+    s = e if warm is None else warm
+    if warm is None and config.loop.start == "noise":
+        scale = request.init_scale * config.start_scale
+        s = initial_state(request.keys, position[:, None], config.embed_dim, e.dtype, scale)
     rule = () if request.depth.rule is None else exits.init(request.depth.rule, s, config.vocab_size)
     prelude_kv = jax.tree.map(lambda x: x[:, 0], new_kv)
     return _Entry(position, s, inject(params, config, e), rule, prelude_kv)

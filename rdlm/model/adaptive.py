@@ -74,6 +74,7 @@ def adaptive_pass(
     """
     depth = depth.per_token(text.tokens.shape)
     e, prelude_kv = embed(params, config, text.tokens, text.context, _if_cached(text, cache.prelude))
+    start = start._replace(s=e) if start.s is None else start
     loop = _Loop(params, config, text, depth, cache, together, inject(params, config, e), start.key)
     c, ran = unroll_until(loop.step, _all_stopped, loop.begin(start), jnp.max(depth.num_steps), start.ran)
     (y, z), coda_kv = loop.coda(c.s)
@@ -117,6 +118,7 @@ class _Loop:
         """The carry before the first recurrence."""
         config, rule, shape, dtype = self.config, self.depth.rule, self.text.tokens.shape, self.injected.dtype
         ran, core_kv = jnp.int32(start.ran), start.core_kv
+        assert start.s is not None
         coda_kv: Layers = ()
         rule_state: PyTree = ()
         if not core_kv:

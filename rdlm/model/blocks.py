@@ -63,13 +63,20 @@ def truncated_normal(std: float):
 
 
 def rotary_frequencies(config: ModelConfig) -> Float32[np.ndarray, "{config.head_dim//2}"]:
-    """rope_base^(-2i/Q), with the roundings of the reference's table.
+    """rope_base^(-2i/Q), with the roundings of the reference's table, and stretched by `rope_scaling`.
 
     Made on the host, because one unit in the last place of a frequency turns position 4095 by 2.4e-4.
     """
     exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
     power = (float(config.rope_base) ** exponent.astype(np.float64)).astype(np.float32)
-    return np.float32(1) / power
+    frequency = np.float32(1) / power
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequency
+    turns = scaling.original_length * frequency / (2 * np.pi)  # within the original length
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = np.clip((turns - low) / (high - low), 0, 1)
+    return ((1 - kept) * frequency / scaling.factor + kept * frequency).astype(np.float32)
 
 
 def rotary_tables(
@@ -104,20 +111,22 @@ def normalise(x: Float[Array, "*tokens D"], scale: Float[Array, "D"], eps: float
 
 
 class RMSNorm(nn.Module):
-    """w * x / rms(x), statistics in f32, cast back before the weight (docs/model.md, Block)."""
+    """w * x / rms(x), or 1 + w in place of w; statistics in f32, cast back before the weight (docs/model.md, Block)."""
 
     config: ModelConfig
 
     @nn.compact
     def __call__(self, x: Float[Array, "*tokens D"]) -> Float[Array, "*tokens D"]:
         """The normed rows."""
+        offset = self.config.block.norm_weight == "offset"
+        initial = nn.initializers.zeros if offset else nn.initializers.ones
         scale: Any = self.param(  # the initialiser's box is gone by now
             "scale",
-            nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
+            nn.with_logical_partitioning(initial, ("norm",)),
             (x.shape[-1],),
             jnp.dtype(self.config.param_dtype),
         )
-        return normalise(x, scale.astype(x.dtype), self.config.norm_eps)
+        return normalise(x, scale.astype(x.dtype) + offset if offset else scale.astype(x.dtype), self.config.norm_eps)
 
 
 def weight(module: nn.Module, name: str, shape: tuple[int, ...], std: float, axes: tuple[str | None, ...], dtype=None):
@@ -129,7 +138,7 @@ def weight(module: nn.Module, name: str, shape: tuple[int, ...], std: float, axe
 
 
 class SelfAttention(nn.Module):
-    """Causal self-attention with biased queries and keys (docs/model.md, Block), over cached tokens too when given."""
+    """Causal self-attention (docs/model.md, Block), over cached tokens too when given."""
 
     config: ModelConfig
 
@@ -158,15 +167,21 @@ class SelfAttention(nn.Module):
         # Columns are grouped by key head: G query heads, then their key, then their value. So the one matrix the
         # reference calls Wqkv (its optimizer scales updates per tensor) still splits over devices by whole heads.
         qkv = linear(x, weight(self, "qkv", (D, K * (G + 2) * Q), std, ("embed", "heads"), dtype))
+        if cfg.block.qkv_bias:
+            qkv = qkv + weight(self, "qkv_bias", (K * (G + 2) * Q,), 0.0, ("heads",), dtype)
         if cached_kv is not None:
             qkv = jax.lax.optimization_barrier(qkv)  # or a TPU compiler splits the matrix by heads: a padded copy of it
         q, k, v = jax.lax.split(qkv.reshape(B, L, K, G + 2, Q), (G, 1, 1), axis=3)
         q, k, v = q.reshape(B, L, H, Q), k[..., 0, :], v[..., 0, :]
+        if cfg.block.qk_norm != "none":
+            q, k = self.normed("q_norm", q), self.normed("k_norm", k)
         if cfg.qk_bias:
             bias = weight(self, "qk_bias", (2, H, Q), 0.0, (None, "head", None), dtype)
             q, k = q + bias[None, None, 0], jnp.repeat(k, G, axis=2) + bias[None, None, 1]
         cos, sin = jax.lax.stop_gradient((ctx.cos, ctx.sin))  # or a loop's backward pass works out theirs
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cfg.block.attention_scale is not None:  # attention itself divides by sqrt(Q)
+            q = q * jnp.asarray(cfg.block.attention_scale * Q**0.5, dtype)
         new_kv = KeyValue(k.reshape(B, L, -1), v.reshape(B, L, -1))
         if frozen_kv is not None and active is not None:
             new_kv = jax.tree.map(lambda new, old: jnp.where(active[..., None], new, old), new_kv, frozen_kv)
@@ -183,9 +198,17 @@ class SelfAttention(nn.Module):
             mixed = attend_cached(q, (new_k, new_v, ctx.bias), (cached_k, cached_v, ctx.cached_bias))
         return linear(mixed, weight(self, "proj", (H * Q, D), out_std, ("heads", "embed"), dtype)), new_kv
 
+    def normed(self, name: str, x: Float[Array, "B L H Q"]) -> Float[Array, "B L H Q"]:
+        """Queries or keys after their norm."""
+        shape = x.shape if self.config.block.qk_norm == "head" else (*x.shape[:2], -1)
+        return RMSNorm(self.config, name=name)(x.reshape(shape)).reshape(x.shape)
+
+
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": jax.nn.gelu}
+
 
 class GatedMLP(nn.Module):
-    """proj(silu(gate) * up); gate and up are the two halves of `fc` (docs/model.md, Block)."""
+    """proj(activation(gate) * up); gate and up are the two halves of `fc` (docs/model.md, Block)."""
 
     config: ModelConfig
 
@@ -198,18 +221,21 @@ class GatedMLP(nn.Module):
         proj = weight(self, "proj", (F, D), out_std, ("mlp", "embed"), x.dtype)
         into_gate, into_up = jax.lax.split(fc, (1, 1))  # not indexed: gradients of indexing are padded and added up
         gate, up = keep(linear(x, into_gate[0])), keep(linear(x, into_up[0]))
-        return linear(jax.nn.silu(gate) * up, proj)
+        return linear(ACTIVATIONS[self.config.block.activation](gate) * up, proj)
 
 
-class SandwichBlock(nn.Module):
-    """Attention and MLP, each with a norm before and a norm on the residual sum (docs/model.md, Block)."""
+class TransformerBlock(nn.Module):
+    """Attention and MLP with norms where `config.block` puts them (docs/model.md, Block)."""
 
     config: ModelConfig
 
     def setup(self):
         """Declare the submodules."""
-        self.norm_1, self.norm_2 = RMSNorm(self.config), RMSNorm(self.config)
-        self.norm_3, self.norm_4 = RMSNorm(self.config), RMSNorm(self.config)
+        block = self.config.block
+        if block.norm_input:
+            self.norm_1, self.norm_3 = RMSNorm(self.config), RMSNorm(self.config)
+        if block.norm_output != "none":
+            self.norm_2, self.norm_4 = RMSNorm(self.config), RMSNorm(self.config)
         self.attn, self.mlp = SelfAttention(self.config), GatedMLP(self.config)
 
     def __call__(
@@ -221,6 +247,14 @@ class SandwichBlock(nn.Module):
         active: Bool[Array, "B L"] | None = None,
     ) -> tuple[Float[Array, "B L D"], KeyValue]:
         """(The residual stream behind the block, new keys and values). Arguments as in `SelfAttention`."""
-        mixed, new_kv = self.attn(self.norm_1(x), ctx, cached_kv, frozen_kv, active)
-        x = self.norm_2(keep(mixed + x))
-        return self.norm_4(keep(self.mlp(self.norm_3(x)) + x)), new_kv
+        block = self.config.block
+
+        def added(x: Array, branch: Array, norm: str) -> Array:
+            if block.norm_output == "branch":
+                return keep(x + getattr(self, norm)(branch))
+            total = keep(branch + x)
+            return getattr(self, norm)(total) if block.norm_output == "sum" else total
+
+        mixed, new_kv = self.attn(self.norm_1(x) if block.norm_input else x, ctx, cached_kv, frozen_kv, active)
+        x = added(x, mixed, "norm_2")
+        return added(x, self.mlp(self.norm_3(x) if block.norm_input else x), "norm_4"), new_kv

@@ -25,7 +25,7 @@ from rdlm.model.inputs import (
     start_from,
     text_from,
 )
-from rdlm.model.network import Params, core_step, embed, inject, readout
+from rdlm.model.network import Params, compute_dtype, core_step, embed, inject, readout
 from rdlm.model.noise import noisy
 from rdlm.recurrence import unroll
 
@@ -68,8 +68,8 @@ class Bound:
 
 def bind_text(params: Params, config: ModelConfig, text: Text, start: Start) -> Bound:
     """As `bind`, for arguments that have been checked."""
-    injected = inject(params, config, embed(params, config, text.tokens, text.context)[0])
-    return Bound(params, config, text, start.s, injected, start.key)
+    e, _ = embed(params, config, text.tokens, text.context)
+    return Bound(params, config, text, e if start.s is None else start.s, inject(params, config, e), start.key)
 
 
 def bind(
@@ -141,6 +141,6 @@ def forward(
     max_steps = config.mean_recurrence if num_steps is None else num_steps
     depth = depth_from(B, max_steps, exit_rule, min_steps, check_every)
     # Without a limit on sets, "latest" reads a stopped token at its deepest set: one set is enough.
-    empty = allocate(config, cache, cache.recurrences or 1, B, 0, start.s.dtype)
+    empty = allocate(config, cache, cache.recurrences or 1, B, 0, compute_dtype(params, config))
     done = adaptive_pass(params, config, text, start, depth, empty)
     return Output(done.logits, done.latents, done.steps, done.state, done.checks)

@@ -35,7 +35,7 @@ class Text(NamedTuple):
 class Start(NamedTuple):
     """The states from which a pass begins."""
 
-    s: Array  # [B, L, D]
+    s: Array | None  # [B, L, D]; None: what the prelude returns
     key: Array | None = None  # of the test-time noise, one or [B]; None: without noise
     ran: Array | int = 0  # recurrences behind these states
     core_kv: Layers = ()  # [S, B, L, .] per core layer: keys and values of those recurrences, if ran > 0
@@ -67,7 +67,7 @@ def start_from(
     state: ArrayLike | None = None,
     scale: ArrayLike = 1.0,
 ) -> Start:
-    """States to begin with: `state` [B, L, D], or noise keyed by (key, position) times `scale`.
+    """States to begin with: `state` [B, L, D], or what `config.loop.start` says: noise of (key, position) times `scale`.
 
     Raises:
       InputError: wrong shapes.
@@ -78,6 +78,9 @@ def start_from(
     check_shape("state", state, shape)
     check_shape("key", key, (), (B,))
     dtype = compute_dtype(params, config)
+    if state is None and config.loop.start == "embedding":
+        return Start(None, key)
+    scale = scale * config.start_scale
     s = initial_state(key, text.positions, config.embed_dim, dtype, scale) if state is None else state
     return Start(jnp.broadcast_to(jnp.asarray(s, dtype), shape), key)
 

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Float32, Int, Int32, Key, PyTree
 
 from rdlm.config import ModelConfig
 from rdlm.model.attention import HIDDEN, causal_bias
-from rdlm.model.blocks import Context, RMSNorm, SandwichBlock, linear, rotary_tables, takase_std, weight
+from rdlm.model.blocks import Context, RMSNorm, TransformerBlock, linear, rotary_tables, takase_std, weight
 from rdlm.model.cache import KeyValue
 from rdlm.model.kernels import fits_flash
 
@@ -40,17 +40,35 @@ class RecurrentDepth(nn.Module):
         self.wte = weight(self, "wte", (cfg.rows, D), std, ("vocab", "embed"))
         if not cfg.tie_embeddings:
             self.head = weight(self, "head", (cfg.rows, D), std, ("vocab", "embed"))
-        self.adapter = weight(self, "adapter", (2, D, D), std, (None, "embed", "heads"))
-        self.prelude = [SandwichBlock(cfg) for _ in range(cfg.prelude_layers)]
-        self.core = [SandwichBlock(cfg) for _ in range(cfg.core_layers)]
-        self.coda = [SandwichBlock(cfg) for _ in range(cfg.coda_layers)]
+        if cfg.loop.injection == "linear":
+            self.adapter = weight(self, "adapter", (2, D, D), std, (None, "embed", "heads"))
+        if cfg.loop.gate:
+            self.gate = Gate(cfg)
+        self.prelude = [TransformerBlock(cfg) for _ in range(cfg.prelude_layers)]
+        self.core = [TransformerBlock(cfg) for _ in range(cfg.core_layers)]
+        self.coda = [TransformerBlock(cfg) for _ in range(cfg.coda_layers)]
         self.ln_f = RMSNorm(cfg)
 
     def __call__(self, x: Float[Array, "B L D"], ctx: Context) -> Float[Array, "B L D"]:
         """Touch every parameter once; used for initialisation only."""
         for block in (*self.prelude, *self.core, *self.coda):
             x, _ = block(x, ctx)
+        if self.config.loop.gate:
+            self.gate(x)
         return self.ln_f(x)
+
+
+class Gate(nn.Module):
+    """The exit gate: a linear map of the state to one number per token."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, s: Float[Array, "*tokens D"]) -> Float32[Array, "*tokens"]:
+        """The logit of exiting here, in f32."""
+        w = weight(self, "w", (s.shape[-1],), takase_std(self.config)[0], ("norm",))
+        bias = weight(self, "bias", (), 0.0, ())
+        return s.astype(jnp.float32) @ w.astype(jnp.float32) + bias.astype(jnp.float32)
 
 
 def init_params(config: ModelConfig, key: Key[Array, ""]) -> Params:
@@ -134,14 +152,15 @@ def embed(
 def vectors(
     params: Params, config: ModelConfig, tokens: Int[Array | np.ndarray, "B L"]
 ) -> Float[Array, "B L {config.embed_dim}"]:
-    """What the prelude reads of tokens: their embeddings times sqrt(D)."""
+    """What the prelude reads of tokens: their embeddings times `embed_scale`."""
     dtype = compute_dtype(params, config)
-    return params["wte"][tokens].astype(dtype) * jnp.asarray(config.embed_dim**0.5, dtype)
+    scale = config.embed_dim**0.5 if config.embed_scale is None else config.embed_scale
+    return params["wte"][tokens].astype(dtype) * jnp.asarray(scale, dtype)
 
 
 def inject(params: Params, config: ModelConfig, e: Float[Array, "*tokens D"]) -> Float[Array, "*tokens D"]:
-    """The loop-invariant half of the adapter, A_e e; computed once for all recurrences."""
-    return linear(e, params["adapter"][1].astype(e.dtype))
+    """The loop-invariant half of the adapter, A_e e; computed once for all recurrences. Unused without injection."""
+    return e if config.loop.injection == "none" else linear(e, params["adapter"][1].astype(e.dtype))
 
 
 def core_step(
@@ -156,10 +175,25 @@ def core_step(
 ) -> tuple[Float[Array, "B L D"], Layers]:
     """One recurrence, A[s; e] and the core blocks: s -> (new s, new keys and values per core layer).
 
+    Without injection the blocks read s itself; with `loop.close` the final norm follows them.
+
     `injected` is `inject(params, config, e)`; `cached_kv`, `frozen_kv`, `active`: as in `blocks.SelfAttention`.
     """
-    x = linear(s, params["adapter"][0].astype(s.dtype)) + injected
-    return _blocks(params, config, "core", x, ctx, cached_kv, frozen_kv, active)
+    x = enter(params, config, s, injected)
+    x, new_kv = _blocks(params, config, "core", x, ctx, cached_kv, frozen_kv, active)
+    return close(params, config, x), new_kv
+
+
+def enter(
+    params: Params, config: ModelConfig, s: Float[Array, "*tokens D"], injected: Float[Array, "*tokens D"]
+) -> Float[Array, "*tokens D"]:
+    """What the first core block reads."""
+    return s if config.loop.injection == "none" else linear(s, params["adapter"][0].astype(s.dtype)) + injected
+
+
+def close(params: Params, config: ModelConfig, x: Float[Array, "*tokens D"]) -> Float[Array, "*tokens D"]:
+    """The next state: what the last core block returns, after the final norm with `loop.close`."""
+    return _norm(params["ln_f"], config, x) if config.loop.close else x
 
 
 def coda(
@@ -171,13 +205,13 @@ def coda(
     frozen_kv: Layers | None = None,
     active: Bool[Array, "B L"] | None = None,
 ) -> tuple[tuple[Float[Array, "B L D"], Float[Array, "B L D"]], Layers]:
-    """Coda: s -> ((y, z), new keys and values); z = ln_f(s) are the reference's latent states, y goes to the head.
+    """Coda: s -> ((y, z), new keys and values); z are the latent states that the coda reads, y goes to the head.
 
-    ln_f is applied twice.
+    z = ln_f(s) with `loop.bridge`, else s. ln_f follows the coda, unless it has closed the recurrence already.
     """
-    z = _norm(params["ln_f"], config, s)
+    z = _norm(params["ln_f"], config, s) if config.loop.bridge else s
     y, new_kv = _blocks(params, config, "coda", z, ctx, cached_kv, frozen_kv, active)
-    return (_norm(params["ln_f"], config, y), z), new_kv
+    return (y if config.loop.close else _norm(params["ln_f"], config, y), z), new_kv
 
 
 def head(params: Params, config: ModelConfig, y: Float[Array, "*tokens D"]) -> Float32[Array, "*tokens {config.rows}"]:
@@ -201,9 +235,19 @@ def readout(
     return head(params, config, y), z
 
 
+def core_names(config: ModelConfig) -> tuple[str, ...]:
+    """Entries of the parameters that a recurrence reads."""
+    adapter = ("adapter",) if config.loop.injection == "linear" else ()
+    closing = ("ln_f",) if config.loop.close else ()
+    return (*adapter, *(f"core_{j}" for j in range(config.core_layers)), *closing)
+
+
 def renorm(params: Params, config: ModelConfig, s: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-    """Norm that follows test-time noise: the last core block's norm_4 (docs/model.md, Test-time noise)."""
-    return _norm(params[f"core_{config.core_layers - 1}"]["norm_4"], config, s)
+    """Norm that follows test-time noise: what the core ends with (docs/model.md, Test-time noise)."""
+    if config.loop.close:
+        return _norm(params["ln_f"], config, s)
+    last = params[f"core_{config.core_layers - 1}"]
+    return _norm(last["norm_4"], config, s) if config.block.norm_output == "sum" else s
 
 
 def _norm(params: Params, config: ModelConfig, x: Array) -> Array:
@@ -227,7 +271,7 @@ def _blocks(
 
         def run(weights: Params, x: Array, j: int = j) -> tuple[Array, KeyValue]:
             layer_kv = cached_kv and cached_kv[j], frozen_kv and frozen_kv[j]
-            out: Any = SandwichBlock(config).apply({"params": weights}, x, ctx, *layer_kv, active)
+            out: Any = TransformerBlock(config).apply({"params": weights}, x, ctx, *layer_kv, active)
             return out
 
         name = f"{part}_{j}"

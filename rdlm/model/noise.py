@@ -29,7 +29,7 @@ def noisy(
     """
     if not config.test_time_noise:
         return s
-    n: Array | float = config.test_time_noise * 0.4**0.5
+    n: Array | float = config.test_time_noise * 0.4**0.5 * config.start_scale
     keys = jax.vmap(lambda k: jax.random.fold_in(jax.random.fold_in(k, _STREAM), i))(key.reshape(-1))
     key = keys.reshape(key.shape)
     kind, R = config.test_time_noise_type, config.mean_recurrence

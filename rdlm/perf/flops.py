@@ -61,9 +61,12 @@ def block_matrices(config: ModelConfig) -> int:
 
 
 def block_parameters(config: ModelConfig) -> int:
-    """Parameters of one block: its matrices, four norms and the bias on queries and keys."""
-    bias = 2 * config.num_heads * config.head_dim if config.qk_bias else 0
-    return block_matrices(config) + 4 * config.embed_dim + bias
+    """Parameters of one block: its matrices, norms and biases."""
+    block, (H, K, Q) = config.block, (config.num_heads, config.kv_heads, config.head_dim)
+    norms = 2 * config.embed_dim * (block.norm_input + (block.norm_output != "none"))
+    qk_norms = {"none": 0, "head": 2 * Q, "width": (H + K) * Q}[block.qk_norm]
+    biases = 2 * H * Q * config.qk_bias + (H + 2 * K) * Q * block.qkv_bias
+    return block_matrices(config) + norms + qk_norms + biases
 
 
 def parameters(config: ModelConfig) -> int:
@@ -71,7 +74,13 @@ def parameters(config: ModelConfig) -> int:
     D = config.embed_dim
     blocks = config.prelude_layers + config.core_layers + config.coda_layers
     embeddings = config.rows * D * (1 if config.tie_embeddings else 2)
-    return blocks * block_parameters(config) + 2 * D * D + embeddings + D
+    gate = (D + 1) * config.loop.gate
+    return blocks * block_parameters(config) + 2 * _injection(config) + embeddings + D + gate
+
+
+def _injection(config: ModelConfig) -> int:
+    """Elements of one half of the adapter."""
+    return config.embed_dim**2 if config.loop.injection == "linear" else 0
 
 
 def core_parameters(config: ModelConfig) -> int:
@@ -95,7 +104,7 @@ def _layer_flops(config: ModelConfig, keys: float) -> float:
 
 def core_flops(config: ModelConfig, keys: float) -> float:
     """Forward FLOPs of one recurrence for one token that attends to `keys` positions, the unsplit adapter included."""
-    return config.core_layers * _layer_flops(config, keys) + 4 * config.embed_dim**2
+    return config.core_layers * _layer_flops(config, keys) + 4 * _injection(config)
 
 
 def outer_flops(config: ModelConfig, keys: float) -> float:
@@ -148,7 +157,7 @@ def check_bytes(config: ModelConfig, itemsize: int) -> int:
 
 def core_bytes(config: ModelConfig, itemsize: int) -> int:
     """Bytes of weights that one recurrence streams: core blocks and the state's half of the adapter."""
-    return (config.core_layers * block_matrices(config) + config.embed_dim**2) * itemsize
+    return (config.core_layers * block_matrices(config) + _injection(config)) * itemsize
 
 
 def training_flops(config: ModelConfig, n: float, k: float, length: float) -> float:

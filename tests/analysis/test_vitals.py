@@ -161,7 +161,7 @@ def architecture(monkeypatch):
     """architecture(block): blocks are those, embeddings are not scaled, and the adapter is A(s, e) = s + e."""
 
     def build(block):
-        sandwich = blocks.SandwichBlock.__call__
+        sandwich = blocks.TransformerBlock.__call__
 
         def call(self, *args):  # the library's own block declares the parameters
             return sandwich(self, *args) if self.is_initializing() else block(self, *args)
@@ -173,7 +173,7 @@ def architecture(monkeypatch):
             both = jnp.stack([jnp.eye(config.embed_dim)] * 2)
             return core_step(params | {"adapter": both}, config, *args, **options)
 
-        monkeypatch.setattr(blocks.SandwichBlock, "__call__", call)
+        monkeypatch.setattr(blocks.TransformerBlock, "__call__", call)
         for module in (losses, importlib.import_module("rdlm.model.forward")):
             monkeypatch.setattr(module, "embed", unscaled)
             monkeypatch.setattr(module, "core_step", added)

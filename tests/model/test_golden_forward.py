@@ -12,7 +12,7 @@ from golden_cases import ACTIVATIONS, LOGITS, cases, deviation, model, of_kind
 import rdlm.model.blocks
 from rdlm.hf.names import rotary_buffer
 from rdlm.model import context, core_step, embed, forward, inject, network, readout
-from rdlm.model.blocks import SandwichBlock, rotary_tables
+from rdlm.model.blocks import TransformerBlock, rotary_tables
 from rdlm.recurrence import trajectory
 
 DEBUG = of_kind("debug")
@@ -60,7 +60,7 @@ def intermediates(name):
     with jax.default_matmul_precision("highest"):
         e, _ = embed(params, config, tokens, ctx)
         scaled, _ = embed(params, dataclasses.replace(config, prelude_layers=0), tokens, ctx)
-        _, seen = SandwichBlock(config).apply(
+        _, seen = TransformerBlock(config).apply(
             {"params": params["prelude_0"]}, scaled, ctx, capture_intermediates=True, mutable=["intermediates"]
         )
         block = seen["intermediates"]
