@@ -175,7 +175,10 @@ class ModelConfig:
             "embed_scale": (self.embed_scale is None or self.embed_scale > 0, "must be positive"),
             "coda_layers": (not self.loop.close or not self.coda_layers, "must be 0 with loop.close"),
             "qk_bias": (not self.qk_bias or self.block.qk_norm == "none", "must be false with block.qk_norm"),
-            "embed_dim": (self.head_width is not None or above == self.embed_dim, f"must be a multiple of num_heads = {self.num_heads} (try {above})"),
+            "embed_dim": (
+                self.head_width is not None or above == self.embed_dim,
+                f"must be a multiple of num_heads = {self.num_heads} (try {above})",
+            ),
             "num_kv_heads": (divides, f"must divide num_heads = {self.num_heads}"),
             "padded_vocab_size": (self.rows >= self.vocab_size, f"must be at least vocab_size = {self.vocab_size}"),
             "rope_base": (self.rope_base > 0, "must be positive"),

@@ -1,21 +1,19 @@
-"""The config.json of the public reference, in both directions: fields, defaults, and what rdlm cannot build.
+"""config.json of the paper's models and of retrofits, in both directions: fields, defaults, and what is refused.
 
-There are two forms: the one published with Huginn-0125 (`num_attention_heads`, few fields) and the one that the
-reference writes when it saves a model (`n_heads`, derived fields). Absent fields take the reference's defaults.
+`model_config` and `model_fields` serve the families of `rdlm.hf.plain` too. The paper's models have two forms: the one
+published with Huginn-0125 (`num_attention_heads`, few fields) and the one that the reference writes when it saves a
+model (`n_heads`, derived fields). Absent fields take the reference's defaults.
+Retrofits share every identifier with them; only their tensors tell them apart.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
-from typing import Any
+from collections.abc import Collection
 
-from rdlm.config import InputError, ModelConfig, require
-
-Json = Any
-"""A value of config.json."""
-Fields = dict[str, Json]
+from rdlm.config import InputError, Loop, ModelConfig, require
+from rdlm.hf import plain
+from rdlm.hf.fields import Fields, Json, typed
 
 # Reference field -> (field of ModelConfig, type, the reference's default).
 FIELDS: dict[str, tuple[str, type, Json]] = {
@@ -39,6 +37,9 @@ FIELDS: dict[str, tuple[str, type, Json]] = {
 
 # Other names of the same fields; the reference's config class knows both.
 ALIASES = {"num_attention_heads": "n_heads", "hidden_size": "n_embd", "num_hidden_layers": "n_layers"}
+
+SANDWICH, OLMO = "norm_3.weight", "attn.q_norm.weight"
+"""Ends of tensor names: of the paper's blocks, and of retrofits whose blocks norm branches and queries and keys."""
 
 # Fields that change what the network computes, with the one value that rdlm can build. Those up to "bias" are written,
 # because the reference's config class knows them (WRITTEN).
@@ -71,8 +72,6 @@ WRITTEN = tuple(FIXED)[: tuple(FIXED).index("bias") + 1]
 
 NOISES = ("fixed", "geom", "sqrt", "line", "chi")
 
-LARGEST = {int: 2**31 - 1, float: 1e30, str: math.inf, bool: math.inf}
-"""Of numbers, by type of field: what an int32 holds, and what is finite in float32."""
 COUNTS = ("prelude_layers", "core_layers", "coda_layers", "mean_recurrence", "backprop_depth")
 LARGEST_COUNT = 10_000
 """Of the values of COUNTS. Beyond it a folder is damaged, and building its model would not end."""
@@ -81,56 +80,56 @@ PADDING = 4096
 """The reference's default padding_multiple."""
 
 
-def read_fields(folder: Path) -> Fields:
-    """The JSON object in folder/config.json.
-
-    Raises:
-      InputError: no folder, no file, or not a JSON object.
-    """
-    path = folder / "config.json"
-    if folder.is_file():
-        raise InputError(f"{folder}: is a file; give the folder that holds it and config.json")
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder")
-    if not path.is_file():
-        raise InputError(f"{path}: missing; expected a Hugging Face model folder")
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error})") from error
-    if not isinstance(fields, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(fields).__name__}")
-    return fields
-
-
 def is_reference(fields: Fields) -> bool:
     """Whether these are fields of a Hugging Face folder, as opposed to a run folder's."""
     return "model_type" in fields or "n_embd" in fields
 
 
+def check_kind(fields: Fields, where: str) -> str:
+    """The model_type of a folder.
+
+    Raises:
+      InputError: one that rdlm does not build.
+    """
+    kind = fields.get("model_type", FIXED["model_type"])
+    if kind not in (FIXED["model_type"], *plain.FAMILIES):
+        known = ", ".join((FIXED["model_type"], *plain.FAMILIES))
+        raise InputError(f"{where}: model_type = {kind!r}: must be one of {known}; see docs/families.md")
+    return str(kind)
+
+
 def model_config(
-    fields: Fields, rows: int | None = None, dtype: str = "float32", where: str = "config.json"
+    fields: Fields,
+    rows: int | None = None,
+    dtype: str = "float32",
+    where: str = "config.json",
+    tensors: Collection[str] = (),
 ) -> ModelConfig:
-    """The ModelConfig for `fields` of the reference.
+    """The ModelConfig for the fields of a folder.
 
     Args:
       fields: the parsed config.json, in either form.
       rows: rows of the stored embedding; None: padded_vocab_size, or vocab_size where that is absent.
       dtype: stored dtype; becomes param_dtype.
       where: the file, for error messages.
+      tensors: names of the stored tensors, which tell retrofits from the paper's models; none: the latter.
 
     Raises:
       InputError: an architecture that rdlm cannot build, a value of the wrong type or out of range, or fields that
         contradict each other. The message names the field as the reference does.
     """
+    if check_kind(fields, where) in plain.FAMILIES:
+        return plain.model_config(fields, rows, dtype, where)
     fields = dict(fields)
+    retrofit = bool(tensors) and not any(name.endswith(SANDWICH) for name in tensors)
+    loose = ("rope_scaling", "norm_class_name") if retrofit else ()
     for name, wanted in FIXED.items():
-        if fields.get(name, wanted) != wanted:
+        if name not in loose and fields.get(name, wanted) != wanted:
             raise InputError(f"{where}: {name} = {fields[name]!r}: rdlm builds only {wanted!r}")
     for alias, name in ALIASES.items():
         if fields.get(alias) is not None and fields.setdefault(name, fields[alias]) != fields[alias]:
             raise InputError(f"{where}: {alias} = {fields[alias]!r} contradicts {name} = {fields[name]!r}")
-    values = {ours: _typed(fields, name, kind, default, where) for name, (ours, kind, default) in FIELDS.items()}
+    values = {ours: typed(fields, name, kind, default, where) for name, (ours, kind, default) in FIELDS.items()}
     for name, (ours, _, _) in FIELDS.items():
         if ours in COUNTS and values[ours] > LARGEST_COUNT:
             raise InputError(f"{where}: {name} = {values[ours]}: must be at most {LARGEST_COUNT}")
@@ -138,7 +137,12 @@ def model_config(
         found = values["test_time_noise_type"]
         raise InputError(f"{where}: test_time_noise_type = {found!r}: must be one of {', '.join(NOISES)}")
     D, H, vocab = values["embed_dim"], values["num_heads"], values["vocab_size"]
+    scale = _initial(fields, "embed_scale", D**0.5, where)
     try:
+        if retrofit:
+            values |= _retrofitted(fields, any(name.endswith(OLMO) for name in tensors), scale, where)
+        elif not math.isclose(scale, D**0.5, rel_tol=1e-6):
+            raise InputError(f"{where}: init_values.embed_scale = {scale!r}: rdlm builds only sqrt(n_embd) = {D**0.5}")
         return ModelConfig(
             **values,
             num_kv_heads=_kv_heads(fields, D, H, where),
@@ -154,15 +158,26 @@ def model_config(
         raise InputError(message if message.startswith(where) else f"{where}: {message}") from error
 
 
-def _typed(fields: Fields, name: str, kind: type, default: Json, where: str) -> Json:
-    value = fields.get(name, default)
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and not abs(value) <= LARGEST[kind]:
-        raise InputError(f"{where}: {name} = {str(value)[:40]}: must be a number of at most {LARGEST[kind]:g}")
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise InputError(f"{where}: {name} = {value!r}: must be of type {kind.__name__}")
-    return value
+def _initial(fields: Fields, name: str, default: float, where: str) -> float:
+    """A number of `init_values`."""
+    values = fields.get("init_values")
+    given = values if isinstance(values, dict) and values.get(name) is not None else {}
+    return typed(given, name, float, default, f"{where}: init_values")
+
+
+def _retrofitted(fields: Fields, olmo: bool, embed_scale: float, where: str) -> dict[str, Json]:
+    """What is different in a retrofit: a plain transformer's blocks and rotary fields, and the start of the state."""
+    if fields.get("initial_state_mode", "random") != "random":
+        raise InputError(f"{where}: initial_state_mode = {fields['initial_state_mode']!r}: rdlm builds only 'random'")
+    theta, scaling = plain.rotary(fields, where)
+    return {
+        "rope_base": theta,
+        "rope_scaling": scaling,
+        "embed_scale": embed_scale,
+        "max_length": typed(fields, "max_position_embeddings", int, FIELDS["block_size"][2], where),
+        "block": plain.FAMILIES["olmo2" if olmo else "llama"].block,
+        "loop": Loop(bridge=False, start_std=_initial(fields, "std", (2 / (5 * 5280)) ** 0.5, where)),
+    }
 
 
 def _kv_heads(fields: Fields, D: int, H: int, where: str) -> int | None:
@@ -173,18 +188,13 @@ def _kv_heads(fields: Fields, D: int, H: int, where: str) -> int | None:
     neither head_dim nor n_layers. Exactly these wrong values are ignored; any other contradiction is an error.
     """
     stale_heads = FIELDS["n_heads"][2]
-    kv = _typed(fields, "num_key_value_heads", int, H, where) if fields.get("num_key_value_heads") is not None else H
+    kv = typed(fields, "num_key_value_heads", int, H, where) if fields.get("num_key_value_heads") is not None else H
     if kv == stale_heads and kv > H:
         kv = H
     if H > 0 and D > 0:
         head_dim = fields.get("head_dim")
         if head_dim not in (None, D // H, D // stale_heads):
             raise InputError(f"{where}: head_dim = {head_dim!r}: must be n_embd / n_heads = {D} / {H} = {D // H}")
-        scale = (
-            fields.get("init_values", {}).get("embed_scale") if isinstance(fields.get("init_values"), dict) else None
-        )
-        if scale is not None and not (isinstance(scale, (int, float)) and math.isclose(scale, D**0.5, rel_tol=1e-6)):
-            raise InputError(f"{where}: init_values.embed_scale = {scale!r}: rdlm builds only sqrt(n_embd) = {D**0.5}")
     parts = [fields.get(f"n_layers_in_{p}", d) for p, d in (("prelude", 2), ("recurrent_block", 4), ("coda", 2))]
     if fields.get("n_layers") not in (None, sum(parts), 8):
         raise InputError(f"{where}: n_layers = {fields['n_layers']!r}: must be {' + '.join(map(str, parts))}")
@@ -194,8 +204,8 @@ def _kv_heads(fields: Fields, D: int, H: int, where: str) -> int | None:
 def _rows(fields: Fields, vocab: int, rows: int | None, where: str) -> int:
     """Rows of the embedding: those stored, if the config allows that number."""
     padded = fields.get("padded_vocab_size")
-    padded = vocab if padded is None else _typed(fields, "padded_vocab_size", int, vocab, where)
-    multiple = _typed(fields, "padding_multiple", int, PADDING, where)
+    padded = vocab if padded is None else typed(fields, "padded_vocab_size", int, vocab, where)
+    multiple = typed(fields, "padding_multiple", int, PADDING, where)
     if multiple < 1:
         raise InputError(f"{where}: padding_multiple = {multiple}: must be at least 1")
     allowed = {vocab, padded, -(-vocab // multiple) * multiple}
@@ -205,6 +215,20 @@ def _rows(fields: Fields, vocab: int, rows: int | None, where: str) -> int:
             f"{sorted(allowed)} (vocab_size, padded_vocab_size, or vocab_size rounded up to padding_multiple)"
         )
     return padded if rows is None else rows
+
+
+def model_fields(config: ModelConfig, dtype: str) -> Fields:
+    """config.json of a model, as its own code would write it. `dtype`: of the tensors."""
+    if config.loop.injection == "none":
+        return plain.model_fields(config, dtype)
+    fields = reference_fields(config, dtype)
+    if config.block.norm_output == "sum":
+        return fields
+    return fields | {
+        "init_values": fields["init_values"] | {"embed_scale": config.embed_scale, "std": config.loop.start_std},
+        "max_position_embeddings": config.max_length,
+        **plain.rotary_fields(config),
+    }
 
 
 def reference_fields(config: ModelConfig, dtype: str) -> Fields:

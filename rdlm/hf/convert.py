@@ -22,13 +22,15 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rdlm.config import InputError, ModelConfig, local_path
-from rdlm.hf.config import FIXED, is_reference, model_config, read_fields, reference_fields
+from rdlm.hf.config import FIXED, check_kind, is_reference, model_config, model_fields
+from rdlm.hf.fields import Fields, read_fields
 from rdlm.hf.files import CODES, DTYPES, INDEX, SINGLE, Planned, Stored, read_tensor, stored_tensors, write_tensors
-from rdlm.hf.names import ROTARY, Entry, bare, rotary_buffer, table, to_ours, to_theirs
+from rdlm.hf.names import ROTARY, Entry, bare, is_sandwich, rotary_buffer, table, to_ours, to_theirs
+from rdlm.hf.plain import FAMILIES
 from rdlm.model import Params
 from rdlm.runtime import set_aside
 
-WTE, HEAD = "transformer.wte.weight", "lm_head.weight"
+HEAD = "lm_head.weight"
 _WRITING = ".rdlm-writing-"  # begins the name of a folder that is being written
 
 
@@ -68,15 +70,19 @@ def _load(folder: Path) -> tuple[Params, ModelConfig]:
     where = str(folder / "config.json")
     if isinstance(fields.get("model"), dict):
         raise InputError(f"{folder}: a run folder, not a Hugging Face folder; rdlm.load and load_checkpoint read it")
-    model_config(fields, where=where)  # name another architecture before its tensors are missed
+    check_kind(fields, where)  # name another architecture before its tensors are missed
     stored = _bare_names(stored_tensors(folder))
-    wte = stored.get(WTE)
+    model_config(fields, where=where, tensors=stored)
+    wte_name = _embedding(fields)
+    wte = stored.get(bare(wte_name))
     if wte is None:
-        raise InputError(f"{folder}: tensor {WTE} is missing")
+        raise InputError(f"{folder}: tensor {wte_name} is missing")
     if wte.code not in DTYPES or len(wte.shape) != 2:
-        raise InputError(f"{wte.file}: tensor {WTE}: expected a matrix of {', '.join(DTYPES)}, found {_shown(wte)}")
-    config = model_config(fields, wte.shape[0], DTYPES[wte.code].name, where)
-    entries = table(config)
+        raise InputError(
+            f"{wte.file}: tensor {wte_name}: expected a matrix of {', '.join(DTYPES)}, found {_shown(wte)}"
+        )
+    config = model_config(fields, wte.shape[0], DTYPES[wte.code].name, where, stored)
+    entries = {bare(name): entry for name, entry in table(config).items()}
     spare = {ROTARY} | ({HEAD} if config.tie_embeddings else set())
     for name, entry in entries.items():
         if name not in stored:
@@ -91,13 +97,39 @@ def _load(folder: Path) -> tuple[Params, ModelConfig]:
         if name not in entries and name not in spare:
             raise InputError(f"{stored[name].file}: tensor {name} has no place in the model of config.json")
     if config.tie_embeddings and HEAD in stored:
-        _same_as_embedding(stored[HEAD], wte)
+        _same_as_embedding(stored[HEAD], wte, wte_name)
+    pieces: dict[tuple[str, ...], list[str]] = {}
+    for name, entry in entries.items():
+        pieces.setdefault(entry.path, []).append(name)
     with jax.default_device(_host()):
         arrays = {
-            entry.path: jnp.array(to_ours(read_tensor(name, stored[name]), entry).view(DTYPES[stored[name].code]))
-            for name, entry in entries.items()
+            path: jnp.array(_assembled({name: stored[name] for name in names}, entries))
+            for path, names in pieces.items()
         }
     return unflatten_dict(arrays), config
+
+
+def _embedding(fields: Fields) -> str:
+    """Name of the embedding's tensor."""
+    return "model.embed_tokens.weight" if fields.get("model_type") in FAMILIES else "transformer.wte.weight"
+
+
+def _assembled(stored: dict[str, Stored], entries: dict[str, Entry]) -> np.ndarray:
+    """One array of ours from the tensors that it is made of."""
+    first = next(iter(stored))
+    code = stored[first].code
+    for name, tensor in stored.items():
+        if tensor.code != code:
+            raise InputError(f"{tensor.file}: tensor {name}: dtype {tensor.code}, but {first} has {code}")
+    whole, made = entries[first].whole, None
+    for name, tensor in stored.items():
+        part = to_ours(read_tensor(name, tensor), entries[name])
+        if whole is None:
+            return part.view(DTYPES[code])
+        made = np.empty(whole, part.dtype) if made is None else made
+        made[entries[name].at] = part
+    assert made is not None
+    return made.view(DTYPES[code])
 
 
 def save_huggingface(
@@ -129,7 +161,7 @@ def save_huggingface(
     except OSError as error:
         raise InputError(f"{target}: cannot be read ({error.strerror or error})") from error
     planned = _plan(params, config)
-    dtype = planned[WTE].dtype.name
+    dtype = np.dtype(params["wte"].dtype).name
     fresh = (target if there else target.parent) / f"{_WRITING}{uuid.uuid4().hex[:12]}"
     try:
         fresh.mkdir(parents=True)
@@ -149,20 +181,22 @@ def _plan(params: Params, config: ModelConfig) -> dict[str, Planned]:
     """The tensors to write, by the reference's names; checks that `params` fits `config`."""
     arrays = flatten_dict(params)
     planned = {}
-    for name, entry in table(config).items():
-        label = _label(entry.path)
-        x = arrays.pop(entry.path, None)
+    entries = table(config)
+    for name, entry in entries.items():
+        label, shape = _label(entry.path), entry.whole or entry.ours
+        x = arrays.get(entry.path)
         if x is None:
-            raise InputError(f"{label}: missing; the config asks for shape {entry.ours}")
-        if tuple(x.shape) != entry.ours:
-            raise InputError(f"{label}: shape {tuple(x.shape)}, but the config asks for {entry.ours}")
+            raise InputError(f"{label}: missing; the config asks for shape {shape}")
+        if tuple(x.shape) != shape:
+            raise InputError(f"{label}: shape {tuple(x.shape)}, but the config asks for {shape}")
         if np.dtype(x.dtype) not in CODES:
             raise InputError(f"{label}: dtype {x.dtype}: must be one of {', '.join(d.name for d in CODES)}")
         planned[name] = Planned(np.dtype(x.dtype), entry.shape, functools.partial(_theirs, x, entry))
-    for path in arrays:
+    for path in arrays.keys() - {entry.path for entry in entries.values()}:
         raise InputError(f"{_label(path)}: has no place in a model of this config")
-    buffer = rotary_buffer(config)
-    planned[ROTARY] = Planned(buffer.dtype, buffer.shape, lambda: buffer)
+    if config.loop.injection == "linear" and is_sandwich(config):
+        buffer = rotary_buffer(config)
+        planned[ROTARY] = Planned(buffer.dtype, buffer.shape, lambda: buffer)
     return dict(sorted(planned.items()))
 
 
@@ -171,18 +205,18 @@ def _label(path: tuple[str, ...]) -> str:
 
 
 def _theirs(x: jax.Array, entry: Entry) -> np.ndarray:
-    values = np.ascontiguousarray(np.asarray(x))
+    values = np.ascontiguousarray(np.asarray(x) if entry.at is None else np.asarray(x)[entry.at])
     return to_theirs(values.view(f"u{values.itemsize}"), entry)
 
 
 def _config_text(config: ModelConfig, dtype: str) -> str:
-    return json.dumps(reference_fields(config, dtype), indent=2) + "\n"
+    return json.dumps(model_fields(config, dtype), indent=2) + "\n"
 
 
 def _is_export(folder: Path) -> bool:
     """Whether `folder` holds a model of the reference's kind, the only kind that is ever replaced."""
     try:
-        return read_fields(folder).get("model_type") == FIXED["model_type"]
+        return read_fields(folder).get("model_type") in (FIXED["model_type"], *FAMILIES)
     except InputError:
         return False
 
@@ -191,13 +225,14 @@ def _own(folder: Path) -> set[str]:
     """Names of the files that `save_huggingface` wrote: all of a model whose config.json it would write just so."""
     try:
         fields = read_fields(folder)
-        config = model_config(fields, fields.get("padded_vocab_size"))
+        weights = stored_tensors(folder)
+        config = model_config(fields, fields.get("padded_vocab_size"), tensors=weights)
         if (folder / "config.json").read_text() != _config_text(config, str(fields.get("torch_dtype"))):
             return set()
-        weights = {tensor.file.name for tensor in stored_tensors(folder).values()}
     except (InputError, OSError):
         return set()
-    return {"config.json", *weights, *([] if SINGLE in weights else [INDEX])}
+    files = {tensor.file.name for tensor in weights.values()}
+    return {"config.json", *files, *([] if SINGLE in files else [INDEX])}
 
 
 def _replace(fresh: Path, target: Path) -> None:
@@ -227,9 +262,9 @@ def _bare_names(stored: dict[str, Stored]) -> dict[str, Stored]:
     return named
 
 
-def _same_as_embedding(head: Stored, wte: Stored) -> None:
-    if head[1:3] != wte[1:3] or not np.array_equal(read_tensor(HEAD, head), read_tensor(WTE, wte)):
-        raise InputError(f"{head.file}: tensor {HEAD} differs from {WTE}, though tie_embeddings is true")
+def _same_as_embedding(head: Stored, wte: Stored, name: str) -> None:
+    if head[1:3] != wte[1:3] or not np.array_equal(read_tensor(HEAD, head), read_tensor(name, wte)):
+        raise InputError(f"{head.file}: tensor {HEAD} differs from {name}, though the embeddings are tied")
 
 
 def _shown(tensor: Stored) -> str:

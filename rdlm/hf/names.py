@@ -1,7 +1,7 @@
 """One table of tensor names and layouts, used in both directions.
 
-A tensor of the reference becomes ours by: split into axes, reorder the first of them (attention heads only), permute,
-reshape. Each of these has an obvious inverse, so the table is written once.
+A tensor of theirs becomes ours by: split into axes, reorder the first of them, permute, reshape. Each of these has an
+obvious inverse, so the table is written once.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rdlm.config import ModelConfig
+from rdlm.config import InputError, ModelConfig
+from rdlm.hf.plain import FAMILIES, family_of
 from rdlm.model.blocks import rotary_frequencies
 
 PREFIXES = ("_orig_mod.", "_original_module.", "module.", "model.")
@@ -21,50 +22,93 @@ ROTARY = "freqs_cis"
 
 
 class Entry(NamedTuple):
-    """One tensor: path in our tree, shape on the reference's side, and the way between the layouts."""
+    """One tensor: path in our tree, shape on the other side, and the way between the layouts.
+
+    Where our array holds several of their tensors, `whole` is its shape, and `at` indexes this tensor's place in it.
+    """
 
     path: tuple[str, ...]
     shape: tuple[int, ...]
     ours: tuple[int, ...]
     split: tuple[int, ...]
     permute: tuple[int, ...]
-    order: tuple[int, ...] | None = None
+    order: np.ndarray | None = None
+    whole: tuple[int, ...] | None = None
+    at: tuple[slice | int | np.ndarray, ...] | None = None
+
+
+def plain(*path: str, shape: tuple[int, ...], order: np.ndarray | None = None) -> Entry:
+    """A tensor of the same shape on both sides; `order` picks from its first axis."""
+    return Entry(path, shape, shape, shape, tuple(range(len(shape))), order)
+
+
+def matrix(*path: str, out: int, inner: int, order: np.ndarray | None = None) -> Entry:
+    """A torch matrix (out, in), ours (in, out); `order` picks from its rows."""
+    return Entry(path, (out, inner), (inner, out), (out, inner), (1, 0), order)
 
 
 def table(config: ModelConfig) -> dict[str, Entry]:
-    """Every parameter of a model: the reference's name -> Entry. Torch matrices are (out, in), ours (in, out)."""
+    """Every parameter of a model: their name -> Entry.
+
+    Raises:
+      InputError: a config that no public format can hold.
+    """
+    if config.loop.injection == "linear":
+        return _raven(config)
+    family = family_of(config)
+    if family is None:
+        raise InputError(
+            "config: no public format holds this combination of block, loop and layers; see docs/families.md"
+        )
+    return _layers(config, FAMILIES[family].norms)
+
+
+def _heads(config: ModelConfig) -> np.ndarray:
+    """For each head of our qkv matrix the place of theirs, which stacks all query heads, all keys, all values.
+
+    Ours go by key head: its G query heads, its key, its value (see rdlm.model.blocks.SelfAttention).
+    """
+    H, K = config.num_heads, config.kv_heads
+    G = H // K
+    return np.array([h for k in range(K) for h in (*range(k * G, (k + 1) * G), H + k, H + K + k)])
+
+
+def _turned(heads: int, Q: int, halves: bool) -> np.ndarray:
+    """Rows of `heads` heads in our order: rotary turns neighbours (2i, 2i+1), theirs may turn (i, i + Q/2)."""
+    inner = np.arange(Q).reshape(2, -1).T.ravel() if halves else np.arange(Q)
+    return (np.arange(heads)[:, None] * Q + inner).ravel()
+
+
+def _rows(config: ModelConfig, halves: bool) -> np.ndarray:
+    """For each column of our qkv matrix its row in their stack of queries, keys and values."""
+    H, K, Q = config.num_heads, config.kv_heads, config.head_dim
+    turned = np.concatenate([_turned(H + K, Q, halves), (H + K) * Q + np.arange(K * Q)])
+    return turned.reshape(-1, Q)[_heads(config)].ravel()
+
+
+def _raven(config: ModelConfig) -> dict[str, Entry]:
+    """The format of the paper's models, whose blocks may be the paper's or those of a plain transformer."""
     D, F, V = config.embed_dim, config.mlp_dim, config.rows
     H, K, Q = config.num_heads, config.kv_heads, config.head_dim
-    G = H // K
-    heads = H + 2 * K
-    # The reference stacks all query heads, all keys, all values; our columns go by key head: its G query heads, its
-    # key, its value (see rdlm.model.blocks.SelfAttention).
-    order = tuple(h for k in range(K) for h in (*range(k * G, (k + 1) * G), H + k, H + K + k))
-
-    def plain(*path: str, shape: tuple[int, ...]) -> Entry:
-        return Entry(path, shape, shape, shape, tuple(range(len(shape))))
-
-    def matrix(*path: str, out: int, inner: int) -> Entry:
-        return Entry(path, (out, inner), (inner, out), (out, inner), (1, 0))
-
+    rows, halves = (H + 2 * K) * Q, not is_sandwich(config)
+    order = _rows(config, halves)
     entries = {"transformer.wte.weight": plain("wte", shape=(V, D))}
     if not config.tie_embeddings:
         entries["lm_head.weight"] = plain("head", shape=(V, D))
     entries["transformer.adapter.weight"] = Entry(("adapter",), (D, 2 * D), (2, D, D), (D, 2, D), (1, 2, 0))
     entries["transformer.ln_f.weight"] = plain("ln_f", "scale", shape=(D,))
-    stacks = (
-        ("prelude", "prelude", config.prelude_layers),
-        ("core_block", "core", config.core_layers),
-        ("coda", "coda", config.coda_layers),
-    )
-    for theirs, ours, count in stacks:
-        for i in range(count):
+    for theirs, ours in (("prelude", "prelude"), ("core_block", "core"), ("coda", "coda")):
+        for i in range(getattr(config, f"{ours}_layers")):
             name, block = f"transformer.{theirs}.{i}.", f"{ours}_{i}"
-            for norm in ("norm_1", "norm_2", "norm_3", "norm_4"):
-                entries[f"{name}{norm}.weight"] = plain(block, norm, "scale", shape=(D,))
-            entries[f"{name}attn.Wqkv.weight"] = Entry(
-                (block, "attn", "qkv"), (heads * Q, D), (D, heads * Q), (heads, Q, D), (2, 0, 1), order
-            )
+            for their_norm, norm in _raven_norms(config).items():
+                entries[f"{name}{their_norm}.weight"] = plain(block, norm, "scale", shape=(D,))
+            if config.block.qk_norm == "width":
+                for norm, heads in (("q_norm", H), ("k_norm", K)):
+                    turned = _turned(heads, Q, halves)
+                    entries[f"{name}attn.{norm}.weight"] = plain(
+                        block, "attn", norm, "scale", shape=(heads * Q,), order=turned
+                    )
+            entries[f"{name}attn.Wqkv.weight"] = matrix(block, "attn", "qkv", out=rows, inner=D, order=order)
             if config.qk_bias:
                 entries[f"{name}attn.qk_bias"] = Entry(
                     (block, "attn", "qk_bias"), (2, 1, H, Q), (2, H, Q), (2, 1, H, Q), (0, 1, 2, 3)
@@ -75,19 +119,75 @@ def table(config: ModelConfig) -> dict[str, Entry]:
     return entries
 
 
+def is_sandwich(config: ModelConfig) -> bool:
+    """Whether blocks are the paper's, with four norms; those of retrofits have two."""
+    return config.block.norm_output == "sum"
+
+
+def _raven_norms(config: ModelConfig) -> dict[str, str]:
+    """Their norm -> ours. With two norms theirs are counted through, wherever they stand."""
+    if is_sandwich(config):
+        return {name: name for name in ("norm_1", "norm_2", "norm_3", "norm_4")}
+    first, second = ("norm_1", "norm_3") if config.block.norm_input else ("norm_2", "norm_4")
+    return {"norm_1": first, "norm_2": second}
+
+
+def _layers(config: ModelConfig, norms: dict[str, str]) -> dict[str, Entry]:
+    """The format of plain transformers: `model.layers.i`, with matrices of their own for queries, keys, gate, ..."""
+    D, F, V = config.embed_dim, config.mlp_dim, config.rows
+    H, K, Q = config.num_heads, config.kv_heads, config.head_dim
+    entries = {"model.embed_tokens.weight": plain("wte", shape=(V, D))}
+    if not config.tie_embeddings:
+        entries["lm_head.weight"] = plain("head", shape=(V, D))
+    entries["model.norm.weight"] = plain("ln_f", "scale", shape=(D,))
+    if config.loop.gate:
+        entries["model.early_exit_gate.weight"] = Entry(("gate", "w"), (1, D), (D,), (D,), (0,))
+        entries["model.early_exit_gate.bias"] = Entry(("gate", "bias"), (1,), (), (1,), (0,))
+    rows = _rows(config, halves=True)
+    first = 0  # row of the stack of queries, keys and values
+    parts: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # our columns, and their rows for each
+    for name, heads in (("q_proj", H), ("k_proj", K), ("v_proj", K)):
+        columns = np.flatnonzero((rows >= first) & (rows < first + heads * Q))
+        parts[name] = columns, rows[columns] - first
+        first += heads * Q
+    blocks = [f"{part}_{i}" for part in ("prelude", "core", "coda") for i in range(getattr(config, f"{part}_layers"))]
+    for i, block in enumerate(blocks):
+        name = f"model.layers.{i}."
+        for norm, theirs in norms.items():
+            entries[f"{name}{theirs}.weight"] = plain(block, norm, "scale", shape=(D,))
+        for part, (columns, order) in parts.items():
+            entry = matrix(block, "attn", "qkv", out=columns.size, inner=D, order=order)
+            entries[f"{name}self_attn.{part}.weight"] = entry._replace(whole=(D, rows.size), at=(slice(None), columns))
+            if config.block.qkv_bias:
+                bias = plain(block, "attn", "qkv_bias", shape=(columns.size,), order=order)
+                entries[f"{name}self_attn.{part}.bias"] = bias._replace(whole=(rows.size,), at=(columns,))
+        if config.block.qk_norm != "none":
+            for norm, heads in (("q_norm", H), ("k_norm", K)):
+                turned = _turned(heads if config.block.qk_norm == "width" else 1, Q, halves=True)
+                entries[f"{name}self_attn.{norm}.weight"] = plain(
+                    block, "attn", norm, "scale", shape=(turned.size,), order=turned
+                )
+        entries[f"{name}self_attn.o_proj.weight"] = matrix(block, "attn", "proj", out=D, inner=H * Q)
+        for half, theirs in enumerate(("gate_proj", "up_proj")):
+            entry = matrix(block, "mlp", "fc", out=F, inner=D)
+            entries[f"{name}mlp.{theirs}.weight"] = entry._replace(whole=(2, D, F), at=(half,))
+        entries[f"{name}mlp.down_proj.weight"] = matrix(block, "mlp", "proj", out=D, inner=F)
+    return entries
+
+
 def to_ours(x: np.ndarray, entry: Entry) -> np.ndarray:
-    """The reference's tensor in our layout; bits unchanged."""
+    """Their tensor in our layout; bits unchanged."""
     x = x.reshape(entry.split)
     if entry.order is not None:
-        x = x[np.array(entry.order)]
+        x = x[entry.order]
     return np.ascontiguousarray(x.transpose(entry.permute)).reshape(entry.ours)
 
 
 def to_theirs(x: np.ndarray, entry: Entry) -> np.ndarray:
-    """Our tensor in the reference's layout; bits unchanged."""
+    """Our tensor in their layout; bits unchanged."""
     x = x.reshape([entry.split[axis] for axis in entry.permute]).transpose(np.argsort(entry.permute))
     if entry.order is not None:
-        x = x[np.argsort(np.array(entry.order))]
+        x = x[np.argsort(entry.order)]
     return np.ascontiguousarray(x).reshape(entry.shape)
 
 

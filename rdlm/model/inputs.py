@@ -67,7 +67,7 @@ def start_from(
     state: ArrayLike | None = None,
     scale: ArrayLike = 1.0,
 ) -> Start:
-    """States to begin with: `state` [B, L, D], or what `config.loop.start` says: noise of (key, position) times `scale`.
+    """States to begin with: `state` [B, L, D], or as `config.loop.start` says; `scale` multiplies noise.
 
     Raises:
       InputError: wrong shapes.
