@@ -48,6 +48,7 @@ class Observation(NamedTuple):
     state: Array  # [B, L, D], the raw latent state s
     logits: Array | None  # f32 [B, L, V], or None unless the rule needs them
     step: Array  # int32, recurrences run so far: a scalar, or [B, 1] where rows differ (`rdlm.Engine`)
+    gate: Array | None = None  # f32 [B, L], logit of the model's exit gate, if it has one
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
@@ -364,6 +365,67 @@ class Fixed(ExitRule):
         return value >= per_row(self.r, value)
 
 
+class Gate(Reached):
+    """The model's own exit gate: exit once the probability of having stopped reaches `threshold`; never from 1 on.
+
+    After recurrence t the gate stops a token with probability sigmoid(gate), if nothing has stopped it before. The
+    value is the sum of these probabilities over all recurrences so far, so every one of them must be checked
+    (min_steps = 0, check_every = 1). (arXiv 2510.25741)
+    """
+
+    threshold: Threshold = 0.9
+    kind = "gate"
+
+    def init(self, s0: Array, vocab: int) -> tuple[Array, Array]:
+        return jnp.ones(s0.shape[:-1], jnp.float32), jnp.zeros(s0.shape[:-1], jnp.float32)
+
+    def update(self, previous: tuple[Array, Array], seen: Observation) -> tuple[tuple[Array, Array], Array]:
+        if seen.gate is None:
+            raise InputError("exits.gate: this model has no exit gate (config.loop.gate is false)")
+        running, stopped = previous
+        p = jax.nn.sigmoid(seen.gate)
+        stopped = stopped + p * running
+        return (running * (1 - p), stopped), stopped
+
+    def decide(self, value: Array) -> Array:
+        threshold = per_row(self.threshold, value)
+        return (value >= threshold) & (threshold < 1)
+
+
+def exit_probabilities(gate: Float[Array, "T *tokens"]) -> Float32[Array, "T *tokens"]:
+    """Probability of stopping after each of T recurrences, from the gate's logits; the last takes what remains.
+
+    p_t = g_t (1 - g_1) ... (1 - g_{t-1}) for t < T, with g = sigmoid(gate) (arXiv 2510.25741).
+    """
+    p = jax.nn.sigmoid(gate.astype(jnp.float32))
+    stay = jnp.cumprod(1 - p, axis=0)
+    before = jnp.concatenate([jnp.ones_like(stay[:1]), stay[:-1]])
+    return jnp.concatenate([before[:-1] * p[:-1], before[-1:]])
+
+
+class Acceleration(ExitRule):
+    """||change of the last step|| / ||state|| below `threshold` at two checks in a row.
+
+    A step is the difference of the states at two consecutive checks, so the value is a second difference
+    (arXiv 2509.23314). It is infinite until three states are known.
+    """
+
+    threshold: Threshold = 0.05
+    kind = "acceleration"
+
+    def init(self, s0: Array, vocab: int) -> tuple[Array, Array, Array]:
+        return s0, jnp.full_like(s0, jnp.inf), jnp.full(s0.shape[:-1], jnp.inf, jnp.float32)
+
+    def update(
+        self, previous: tuple[Array, Array, Array], seen: Observation
+    ) -> tuple[tuple[Array, Array, Array], Array]:
+        old, step, before = previous
+        new = seen.state - old
+        change = (new - step).astype(jnp.float32)
+        now = jnp.linalg.norm(change, axis=-1) / jnp.linalg.norm(seen.state.astype(jnp.float32), axis=-1)
+        return (seen.state, new, now), jnp.maximum(before, now)
+
+
 class Twice(ExitRule):
     """Exit when `rule` would at two checks in a row: a token that merely pauses continues.
 
@@ -414,6 +476,8 @@ latent_diff = LatentDiff
 cosine = Cosine
 argmax_stability = ArgmaxStability
 fixed = Fixed
+gate = Gate
+acceleration = Acceleration
 twice = Twice
 
 

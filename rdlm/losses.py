@@ -221,7 +221,7 @@ def token_losses(
         running = jnp.where(i < n, i >= n - rows[0], i - n >= k - rows[1])
         return jnp.where(running[:, None, None], new, s)
 
-    s = unroll(step, start, n, k, max_k, remat)
+    s = unroll(step, start, n, k, max_k, remat, learnt_start=config.loop.start == "embedding")
     (y, _), _ = coda(params, config, s, ctx._replace(around=outer))
     return head_losses(full("wte" if config.tie_embeddings else "head"), config, y, batch.labels, terms)
 

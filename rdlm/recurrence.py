@@ -145,10 +145,12 @@ def unroll(
     k: Int[Array, ""] | int,
     max_k: int | None = None,
     remat: Remat = "none",
+    learnt_start: bool = False,
 ) -> State:
     """n recurrences under `stop_gradient`, then k with gradient: truncated backpropagation (arXiv 2502.05171, 3.3).
 
-    Gradients reach what `step` closes over through the last k recurrences only, and never reach `s`.
+    Gradients reach what `step` closes over through the last k recurrences only. They never reach `s`, unless it is a
+    learnt start and n = 0.
 
     Args:
       step: step(s, i); may close over anything, traced values included.
@@ -159,6 +161,7 @@ def unroll(
         last `max_k` recurrences are differentiated.
       max_k: number of gradient slots for a traced k.
       remat: what each slot stores for the backward pass, see `rdlm.remat.recomputed`.
+      learnt_start: `s` depends on parameters, such as the embedding: with n = 0 it gets a gradient too.
 
     Returns:
       The state after n + k recurrences.
@@ -169,9 +172,12 @@ def unroll(
     live = None if isinstance(k, int) else jnp.minimum(k, slots)
     n = n if live is None else n + k - live
     frozen = _without_gradient(step, s)
+    start = s
     with jax.named_scope("recurrence_free"):
         s = lax.fori_loop(0, n, lambda i, s: frozen(s, i), jax.tree.map(lax.stop_gradient, s))
     s = jax.tree.map(lax.stop_gradient, s)
+    if learnt_start:
+        s = jax.tree.map(lambda first, x: jnp.where(n == 0, first, x), start, s)
     if slots == 0:
         return s
 

@@ -226,7 +226,9 @@ class ModelConfig:
         return self.vocab_size if self.padded_vocab_size is None else self.padded_vocab_size
 
 
-ExitName = Literal["kl", "gated_kl", "min_p_kl", "entropy_diff", "latent_diff", "cosine", "argmax_stability"]
+ExitName = Literal[
+    "kl", "gated_kl", "min_p_kl", "entropy_diff", "latent_diff", "cosine", "argmax_stability", "gate", "acceleration"
+]
 """Names of exit rules on command lines (`rdlm.exits.named`)."""
 
 

@@ -29,7 +29,7 @@ from rdlm.model import Params, coda, context, core_step, embed, head, inject, kn
 from rdlm.model.blocks import Context
 from rdlm.model.cache import Cache, allocate, cached_bias, skip_bias, write
 from rdlm.model.kernels import after
-from rdlm.model.network import Layers
+from rdlm.model.network import Layers, gate_logit
 from rdlm.recurrence import initial_state
 
 
@@ -206,7 +206,8 @@ def _check(params: Params, config: ModelConfig, p: Lanes, ctx: Context) -> tuple
         if rule.needs_logits:
             (y, _), _ = coda(params, config, p.s, ctx, p.cache.coda)
             logits = known(config, head(params, config, y))
-        new, value = exits.update(rule, state, Observation(p.s, logits, p.ran[:, None]))
+        seen = Observation(p.s, logits, p.ran[:, None], gate_logit(params, config, p.s))
+        new, value = exits.update(rule, state, seen)
         return exits.seen_only(due[:, None], new, state), exits.exits(rule, value)[:, 0] & due
 
     state, wanted = p.rule, due

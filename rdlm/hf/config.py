@@ -137,11 +137,11 @@ def model_config(
         found = values["test_time_noise_type"]
         raise InputError(f"{where}: test_time_noise_type = {found!r}: must be one of {', '.join(NOISES)}")
     D, H, vocab = values["embed_dim"], values["num_heads"], values["vocab_size"]
-    scale = _initial(fields, "embed_scale", D**0.5, where)
+    scale = _initial(fields, "embed_scale", abs(D) ** 0.5, where)
     try:
         if retrofit:
             values |= _retrofitted(fields, any(name.endswith(OLMO) for name in tensors), scale, where)
-        elif not math.isclose(scale, D**0.5, rel_tol=1e-6):
+        elif not math.isclose(scale, abs(D) ** 0.5, rel_tol=1e-6):
             raise InputError(f"{where}: init_values.embed_scale = {scale!r}: rdlm builds only sqrt(n_embd) = {D**0.5}")
         return ModelConfig(
             **values,

@@ -214,9 +214,9 @@ def _config_text(config: ModelConfig, dtype: str) -> str:
 
 
 def _is_export(folder: Path) -> bool:
-    """Whether `folder` holds a model of the reference's kind, the only kind that is ever replaced."""
+    """Whether `folder` holds a model that may be replaced: one of the paper's kind, or one that was written here."""
     try:
-        return read_fields(folder).get("model_type") in (FIXED["model_type"], *FAMILIES)
+        return read_fields(folder).get("model_type") == FIXED["model_type"] or bool(_own(folder))
     except InputError:
         return False
 
@@ -263,8 +263,9 @@ def _bare_names(stored: dict[str, Stored]) -> dict[str, Stored]:
 
 
 def _same_as_embedding(head: Stored, wte: Stored, name: str) -> None:
+    tied = "tie_embeddings" if name.startswith("transformer.") else "tie_word_embeddings"
     if head[1:3] != wte[1:3] or not np.array_equal(read_tensor(HEAD, head), read_tensor(name, wte)):
-        raise InputError(f"{head.file}: tensor {HEAD} differs from {name}, though the embeddings are tied")
+        raise InputError(f"{head.file}: tensor {HEAD} differs from {name}, though {tied} is true")
 
 
 def _shown(tensor: Stored) -> str:

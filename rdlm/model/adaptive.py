@@ -21,7 +21,7 @@ from rdlm.exits import Depth, ExitRule, Observation
 from rdlm.model.attention import HIDDEN
 from rdlm.model.cache import Cache, NewKV, frozen_set, read_set, skip_bias, write_set, zeros
 from rdlm.model.inputs import Start, Text
-from rdlm.model.network import Layers, Params, coda, core_step, embed, head, inject, known
+from rdlm.model.network import Layers, Params, coda, core_step, embed, gate_logit, head, inject, known
 from rdlm.model.noise import noisy
 from rdlm.recurrence import unroll_until
 
@@ -186,7 +186,9 @@ class _Loop:
             (y, _), coda_kv = self.coda(c.s, c.coda_kv, ~c.fresh & row)
             logits = known(self.config, head(self.params, self.config, self.at_last(y) if self.by_last else y))
             c = c._replace(coda_kv=coda_kv, fresh=c.fresh | row, checks=c.checks + due)
-        state, value = exits.update(self.rule, c.rule, Observation(self.observed(c.s), logits, ran))
+        s = self.observed(c.s)
+        seen = Observation(s, logits, ran, gate_logit(self.params, self.config, s))
+        state, value = exits.update(self.rule, c.rule, seen)
         if self.together and not self.by_last:
             valid = self.text.valid
             value = jnp.where(valid, value, 0).sum(-1, keepdims=True) / valid.sum(-1, keepdims=True)

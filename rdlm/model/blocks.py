@@ -168,7 +168,7 @@ class SelfAttention(nn.Module):
         # reference calls Wqkv (its optimizer scales updates per tensor) still splits over devices by whole heads.
         qkv = linear(x, weight(self, "qkv", (D, K * (G + 2) * Q), std, ("embed", "heads"), dtype))
         if cfg.block.qkv_bias:
-            qkv = qkv + weight(self, "qkv_bias", (K * (G + 2) * Q,), 0.0, ("heads",), dtype)
+            qkv = qkv + weight(self, "qkv_bias", (K * (G + 2) * Q,), 0.0, ("heads",), dtype)[None, None]
         if cached_kv is not None:
             qkv = jax.lax.optimization_barrier(qkv)  # or a TPU compiler splits the matrix by heads: a padded copy of it
         q, k, v = jax.lax.split(qkv.reshape(B, L, K, G + 2, Q), (G, 1, 1), axis=3)

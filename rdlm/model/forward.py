@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
+from jaxtyping import PyTree
 
+from rdlm import exits
 from rdlm.config import CachePolicy, InputError, ModelConfig
-from rdlm.exits import Counts, ExitRule
+from rdlm.exits import Counts, Depth, ExitRule, Observation
 from rdlm.model.adaptive import adaptive_pass
 from rdlm.model.cache import allocate
 from rdlm.model.inputs import (
@@ -25,7 +27,7 @@ from rdlm.model.inputs import (
     start_from,
     text_from,
 )
-from rdlm.model.network import Params, compute_dtype, core_step, embed, inject, readout
+from rdlm.model.network import Params, compute_dtype, core_step, embed, gate_logit, inject, readout
 from rdlm.model.noise import noisy
 from rdlm.recurrence import unroll
 
@@ -104,6 +106,7 @@ def forward(
     min_steps: Counts = 0,
     check_every: Counts = 1,
     cache: CachePolicy = CachePolicy(),
+    select: bool = False,
 ) -> Output:
     """Logits and latents of whole sequences (docs/semantics.md, Forward and loss).
 
@@ -122,6 +125,8 @@ def forward(
       exit_rule, min_steps, check_every: stop each token on its own; checks happen after recurrences min_steps + 1,
         min_steps + 1 + check_every, ... One parallel pass, see `rdlm.model.adaptive`.
       cache: which sets of keys and values later tokens see of ones that stopped; matters only with exits.
+      select: all tokens run all recurrences, and the rule only chooses which state of each is read. For comparison
+        with models whose own code does that; the rule must not read logits.
 
     Raises:
       InputError: wrong shapes, ids out of range, a depth below 1.
@@ -134,13 +139,39 @@ def forward(
         check_rule(None, B, min_steps, check_every)
         n, k = split_steps(num_steps, config)
         bound = bind_text(params, config, text, start)
-        s = unroll(bound.step, bound.s0, n, k, max_k=config.backprop_depth)
+        learnt = config.loop.start == "embedding"
+        s = unroll(bound.step, bound.s0, n, k, max_k=config.backprop_depth, learnt_start=learnt)
         return Output(*bound.read(s), jnp.where(text.valid, jnp.asarray(n + k, jnp.int32), 0), s)
     if isinstance(num_steps, (tuple, list)):
         raise InputError("num_steps: an exit rule takes a number of recurrences, not a pair (n, k)")
     max_steps = config.mean_recurrence if num_steps is None else num_steps
     depth = depth_from(B, max_steps, exit_rule, min_steps, check_every)
+    if select:
+        if exit_rule is None or exit_rule.needs_logits:
+            raise InputError("select: needs an exit_rule that reads no logits, such as exits.gate or exits.latent_diff")
+        bound = bind_text(params, config, text, start)
+        s, steps = _selected(bound, depth.per_token(text.tokens.shape), exit_rule)
+        return Output(*bound.read(s), jnp.where(text.valid, steps, 0), s)
     # Without a limit on sets, "latest" reads a stopped token at its deepest set: one set is enough.
     empty = allocate(config, cache, cache.recurrences or 1, B, 0, compute_dtype(params, config))
     done = adaptive_pass(params, config, text, start, depth, empty)
     return Output(done.logits, done.latents, done.steps, done.state, done.checks)
+
+
+def _selected(bound: Bound, depth: Depth, rule: ExitRule) -> tuple[Array, Array]:
+    """(Of every token the state [B, L, D] at which `rule` exits, its recurrences); no state is frozen meanwhile."""
+    params, config = bound.params, bound.config
+
+    def step(carry: tuple[Array, Array, Array, Array, PyTree], i: Array) -> tuple[Array, Array, Array, Array, PyTree]:
+        s, chosen, steps, active, state = carry
+        s = bound.step(s, i)
+        due = active & depth.due(i + 1)
+        new, value = exits.update(rule, state, Observation(s, None, i + 1, gate_logit(params, config, s)))
+        chosen, steps = jnp.where(active[..., None], s, chosen), steps + active
+        stop = due & exits.exits(rule, value) | (steps >= depth.num_steps)
+        return s, chosen, steps, active & ~stop, exits.seen_only(due, new, state)
+
+    shape = bound.text.tokens.shape
+    begin = bound.s0, bound.s0, jnp.zeros(shape, jnp.int32), jnp.ones(shape, bool), rule.init(bound.s0, config.rows)
+    last = jax.lax.fori_loop(0, jnp.max(depth.num_steps), lambda i, carry: step(carry, i), begin)
+    return last[1], last[2]

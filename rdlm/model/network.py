@@ -242,6 +242,12 @@ def core_names(config: ModelConfig) -> tuple[str, ...]:
     return (*adapter, *(f"core_{j}" for j in range(config.core_layers)), *closing)
 
 
+def gate_logit(params: Params, config: ModelConfig, s: Float[Array, "*tokens D"]) -> Float32[Array, "*tokens"] | None:
+    """What the exit gate says of a state; None without one."""
+    logit: Any = Gate(config).apply({"params": params["gate"]}, s) if config.loop.gate else None
+    return logit
+
+
 def renorm(params: Params, config: ModelConfig, s: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
     """Norm that follows test-time noise: what the core ends with (docs/model.md, Test-time noise)."""
     if config.loop.close:

@@ -187,7 +187,7 @@ def test_stale_derived_fields_are_ignored():
         {"norm_class_name": "LayerNorm"}, {"block_class_name": "TransformerPreNormBlock"},
         {"mlp_class_name": "BaseMLP"}, {"nonlin_name": "GELU"}, {"injection_type": "add"}, {"bias": True},
         {"architecture_class_name": "GPT"},
-        {"state_init": "normal"}, {"model_type": "llama"}, {"init_strategy": "scaled"}, {"qk_norm": True},
+        {"state_init": "normal"}, {"model_type": "mamba"}, {"init_strategy": "scaled"}, {"qk_norm": True},
         {"head_dim": 16}, {"n_layers": 9}, {"num_key_value_heads": 3}, {"num_attention_heads": 4},
         {"n_embd": "24"}, {"n_embd": 25}, {"n_embd": -24}, {"n_heads": 0}, {"rope_base": 0}, {"norm_eps": "1e-6"},
         {"tie_embeddings": "no"}, {"tie_embeddings": 1}, {"mean_recurrence": 0}, {"mean_backprop_depth": 2.5},

@@ -1,0 +1,347 @@
+"""Every published family against vectors from public code: forward, decoding, gradients, round trips."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden_cases import ACTIVATIONS, GOLDEN, GRADIENTS, LOGITS, LOSS, cases, model
+from safetensors.numpy import load_file, save_file
+
+import rdlm
+from rdlm.config import InputError
+from rdlm.hf import load_huggingface, save_huggingface, table
+from rdlm.hf.names import to_theirs
+
+PLAIN = ("llama", "olmo2", "qwen2", "qwen3")
+RETROFITS = ("retro_llama", "retro_olmo")
+FAMILIES = (*PLAIN, "ouro", "nanbeige", *RETROFITS)
+
+forward = jax.jit(rdlm.forward, static_argnames=("config", "select"))
+gradient = jax.jit(jax.value_and_grad(rdlm.loss), static_argnames=("config", "steps"))
+
+
+def family(name):
+    return model(f"families/{name}")
+
+
+def arrays(name, case):
+    return cases(f"families/{name}")[case]["arrays"]
+
+
+def loops(name, case):
+    return cases(f"families/{name}")[case].get("loops")
+
+
+@pytest.mark.parametrize("name", [*PLAIN, "nanbeige"])
+def test_logits_of_models_without_noise(name):
+    params, config = family(name)
+    given = arrays(name, "forward")
+    np.testing.assert_allclose(forward(params, config, given["input_ids"]).logits, given["logits"], **LOGITS)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_positions_are_rotary_ones(name):
+    params, config = family(name)
+    given = arrays(name, "forward_positions")
+    out = forward(params, config, given["input_ids"], positions=given["position_ids"])
+    np.testing.assert_allclose(out.logits, given["logits"], **LOGITS)
+
+
+@pytest.mark.parametrize("r", [1, 2, 3, 4])
+def test_every_loop_of_ouro(r):
+    params, config = family("ouro")
+    given = arrays("ouro", "forward")
+    out = forward(params, config, given["input_ids"], r)
+    np.testing.assert_allclose(out.latents, given["states"][r - 1], **ACTIVATIONS)
+    np.testing.assert_allclose(out.logits, given["logits"][r - 1], **LOGITS)
+
+
+@pytest.mark.parametrize("name", RETROFITS)
+@pytest.mark.parametrize("r", [1, 2, 4, 8])
+def test_retrofits_at_every_depth(name, r):
+    params, config = family(name)
+    given = arrays(name, "forward")
+    out = forward(params, config, given["input_ids"], r, state=given["input_states"])
+    np.testing.assert_allclose(out.latents, given[f"latent_states_r{r}"], **ACTIVATIONS)
+    np.testing.assert_allclose(out.logits, given[f"logits_r{r}"], **LOGITS)
+
+
+@pytest.mark.parametrize("name", RETROFITS)
+def test_retrofits_from_zero_and_at_other_positions(name):
+    params, config = family(name)
+    zero = arrays(name, "forward_zero_state")
+    state = np.zeros((*zero["input_ids"].shape, config.embed_dim), np.float32)
+    out = forward(params, config, zero["input_ids"], 3, state=state)
+    np.testing.assert_allclose(out.logits, zero["logits_r3"], **LOGITS)
+    moved = arrays(name, "forward_positions")
+    out = forward(params, config, moved["input_ids"], 2, state=moved["input_states"], positions=moved["position_ids"])
+    np.testing.assert_allclose(out.logits, moved["logits_r2"], **LOGITS)
+
+
+@pytest.mark.parametrize("case", ["forward_loops1", "forward_loops4", "forward_other_norm"])
+def test_other_loops_of_nanbeige(case):
+    params, config = family("nanbeige")
+    if case == "forward_other_norm":
+        config = dataclasses.replace(config, loop=dataclasses.replace(config.loop, close=False))
+    given = arrays("nanbeige", case)
+    out = forward(params, config, given["input_ids"], loops("nanbeige", case))
+    np.testing.assert_allclose(out.logits, given["logits"], **LOGITS)
+
+
+DECODED = [(n, "decode") for n in (*PLAIN, "ouro", "nanbeige")] + [
+    (n, c) for n in RETROFITS for c in ("decode_r2", "decode_r5")
+]
+
+
+@pytest.mark.parametrize(("name", "case"), DECODED)
+def test_cached_decoding_token_for_token(name, case):
+    params, config = family(name)
+    given = arrays(name, case)
+    prompt, expected = given["input_ids"], given["sequences"][0]
+    n, r = prompt.shape[1], cases(f"families/{name}")[case].get("num_steps", config.mean_recurrence)
+    states = given.get("input_states")
+    step = jax.jit(rdlm.decode_step, static_argnums=1)
+    out, cache = rdlm.prefill(
+        params, config, prompt, r, state=None if states is None else states[:, :n], capacity=len(expected)
+    )
+    logits = out.logits[:, -1]
+    for i, token in enumerate(expected[n:]):
+        np.testing.assert_allclose(logits[0], given["step_logits"][i], **LOGITS)
+        assert int(jnp.argmax(logits)) == token
+        if n + i + 1 < len(expected):
+            state = None if states is None else states[:, n + i]
+            out, cache = step(params, config, cache, np.array([token]), jnp.int32(r), state=state)
+            logits = out.logits
+
+
+@pytest.mark.parametrize("name", [*PLAIN, "ouro", "nanbeige"])
+def test_generate_gives_the_same_tokens(name):
+    params, config = family(name)
+    given = arrays(name, "decode")
+    n, expected = given["input_ids"].shape[1], given["sequences"][0]
+    out = rdlm.generate(params, config, [given["input_ids"][0]], max_new_tokens=len(expected) - n)
+    np.testing.assert_array_equal(out.tokens[0], expected[n:])
+
+
+@pytest.mark.parametrize("name", [*PLAIN, "nanbeige", *RETROFITS])
+def test_loss_and_gradients(name):
+    params, config = family(name)
+    given = arrays(name, "train")
+    steps = tuple(cases(f"families/{name}")["train"].get("num_steps", (0, config.mean_recurrence)))
+    batch = {"tokens": given["input_ids"], "labels": given["labels"]}
+    value, grads = gradient(params, config, batch, steps=steps, state=given.get("input_states"))
+    assert abs(value - given["loss"]) <= LOSS
+    assert_gradients(name, config, grads)
+
+
+def assert_gradients(name, config, grads):
+    flat = {tuple(k.key for k in path): np.asarray(g) for path, g in jax.tree_util.tree_leaves_with_path(grads)}
+    expected = load_file(GOLDEN / "families" / name / "grads.safetensors")
+    metadata = json.loads((GOLDEN / "families" / name / "cases.json").read_text())
+    assert expected.keys() == table(config).keys()
+    for key, entry in table(config).items():
+        g = flat[entry.path]
+        theirs = to_theirs(g if entry.at is None else g[entry.at], entry)
+        assert np.linalg.norm(theirs) == pytest.approx(metadata["gradient_norms"][key], rel=GRADIENTS), key
+        rows = expected[key]
+        part = theirs if theirs.shape == rows.shape else theirs[: metadata["gradient_rows"]]
+        assert np.linalg.norm(part - rows) <= GRADIENTS * metadata["gradient_norms"][key], key
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_round_trip_keeps_every_bit(name, tmp_path):
+    params, config = family(name)
+    save_huggingface(tmp_path / "out", params, config)
+    before, after = (load_file(f / "model.safetensors") for f in (GOLDEN / "families" / name, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    for key in before:
+        assert before[key].tobytes() == after[key].tobytes(), key
+        assert before[key].shape == after[key].shape, key
+    again, config_again = load_huggingface(tmp_path / "out")
+    assert config_again == config
+    jax.tree.map(np.testing.assert_array_equal, params, again)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_both_spellings_of_a_config_are_read(name, tmp_path):
+    source = GOLDEN / "families" / name
+    (tmp_path / "config.json").write_text((source / "config_v5.json").read_text())
+    (tmp_path / "model.safetensors").symlink_to(source / "model.safetensors")
+    assert load_huggingface(tmp_path)[1] == family(name)[1]
+
+
+# Controls: each of these is another function, and the vectors notice it.
+
+
+def wrong_logits(name, change):
+    params, config = family(name)
+    params, config = change(jax.tree.map(np.array, params), config)
+    given = arrays(name, "forward")
+    r, state = (2, given["input_states"]) if name in RETROFITS else (None, None)
+    expected = given.get("logits", given.get("logits_r2"))
+    expected = expected[-1] if expected.ndim == 4 else expected
+    return np.abs(forward(params, config, given["input_ids"], r, state=state).logits - expected).max()
+
+
+def flipped(params, config):
+    Q = config.head_dim
+    for j in range(config.core_layers):
+        qkv = params[f"core_{j}"]["attn"]["qkv"]
+        heads = qkv.reshape(qkv.shape[0], -1, Q)
+        params[f"core_{j}"]["attn"]["qkv"] = np.concatenate([heads[..., ::2], heads[..., 1::2]], -1).reshape(qkv.shape)
+    return params, config
+
+
+def swapped(params, config):
+    for j in range(config.core_layers):
+        params[f"core_{j}"]["mlp"]["fc"] = params[f"core_{j}"]["mlp"]["fc"][::-1]
+    return params, config
+
+
+def based(params, config):
+    return params, dataclasses.replace(config, rope_base=2 * config.rope_base)
+
+
+def unnormed(params, config):
+    return params, dataclasses.replace(config, block=dataclasses.replace(config.block, qk_norm="none"))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("change", [flipped, swapped, based])
+def test_control_another_layout_or_base_shows(name, change):
+    assert wrong_logits(name, change) > 0.01
+
+
+@pytest.mark.parametrize("name", ["olmo2", "qwen3", "retro_olmo"])
+def test_control_a_dropped_norm_shows(name):
+    assert wrong_logits(name, unnormed) > 0.1
+
+
+# The exit gate.
+
+
+@pytest.mark.parametrize("case", ["forward", "forward_more_loops"])
+def test_exit_distribution(case):
+    params, config = family("ouro")
+    given = arrays("ouro", case)
+    p = rdlm.analysis.exit_distribution(params, config, given["input_ids"], loops("ouro", case))
+    np.testing.assert_allclose(p, given["exit_pdf"], atol=5e-6)
+    np.testing.assert_allclose(p.sum(0), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("q", ["0.2", "0.4", "0.6", "0.8", "0.95"])
+def test_selection_by_the_gate_is_the_hubs(q):
+    params, config = family("ouro")
+    given = arrays("ouro", f"exit_q{q}")
+    out = forward(params, config, given["input_ids"], exit_rule=rdlm.exits.gate(float(q)), select=True)
+    np.testing.assert_array_equal(out.steps, given["exit_steps"] + 1)
+    np.testing.assert_allclose(out.logits, given["logits"], **LOGITS)
+
+
+def test_the_gate_is_a_real_exit():
+    """A row's first token exits where the hub selects. Its state and keys are frozen then, so later tokens differ."""
+    params, config = family("ouro")
+    given = arrays("ouro", "exit_q0.6")
+    out = forward(params, config, given["input_ids"], exit_rule=rdlm.exits.gate(0.6))
+    np.testing.assert_array_equal(out.steps[:, 0], given["exit_steps"][:, 0] + 1)
+    np.testing.assert_allclose(out.logits[:, 0], given["logits"][:, 0], **LOGITS)
+    assert np.abs(out.logits - given["logits"]).max() > 0.01
+    assert (forward(params, config, given["input_ids"], exit_rule=rdlm.exits.gate(1.0)).steps == 4).all()
+
+
+def test_the_engine_exits_where_generate_does():
+    params, config = family("ouro")
+    prompts, rule = [[5, 6, 7], [9, 8, 7, 6, 5], [3]], rdlm.exits.gate(0.6)
+    alone = [rdlm.generate(params, config, [p], max_new_tokens=6, exit_rule=rule) for p in prompts]
+    engine = rdlm.Engine(params, config, lanes=2, max_new_tokens=6, exit_rule=rule)
+    requests = [engine.submit(p, max_new_tokens=6) for p in prompts]
+    engine.run()
+    for request, out in zip(requests, alone, strict=True):
+        np.testing.assert_array_equal(request.tokens, out.tokens[0])
+        np.testing.assert_array_equal(request.steps, out.steps[0])
+    together = rdlm.generate(params, config, prompts, max_new_tokens=6, exit_rule=rule)
+    for row, out in zip(together.steps, alone, strict=True):
+        np.testing.assert_array_equal(row, out.steps[0])
+    assert len({int(s) for out in alone for s in out.steps[0]}) > 1  # or nothing was tested
+
+
+def test_a_gate_needs_a_model_that_has_one_and_every_check():
+    with pytest.raises(InputError, match="has no exit gate"):
+        rdlm.forward(*family("llama"), np.array([[1, 2]]), 2, exit_rule=rdlm.exits.gate(0.5))
+    with pytest.raises(InputError, match="min_steps = 0"):
+        rdlm.forward(*family("ouro"), np.array([[1, 2]]), exit_rule=rdlm.exits.gate(0.5), min_steps=1)
+
+
+# What cannot be built is named.
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("llama", {"model_type": "parcae"}, "model_type = 'parcae'"),
+        ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type = 'yarn'"),
+        ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor is missing"),
+        ("llama", {"attention_bias": True}, "attention_bias = True"),
+        ("llama", {"head_dim": 12}, "self_attn.q_proj.weight"),
+        ("llama", {"head_dim": 15}, "head_dim = 15"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ("llama", {"tie_word_embeddings": False}, "lm_head.weight is missing"),
+        ("llama", {"vocab_size": 161}, "vocab_size = 161"),
+        ("llama", {"num_hidden_layers": 4}, "model.layers.3."),
+        ("llama", {"num_hidden_layers": 2}, "model.layers.2."),
+        ("llama", {"hidden_size": None}, "hidden_size is missing"),
+        ("llama", {"intermediate_size": "80"}, "intermediate_size = '80'"),
+        ("llama", {"rms_norm_eps": 0.0}, "rms_norm_eps = 0.0"),
+        ("llama", {"num_key_value_heads": 4}, "num_key_value_heads = 4"),
+        ("qwen2", {"use_sliding_window": True}, "use_sliding_window = True"),
+        ("qwen3", {"layer_types": ["sliding_attention"] * 3}, "layer_types"),
+        ("qwen3", {"model_type": "llama"}, "_norm.weight has no place"),
+        ("ouro", {"total_ut_steps": 0}, "total_ut_steps = 0"),
+        ("nanbeige", {"enable_mhc": True}, "enable_mhc = True"),
+        ("nanbeige", {"loop_share_kv": True}, "loop_share_kv = True"),
+        ("nanbeige", {"pretraining_tp": 2}, "pretraining_tp = 2"),
+        ("retro_llama", {"initial_state_mode": "skip-adapter"}, "initial_state_mode = 'skip-adapter'"),
+        ("retro_llama", {"injection_type": "add"}, "injection_type = 'add'"),
+        ("retro_llama", {"n_layers_in_recurrent_block": 3, "n_layers": 5}, "transformer.core_block.2."),
+    ],
+)  # fmt: skip
+def test_broken_folders_name_the_field(name, change, words, tmp_path):
+    folder = edited(tmp_path, name, change)
+    with pytest.raises(InputError) as error:
+        load_huggingface(folder)
+    assert words.replace("model.layers", "layers") in str(error.value).replace("model.layers", "layers")
+    assert "\n" not in str(error.value)
+
+
+def edited(tmp_path, name, change=None, drop=(), add=None):
+    source = GOLDEN / "families" / name
+    fields = json.loads((source / "config.json").read_text()) | (change or {})
+    (tmp_path / "config.json").write_text(
+        json.dumps({k: v for k, v in fields.items() if v is not None or k not in (change or {})})
+    )
+    tensors = {k: v for k, v in load_file(source / "model.safetensors").items() if k not in drop}
+    save_file(tensors | (add or {}), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "drop"),
+    [
+        ("ouro", "model.early_exit_gate.weight"),
+        ("qwen2", "model.layers.0.self_attn.k_proj.bias"),
+        ("olmo2", "model.norm.weight"),
+        ("retro_olmo", "transformer.core_block.1.attn.k_norm.weight"),
+    ],
+)
+def test_a_missing_tensor_is_named(name, drop, tmp_path):
+    with pytest.raises(InputError, match=drop.removeprefix("model.").replace(".", r"\.")):
+        load_huggingface(edited(tmp_path, name, drop=(drop,)))
+
+
+def test_a_config_without_a_public_format_is_refused(tmp_path):
+    params, config = family("llama")
+    with pytest.raises(InputError, match="no public format"):
+        save_huggingface(tmp_path / "out", params, dataclasses.replace(config, embed_scale=2.0))
