@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 
 from rdlm.config.errors import InputError, did_you_mean
-from rdlm.config.model import ModelConfig
+from rdlm.config.model import Block, Loop, ModelConfig, RotaryScaling
 from rdlm.config.run import (
     CheckpointConfig,
     DataConfig,
@@ -134,7 +134,81 @@ Compiled for v5e:16x16, one sequence a chip, gradients in bfloat16: at most 78 %
 HUGINN_TPU_RUN = dataclasses.replace(HUGINN_3P5B_RUN, preset="huginn_tpu", model=HUGINN_TPU)
 """The same run in the shape for TPUs. Not trained yet."""
 
-PRESETS = {run.preset: run for run in (QUICKSTART, QUICKSTART_TWIN, NANO, SMALL, HUGINN_3P5B_RUN, HUGINN_TPU_RUN)}
+OURO_1P4B = RunConfig(
+    preset="ouro_1p4b",
+    model=ModelConfig(
+        vocab_size=49152,
+        embed_dim=2048,
+        num_heads=16,
+        mlp_dim=5632,
+        prelude_layers=0,
+        core_layers=24,
+        coda_layers=0,
+        max_length=65536,
+        rope_base=1e6,
+        qk_bias=False,
+        tie_embeddings=False,
+        embed_scale=1.0,
+        mean_recurrence=4,
+        backprop_depth=4,
+        compute_dtype="bfloat16",
+        block=Block(norm_output="branch"),
+        loop=Loop(injection="none", start="embedding", close=True, bridge=False, gate=True),
+    ),
+    mesh=MeshConfig(data=1, fsdp=-1),
+    recurrence=RecurrenceConfig(scheme="fixed", remat="layer"),
+    optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=1000, cooldown_steps=4000),
+    data=DataConfig(tokenizer_size=49152, sequence_length=4096, batch_size=256),
+    checkpoint=CheckpointConfig(every=100),
+    evaluation=EvaluationConfig(every=500, batches=2, depths=(1, 2, 3, 4)),
+    steps=40_000,
+)
+"""All 24 layers looped four times, with an exit gate (arXiv 2510.25741): 1,434,652,673 parameters. Not trained yet."""
+
+RECURRENT_LLAMA_1B = RunConfig(
+    preset="recurrent_llama_1b",
+    model=ModelConfig(
+        vocab_size=128256,
+        embed_dim=2048,
+        num_heads=32,
+        num_kv_heads=8,
+        mlp_dim=8192,
+        prelude_layers=4,
+        core_layers=6,
+        coda_layers=4,
+        max_length=131072,
+        rope_base=5e5,
+        rope_scaling=RotaryScaling(32.0, 1.0, 4.0, 8192),
+        norm_eps=1e-5,
+        qk_bias=False,
+        tie_embeddings=False,
+        embed_scale=1.0,
+        compute_dtype="bfloat16",
+        block=Block(norm_output="none"),
+        loop=Loop(start_std=(2 / (5 * 5280)) ** 0.5, bridge=False),
+    ),
+    mesh=MeshConfig(data=1, fsdp=-1),
+    recurrence=RecurrenceConfig(remat="layer"),
+    optimizer=OptimizerConfig(name="muon", learning_rate=1e-3, warmup_steps=1000, cooldown_steps=4000),
+    data=DataConfig(tokenizer_size=128256, sequence_length=1024, batch_size=512),
+    checkpoint=CheckpointConfig(every=100),
+    steps=40_000,
+)
+"""A plain model of 16 layers cut into 4/6/4 (arXiv 2511.07384): 1,385,228,288 parameters. Not trained yet."""
+
+PRESETS = {
+    run.preset: run
+    for run in (
+        QUICKSTART,
+        QUICKSTART_TWIN,
+        NANO,
+        SMALL,
+        HUGINN_3P5B_RUN,
+        HUGINN_TPU_RUN,
+        OURO_1P4B,
+        RECURRENT_LLAMA_1B,
+    )
+}
 """Runs by name."""
 
 
