@@ -19,11 +19,13 @@ from rdlm.train import gradients, layout_of
 
 COLUMNS = {
     "Huginn": ("A2",),
-    "retrofit": ("families/retro_llama", "families/retro_olmo"),
+    "retrofit": ("families/retro_olmo",),
     "Ouro": ("families/ouro",),
     "Nanbeige": ("families/nanbeige",),
-    "plain": ("families/llama", "families/olmo2", "families/qwen2", "families/qwen3"),
+    "plain": ("families/qwen2",),
 }
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 PROMPTS = [[5, 6, 7], [9, 8, 7, 6, 5]]
 NANO = preset("nano")
 
@@ -71,8 +73,8 @@ def warm_start(params, config):
 
 
 def engine(params, config):
-    served = rdlm.Engine(params, config, lanes=2, max_new_tokens=5, max_steps=depth_of(config))
-    requests = [served.submit(p, max_new_tokens=5, num_steps=depth_of(config)) for p in PROMPTS]
+    served = rdlm.Engine(params, config, lanes=2, max_new_tokens=5, num_steps=depth_of(config))
+    requests = [served.submit(p, max_new_tokens=5) for p in PROMPTS]
     served.run()
     assert [list(r.tokens) for r in requests] == greedy(params, config)[0]
 
@@ -84,7 +86,7 @@ def speculation(params, config):
 
 def run_of(config, mesh):
     config = dataclasses.replace(config, mean_recurrence=depth_of(config), backprop_depth=min(depth_of(config), 2))
-    data = dataclasses.replace(NANO.data, batch_size=8, tokenizer_size=config.vocab_size)
+    data = dataclasses.replace(NANO.data, batch_size=8, tokenizer_size=config.vocab_size, sequence_length=8)
     return dataclasses.replace(NANO, model=config, data=data, mesh=MeshConfig(**mesh))
 
 
@@ -94,20 +96,22 @@ def step_of(params, config, devices, mesh):
     tokens = np.random.default_rng(0).integers(1, config.vocab_size, (8, 9))
     batch = {"tokens": jnp.asarray(tokens[:, :-1]), "labels": jnp.asarray(tokens[:, 1:])}
     step = jax.jit(functools.partial(gradients, run, layout=layout_of(run, placed)))
-    value, grads, _ = step(params, batch, jnp.int32(1))
-    return jax.device_get((value, grads))
+    return jax.device_get(step(params, batch, jnp.int32(1)))
 
 
 def training(params, config):
-    value, grads = step_of(params, config, 1, {"data": 1})
+    value, grads, (n, _) = step_of(params, config, 1, {"data": 1})
     assert np.isfinite(value)
-    silent = [p for p, g in jax.tree_util.tree_leaves_with_path(grads) if not np.any(g)]
-    assert {path[0].key for path in silent} <= {"gate"}  # the gate learns from a loss of its own
+    silent = {path[0].key for path, g in jax.tree_util.tree_leaves_with_path(grads) if not np.any(g)}
+    expected = {"gate"}  # learns from a loss of its own
+    if config.loop.start == "embedding" and n > 0:
+        expected |= {"wte"}
+    assert silent <= expected
 
 
 def sharded(params, config):
-    value, grads = step_of(params, config, 1, {"data": 1})
-    split_value, split = step_of(params, config, 8, {"data": 2, "fsdp": 4})
+    value, grads, _ = step_of(params, config, 1, {"data": 1})
+    split_value, split, _ = step_of(params, config, 8, {"data": 2, "fsdp": 4})
     assert abs(value - split_value) < 1e-5
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(split), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * max(np.abs(a).max(), 1e-3))

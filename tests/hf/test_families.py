@@ -19,6 +19,8 @@ PLAIN = ("llama", "olmo2", "qwen2", "qwen3")
 RETROFITS = ("retro_llama", "retro_olmo")
 FAMILIES = (*PLAIN, "ouro", "nanbeige", *RETROFITS)
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 forward = jax.jit(rdlm.forward, static_argnames=("config", "select"))
 gradient = jax.jit(jax.value_and_grad(rdlm.loss), static_argnames=("config", "steps"))
 
