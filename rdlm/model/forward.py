@@ -172,6 +172,7 @@ def _selected(bound: Bound, depth: Depth, rule: ExitRule) -> tuple[Array, Array]
         return s, chosen, steps, active & ~stop, exits.seen_only(due, new, state)
 
     shape = bound.text.tokens.shape
-    begin = bound.s0, bound.s0, jnp.zeros(shape, jnp.int32), jnp.ones(shape, bool), rule.init(bound.s0, config.vocab_size)
+    s, state = bound.s0, rule.init(bound.s0, config.vocab_size)
+    begin = s, s, jnp.zeros(shape, jnp.int32), jnp.ones(shape, bool), state
     last = jax.lax.fori_loop(0, jnp.max(depth.num_steps), lambda i, carry: step(carry, i), begin)
     return last[1], last[2]
