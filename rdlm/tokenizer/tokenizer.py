@@ -309,14 +309,17 @@ class Tokenizer:
             return np.zeros(self.vocab_size, np.int32)
         lengths = np.array([len(piece) for piece in self._pieces], np.int32)
         lengths[list(self.special_ids.values())] = 0
-        if self._unknown is not None:
-            lengths[self._backend.token_to_id(self._unknown)] = -1
+        if self._loses_characters:
+            lengths[self._backend.token_to_id(str(self._unknown))] = -1
         return lengths
 
     @functools.cached_property
     def _plain(self) -> tokenizers.Tokenizer:
         """Encodes text: never into special tokens, which have a text here that none holds."""
-        tree, special = self._tree, {*self.special_ids} | ({self._unknown} - {None})
+        tree, special = self._tree, {*self.special_ids, *([self._unknown] if self._unknown else [])}
+        if not self._reached(tree, special):  # reading a large vocabulary again takes seconds
+            self._backend.encode_special_tokens = True
+            return self._backend
         model, names = tree["model"], {token: f"\ufdd0{token}\ufdd0" for token in special}
         for token in tree["added_tokens"]:
             if token["content"] in special:
@@ -325,6 +328,10 @@ class Tokenizer:
             model["vocab"] = {names.get(piece, piece): i for piece, i in model["vocab"].items()}
         else:  # unigram
             model["vocab"] = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
+            if model["byte_fallback"]:  # a spelled <0x0A> stays text too
+                cut = {"type": "Split", "pattern": {"Regex": f"<(?={_BYTE.pattern[1:]})"}, "behavior": "Isolated"}
+                steps = [step for step in (tree["pre_tokenizer"], cut | {"invert": False}) if step]
+                tree["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
         if "merges" in model:
             model["merges"] = [[a, b] for a, b in model["merges"] if not special & {a, b, a + b}]
         if model.get("unk_token"):
@@ -332,6 +339,17 @@ class Tokenizer:
         plain = tokenizers.Tokenizer.from_str(json.dumps(tree | {"post_processor": None}))
         plain.encode_special_tokens = True
         return plain
+
+    @staticmethod
+    def _reached(tree: Config, special: set[str]) -> bool:
+        """Whether a text could be encoded into special tokens that it spells."""
+        model = tree["model"]
+        if model["type"] != "BPE" or model["ignore_merges"]:
+            return True
+        merged = any(not special.isdisjoint((a, b, a + b)) for a, b in model["merges"])
+        single = any(len(token) == 1 and token in model["vocab"] for token in special)
+        matched = any(token["content"] in special and not token["special"] for token in tree["added_tokens"])
+        return merged or single or matched
 
     @property
     def _tree(self) -> Config:
@@ -346,6 +364,14 @@ class Tokenizer:
             return model["vocab"][model["unk_id"]][0]
         unknown = model.get("unk_token")
         return unknown if unknown and self._backend.token_to_id(unknown) is not None else None
+
+    @property
+    def _loses_characters(self) -> bool:
+        """Whether some characters become the unknown token."""
+        vocab = self._backend.get_vocab(with_added_tokens=False)
+        bytes_known = self._tree["model"].get("byte_fallback") and all(f"<0x{b:02X}>" in vocab for b in range(256))
+        by_byte = self._decoding is not None and self._decoding.by_byte
+        return self._unknown is not None and not bytes_known and not by_byte
 
     @functools.cached_property
     def _decoding(self) -> _Decoding | None:
@@ -431,12 +457,15 @@ class Tokenizer:
             raise InputError(f"{where}: {name} = {token!r} is not in the vocabulary of tokenizer.json")
         if self._is_byte(token):
             raise InputError(f"{where}: {name} = {token!r} is also a byte of ordinary text; name another token")
+        if name == "eos_token" and token == self._unknown and self._loses_characters:
+            raise InputError(f"{where}: {name} = {token!r} also stands for unknown characters; name another token")
         return found
 
     def _is_byte(self, token: str) -> bool:
         """Whether a token is one byte of any text. An added token of that spelling has the same id."""
-        by_byte = len(token) == 1 and self._decoding is not None and self._decoding.by_byte
-        return by_byte and token in training.characters_of_bytes()
+        if len(token) != 1 or token not in training.characters_of_bytes():
+            return False
+        return self._decoding is not None and self._decoding.by_byte
 
 
 def _read(folder: Path, name: str) -> str:

@@ -339,6 +339,28 @@ def test_byte_fallback_keeps_any_text(kind, text, tmp_path_factory):
     assert tokenizer.token_bytes[ids].sum() == len(text.encode()) + (kind != "gemma")
 
 
+def test_a_spelled_byte_stays_text(tmp_path):
+    pieces = [(piece, 0.0) for piece in [*foreign_tokenizers.SPECIAL, *foreign_tokenizers.BYTES]]
+    backend = tokenizers.Tokenizer(models.Unigram([*pieces, ("▁", -2.0), ("▁a", -3.0), ("é", -5.0)], 0, True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = foreign_tokenizers.llama2().decoder
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
+    tokenizer = Tokenizer.load(tmp_path)
+    text = "a <0x41> </s>é🙂"
+    ids = tokenizer.encode(text, eos=True)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.token_bytes[ids].sum() == len(text.encode()) + 1
+    assert set(ids) & {pieces.index(("<0xF0>", 0.0))}, "control: bytes are used"
+
+
+def test_an_end_token_that_unknown_characters_become_is_refused(tmp_path):
+    with pytest.raises(InputError, match="eos_token = '<unk>' also stands for unknown characters"):
+        foreign_tokenizers.load("t5", tmp_path / "lossy", eos_token="<unk>")
+    tokenizer = foreign_tokenizers.load("gemma", tmp_path / "bytes", eos_token="<unk>")  # nothing is unknown to it
+    assert (tokenizer.token_bytes >= 0).all()
+
+
 def test_characters_that_are_lost_have_no_known_bytes(tmp_path):
     tokenizer = foreign_tokenizers.load("t5", tmp_path)
     assert (tokenizer.token_bytes[tokenizer.encode("🙂", bos=False)] == -1).any()
