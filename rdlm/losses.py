@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Float32, Int, Int32
 
 from rdlm.config import IGNORED, InputError, LossConfig, ModelConfig, Remat
+from rdlm.exits import exit_probabilities
 from rdlm.model import (
     Bound,
     Params,
@@ -31,8 +32,9 @@ from rdlm.model import (
     typed_key,
 )
 from rdlm.model.blocks import Block
-from rdlm.model.network import core_names
-from rdlm.recurrence import checkpoints, initial_state, unroll
+from rdlm.model.network import core_names, gate_logit
+from rdlm.recurrence import checkpoints, initial_state, trajectory, unroll
+from rdlm.remat import recomputed
 from rdlm.sharding import Layout
 
 
@@ -221,9 +223,47 @@ def token_losses(
         running = jnp.where(i < n, i >= n - rows[0], i - n >= k - rows[1])
         return jnp.where(running[:, None, None], new, s)
 
-    s = unroll(step, start, n, k, max_k, remat, learnt_start=config.loop.start == "embedding")
-    (y, _), _ = coda(params, config, s, ctx._replace(around=outer))
-    return head_losses(full("wte" if config.tie_embeddings else "head"), config, y, batch.labels, terms)
+    vocabulary = full("wte" if config.tie_embeddings else "head")
+
+    def read(s: Array) -> Array:
+        (y, _), _ = coda(params, config, s, ctx._replace(around=outer))
+        return head_losses(vocabulary, config, y, batch.labels, terms)
+
+    if terms.gate == "none":
+        return read(unroll(step, start, n, k, max_k, remat, learnt_start=config.loop.start == "embedding"))
+    if not config.loop.gate:
+        raise InputError(f"loss.gate = {terms.gate!r}: needs a model with an exit gate (loop.gate)")
+    states = trajectory(recomputed(step, remat), start, k if isinstance(k, int) else max_k)[1:]
+    gate = gate_logit(full("gate"), config, states if terms.gate == "exit" else jax.lax.stop_gradient(states))
+    assert gate is not None
+    combine = exit_loss if terms.gate == "exit" else improvement_loss
+    losses = combine(jax.lax.map(jax.checkpoint(read), states), gate, terms)
+    return jnp.where(batch.labels != IGNORED, losses, 0.0)
+
+
+def exit_loss(
+    losses: Float32[Array, "T *tokens"], gate: Float32[Array, "T *tokens"], terms: LossConfig
+) -> Float32[Array, "*tokens"]:
+    """sum_t p_t loss_t - gate_entropy H(p), with p_t the probability that the gate stops after recurrence t.
+
+    Stage I of arXiv 2510.25741 (equation 3). gate: its logits.
+    """
+    p = exit_probabilities(gate)
+    return (p * losses + terms.gate_entropy * jax.scipy.special.xlogy(p, p)).sum(0)
+
+
+def improvement_loss(
+    losses: Float32[Array, "T *tokens"], gate: Float32[Array, "T *tokens"], terms: LossConfig
+) -> Float32[Array, "*tokens"]:
+    """Cross-entropy of the gate against whether recurrence t still lowered the loss, over t = 2 .. T and divided by T.
+
+    The wish to continue is sigmoid(50 (max(0, loss_{t-1} - loss_t) - 0.005)). Only the gate gets a gradient. Stage II of
+    arXiv 2510.25741.
+    """
+    losses = jax.lax.stop_gradient(losses)
+    wish = jax.nn.sigmoid(50 * (jnp.maximum(losses[:-1] - losses[1:], 0) - 0.005))
+    stop = gate[1:]
+    return (wish * jax.nn.softplus(stop) + (1 - wish) * jax.nn.softplus(-stop)).sum(0) / len(losses)
 
 
 LOGITS_AT_ONCE = 2**26
@@ -281,7 +321,7 @@ def loss(
       key: one key, or one per row.
       max_k: slots compiled for a traced k (default backprop_depth).
       remat: see `token_losses`.
-      terms: z-loss and label smoothing; off by default.
+      terms: z-loss, label smoothing and the objectives of an exit gate; off by default.
     """
     batch = as_batch(batch)
     check_ids("batch: tokens", batch.tokens, config)

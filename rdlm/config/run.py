@@ -70,8 +70,14 @@ class LossConfig:
     label_smoothing: float = 0.0
     """Share of a label that is spread evenly over the vocabulary, for example 0.1 (arXiv 1512.00567, section 7);
     0 is off."""
+    gate: Literal["none", "exit", "improvement"] = "none"
+    """Of a model with an exit gate. exit: every recurrence predicts, weighed by the probability that the gate stops
+    there. improvement: only the gate learns, whether one more recurrence still lowers the loss (docs/families.md)."""
+    gate_entropy: float = 0.1
+    """With gate = "exit", weight of the entropy of where the gate stops, which is rewarded."""
 
     def __post_init__(self) -> None:
+        require(self.gate_entropy >= 0, "loss.gate_entropy", self.gate_entropy, "must not be negative")
         require(self.z_loss >= 0, "loss.z_loss", self.z_loss, "must not be negative")
         require(0 <= self.label_smoothing < 1, "loss.label_smoothing", self.label_smoothing, "must be in [0, 1)")
 
@@ -322,6 +328,14 @@ class RunConfig:
             self.model.backprop_depth,
             f"must be at most model.mean_recurrence = {self.model.mean_recurrence}",
         )
+        if self.loss.gate != "none":
+            all_of_them = self.recurrence.scheme == "fixed" and self.model.backprop_depth == self.model.mean_recurrence
+            fix = "needs recurrence.scheme = 'fixed' and model.backprop_depth = model.mean_recurrence"
+            require(all_of_them, "loss.gate", self.loss.gate, f"{fix}: it reads the loss of every recurrence")
+            require(self.model.loop.gate, "loss.gate", self.loss.gate, "needs a model with model.loop.gate")
+        if self.loss.gate == "improvement":
+            decay = self.optimizer.weight_decay
+            require(decay == 0, "optimizer.weight_decay", decay, "must be 0 with loss.gate = 'improvement'")
         require(
             self.data.tokenizer_size <= self.model.vocab_size,
             "data.tokenizer_size",

@@ -11,7 +11,7 @@ from golden_cases import ACTIVATIONS, GOLDEN, GRADIENTS, LOGITS, LOSS, cases, mo
 from safetensors.numpy import load_file, save_file
 
 import rdlm
-from rdlm.config import InputError
+from rdlm.config import InputError, LossConfig, preset
 from rdlm.hf import load_huggingface, save_huggingface, table
 from rdlm.hf.names import to_theirs
 
@@ -275,6 +275,40 @@ def test_a_gate_needs_a_model_that_has_one_and_every_check():
         rdlm.forward(*family("llama"), np.array([[1, 2]]), 2, exit_rule=rdlm.exits.gate(0.5))
     with pytest.raises(InputError, match="min_steps = 0"):
         rdlm.forward(*family("ouro"), np.array([[1, 2]]), exit_rule=rdlm.exits.gate(0.5), min_steps=1)
+
+
+def gate_objective(case, terms):
+    params, config = family("ouro")
+    given = arrays("ouro", case)
+    batch = {"tokens": given["input_ids"], "labels": given["labels"]}
+    value, grads = gated(params, config, batch, steps=(0, 4), terms=terms)
+    assert abs(value - given["loss"]) <= LOSS
+    return config, given, grads
+
+
+gated = jax.jit(jax.value_and_grad(rdlm.loss), static_argnames=("config", "steps", "terms"))
+
+
+def test_the_objective_of_all_exits():
+    config, _, grads = gate_objective("train", LossConfig(gate="exit", gate_entropy=0.1))
+    assert_gradients("ouro", config, grads)
+
+
+def test_the_objective_of_the_gate_alone():
+    _, given, grads = gate_objective("gate_train", LossConfig(gate="improvement"))
+    np.testing.assert_allclose(grads["gate"]["w"], given["grad_gate_weight"][0], rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(grads["gate"]["bias"], given["grad_gate_bias"][0], rtol=1e-4)
+    assert not any(np.any(g) for g in jax.tree.leaves(grads | {"gate": {}}))
+
+
+def test_what_a_gate_objective_needs():
+    ouro = dataclasses.replace(preset("ouro_1p4b"), loss=LossConfig(gate="exit"))
+    for change in ({"recurrence": preset("nano").recurrence}, {"model": preset("nano").model}):
+        with pytest.raises(InputError, match=r"loss\.gate = 'exit': needs"):
+            dataclasses.replace(ouro, data=preset("nano").data, **change)
+    optimizer = dataclasses.replace(ouro.optimizer, weight_decay=0.1)
+    with pytest.raises(InputError, match=r"optimizer\.weight_decay"):
+        dataclasses.replace(ouro, loss=LossConfig(gate="improvement"), optimizer=optimizer)
 
 
 # What cannot be built is named.
