@@ -257,8 +257,8 @@ def improvement_loss(
 ) -> Float32[Array, "*tokens"]:
     """Cross-entropy of the gate against whether recurrence t still lowered the loss, over t = 2 .. T and divided by T.
 
-    The wish to continue is sigmoid(50 (max(0, loss_{t-1} - loss_t) - 0.005)). Only the gate gets a gradient. Stage II of
-    arXiv 2510.25741.
+    The wish to continue is sigmoid(50 (max(0, loss_{t-1} - loss_t) - 0.005)). Only the gate gets a gradient.
+    Stage II of arXiv 2510.25741.
     """
     losses = jax.lax.stop_gradient(losses)
     wish = jax.nn.sigmoid(50 * (jnp.maximum(losses[:-1] - losses[1:], 0) - 0.005))
