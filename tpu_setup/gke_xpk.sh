@@ -27,7 +27,8 @@ case ${1:-} in
     (($# > 2)) || die "which image and script? gke_xpk.sh run IMAGE experiments/train.py small --run-dir runs/small"
     image=$2
     shift 2
-    check_script runs "$@"
+    check_script "$@"
+    check_arguments "$@"
     run bash -euc "cd $(quote "$ROOT") && git archive HEAD | docker build -f tpu_setup/Dockerfile -t $(quote "$image") -"
     run docker push "$image"
     xpk workload create --workload="$(run_id "$@" | tr '_' '-')" --tpu-type="$ACCELERATOR_TYPE" --num-slices=1 \

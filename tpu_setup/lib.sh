@@ -263,17 +263,19 @@ run_id() {
   printf '%s-%s\n' "$name" "$(printf '%s\0' "$@" | cksum | cut -d ' ' -f 1)"
 }
 
-# check_script RUNS SCRIPT ARGS...: exits unless the script is tracked by git and its arguments are right: before
-# anything is rented for them. RUNS: folders to write must be below it; empty: anywhere.
+# Exits unless the script is tracked by git; says which scripts there are.
 check_script() {
-  local runs=$1 python code
-  shift
   (($# > 0)) || die "which script? For example: tpu_setup/${0##*/} experiments/train.py small --run-dir runs/small"
   git -C "$ROOT" ls-files --error-unmatch -- "$1" >/dev/null 2>&1 ||
     die "$1: git tracks no such script; there are:" "$(git -C "$ROOT" ls-files 'experiments/*.py' | tr '\n' ' ')"
+}
+
+# Exits unless the script takes these arguments and writes in runs/ only: before anything is rented for them.
+check_arguments() {
+  local python code
   for python in "$ROOT/.venv/bin/python" python3; do
     code=0
-    (cd "$ROOT" && PYTHONPATH=$ROOT "$python" tpu_setup/check.py "$runs" "$@") >"$WORK/check" 2>&1 || code=$?
+    (cd "$ROOT" && PYTHONPATH=$ROOT "$python" tpu_setup/check.py "$@") >"$WORK/check" 2>&1 || code=$?
     case $code in
       0) return ;;
       2) cat "$WORK/check" >&2 && exit 2 ;;

@@ -2,7 +2,7 @@
 # run.sh SCRIPT ARGS...: start an experiment on every worker, in the background. The same command again resumes it.
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 settings
-check_script '' "$@"
+check_script "$@"
 need_ready
 id=$(run_id "$@")
 on_all rdlm/tpu_setup/worker.sh start "$id" "$PROFILER_PORT" "$@" ||

@@ -5,8 +5,9 @@
 # WHEN_DONE.
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 settings
+check_script "$@"
 [[ -n $BUCKET ]] || die "BUCKET is not set: the disks of a preempted TPU are lost, so a run resumes from a bucket (in $CONFIG)"
-check_script runs "$@"
+check_arguments "$@"
 export QUIET=1
 started=$(date +%s)
 UNTIL=$((started + MAX_HOURS * 3600))
