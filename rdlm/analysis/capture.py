@@ -30,7 +30,8 @@ def core_layers(bound: Bound, s: Array, i: Array | int) -> Array:
     made = []
     for j in range(bound.config.core_layers):
         weights = {"params": bound.params[f"core_{j}"]}
-        out: Any = TransformerBlock(bound.config).apply(weights, x, bound.text.context)
+        layer = bound.text.context.of_layer(bound.config, "core", j)
+        out: Any = TransformerBlock(bound.config).apply(weights, x, layer)
         made.append(x := out[0])
     return jnp.stack([*made[:-1], close(bound.params, bound.config, made[-1])])
 

@@ -124,6 +124,10 @@ class ModelConfig:
     """Stretching of the rotary frequencies. None: off."""
     attention_window: int | None = None
     """Tokens that a query sees: itself and those directly before it. None: all before it."""
+    full_attention_layers: tuple[int, ...] = ()
+    """Layers that see every earlier token though there is a window, counted from 0 through prelude, core and coda."""
+    window_rope_base: float | None = None
+    """Base of the rotary frequencies in layers with a window, where they are not scaled. None: rope_base."""
     norm_eps: float = 1e-6
     """Epsilon of every RMSNorm."""
     qk_bias: bool = True
@@ -170,6 +174,8 @@ class ModelConfig:
         above, window = -(-self.embed_dim // self.num_heads) * self.num_heads, self.attention_window
         divides = self.kv_heads >= 1 and self.num_heads % self.kv_heads == 0
         sees = window is None or (isinstance(window, int) and window >= 1)
+        full, base = self.full_attention_layers, self.window_rope_base
+        layers = self.prelude_layers + self.core_layers + self.coda_layers
         checks = {
             "head_width": (self.head_width is None or self.head_width >= 2, "must be at least 2"),
             "embed_scale": (self.embed_scale is None or self.embed_scale > 0, "must be positive"),
@@ -183,6 +189,14 @@ class ModelConfig:
             "padded_vocab_size": (self.rows >= self.vocab_size, f"must be at least vocab_size = {self.vocab_size}"),
             "rope_base": (self.rope_base > 0, "must be positive"),
             "attention_window": (sees, "must be an integer of at least 1, or None to see every earlier token"),
+            "full_attention_layers": (
+                not full or (window is not None and 0 <= min(full) <= max(full) < layers),
+                f"must be of 0 .. {layers - 1}, and needs attention_window",
+            ),
+            "window_rope_base": (
+                base is None or (base > 0 and window is not None),
+                "must be positive, and needs attention_window",
+            ),
             "norm_eps": (self.norm_eps > 0, "must be positive"),
             "test_time_noise": (self.test_time_noise >= 0, "must not be negative"),
             "test_time_noise_type": (self.test_time_noise_type in NOISES, f"must be one of {', '.join(NOISES)}"),

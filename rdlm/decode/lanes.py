@@ -159,8 +159,7 @@ def _tick(params: Params, config: ModelConfig, p: Lanes) -> Lanes:
     m = p.ran % cache.sets
     ctx = visible = _context(config, cache, cache.length)
     if cache.policy.lookup == "skip":
-        assert ctx.cached_bias is not None
-        visible = ctx._replace(cached_bias=ctx.cached_bias + skip_bias(cache.depth, p.ran[:, None]))
+        visible = ctx.hiding(cached=skip_bias(cache.depth, p.ran[:, None]))
     cached_kv = jax.tree.map(lambda x: x[0] if cache.sets == 1 else _windows(x, m, lane), cache.core)
     s = p.s
     if config.test_time_noise:

@@ -30,6 +30,7 @@ class Family(NamedTuple):
     loop: Loop = ONCE
     loops: str | None = None
     tied: bool = False  # where tie_word_embeddings is absent
+    activation: str = "silu"  # theirs
     eps: float = 1e-6
     refused: tuple[str, ...] = ()  # fields that must be absent or false
 
@@ -44,6 +45,19 @@ FAMILIES = {
     ),
     "qwen2": Family("Qwen2ForCausalLM", Block(norm_output="none", qkv_bias=True), BEFORE),
     "qwen3": Family("Qwen3ForCausalLM", Block(norm_output="none", qk_norm="head"), BEFORE),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM",
+        Block(norm_output="branch", norm_weight="offset", qk_norm="head", activation="gelu_tanh"),
+        {
+            "norm_1": "input_layernorm",
+            "norm_2": "post_attention_layernorm",
+            "norm_3": "pre_feedforward_layernorm",
+            "norm_4": "post_feedforward_layernorm",
+        },
+        tied=True,
+        activation="gelu_pytorch_tanh",
+        refused=("use_bidirectional_attention",),
+    ),
     "ouro": Family(
         "OuroForCausalLM",
         Block(norm_output="branch"),
@@ -114,10 +128,13 @@ def model_config(fields: Fields, rows: int | None, dtype: str, where: str) -> Mo
     for name in (*REFUSED, *family.refused):
         if fields.get(name):
             raise InputError(f"{where}: {name} = {fields[name]!r}: rdlm does not build it")
-    activation = fields.get("hidden_act", "silu")
-    if activation != "silu":
-        raise InputError(f"{where}: hidden_act = {activation!r}: must be 'silu' in a model of type {kind}")
-    if any(layer != "full_attention" for layer in fields.get("layer_types") or ()):
+    for name in ("hidden_act", "hidden_activation"):
+        if fields.get(name, family.activation) not in (family.activation, None):
+            raise InputError(
+                f"{where}: {name} = {fields[name]!r}: must be {family.activation!r} in a model of type {kind}"
+            )
+    windowed = kind == "gemma3_text"
+    if not windowed and any(layer != "full_attention" for layer in fields.get("layer_types") or ()):
         raise InputError(f"{where}: layer_types: must all be 'full_attention' in a model of type {kind}")
     if kind == "nanbeige" and fields.get("pretraining_tp") not in (None, 1):
         raise InputError(f"{where}: pretraining_tp = {fields['pretraining_tp']!r}: must be 1")
@@ -140,19 +157,20 @@ def model_config(fields: Fields, rows: int | None, dtype: str, where: str) -> Mo
         loops = len(fields["loop_loss_weights"]) + 1
     if fields.get("skip_loop_final_norm"):
         loop = ONCE
-    theta, scaling = rotary(fields, where)
+    values |= _windows(fields, values, where) if windowed else _whole(*rotary(fields, where))
+    block = family.block
+    if windowed:
+        scalar = typed(fields, "query_pre_attn_scalar", float, 256.0, where)
+        block = dataclasses.replace(block, attention_scale=scalar**-0.5 if scalar > 0 else scalar)
     try:
         return ModelConfig(
             **values,
             prelude_layers=0,
             coda_layers=0,
-            rope_base=theta,
-            rope_scaling=scaling,
             qk_bias=False,
-            embed_scale=1.0,
             mean_recurrence=loops,
             backprop_depth=loops,
-            block=family.block,
+            block=block,
             loop=loop,
             param_dtype=dtype,  # type: ignore[arg-type]
         )
@@ -163,6 +181,42 @@ def model_config(fields: Fields, rows: int | None, dtype: str, where: str) -> Mo
                 named = name + named[len(ours) :]
                 break
         raise InputError(f"{where}: {named}") from error
+
+
+def _whole(theta: float, scaling: RotaryScaling | None) -> dict[str, Json]:
+    """Of layers that see everything."""
+    return {"rope_base": theta, "rope_scaling": scaling, "embed_scale": 1.0}
+
+
+PATTERN = 6
+"""Every so manieth layer sees everything where `layer_types` is absent."""
+
+
+def _windows(fields: Fields, values: dict[str, Json], where: str) -> dict[str, Json]:
+    """Of layers that see a window, but for some; both kinds have a rotary base of their own."""
+    count = values["core_layers"]
+    given = {"pattern": fields.get("sliding_window_pattern", fields.get("_sliding_window_pattern"))}
+    pattern: int = PATTERN if given["pattern"] is None else typed(given, "pattern", int, None, where)
+    kinds = fields.get("layer_types") or [
+        "sliding_attention" if (i + 1) % max(pattern, 1) else "full_attention" for i in range(count)
+    ]
+    known = ("sliding_attention", "full_attention")
+    if not isinstance(kinds, list) or len(kinds) != count or any(kind not in known for kind in kinds):
+        raise InputError(f"{where}: layer_types: must name {count} layers, each one of {', '.join(known)}")
+    given = fields.get("rope_parameters") or {}
+    if "full_attention" in given:  # transformers 5: one entry for each kind of layer
+        full, near = ({"rope_parameters": given.get(kind, {})} for kind in ("full_attention", "sliding_attention"))
+    else:
+        near = {"rope_theta": fields.get("rope_local_base_freq", 10000.0)}
+        full = {"rope_theta": 1e6} | {k: v for k, v in fields.items() if k in ("rope_theta", "rope_scaling")}
+    (base, scaling), (local, _) = rotary(full, where), rotary(near, where)
+    return {
+        "rope_base": base,
+        "rope_scaling": scaling,
+        "attention_window": typed(fields, "sliding_window", int, 4096, where),
+        "full_attention_layers": tuple(i for i, kind in enumerate(kinds) if kind == "full_attention"),
+        "window_rope_base": local,
+    }
 
 
 def rotary(fields: Fields, where: str) -> tuple[float, RotaryScaling | None]:
@@ -210,10 +264,13 @@ def family_of(config: ModelConfig) -> str | None:
     outer = config.prelude_layers + config.coda_layers
     for kind, family in FAMILIES.items():
         once = config.loop == ONCE
+        windowed = kind == "gemma3_text"
+        block = dataclasses.replace(config.block, attention_scale=None) if windowed else config.block
         looped = config.mean_recurrence > 1 or config.loop != ONCE
         loop = (family.loop == config.loop) or (kind == "nanbeige" and once)
-        fits = family.block == config.block and loop and looped == (family.loops is not None)
-        if fits and not (looped and outer) and config.embed_scale == 1.0 and not config.qk_bias:
+        fits = family.block == block and loop and looped == (family.loops is not None)
+        scaled = config.embed_scale == (None if windowed else 1.0) and not config.qk_bias
+        if fits and not (looped and outer) and scaled and windowed == (config.attention_window is not None):
             return kind
     return None
 
@@ -227,7 +284,6 @@ def model_fields(config: ModelConfig, dtype: str) -> Fields:
     fields: Fields = {
         "architectures": [family.architecture],
         "head_dim": config.head_dim,
-        "hidden_act": "silu",
         "hidden_size": config.embed_dim,
         "intermediate_size": config.mlp_dim,
         "max_position_embeddings": config.max_length,
@@ -245,6 +301,17 @@ def model_fields(config: ModelConfig, dtype: str) -> Fields:
         fields[family.loops] = config.mean_recurrence
     if kind == "nanbeige":
         fields |= {"loop_loss_weights": [], "skip_loop_final_norm": not config.loop.close}
+    if kind == "gemma3_text":
+        near, full = "sliding_attention", "full_attention"
+        fields |= {
+            "hidden_activation": family.activation,
+            "layer_types": [full if i in config.full_attention_layers else near for i in range(layers)],
+            "query_pre_attn_scalar": round((config.block.attention_scale or config.head_dim**-0.5) ** -2, 6),
+            "rope_local_base_freq": config.window_rope_base,
+            "sliding_window": config.attention_window,
+        }
+    else:
+        fields["hidden_act"] = family.activation
     if kind == "ouro":
         fields["early_exit_threshold"] = 1.0
     return dict(sorted(fields.items()))

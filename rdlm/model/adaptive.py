@@ -163,10 +163,8 @@ class _Loop:
         context = self.text.context
         assert context.bias is not None  # the fused kernel serves training alone
         others = jnp.where(jnp.eye(active.shape[1], dtype=bool), 0.0, jnp.where(active, 0.0, HIDDEN)[:, None])
-        context = context._replace(bias=context.bias + others)
-        if context.cached_bias is not None:
-            context = context._replace(cached_bias=context.cached_bias + skip_bias(self.cache.depth, i))
-        return self.text._replace(context=context)
+        cached = None if context.cached_bias is None else skip_bias(self.cache.depth, i)
+        return self.text._replace(context=context.hiding(others, cached))
 
     def check(self, c: _Carry, ran: Array, due: Array) -> _Carry:
         """Show the rule every token that is due; stop those that exit."""

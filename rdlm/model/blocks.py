@@ -34,7 +34,9 @@ class Context(NamedTuple):
     around: around(name, run) wraps run(weights, x), the block `name`: a training step recomputes it in the backward
     pass, or gathers its weights where it runs.
     training: only reverse-mode gradients are asked for, so kernels whose backward pass is written out may run.
-    A context with the last two, which are no arrays, stays inside one traced function.
+    window: for the fused kernel, tokens that a query sees; None: all before it.
+    full: for `full_attention_layers`, the same without a window.
+    A context with `around`, `training` or `window`, which are no arrays, stays inside one traced function.
     """
 
     cos: Array
@@ -44,6 +46,22 @@ class Context(NamedTuple):
     segments: Array | None = None
     around: Callable[[str, Block], Block] | None = None
     training: bool = False
+    window: int | None = None
+    full: Context | None = None
+
+    def of_layer(self, config: ModelConfig, part: str, j: int) -> Context:
+        """What layer j of the prelude, the core or the coda needs."""
+        first = {"prelude": 0, "core": config.prelude_layers, "coda": config.prelude_layers + config.core_layers}
+        if self.full is None or first[part] + j not in config.full_attention_layers:
+            return self
+        return self.full._replace(around=self.around, training=self.training)
+
+    def hiding(self, own: Array | None = None, cached: Array | None = None) -> Context:
+        """With biases added: `own` to those of this pass's tokens, `cached` to those of cached ones."""
+        full = self.full and self.full.hiding(own, cached)
+        bias = self.bias if own is None or self.bias is None else self.bias + own
+        seen = self.cached_bias if cached is None or self.cached_bias is None else self.cached_bias + cached
+        return self._replace(bias=bias, cached_bias=seen, full=full)
 
 
 def takase_std(config: ModelConfig) -> tuple[float, float]:
@@ -188,7 +206,7 @@ class SelfAttention(nn.Module):
         new_k, new_v = new_kv.k.reshape(B, L, -1, Q), new_kv.v.reshape(B, L, K, Q)
         if ctx.bias is None:
             assert ctx.segments is not None
-            mixed = attend_flash(q, new_k, new_v, ctx.segments, cfg.attention_window)
+            mixed = attend_flash(q, new_k, new_v, ctx.segments, ctx.window)
         elif cached_kv is None or ctx.cached_bias is None:
             mixed = (attend_in_training if ctx.training else attend)(q, new_k, new_v, ctx.bias)
         else:

@@ -7,6 +7,7 @@ prelude_i, core_i, coda_i.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -109,6 +110,14 @@ def context(
     cached_bias: f32 [B, 1, T], the cached tokens there are; token t of the cache has position t.
     flash: for the fused kernel, which takes the segments themselves; lengths it cannot serve get a bias all the same.
     """
+    if config.full_attention_layers:
+        base = config.window_rope_base
+        local = full = dataclasses.replace(config, full_attention_layers=(), window_rope_base=None)
+        if base is not None:
+            local = dataclasses.replace(local, rope_base=base, rope_scaling=None)
+        full = dataclasses.replace(full, attention_window=None)
+        here = context(local, positions, segment_ids, cached_bias, flash)
+        return here._replace(full=context(full, positions, segment_ids, cached_bias, flash))
     window, by_row = config.attention_window, positions if positions.ndim == 2 else positions[None]
     if cached_bias is not None and window is not None:
         near = jnp.arange(cached_bias.shape[-1])[None, None] > by_row[..., None] - window
@@ -117,7 +126,7 @@ def context(
     L = positions.shape[-1]
     if flash and fits_flash(L):
         segments = jnp.ones((1, L), jnp.int32) if segment_ids is None else segment_ids
-        return Context(cos, sin, None, cached_bias, segments)
+        return Context(cos, sin, None, cached_bias, segments, window=window)
     return Context(cos, sin, causal_bias(segment_ids, L, window), cached_bias)
 
 
@@ -274,8 +283,9 @@ def _blocks(
     """The blocks part_0, part_1, ... in order: x -> (x, new keys and values per block)."""
     new_kv = []
     for j in range(getattr(config, f"{part}_layers")):
+        layer = ctx.of_layer(config, part, j)
 
-        def run(weights: Params, x: Array, j: int = j) -> tuple[Array, KeyValue]:
+        def run(weights: Params, x: Array, j: int = j, ctx: Context = layer) -> tuple[Array, KeyValue]:
             layer_kv = cached_kv and cached_kv[j], frozen_kv and frozen_kv[j]
             out: Any = TransformerBlock(config).apply({"params": weights}, x, ctx, *layer_kv, active)
             return out

@@ -15,7 +15,7 @@ from rdlm.config import InputError, LossConfig, preset
 from rdlm.hf import load_huggingface, save_huggingface, table
 from rdlm.hf.names import to_theirs
 
-PLAIN = ("llama", "olmo2", "qwen2", "qwen3")
+PLAIN = ("llama", "olmo2", "qwen2", "qwen3", "gemma3")
 RETROFITS = ("retro_llama", "retro_olmo")
 FAMILIES = (*PLAIN, "ouro", "nanbeige", *RETROFITS)
 
@@ -207,6 +207,19 @@ def based(params, config):
     return params, dataclasses.replace(config, rope_base=2 * config.rope_base)
 
 
+def unwindowed(params, config):
+    return params, dataclasses.replace(config, attention_window=100)
+
+
+def one_base(params, config):
+    return params, dataclasses.replace(config, window_rope_base=None)
+
+
+@pytest.mark.parametrize("change", [unwindowed, one_base])
+def test_control_windows_and_their_rotary_base_show(change):
+    assert wrong_logits("gemma3", change) > 0.01
+
+
 def unnormed(params, config):
     return params, dataclasses.replace(config, block=dataclasses.replace(config.block, qk_norm="none"))
 
@@ -335,6 +348,9 @@ def test_what_a_gate_objective_needs():
         ("qwen2", {"use_sliding_window": True}, "use_sliding_window = True"),
         ("qwen3", {"layer_types": ["sliding_attention"] * 3}, "layer_types"),
         ("qwen3", {"model_type": "llama"}, "_norm.weight has no place"),
+        ("gemma3", {"layer_types": ["full_attention"] * 2}, "layer_types"),
+        ("gemma3", {"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0"),
+        ("gemma3", {"sliding_window": 0}, "attention_window = 0"),
         ("ouro", {"total_ut_steps": 0}, "total_ut_steps = 0"),
         ("nanbeige", {"enable_mhc": True}, "enable_mhc = True"),
         ("nanbeige", {"loop_share_kv": True}, "loop_share_kv = True"),
