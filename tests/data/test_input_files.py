@@ -31,7 +31,8 @@ def test_a_file_in_several_spellings_is_one(data):
     spelled = ["data/a.jsonl", "./data/a.jsonl", "data/../data/a.jsonl", data / "a.jsonl", f"file://{data}/a.jsonl"]
     assert names(*spelled, "data", "data/*.jsonl") == (["a.jsonl"], {"named twice": 6})
     (data / "b.jsonl").symlink_to("a.jsonl")
-    assert names("data") == (["a.jsonl"], {"named twice": 1})
+    os.link(data / "a.jsonl", data / "c.jsonl")
+    assert names("data") == (["a.jsonl"], {"named twice": 2})
 
 
 def test_linked_folders_are_searched_once(data, tmp_path):
@@ -60,6 +61,7 @@ def test_linked_folders_are_searched_once(data, tmp_path):
         (".secret.jsonl", "hidden"),
         (".cache/b.jsonl", "hidden folders"),
         ("b.pdf", "of unknown kind"),
+        ("a.jsonl.gz", "compressed copies"),
         ("b.jsonl.zip", "of unknown kind"),
     ],
 )

@@ -86,16 +86,15 @@ def find_files(paths: Sequence[str], left_out: Counter[str] | None = None) -> li
       InputError: there is nothing, nothing of a known kind, or a URL whose library is not installed.
     """
     left_out = Counter() if left_out is None else left_out
-    found: dict[str, InputFile] = {}
+    found: dict[object, InputFile] = {}
     for path in paths:
         for file in _find_remote(path, left_out) if "://" in path else _find_local(path, left_out):
             if not suffix_of(file.path):
                 raise InputError(f"{file.path}: not a known kind of file; known are {_KNOWN}")
-            place = file.path.removeprefix("file://")
-            real = re.sub("(?<!:)//+", "/", place) if "://" in place else os.path.realpath(place)
-            if real in found:
+            identity = _identity(file.path)
+            if identity in found:
                 left_out["named twice"] += 1
-            found.setdefault(real, file)
+            found.setdefault(identity, file)
     return list(found.values())
 
 
@@ -169,6 +168,15 @@ def opened(path: str) -> Iterator[io.BufferedReader]:
         raise InputError(f"{path}: cannot be read ({reason}); copy it again, or leave it out") from error
 
 
+def _identity(path: str) -> object:
+    """Equal for all names of one file."""
+    place = path.removeprefix("file://")
+    if "://" in place:
+        return re.sub("(?<!:)//+", "/", place)
+    stat = os.stat(place)
+    return (stat.st_dev, stat.st_ino) if stat.st_nlink > 1 else os.path.realpath(place)
+
+
 def _find_local(path: str, left_out: Counter[str]) -> list[InputFile]:
     place = Path(path).expanduser()
     if place.is_dir():
@@ -228,10 +236,13 @@ def _walk(root: Path, left_out: Counter[str]) -> Iterator[Path]:
 
 def _select(names: Iterable[str], left_out: Counter[str]) -> list[str]:
     """The files of a folder that hold documents."""
-    known = []
+    known: list[str] = []
+    everything = set(names := list(names))
     for name in names:
         if not suffix_of(name):
             left_out["of unknown kind"] += 1
+        elif name.endswith(COMPRESSED) and name.rpartition(".")[0] in everything:
+            left_out["compressed copies"] += 1
         elif Path(name).name in _SETTINGS:
             left_out["settings of a tokenizer, model or dataset"] += 1
         else:
