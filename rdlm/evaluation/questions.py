@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -100,12 +99,11 @@ def as_pairs(
     Raises:
       InputError: an answer that the model cannot read or that has no token of its own; named with file and line.
     """
-    encode = functools.partial(tokenizer.encode, bos=True)
     found: list[list[Pair]] = []
     for question in questions:
         before, rest = _texts(question, style)
         try:
-            found.append([split(encode, tokenizer.bos_id, before, after) for after in rest])
+            found.append([split(tokenizer.encode, tokenizer.bos_id, before, after) for after in rest])
             size = max(len(after) for _, after in found[-1])
             fix = f"must be at most max_length = {config.max_length}; shorten it"
             require(size <= config.max_length, "tokens of an answer", size, fix)

@@ -191,6 +191,7 @@ def write_file(file: Path, tensors: dict[str, Planned]) -> None:
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for name in order:
-            tensors[name].make().tofile(stream)
+            # Not tofile, which does not say why it fails.
+            stream.write(np.ascontiguousarray(tensors[name].make()).reshape(-1).view(np.uint8).data)
         stream.flush()
         os.fsync(stream.fileno())

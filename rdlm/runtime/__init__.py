@@ -1,4 +1,4 @@
-"""Start and end of a process: command lines, exit codes, other processes, files, progress."""
+"""Start and end of a process: command lines, exit codes, other processes, files, downloads, progress."""
 
 from rdlm.runtime.allocator import reuse_freed_memory
 from rdlm.runtime.cli import (
@@ -19,6 +19,7 @@ from rdlm.runtime.owner import owned
 from rdlm.runtime.processes import agree, exchange, is_first, on_tpu, start, together
 from rdlm.runtime.progress import Progress, drop_lost_output, duration, to_stderr
 from rdlm.runtime.versions import versions
+from rdlm.runtime.wheels import Wheel, download_wheel
 
 __all__ = [
     "EXIT_ALARM",
@@ -29,9 +30,11 @@ __all__ = [
     "Progress",
     "RunError",
     "StartError",
+    "Wheel",
     "agree",
     "compiled_programs",
     "complete_folder",
+    "download_wheel",
     "drop_lost_output",
     "duration",
     "exchange",

@@ -53,6 +53,7 @@ class Tokenizer:
         self.eos_id = self._special("eos_token", where)
         self.bos_id = self._special("bos_token", where) if config.get("bos_token") else self.eos_id
         self.pad_id = self._special("pad_token", where) if config.get("pad_token") else self.eos_id
+        self.adds_bos = config.get("add_bos_token") is not False  # before a text, unless told otherwise
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, special_ids: Literal["first", "last"] = "first") -> Tokenizer:
@@ -128,15 +129,17 @@ class Tokenizer:
         except OSError as error:
             raise InputError(f"{folder}: cannot be written ({error.strerror or error})") from error
 
-    def encode(self, text: str, bos: bool = True, eos: bool = False) -> np.ndarray:
+    def encode(self, text: str, bos: bool | None = None, eos: bool = False) -> np.ndarray:
         """Token ids of `text`, int32 [n], after bos_id and before eos_id if these are True.
+
+        bos = None: after bos_id, unless tokenizer_config.json says `add_bos_token: false`.
 
         Raises:
           InputError: `text` is not valid Unicode (it holds a lone surrogate).
         """
         return self.encode_batch([text], bos, eos)[0]
 
-    def encode_batch(self, texts: Sequence[str], bos: bool = True, eos: bool = False) -> list[np.ndarray]:
+    def encode_batch(self, texts: Sequence[str], bos: bool | None = None, eos: bool = False) -> list[np.ndarray]:
         """`encode` of every text, on all cores; long texts in pieces, with the same result in less memory."""
         pieces = [(i, piece) for i, text in enumerate(texts) for piece in self._pieces_of(text)]
         found: list[list[np.ndarray]] = [[] for _ in texts]
@@ -151,6 +154,7 @@ class Tokenizer:
             for (i, _), encoding in zip(pieces[:count], encodings, strict=True):
                 found[i].append(np.array(encoding.ids, np.int32))
             del pieces[:count]
+        bos = self.adds_bos if bos is None else bos
         before, after = [np.array([self.bos_id], np.int32)] * bos, [np.array([self.eos_id], np.int32)] * eos
         return [np.concatenate([*before, *parts, *after, np.zeros(0, np.int32)]) for parts in found]
 

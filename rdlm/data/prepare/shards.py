@@ -261,7 +261,7 @@ def encode(
     Raises:
       InputError: a document cannot be encoded; the message says where it was read.
     """
-    plain = iter(tokenizer.encode_batch([text for text in texts if isinstance(text, str)], eos=True))
+    plain = iter(tokenizer.encode_batch([text for text in texts if isinstance(text, str)], bos=True, eos=True))
     for text in texts:
         if isinstance(text, str):
             yield next(plain), None
