@@ -119,6 +119,27 @@ def test_folders_of_mixed_dtype_are_widened_and_said(tmp_path, monkeypatch, caps
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
 
 
+def test_a_gguf_file_becomes_a_folder_and_that_a_run(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("gguf", reason="the package gguf is not installed: pip install 'rdlm[gguf]'")
+    import gguf_files
+
+    tokenizer = gguf_files.sentence_piece([*"▁abc", "ab"])
+    file = gguf_files.write(tmp_path / "toy.gguf", GOLDEN / "families/llama", tokenizer)
+    assert convert(monkeypatch, file, tmp_path / "folder") == 0
+    assert "float32" in capsys.readouterr().out
+    assert convert(monkeypatch, tmp_path / "folder", tmp_path / "run") == 0
+    jax.tree.map(np.testing.assert_array_equal, load_checkpoint(tmp_path / "run")[0], model("families/llama")[0])
+    assert rdlm.load(tmp_path / "run").tokenizer.encode("ab b").tolist()[0] == 1
+    for target, flags, word in (
+        ("folder", [], "folder: exists and is not an empty folder"),
+        ("new", ["--verify"], "--verify: SRC is a GGUF file"),
+        ("new", ["--step", "1"], "--step: SRC is a GGUF file"),
+    ):
+        with pytest.raises(InputError, match=word):
+            convert(monkeypatch, file, tmp_path / target, *flags)
+    assert not (tmp_path / "new").exists()
+
+
 def test_values_that_are_not_finite_are_said(tmp_path, monkeypatch, capsys):
     params = fresh(TINY, jax.random.key(0))
     params["ln_f"] = {"scale": params["ln_f"]["scale"].at[0].set(np.nan)}

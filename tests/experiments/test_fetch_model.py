@@ -115,7 +115,7 @@ def test_smollm2_computes_the_logits_of_public_code(smollm2, vectors):
     tokens = np.array([case["ids"] + [0] * (longest - len(case["ids"])) for case in vectors["text"]])
     logits = np.asarray(jax.jit(rdlm.forward, static_argnums=1)(smollm2.params, smollm2.config, tokens).logits)
     for case, row in zip(vectors["text"], logits, strict=True):
-        row = row[: len(case["ids"])]
+        row = row[: len(case["ids"])].astype(np.float64)
         log_sums = np.logaddexp.reduce(row, axis=-1)
         np.testing.assert_allclose(log_sums, case["logsumexp"], rtol=0, atol=2e-3)
         np.testing.assert_allclose(row[-1, vectors["probe_ids"]], case["last_logits_at_probe"], rtol=0, atol=2e-3)
