@@ -57,7 +57,8 @@ class Args:
     steps: int | None = None
     """Recurrences per token; the maximum, with an exit rule.
 
-    None: mean_recurrence of the model with --exit none, twice that otherwise, about as deep as training went."""
+    None: mean_recurrence of the model with --exit none, twice that otherwise, about as deep as training went; 1 for a
+    model that was trained with 1."""
     exit: Literal["none"] | ExitName = "kl"
     """When a token stops before --steps.
 
@@ -112,7 +113,8 @@ def main() -> int:
         args = dataclasses.replace(args, threshold=found.threshold, steps=found.goal.num_steps)
         print(f"calibrated: {found.guarantee}", file=sys.stderr)
     rule = exits.named(args.exit, args.threshold)
-    max_steps = args.steps or run.config.mean_recurrence * (1 if rule is None else 2)
+    trained = run.config.mean_recurrence
+    max_steps = args.steps or (trained if rule is None or trained == 1 else 2 * trained)
     chat = [{"role": "user", "content": args.prompt}]
     before = tokenizer.encode_chat(chat) if args.chat else tokenizer.encode(args.prompt)
     words = [s for s in args.stop if s not in tokenizer.special_ids]

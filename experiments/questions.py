@@ -67,8 +67,8 @@ class Args:
     """fcc, mmlu, or a file of JSON lines."""
     style: Literal["text", "letters"] = "text"
     """text: compare the choices themselves; letters: list them and compare A, B, C, D."""
-    depths: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
-    """Recurrences r."""
+    depths: tuple[int, ...] | None = None
+    """Recurrences r. None: 1 2 4 8 16 32, and 1 alone for a model that was trained with 1."""
     exit: Literal["none"] | ExitName = "none"
     """Adds a row with this exit rule, up to the largest of --depths. The histogram uses it as well (kl if none)."""
     threshold: float | None = None
@@ -89,7 +89,8 @@ class Args:
 
 def main() -> int:
     args = parse_arguments(Args, prog="questions.py", description=__doc__)
-    require(bool(args.depths) and min(args.depths) >= 1, "--depths", args.depths, "must be recurrences of at least 1")
+    right = args.depths is None or (bool(args.depths) and min(args.depths) >= 1)
+    require(right, "--depths", args.depths, "must be recurrences of at least 1")
     for name in ("limit", "min_category", "tokens_per_batch"):
         value = getattr(args, name)
         require(value is None or value >= 1, "--" + name.replace("_", "-"), value, "must be at least 1")
@@ -114,7 +115,7 @@ def ask(args: Args, path: Path, questions: Questions) -> int:
     if args.steps_tokens:
         longest_prompt(config, args.steps_tokens)
     params = run.params
-    depths = tuple(sorted(set(args.depths)))
+    depths = tuple(sorted(set(args.depths or ((1,) if config.mean_recurrence == 1 else (1, 2, 4, 8, 16, 32)))))
     asked = sum(len(q.choices) if isinstance(q, Choice) else 1 for q in questions)
     options: Json = {"style": args.style, "tokens_per_batch": args.tokens_per_batch}
     found = answer(

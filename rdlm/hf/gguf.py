@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from rdlm.config import InputError, ModelConfig, RotaryScaling, one_line
+from rdlm.config import InputError, ModelConfig, RotaryScaling, local_path, one_line
 from rdlm.hf import gguf_tokenizer, plain
 from rdlm.hf.fields import Fields, Json, typed
 from rdlm.hf.files import Planned, write_tensors
@@ -106,6 +106,7 @@ def require_gguf() -> ModuleType:
 
 def require_empty(folder: Path) -> None:
     """Raise InputError if `folder` exists, unless it is an empty folder."""
+    folder = local_path(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise InputError(f"{folder}: exists and is not an empty folder; choose another")
 
@@ -124,6 +125,7 @@ def convert_gguf(file: Path, folder: Path, name: str | None = None) -> None:
       InputError: the package gguf is missing, a model of another architecture, a damaged file, a tokenizer that rdlm
         cannot rebuild, or a folder that is not empty or cannot be written.
     """
+    file, folder = local_path(file), local_path(folder)
     require_empty(folder)
     contents = _read(file)
     dtype = _dtype(contents)
