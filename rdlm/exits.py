@@ -25,7 +25,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Hashable, Sequence
-from typing import ClassVar, Literal, NamedTuple, dataclass_transform, overload
+from typing import ClassVar, Literal, NamedTuple, dataclass_transform, get_args, overload
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Float32, Int, PyTree
 
-from rdlm.config import ExitName, InputError
+from rdlm.config import ExitName, InputError, did_you_mean
 
 Threshold = ArrayLike | Sequence[float | np.floating]
 """A scalar, or one per row of the batch."""
@@ -85,7 +85,7 @@ class ExitRule:
 
     def _set_threshold(self, name: str, minimum: float, message: str) -> None:
         value = getattr(self, name)
-        if not isinstance(value, jax.core.Tracer) and not np.all(np.asarray(value) >= minimum):
+        if not isinstance(value, jax.core.Tracer) and not _at_least(value, minimum):
             raise InputError(f"exits.{self.kind}: {name} = {value!r}: {message}")
         if isinstance(value, (list, tuple)):  # a pytree of scalars otherwise
             vars(self)[name] = np.asarray(value)
@@ -137,6 +137,15 @@ class ExitRule:
         return jax.tree.map(lambda leaf: spread(leaf, rows) if id(leaf) in thresholds else leaf, self)
 
 
+def _at_least(value: object, minimum: float) -> bool:
+    """Whether all of a number or an array are; False if there are no numbers."""
+    try:
+        array = np.asarray(value)
+        return bool(array.dtype.kind not in "bcUS" and np.all(array >= minimum))
+    except (TypeError, ValueError):
+        return False
+
+
 class Reached(ExitRule):
     """A rule whose value must reach the threshold."""
 
@@ -145,8 +154,9 @@ class Reached(ExitRule):
 
 
 def spread(threshold: Threshold, rows: int) -> Array:
-    """A threshold as f32 [rows]."""
-    return jnp.broadcast_to(jnp.asarray(threshold, jnp.float32), (rows,))
+    """A threshold as f32 [rows]; one for each of fewer prompts serves all rows of its prompt."""
+    each = jnp.asarray(threshold, jnp.float32)
+    return jnp.repeat(each, rows // len(each)) if each.ndim else jnp.broadcast_to(each, (rows,))
 
 
 def per_row(threshold: Threshold, value: Array) -> Array:
@@ -280,6 +290,11 @@ class MinPKL(KL):
     @property
     def kind(self) -> str:  # type: ignore[override] # a class attribute of KL
         return "min_p_kl" if self.min_p == 0.1 else f"min_p_kl(min_p={self.min_p:g})"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (_at_least(self.min_p, 0) and _at_least(-self.min_p, -1)):
+            raise InputError(f"exits.min_p_kl: min_p = {self.min_p!r}: must be in [0, 1]")
 
     def update(self, previous: Array, seen: Observation) -> tuple[Array, Array]:
         p = jax.nn.softmax(read_logits(seen))
@@ -434,6 +449,10 @@ class Twice(ExitRule):
 
     rule: ExitRule
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.rule, ExitRule):
+            raise InputError(f"exits.twice: rule = {self.rule!r}: must be a rule such as rdlm.exits.kl()")
+
     @property
     def kind(self) -> str:
         return f"twice({self.rule.kind})"
@@ -496,7 +515,12 @@ def named(name: str, threshold: float | None = None) -> ExitRule | None:
     """
     if name == "none":
         return None
+    names = get_args(ExitName)
+    if name not in names:
+        raise InputError(f"exit rule {name!r}: unknown.{did_you_mean(str(name), (*names, 'none'))}")
     make: Callable[..., ExitRule] = globals()[name]
     if threshold is None:
         return make()
+    if name == "argmax_stability" and not (_at_least(threshold, 0) and threshold < 2**31):
+        raise InputError(f"exits.{name}: threshold = {threshold!r}: must be a number of checks")
     return make(int(threshold) if name == "argmax_stability" else threshold)

@@ -20,10 +20,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Float, Int, Int32, Key
+from jaxtyping import Float, Int, Int32, Key, PyTree
 
 from rdlm.config import InputError, Remat, Scheme
 from rdlm.remat import STATE, recomputed
+from rdlm.runtime.memory import require_memory
 
 State = TypeVar("State")
 T = TypeVar("T")
@@ -236,6 +237,11 @@ def checkpoints(step: Step[State], s: State, depths: Sequence[int], read: Callab
         return (s, depth), read(s)
 
     stops = jnp.asarray(check_depths(depths, min_depth=0), jnp.int32)
+    require_memory(
+        f"depths: what is read at {len(stops)} of them",
+        len(stops) * _bytes(jax.eval_shape(read, s)),
+        "read fewer depths, or a smaller batch",
+    )
     return lax.scan(until, (jax.tree.map(lax.stop_gradient, s), jnp.int32(0)), stops)[1]
 
 
@@ -246,8 +252,17 @@ def trajectory(step: Step[State], s: State, r: int) -> State:
         s = step(s, i)
         return s, s
 
+    require_memory(
+        f"trajectory: the states of {r} recurrences",
+        2 * (r + 1) * _bytes(s),
+        "take fewer, or a shorter or smaller batch",
+    )
     _, states = lax.scan(body, s, jnp.arange(r, dtype=jnp.int32))
     return jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), s, states)
+
+
+def _bytes(tree: PyTree) -> int:
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _without_gradient(step: Step[State], s: State) -> Step[State]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -95,6 +96,7 @@ class Run:
         max_new_tokens: int = 64,
         sampling: Sampling = Sampling(),
         stop: Sequence[str] = (),
+        samples: int = 1,
         on_token: Callable[[int, int, int], object] | None = None,
         **options: Any,
     ) -> TextGeneration:
@@ -105,6 +107,7 @@ class Run:
           max_new_tokens: maximum per prompt.
           sampling: as in `rdlm.generate`; without stop tokens, generation stops at the tokenizer's `end_ids`.
           stop: texts, or names of special tokens, before the first of which the text ends.
+          samples: continuations of each prompt; with several, `text` is a list of all.
           on_token: as in `rdlm.generate`.
           options: other arguments of `rdlm.generate`.
 
@@ -121,7 +124,7 @@ class Run:
             ends = tuple((*row, *special) for row in rows)
         encoded = [_encode(tokenizer, p) for p in prompts]
         words = stop if isinstance(stop, str) else [s for s in stop if s not in tokenizer.special_ids]
-        streams = [tokenizer.decode_stream(stop=words) for _ in prompts]
+        streams: Any = collections.defaultdict(lambda: tokenizer.decode_stream(stop=words))
 
         def listen(i: int, token: int, steps: int) -> bool:
             streams[i].push(token)
@@ -134,12 +137,14 @@ class Run:
             encoded,
             max_new_tokens=max_new_tokens,
             sampling=dataclasses.replace(sampling, stop_tokens=ends),
+            samples=samples,
             on_token=listen if words else on_token,
             **options,
         )
-        pairs = zip(out.tokens, encoded, strict=True)
+        befores = (before for before in encoded for _ in range(samples))
+        pairs = zip(out.tokens, befores, strict=True)
         texts = [tokenizer.decode(new, after=before, stop=words) for new, before in pairs]
-        return TextGeneration(**vars(out), text=texts[0] if single else texts)
+        return TextGeneration(**vars(out), text=texts[0] if single and len(texts) == 1 else texts)
 
     def validation(self, folder: str | None = None, prepared: Sequence[str] = ()) -> Chain:
         """The run's validation data.

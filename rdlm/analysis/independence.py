@@ -44,6 +44,7 @@ def spread(states: Float[Array | np.ndarray, "depths N L D"]) -> Float64[np.ndar
     if N < 2:
         raise InputError(f"states: {N} start: at least two are needed to compare")
     a, b = np.triu_indices(N, 1)
-    apart = np.linalg.norm(states[:, a] - states[:, b], axis=-1).mean(1)
+    pairs = zip(a.tolist(), b.tolist(), strict=True)  # one by one: all differences at once take ten times the memory
+    apart = np.mean([np.linalg.norm(states[:, i] - states[:, j], axis=-1) for i, j in pairs], axis=0)
     apart = apart / np.maximum(np.linalg.norm(states, axis=-1).mean(1), 1e-30)
     return apart / np.maximum(apart[:1], 1e-30)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -252,6 +253,11 @@ def check_threshold(exit: str, threshold: float | None) -> None:
         raise InputError(f"--threshold {threshold:g}: --exit none has no threshold; leave one of them out")
 
 
+def is_count(value: object) -> bool:
+    """Whether a value is an integer in [1, 2**31), of Python or NumPy."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and 1 <= int(value) < 2**31
+
+
 @dataclasses.dataclass(frozen=True)
 class CachePolicy:
     """Which keys and values of earlier tokens a core query sees (docs/semantics.md, Cache policy).
@@ -265,7 +271,7 @@ class CachePolicy:
 
     def __post_init__(self) -> None:
         require(
-            self.recurrences is None or (isinstance(self.recurrences, int) and self.recurrences >= 1),
+            self.recurrences is None or is_count(self.recurrences),
             "CachePolicy.recurrences",
             self.recurrences,
             "must be None (keep every recurrence) or at least 1",
@@ -313,6 +319,8 @@ class Speculative:
     threshold: float = 1.0
 
     def __post_init__(self) -> None:
-        require(self.draft_steps >= 1, "Speculative.draft_steps", self.draft_steps, "must be at least 1")
-        require(self.lookahead >= 1, "Speculative.lookahead", self.lookahead, "must be at least 1")
-        require(0 < self.threshold <= 1, "Speculative.threshold", self.threshold, "must be in (0, 1]")
+        for name in ("draft_steps", "lookahead"):
+            value = getattr(self, name)
+            require(is_count(value), f"Speculative.{name}", value, "must be an integer, at least 1")
+        real = isinstance(self.threshold, numbers.Real)
+        require(real and 0 < self.threshold <= 1, "Speculative.threshold", self.threshold, "must be in (0, 1]")

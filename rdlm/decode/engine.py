@@ -17,7 +17,7 @@ import collections
 import dataclasses
 import threading
 from collections.abc import AsyncIterator, Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,10 +27,20 @@ from jax.typing import ArrayLike
 from rdlm.config import CachePolicy, InputError, ModelConfig, Sampling
 from rdlm.decode.lanes import Flush, Lanes, advance, empty_lanes, insert
 from rdlm.decode.loop import Sizes, begin
-from rdlm.decode.passes import next_power
-from rdlm.decode.requests import Prompt, Request, RequestOptions, WarmStart, as_requests, not_finite, padded
+from rdlm.decode.passes import check_memory, next_power
+from rdlm.decode.requests import (
+    Prompt,
+    Request,
+    RequestOptions,
+    WarmStart,
+    as_requests,
+    not_finite,
+    padded,
+    sample_keys,
+)
 from rdlm.exits import ExitRule
-from rdlm.model import Params, compute_dtype
+from rdlm.model import Params, check_shape, compute_dtype, typed_key
+from rdlm.model.inputs import check_callable, check_integers, check_type
 
 OnToken = Callable[[int, int], None]
 
@@ -139,11 +149,13 @@ class Engine:
             "flush_every": flush_every,
             "ticks_per_step": ticks_per_step,
         }
-        for name, value in numbers.items():
-            if not isinstance(value, (int, np.integer)) or value < 1:
-                raise InputError(f"Engine: {name} = {value!r}: must be at least 1")
-        lanes, max_new_tokens = int(lanes), int(max_new_tokens)
+        check_type("config", config, ModelConfig)
+        check_type("cache", cache, CachePolicy)
         capacity = config.max_length if capacity is None else capacity
+        for name, value in (numbers | {"capacity": capacity}).items():
+            check_shape(f"Engine: {name}", value, ())
+            check_integers(f"Engine: {name}", value, 1)
+        lanes, max_new_tokens, capacity = int(lanes), int(max_new_tokens), int(capacity)
         if not 2 <= capacity <= config.max_length:
             raise InputError(f"Engine: capacity = {capacity}: must be in [2, config.max_length = {config.max_length}]")
         self.params, self.config, self.max_queue = params, config, max_queue
@@ -167,6 +179,7 @@ class Engine:
         sets = cache.sets(next_power(int(np.max(self._idle.depth.num_steps))))
         self._sizes = Sizes(cache, sets, capacity, max_new_tokens)
         self._serving: list[Served | None] = [None] * lanes
+        check_memory(params, config, lanes, 1, (sets, capacity), self._idle.depth)
         self._lanes = self._empty_lanes()
         self._queue: collections.deque[Served] = collections.deque()
         self._queue_lock = threading.Lock()  # requests may come while another thread runs a step
@@ -193,6 +206,7 @@ class Engine:
         Raises:
           InputError: what `generate` refuses, more than the engine has room for, or a full queue; nothing is queued.
         """
+        check_callable("on_token", on_token)
         size = self._sizes
         limit = size.tokens if max_new_tokens is None else max_new_tokens
         own = self._options
@@ -205,6 +219,7 @@ class Engine:
             key=key,
         )
         row, (prompt,) = as_requests(self.config, [prompt], limit, options)
+        limit = int(limit)
         if limit > size.tokens:
             raise InputError(f"max_new_tokens = {limit}: the engine was made for at most {size.tokens}")
         if prompt.size + limit > size.capacity:
@@ -235,6 +250,27 @@ class Engine:
             if sum(not s.done for s in self._queue) >= self.max_queue:
                 raise InputError(f"Engine: max_queue = {self.max_queue} requests are waiting; run the engine first")
             self._queue.append(served)
+        return served
+
+    def samples(self, prompt: Prompt, count: int, key: ArrayLike, **options: Any) -> list[Served]:
+        """Queue `count` requests for different continuations of one prompt: those of `generate(samples=count)`.
+
+        options: other arguments of `submit`.
+
+        Raises:
+          InputError: as `submit`; nothing is queued.
+        """
+        check_shape("count", count, ())
+        check_integers("count", count, 1)
+        check_shape("key", key := typed_key(key), ())
+        served: list[Served] = []
+        try:
+            for k in sample_keys(key[None], int(count)):
+                served.append(self.submit(prompt, key=k, **options))
+        except InputError:
+            for s in served:
+                s.cancel()
+            raise
         return served
 
     def run(self) -> None:
@@ -355,6 +391,9 @@ class Engine:
         request = _stack([s._row for s in group] + [self._idle] * rest)
         sizes = self._sizes._replace(capacity=tokens.shape[1], tokens=1)
         ways = self._options.prefill_exit, self._options.warm_start
+        check_memory(
+            self.params, self.config, len(tokens), sizes.capacity, (sizes.sets, sizes.capacity), self._idle.depth
+        )
         progress, prompt_steps = begin(self.params, self.config, jnp.asarray(tokens), lengths, request, sizes, *ways)
         depth = np.asarray(prompt_steps)  # errors of the program appear here, while the lanes are untouched
         self._lanes = insert(self.params, self.config, self._lanes, progress, lengths, request, max_tokens, lane)

@@ -11,16 +11,17 @@ from jax.typing import ArrayLike
 
 from rdlm.config import CachePolicy, ModelConfig, Sampling, Speculative
 from rdlm.decode.loop import Sizes, begin, decode_tokens
-from rdlm.decode.passes import next_power
+from rdlm.decode.passes import check_memory, next_power
 from rdlm.decode.requests import Prompt, RequestOptions, WarmStart, as_requests, not_finite, padded
 from rdlm.decode.speculative import check_speculation, speculate
 from rdlm.exits import Counts, ExitRule
 from rdlm.model import Params
+from rdlm.model.inputs import check_callable, check_type
 
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """What `generate` returns, one entry per prompt."""
+    """What `generate` returns, one entry per prompt (per sample, if several were asked for)."""
 
     tokens: list[np.ndarray]  # int32 [n], the stop token included
     steps: list[np.ndarray]  # int32 [n], recurrences of the pass whose logits gave each token
@@ -46,6 +47,7 @@ def generate(
     speculative: Speculative | None = None,
     init_scale: float = 1.0,
     key: ArrayLike | None = None,
+    samples: int = 1,
     on_token: Callable[[int, int, int], object] | None = None,
 ) -> Generation:
     """Continue prompts of any lengths (docs/semantics.md, Generate). Tokens and steps do not depend on other prompts.
@@ -69,6 +71,8 @@ def generate(
       speculative: None, or Speculative(draft_steps, lookahead, threshold).
       init_scale: scale of the initial state; 0.0 is the zero state.
       key: one key for all prompts (equal prompts, equal samples) or one per prompt.
+      samples: continuations of each prompt, with different randomness; those of a prompt follow each other in all
+        results, and the first is the one of samples=1.
       on_token: called with (prompt index, token, recurrences) as tokens are made; a true result ends that prompt.
 
     Raises:
@@ -78,10 +82,14 @@ def generate(
     options = RequestOptions(
         num_steps, exit_rule, prefill_exit, min_steps, check_every, sampling, warm_start, init_scale, key
     )
-    request, rows = as_requests(config, prompts, max_new_tokens, options)
+    check_type("cache", cache, CachePolicy)
+    check_callable("on_token", on_token)
+    request, rows = as_requests(config, prompts, max_new_tokens, options, samples)
     tokens, lengths = padded(rows, config.max_length)
     max_steps, lookahead = request.depth.num_steps, 0
+    max_new_tokens = int(max_new_tokens)
     if speculative is not None:
+        check_type("speculative", speculative, Speculative)
         check_speculation(speculative, cache, options, np.asarray(max_steps))
         lookahead = speculative.lookahead
     sizes = Sizes(
@@ -90,6 +98,7 @@ def generate(
         next_power(int(max(lengths) + max_new_tokens + lookahead), 64),
         next_power(int(max_new_tokens), 16),
     )
+    check_memory(params, config, len(rows), tokens.shape[1], (sizes.sets, sizes.capacity), request.depth)
     progress, prompt_steps = begin(
         params, config, jnp.asarray(tokens), jnp.asarray(lengths), request, sizes, prefill_exit, warm_start
     )

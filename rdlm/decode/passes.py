@@ -25,8 +25,9 @@ from rdlm.model import (
     context,
     start_from,
 )
-from rdlm.model.cache import Cache, allocate, append, cached_bias, grow
-from rdlm.model.inputs import Tokens, depth_from
+from rdlm.model.cache import Cache, allocate, append, cache_bytes, cached_bias, grow
+from rdlm.model.inputs import Tokens, as_array, check_integers, check_numbers, check_type, depth_from
+from rdlm.runtime.memory import require_memory
 
 
 def next_power(n: int, minimum: int = 8) -> int:
@@ -65,6 +66,44 @@ def run_pass(
     done = adaptive_pass(params, config, text, start, depth, cache, together, last_only)
     at = jnp.int32(0) if text.context.cached_bias is None else cache.length
     return done, append(cache, done.new_kv, done.steps, done.ran, at, text.valid.sum(-1))
+
+
+def check_memory(
+    params: Params,
+    config: ModelConfig,
+    batch: int,
+    length: int,
+    sizes: tuple[int, int],
+    depth: Depth,
+    all_logits: bool = False,
+) -> None:
+    """Refuse a cache that cannot fit, before it is asked for.
+
+    Args:
+      params, config: the model.
+      batch: rows.
+      length: tokens of the longest pass, padding included.
+      sizes: core sets and positions of the cache.
+      depth: its rule may read the logits of all tokens.
+      all_logits: the pass returns them.
+
+    Raises:
+      InputError: it needs more memory than is free.
+    """
+    sets, capacity = sizes
+    dtype, D, H = compute_dtype(params, config), config.embed_dim, config.num_heads
+    for_rule = depth.rule is not None and depth.rule.needs_logits
+    logits = 4 * batch * config.rows * (3 * length if for_rule else length if all_logits else 3)
+    scores = batch * H * min(length, max(64, length // 8)) * length * 8
+    activations = batch * length * (6 * D + 3 * config.mlp_dim) * dtype.itemsize
+    first = cache_bytes(config, sets, batch, length, dtype) + scores + activations + logits
+    later = batch * capacity * (2 * D * dtype.itemsize + 32 * H)  # a layer's keys and values with their heads split
+    require_memory(
+        f"cache: {sets} recurrences x {batch} prompts x {capacity} positions",
+        int(1.05 * (cache_bytes(config, sets, batch, capacity, dtype) + max(first, later))),
+        "keep fewer recurrences (cache=CachePolicy(recurrences=k)), run fewer (num_steps), or give fewer or shorter "
+        "prompts",
+    )
 
 
 def prefill(
@@ -112,20 +151,30 @@ def prefill(
     num_steps = config.mean_recurrence if num_steps is None else num_steps
     check_depth(num_steps)
     check_prefill_exit(prefill_exit)
+    check_type("cache", cache, CachePolicy)
+    for name, value in (("capacity", capacity), ("max_steps", max_steps)):
+        if value is not None:
+            check_shape(name, value, ())
+            check_integers(name, value, 1)
     capacity = config.max_length if capacity is None else capacity
+    check_numbers("init_scale", init_scale)
+    check_shape("init_scale", init_scale, (), (B,))
     if capacity < L:
         raise InputError(f"tokens: {L} positions do not fit capacity = {capacity}")
     if max_steps is None:
         max_steps = config.mean_recurrence if isinstance(num_steps, jax.core.Tracer) else _largest(num_steps)
     num_steps = _within(num_steps, cache, cache.sets(max_steps), f"max_steps = {max_steps}")
-    depth = depth_from(B, num_steps, exit_rule, min_steps, check_every)
+    depth = depth_from((B, L), num_steps, exit_rule, min_steps, check_every)
     if prefill_exit == "never":
         depth = depth._replace(rule=None)
     check_shape("lengths", lengths, (B,))
     if lengths is not None and not isinstance(lengths, jax.core.Tracer):
+        check_integers("lengths", lengths)
         known = np.asarray(lengths)
         if known.min() < 1 or known.max() > L:
             raise InputError(f"lengths = {known.tolist()}: must be between 1 and {L}")
+    if not isinstance(tokens, jax.core.Tracer):
+        check_memory(params, config, B, L, (cache.sets(max_steps), capacity), depth, all_logits=True)
     empty = allocate(config, cache, cache.sets(max_steps), B, capacity, compute_dtype(params, config))
     count = jnp.full(B, L, jnp.int32) if lengths is None else jnp.asarray(lengths, jnp.int32)
     text = continuation(config, empty, tokens, count, first=True)
@@ -164,8 +213,12 @@ def decode_step(
     Raises:
       InputError: wrong shapes, ids or depths; outside jit also when config.max_length is exceeded.
     """
-    single = np.ndim(token) == 1
-    tokens = check_tokens(token[:, None] if single else token, config, "token")
+    check_type("cache", cache, Cache)
+    array = as_array(token)
+    single = array.ndim == 1
+    tokens = check_tokens(array[:, None] if single else array, config, "token")
+    if len(tokens) != len(cache.length):
+        raise InputError(f"token: {len(tokens)} rows, but the cache holds {len(cache.length)}")
     num_steps = config.mean_recurrence if num_steps is None else num_steps
     check_depth(num_steps)
     B, D = len(tokens), config.embed_dim
@@ -173,9 +226,11 @@ def decode_step(
     if state is not None:
         state = jnp.asarray(state).reshape(*tokens.shape, D)
     if not isinstance(cache.length, jax.core.Tracer):
-        cache = _large_enough(cache, config, tokens.shape[1], num_steps)
+        cache = _large_enough(params, cache, config, tokens.shape[1], num_steps)
     num_steps = _within(num_steps, cache.policy, cache.sets, "max_steps of prefill")
-    depth = depth_from(B, num_steps, exit_rule, min_steps, check_every)
+    depth = depth_from((B, tokens.shape[1]), num_steps, exit_rule, min_steps, check_every)
+    check_numbers("init_scale", init_scale)
+    check_shape("init_scale", init_scale, (), (B,))
     text = continuation(config, cache, tokens, jnp.full(B, tokens.shape[1], jnp.int32))
     start = start_from(params, config, text, key, state, init_scale)
     done, cache = run_pass(params, config, text, start, depth, cache)
@@ -198,7 +253,7 @@ def _within(num_steps: Counts, policy: CachePolicy, sets: int, limit: str) -> Co
     return num_steps
 
 
-def _large_enough(cache: Cache, config: ModelConfig, L: int, num_steps: Counts) -> Cache:
+def _large_enough(params: Params, cache: Cache, config: ModelConfig, L: int, num_steps: Counts) -> Cache:
     """The cache itself, or a larger copy when a concrete call needs more positions or sets than it has."""
     needed = int(jnp.max(cache.length)) + L
     if needed > config.max_length:
@@ -207,4 +262,6 @@ def _large_enough(cache: Cache, config: ModelConfig, L: int, num_steps: Counts) 
     sets = cache.sets
     if not isinstance(num_steps, jax.core.Tracer):
         sets = max(sets, cache.policy.sets(_largest(num_steps)))
+    if (sets, capacity) != (cache.sets, cache.capacity):
+        check_memory(params, config, len(cache.length), L, (sets, capacity), Depth(1))
     return grow(cache, sets, capacity)

@@ -6,19 +6,22 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
-from jaxtyping import Int32
+from jaxtyping import Int32, Key
 
 from rdlm.config import InputError, ModelConfig, Sampling
 from rdlm.decode.passes import check_prefill_exit, next_power
 from rdlm.decode.sampling import SamplingArrays, as_arrays, per_row
 from rdlm.exits import Counts, Depth, ExitRule
-from rdlm.model import check_depth, check_ids, check_rule, typed_key
+from rdlm.model import check_depth, check_ids, check_rule, check_shape, typed_key
+from rdlm.model.inputs import check_integers, check_type, shown
 
 Prompt = Sequence[int] | np.ndarray
+_SAMPLES = 0x73616D70  # separates the samples of a prompt from the other uses of its key
 WarmStart = Literal[False, "normalized", "raw"]
 """From where a token's state starts, if not from noise: its predecessor's last one, after ln_f or before."""
 
@@ -48,17 +51,28 @@ class Request(NamedTuple):
 
 
 def as_requests(
-    config: ModelConfig, prompts: Sequence[Prompt], max_new_tokens: int, options: RequestOptions = RequestOptions()
+    config: ModelConfig,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    options: RequestOptions = RequestOptions(),
+    samples: int = 1,
 ) -> tuple[Request, list[Int32[np.ndarray, "_"]]]:
     """Check everything, with messages that name the prompt: (request of len(prompts) rows, the prompts).
+
+    With several samples, those of a prompt are rows that follow each other.
 
     Raises:
       InputError: see `rdlm.generate`.
     """
+    check_type("config", config, ModelConfig)
+    check_type("sampling", options.sampling, Sampling)
+    if not isinstance(prompts, (Sequence, np.ndarray, Array)) or isinstance(prompts, (str, bytes)):
+        raise InputError(f"prompts = {shown(prompts)}: must be a list of prompts, each a sequence of token ids")
     if len(prompts) == 0:
         raise InputError("prompts: at least one is needed")
-    if not isinstance(max_new_tokens, (int, np.integer)) or max_new_tokens < 1:
-        raise InputError(f"max_new_tokens = {max_new_tokens}: must be at least 1")
+    check_shape("max_new_tokens", max_new_tokens, ())
+    check_integers("max_new_tokens", max_new_tokens, 1)
+    max_new_tokens = int(max_new_tokens)
     rows = [_ids(config, prompt, f"prompts[{i}]", max_new_tokens) for i, prompt in enumerate(prompts)]
     check_prefill_exit(options.prefill_exit)
     if options.warm_start not in (False, "normalized", "raw"):
@@ -66,30 +80,43 @@ def as_requests(
     B, rule = len(rows), options.exit_rule
     check_rule(rule, B, options.min_steps, options.check_every)
     num_steps = config.mean_recurrence if options.num_steps is None else options.num_steps
-    num_steps = per_row(num_steps, B, "num_steps", np.int32)
     check_depth(num_steps)
+    num_steps = per_row(num_steps, B, "num_steps", np.int32)
     min_steps = per_row(options.min_steps, B, "min_steps", np.int32)
     sampling = as_arrays(options.sampling, B)
-    if options.key is None and np.any(np.asarray(sampling.temperature) > 0):
+    if options.key is None and np.any(np.asarray(options.sampling.temperature) > 0):
         raise InputError("Sampling.temperature > 0 needs key=jax.random.key(seed)")
     keys = typed_key(options.key)
     if keys.ndim > 1 or (keys.ndim == 1 and len(keys) != B):
         raise InputError(f"key: expected one key or {B}, got shape {keys.shape}")
-    depth = Depth(
-        jnp.asarray(num_steps),
-        # Thresholds always have a row each, so that one for all and one per prompt share a compiled program.
-        None if rule is None else rule.by_row(B),
-        jnp.asarray(min_steps),
-        jnp.full(B, options.check_every, jnp.int32),
-    )
-    scale = jnp.full(B, options.init_scale, jnp.float32)
-    return Request(depth, scale, jnp.broadcast_to(keys, (B,)), sampling), rows
+    check_shape("samples", samples, ())
+    check_integers("samples", samples, 1)
+    check_every = per_row(options.check_every, B, "check_every", np.int32)
+    scale = per_row(options.init_scale, B, "init_scale", np.float32)
+
+    def each(values: np.ndarray) -> Array:
+        return jnp.asarray(np.repeat(values, samples, axis=0))
+
+    # Thresholds always have a row each, so that one for all and one per prompt share a compiled program.
+    by_row = None if rule is None else rule.by_row(B * samples)
+    depth = Depth(each(num_steps), by_row, each(min_steps), each(check_every))
+    keys = sample_keys(jnp.broadcast_to(keys, (B,)), samples)
+    sampling = jax.tree.map(lambda x: each(np.asarray(x)), sampling)
+    return Request(depth, each(scale), keys, sampling), [row for row in rows for _ in range(samples)]
+
+
+def sample_keys(keys: Key[Array, "B"], samples: int) -> Key[Array, "B*{samples}"]:
+    """A key for every sample of every row: the row's own for its first, so that one sample is as without."""
+    if samples == 1:
+        return keys
+    many = jax.vmap(lambda k: jax.random.split(jax.random.fold_in(k, _SAMPLES), samples))(keys)
+    return many.at[:, 0].set(keys).ravel()
 
 
 def _ids(config: ModelConfig, prompt: Prompt, name: str, max_new_tokens: int) -> Int32[np.ndarray, "_"]:
     try:
         row = np.asarray(prompt)
-    except ValueError as error:  # lists of different lengths
+    except (ValueError, OverflowError) as error:  # lists of different lengths
         raise InputError(f"{name}: must be a non-empty 1-D sequence of token ids, not nested lists") from error
     if row.ndim != 1 or row.size == 0:
         raise InputError(f"{name}: must be a non-empty 1-D sequence of token ids, got shape {row.shape}")

@@ -13,6 +13,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Float32, Int, Int32, Key, Shaped
 
 from rdlm.config import InputError, Sampling
+from rdlm.model.inputs import check_integers, check_numbers, check_shape
+
+GREEDY = 1e-5
+"""Temperatures below are greedy."""
 
 
 class SamplingArrays(NamedTuple):
@@ -30,12 +34,13 @@ def per_row(value: object, rows: int, name: str, dtype: DTypeLike) -> Shaped[np.
     """A scalar or one value per prompt, as an array.
 
     Raises:
-      InputError: another number of values.
+      InputError: another number of values, or such as `dtype` cannot hold.
     """
-    given = np.asarray(value)
-    if np.issubdtype(dtype, np.integer) and not np.issubdtype(given.dtype, np.integer):
-        raise InputError(f"{name} = {value!r}: must be an integer")
-    array = given.astype(dtype)
+    if np.issubdtype(dtype, np.integer):
+        check_integers(name, value)
+    else:
+        check_numbers(name, value)
+    array = np.asarray(value).astype(dtype)
     if array.ndim > 1 or (array.ndim == 1 and len(array) != rows):
         raise InputError(f"{name}: expected one value or {rows}, got shape {array.shape}")
     return np.broadcast_to(array, (rows,))
@@ -56,21 +61,36 @@ def as_arrays(sampling: Sampling, rows: int) -> SamplingArrays:
         "top_k": (fields["top_k"] >= 0, "must not be negative (0 is off)"),
         "top_p": ((fields["top_p"] > 0) & (fields["top_p"] <= 1), "must be in (0, 1] (1.0 is off)"),
         "min_p": ((fields["min_p"] >= 0) & (fields["min_p"] <= 1), "must be in [0, 1] (0.0 is off)"),
-        "repetition_penalty": (fields["repetition_penalty"] > 0, "must be positive (1.0 is off)"),
+        "repetition_penalty": (
+            (fields["repetition_penalty"] > 1e-6) & (fields["repetition_penalty"] < 1e6),
+            "must be positive, from 1e-6 to 1e6 (1.0 is off)",
+        ),
     }
     for name, (good, fix) in allowed.items():
         if not np.all(good):
             raise InputError(f"Sampling.{name} = {getattr(sampling, name)!r}: {fix}")
-    stops: Sequence[int] | Sequence[Sequence[int]] = sampling.stop_tokens
-    if not isinstance(stops, (Sequence, np.ndarray)):
-        raise InputError(f"Sampling.stop_tokens = {stops!r}: must be a tuple of ids, such as ({stops},)")
-    nested = len(stops) > 0 and isinstance(stops[0], (tuple, list, np.ndarray))
-    if nested and len(stops) != rows:
-        raise InputError(f"Sampling.stop_tokens: expected one tuple or {rows}, got {len(stops)}")
-    each = [np.asarray(s).tolist() for s in (stops if nested else [stops] * rows)]
+    # Next to 0 the likeliest token has all the probability, and f32 cannot say how small the others' is.
+    fields["temperature"] = np.where(fields["temperature"] < GREEDY, 0.0, fields["temperature"]).astype(np.float32)
+    each = _stop_rows(sampling.stop_tokens, rows)
     width = max(4, *(len(s) for s in each))
     table = np.asarray([s + [-1] * (width - len(s)) for s in each], np.int32).reshape(rows, width)
     return SamplingArrays(**{k: jnp.asarray(v) for k, v in fields.items()}, stop_tokens=jnp.asarray(table))
+
+
+def _stop_rows(given: object, rows: int) -> list[list[int]]:
+    """Stop tokens of every row, from a sequence of ids or one per row."""
+    if not isinstance(given, (Sequence, np.ndarray)) or isinstance(given, (str, bytes)):
+        raise InputError(f"Sampling.stop_tokens = {given!r}: must be a tuple of ids, such as (2,)")
+    nested = any(isinstance(x, (tuple, list, np.ndarray)) for x in given)
+    if nested and len(given) != rows:
+        raise InputError(f"Sampling.stop_tokens: expected one tuple or {rows}, got {len(given)}")
+    each = []
+    for ids in given if nested else [given] * rows:
+        if not isinstance(ids, (Sequence, np.ndarray)) or len(ids):
+            check_integers("Sampling.stop_tokens", ids, 0)
+            check_shape("Sampling.stop_tokens", ids, (np.size(ids),))
+        each.append([int(x) for x in ids])
+    return each
 
 
 def penalise(

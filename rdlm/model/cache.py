@@ -99,6 +99,13 @@ def allocate(config: ModelConfig, policy: CachePolicy, sets: int, batch: int, ca
     )
 
 
+def cache_bytes(config: ModelConfig, sets: int, batch: int, capacity: int, dtype: DTypeLike) -> int:
+    """Size of what `allocate` makes."""
+    layers = config.prelude_layers + config.core_layers * sets + config.coda_layers
+    width = sum(stored_width(width) for width in config.key_value_widths)
+    return batch * (capacity * (layers * width * jnp.dtype(dtype).itemsize + 4) + 4)
+
+
 def cached_bias(capacity: int, length: Int[Array, "B"]) -> Float32[Array, "B 1 {capacity}"]:
     """Bias of a cache of T = capacity positions: the first `length` are visible."""
     filled = jnp.arange(capacity)[None] < length[:, None]

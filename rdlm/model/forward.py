@@ -21,7 +21,7 @@ from rdlm.model.inputs import (
     Start,
     Text,
     Tokens,
-    check_rule,
+    check_type,
     depth_from,
     split_steps,
     start_from,
@@ -30,6 +30,7 @@ from rdlm.model.inputs import (
 from rdlm.model.network import Params, compute_dtype, core_step, embed, gate_logit, inject, readout
 from rdlm.model.noise import noisy
 from rdlm.recurrence import unroll
+from rdlm.runtime.memory import require_memory
 
 
 @jax.tree_util.register_dataclass
@@ -132,11 +133,14 @@ def forward(
       InputError: wrong shapes, ids out of range, a depth below 1.
     """
     text = text_from(config, tokens, segment_ids, positions)
+    check_type("cache", cache, CachePolicy)
     start = start_from(params, config, text, key, state)
-    B = len(text.tokens)
+    B, L = text.tokens.shape
+    if not isinstance(text.tokens, jax.core.Tracer):
+        require_memory(f"logits of {B} x {L} tokens", 4 * B * L * config.rows, "give fewer rows at a time")
     per_token = isinstance(num_steps, (np.ndarray, Array)) and num_steps.ndim > 0
     if exit_rule is None and not per_token:
-        check_rule(None, B, min_steps, check_every)
+        depth_from((B, L), 1, None, min_steps, check_every)
         n, k = split_steps(num_steps, config)
         bound = bind_text(params, config, text, start)
         learnt = config.loop.start == "embedding"
@@ -145,7 +149,7 @@ def forward(
     if isinstance(num_steps, (tuple, list)):
         raise InputError("num_steps: an exit rule takes a number of recurrences, not a pair (n, k)")
     max_steps = config.mean_recurrence if num_steps is None else num_steps
-    depth = depth_from(B, max_steps, exit_rule, min_steps, check_every)
+    depth = depth_from((B, L), max_steps, exit_rule, min_steps, check_every)
     if select:
         if exit_rule is None or exit_rule.needs_logits:
             raise InputError("select: needs an exit_rule that reads no logits, such as exits.gate or exits.latent_diff")

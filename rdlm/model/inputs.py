@@ -53,6 +53,9 @@ def text_from(
     B, L = tokens.shape
     check_shape("segment_ids", segment_ids, (B, L))
     check_shape("positions", positions, (L,), (B, L))
+    for name, value in (("segment_ids", segment_ids), ("positions", positions)):
+        if isinstance(value, np.ndarray) and value.dtype.itemsize > 4:  # JAX would cut them to 32 bits
+            check_integers(name, value)
     segments = None if segment_ids is None else jnp.asarray(segment_ids)
     places = positions_of(tokens, segments) if positions is None else jnp.asarray(positions)
     valid = jnp.ones((B, L), bool) if segments is None else segments != 0
@@ -91,21 +94,75 @@ def typed_key(key: ArrayLike | None) -> Key[Array, "..."]:
         return jax.random.key(0)
     if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         return key
-    data = jnp.asarray(key, jnp.uint32)
-    if data.ndim == 0 or data.shape[-1] != 2:
-        raise InputError(f"key = {key!r}: expected a key such as jax.random.key(0), or an array of them")
-    return jax.random.wrap_key_data(data)
+    data = as_array(key)
+    wrong = not jnp.issubdtype(data.dtype, jnp.integer) or data.ndim == 0 or data.shape[-1] != 2
+    if wrong or (isinstance(data, np.ndarray) and not np.all((data >= 0) & (data < 2**32))):
+        raise InputError(f"key = {shown(key)}: expected a key such as jax.random.key(0), or an array of them")
+    return jax.random.wrap_key_data(jnp.asarray(data, jnp.uint32))
 
 
 def check_tokens(tokens: Tokens, config: ModelConfig, name: str = "tokens") -> Int32[Array, "B L"]:
     """`tokens` as int32; a clear error for wrong ranks, lengths, dtypes and (outside jit) ids."""
-    array = tokens if isinstance(tokens, jax.Array) else np.asarray(tokens)
+    check_type("config", config, ModelConfig)
+    array = as_array(tokens)
     if array.ndim != 2 or array.shape[1] == 0 or not jnp.issubdtype(array.dtype, jnp.integer):
         raise InputError(f"{name}: expected integers [B, L] with L >= 1, got {array.dtype} {tuple(array.shape)}")
     if array.shape[1] > config.max_length:
         raise InputError(f"{name}: length {array.shape[1]} exceeds config.max_length = {config.max_length}")
     check_ids(name, array, config)
     return jnp.asarray(array, jnp.int32)
+
+
+def check_type(name: str, value: object, kind: type) -> None:
+    """Refuse an argument that is not one of this project's objects, such as a config in the place of parameters."""
+    if not isinstance(value, kind):
+        raise InputError(f"{name} = {shown(value)}: must be a rdlm.{kind.__name__}")
+
+
+def check_callable(name: str, value: object) -> None:
+    """Refuse what is neither None nor a function."""
+    if value is not None and not callable(value):
+        raise InputError(f"{name} = {shown(value)}: must be a function")
+
+
+def shown(value: object) -> str:
+    """A value in one line of a message, cut where it is long."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def check_integers(name: str, value: object, minimum: int | None = None) -> None:
+    """Refuse what is not integers in [minimum, 2**31), before a cast would make others of them; traced ones pass."""
+    if isinstance(value, jax.core.Tracer):
+        return
+    array = as_array(value)
+    if not array.size or not jnp.issubdtype(array.dtype, jnp.integer) or np.max(array) >= 2**31:
+        raise InputError(f"{name} = {shown(value)}: must be an integer below 2**31")
+    if np.min(array) < (-(2**31) if minimum is None else minimum):
+        raise InputError(f"{name} = {shown(value)}: must be at least {-(2**31) if minimum is None else minimum}")
+
+
+def check_numbers(name: str, value: object) -> None:
+    """Refuse what is not numbers that are finite in float32; traced ones pass."""
+    if isinstance(value, jax.core.Tracer):
+        return
+    array = as_array(value)
+    real = jnp.issubdtype(array.dtype, jnp.integer) or jnp.issubdtype(array.dtype, jnp.floating)
+    if not array.size or not real:
+        raise InputError(f"{name} = {shown(value)}: must be a number")
+    with np.errstate(over="ignore"):
+        if not np.all(np.isfinite(array.astype(np.float32))):
+            raise InputError(f"{name} = {shown(value)}: must be finite")
+
+
+def as_array(value: object) -> Array | np.ndarray:
+    """A value as an array; one of objects where it is none, such as lists of different lengths."""
+    if isinstance(value, jax.Array):
+        return value
+    try:
+        return np.asarray(value)
+    except (TypeError, ValueError, OverflowError):
+        return np.asarray(None)
 
 
 def check_ids(name: str, ids: ArrayLike | Sequence[int], config: ModelConfig) -> None:
@@ -116,21 +173,15 @@ def check_ids(name: str, ids: ArrayLike | Sequence[int], config: ModelConfig) ->
             raise InputError(f"{name}: ids must be in [0, {config.rows}), found {smallest} .. {largest}")
 
 
-def check_minimum(name: str, value: Counts, minimum: int) -> None:
-    """Refuse concrete numbers below `minimum`; traced ones pass."""
-    if not isinstance(value, jax.core.Tracer) and np.min(np.asarray(value)) < minimum:
-        raise InputError(f"{name} = {value!r}: must be at least {minimum}")
-
-
 def check_depth(num_steps: Counts, name: str = "num_steps") -> None:
     """Refuse a concrete depth below 1."""
-    check_minimum(name, num_steps, 1)
+    check_integers(name, num_steps, 1)
 
 
 def check_rule(rule: object, batch: int, min_steps: Counts = 0, check_every: Counts = 1) -> None:
     """Refuse objects that are no exit rule, thresholds that are not one or one per row, and impossible schedules."""
     if rule is not None and not isinstance(rule, ExitRule):
-        raise InputError(f"exit_rule = {rule!r}: must be a rule such as rdlm.exits.kl()")
+        raise InputError(f"exit_rule = {shown(rule)}: must be a rule such as rdlm.exits.kl()")
     if rule is not None:
         every = all(
             not isinstance(x, jax.core.Tracer) and np.all(np.asarray(x) == y)
@@ -140,44 +191,57 @@ def check_rule(rule: object, batch: int, min_steps: Counts = 0, check_every: Cou
             raise InputError("exit_rule: exits.gate sums over all recurrences: it needs min_steps = 0, check_every = 1")
         for threshold in rule.thresholds():
             check_shape("exit_rule: threshold", threshold, (), (batch,))
-    check_minimum("min_steps", min_steps, 0)
-    check_minimum("check_every", check_every, 1)
+    check_integers("min_steps", min_steps, 0)
+    check_integers("check_every", check_every, 1)
 
 
 def depth_from(
-    batch: int, num_steps: Counts, rule: ExitRule | None, min_steps: Counts = 0, check_every: Counts = 1
+    shape: tuple[int, int],
+    num_steps: Counts,
+    rule: ExitRule | None,
+    min_steps: Counts = 0,
+    check_every: Counts = 1,
 ) -> Depth:
-    """Check when tokens stop, as arrays.
+    """Check when tokens of this shape [B, L] stop, as arrays.
 
     Raises:
       InputError: see `check_rule`, or a depth below 1.
     """
     check_depth(num_steps)
-    check_rule(rule, batch, min_steps, check_every)
+    check_rule(rule, shape[0], min_steps, check_every)
+    for name, value in (("num_steps", num_steps), ("min_steps", min_steps), ("check_every", check_every)):
+        check_shape(name, value, (), shape[:1], shape)
     counts = (jnp.asarray(x, jnp.int32) for x in (num_steps, min_steps, check_every))
     max_steps, min_steps, check_every = counts
     return Depth(max_steps, rule, min_steps, check_every)
 
 
 def check_shape(name: str, value: object, *allowed: tuple[int, ...]) -> None:
-    """Refuse an array (None passes) whose shape is not among those `allowed`."""
-    shape: tuple[int, ...] = value.shape if hasattr(value, "shape") else np.asarray(value).shape
-    if value is not None and shape not in allowed:
+    """Refuse an array (None passes) whose shape is not among those `allowed`, or that holds no numbers."""
+    if value is None:
+        return
+    array = as_array(value)
+    if isinstance(array, np.ndarray) and array.dtype.kind in "OUSMm":
+        raise InputError(f"{name} = {shown(value)}: must be an array of numbers")
+    if array.shape not in allowed:
         known = " or ".join(str(list(shape)) for shape in allowed)
-        raise InputError(f"{name}: expected shape {known}, got {list(shape)}")
+        raise InputError(f"{name}: expected shape {known}, got {list(array.shape)}")
 
 
 def split_steps(num_steps: NumSteps, config: ModelConfig) -> tuple[Array | int, Array | int]:
     """(n, k) of a public num_steps: None, r (traced or not) or a pair.
 
     Raises:
-      InputError: a negative count, or no recurrence at all.
+      InputError: a negative count, no recurrence at all, or 2**31 of them.
     """
     given = num_steps if isinstance(num_steps, (tuple, list)) else (num_steps, 0)
+    if len(given) != 2:
+        raise InputError(f"num_steps = {num_steps!r}: must be a number or a pair (n, k)")
     n, k = (_concrete(config.mean_recurrence if count is None else count) for count in given)
     known = [count for count in (n, k) if isinstance(count, int)]
     if min(known, default=0) < 0 or (len(known) == 2 and sum(known) < 1):
         raise InputError(f"num_steps = {num_steps!r}: at least one recurrence is needed")
+    check_integers("num_steps", sum(known))
     return n, k
 
 
@@ -185,7 +249,7 @@ def _concrete(count: Counts | Array | int) -> Array | int:
     """A count as a Python int, unless it is traced."""
     if isinstance(count, jax.core.Tracer):
         return count
-    known = np.asarray(count)
+    known = as_array(count)
     if known.ndim or not np.issubdtype(known.dtype, np.integer):
-        raise InputError(f"num_steps: {count!r} is not a number of recurrences")
+        raise InputError(f"num_steps: {shown(count)} is not a number of recurrences")
     return int(known)

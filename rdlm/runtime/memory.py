@@ -14,6 +14,7 @@ import jax
 from rdlm.config import InputError
 
 _CGROUP = Path("/sys/fs/cgroup")
+_SMALL = 2**26  # bytes, below which nobody looks
 
 
 def free_memory() -> int | None:
@@ -55,6 +56,6 @@ def require_memory(what: str, needed: int, fix: str) -> None:
     Raises:
       InputError: there are fewer.
     """
-    free = free_memory()
+    free = None if needed < _SMALL else free_memory()
     if free is not None and needed > free:
         raise InputError(f"{what}: needs {needed / 2**30:,.1f} GiB of memory, {free / 2**30:,.1f} GiB are free; {fix}")
