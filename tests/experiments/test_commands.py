@@ -25,6 +25,12 @@ TRAIN = (
 DEPTHS = ["1", "2", "4", "8"]
 
 
+def overridden(flag, value):
+    """TRAIN with another value of one flag."""
+    at = TRAIN.index(flag) if flag in TRAIN else len(TRAIN)
+    return [*TRAIN[:at], flag, value, *TRAIN[at + 2 :]]
+
+
 @pytest.fixture(scope="module", autouse=True)
 def small_and_quick():
     """40 short documents instead of the World Factbook, and compilation without its expensive passes."""
@@ -349,7 +355,7 @@ TRAINED_WITH = "is not the one the checkpoint was trained with"
     ("damage", "words"),
     [
         (missing, ["does not exist", "train a model"]),
-        (a_file, ["does not exist"]),
+        (a_file, ["is a file; give the folder that holds it"]),
         (without_config, ["no config.json"]),
         (config_cut_short, ["config.json", "not JSON"]),
         (config_of_another_time, ["config.json", "unknown field 'heads'", "'num_heads'"]),
@@ -386,7 +392,7 @@ def test_damaged_run_folders_are_refused(name, damage, words, run, refused):
 def test_training_does_not_go_on_in_a_damaged_run_folder(damage, words, run, trained, refused):
     damage(run)
     before = contents(run.parent)
-    refused(words, "train", *TRAIN, "--steps", "6", "--run-dir", run, "--data.folder", trained[1])
+    refused(words, "train", *overridden("--steps", "6"), "--run-dir", run, "--data.folder", trained[1])
     assert contents(run.parent) == before
 
 
@@ -400,7 +406,7 @@ def test_training_does_not_go_on_in_a_damaged_run_folder(damage, words, run, tra
 )
 def test_training_does_not_go_on_with_another_configuration(change, words, run, trained, refused):
     before = contents(run)
-    refused(words, "train", *TRAIN, "--run-dir", run, "--data.folder", trained[1], *change)
+    refused(words, "train", *overridden(*change), "--run-dir", run, "--data.folder", trained[1])
     assert contents(run) == before
 
 

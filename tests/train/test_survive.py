@@ -49,11 +49,18 @@ class Runs:
 
     def start(self, run, *arguments, devices=1, terminal=None, **environment):
         """A process of its own; what it says is in .said, unless it has a `terminal`."""
-        command = [
-            sys.executable, ROOT / "experiments/train.py", "nano", "--run-dir", run, "--data.folder", self.data,
-            "--data.batch-size", 8, "--data.validation-fraction", 0.1, "--steps", STEPS, "--checkpoint.every", 10,
-            "--evaluation.every", 40, "--evaluation.batches", 6, "--evaluation.depths", 1, 150, *arguments,
-        ]  # fmt: skip
+        flags = {
+            "--run-dir": [run], "--data.folder": [self.data], "--data.batch-size": [8],
+            "--data.validation-fraction": [0.1], "--steps": [STEPS], "--checkpoint.every": [10],
+            "--evaluation.every": [40], "--evaluation.batches": [6], "--evaluation.depths": [1, 150],
+        }  # fmt: skip
+        for word in arguments:
+            if str(word).startswith("--"):
+                flags[word] = values = []
+            else:
+                values.append(word)
+        command = [sys.executable, ROOT / "experiments/train.py", "nano"]
+        command += [word for flag, values in flags.items() for word in (flag, *values)]
         environment |= {
             "JAX_PLATFORMS": "cpu",
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # these compile more than they run
