@@ -97,6 +97,9 @@ def validation(
         if "data" not in meta:
             raise InputError(f"{run_dir}: does not say on what it was trained, so other data cannot be compared")
         return open_validation(config, tokenizer, state=meta["data"])
+    for folder in config.prepared:
+        if "://" not in folder and not (Path(folder).expanduser() / "manifest.json").exists():
+            raise InputError(f"{run_dir}: its prepared data are not in {folder}; give their place with --prepared")
     # A converted model has its own tokenizer, and data for it are prepared on first use. A run trained here needs the
     # data it was trained on; if they are gone, `prepare_embedded` makes the same bytes again.
     foreign = "source" in meta and not config.prepared and not prepared_folder(config).exists()

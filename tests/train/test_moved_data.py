@@ -75,7 +75,7 @@ def test_other_data_are_refused_even_by_a_finished_run(folder, monkeypatch, tmp_
 def test_validation_data_may_have_moved(folder, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     run = find(folder / "run")
-    with pytest.raises(InputError, match="a/data"):
+    with pytest.raises(InputError, match="prepared data are not in a/data; give their place with --prepared"):
         run.validation()
     place = str(folder / "a/data")
     assert run.validation(prepared=[place]).steps_per_epoch >= 1
