@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from rdlm.checkpoint import load_checkpoint, load_tokenizer, read_config, read_meta, saved_steps
-from rdlm.config import InputError, ModelConfig, RunConfig, Sampling, local_path
+from rdlm.config import InputError, ModelConfig, RunConfig, Sampling, local_path, require
 from rdlm.data import Batch, Chain
 from rdlm.decode import Generation, generate
 from rdlm.evaluation.depth import DepthCurve, depth_curve
@@ -115,7 +115,11 @@ class Run:
           InputError: no tokenizer, or arguments that `rdlm.generate` refuses.
         """
         tokenizer = self.require_tokenizer()
-        single = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], Mapping))
+        given = isinstance(prompt, str) or (isinstance(prompt, Sequence) and len(prompt) > 0)
+        require(given, "prompt", prompt, "must be a text, a list of texts, or a list of chat messages")
+        tokenizer.decode_stream(stop=stop)  # refuses what is no list of texts
+        require(isinstance(sampling, Sampling), "sampling", sampling, "must be an rdlm.Sampling")
+        single = isinstance(prompt, str) or isinstance(prompt[0], Mapping)
         prompts: Any = [prompt] if single else prompt
         special = [tokenizer.special_ids[s] for s in stop if s in tokenizer.special_ids]
         ends: Any = sampling.stop_tokens if len(sampling.stop_tokens) else tokenizer.end_ids
@@ -123,7 +127,7 @@ class Run:
             rows = ends if np.ndim(ends[0]) else [ends] * len(prompts)
             ends = tuple((*row, *special) for row in rows)
         encoded = [_encode(tokenizer, p) for p in prompts]
-        words = stop if isinstance(stop, str) else [s for s in stop if s not in tokenizer.special_ids]
+        words = [s for s in stop if s not in tokenizer.special_ids]
         streams: Any = collections.defaultdict(lambda: tokenizer.decode_stream(stop=words))
 
         def listen(i: int, token: int, steps: int) -> bool:

@@ -93,6 +93,20 @@ def test_stop_strings_end_each_text_by_itself(run):
         run.generate("7", stop=[""])
 
 
+@pytest.mark.parametrize(
+    ("prompt", "options"),
+    [
+        (None, {}), (3, {}), ([], {}), ([3], {}), ({"role": "user"}, {}), (["a", None], {}), (b"a", {}),
+        ("a", {"stop": "x"}), ("a", {"stop": 3}), ("a", {"stop": [None]}), ("a", {"sampling": None}),
+        ([{"role": "user", "content": None}], {}), ([{"role": "user", "content": "\ud83d"}], {}),
+    ],
+)  # fmt: skip
+def test_what_is_no_prompt_is_one_line(prompt, options, run):
+    with pytest.raises(InputError) as caught:
+        run.generate(prompt, **options)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_listener_that_has_enough_ends_its_prompt(run):
     whole = run.generate(["12 ba", "7"], max_new_tokens=8)
     made = []

@@ -6,6 +6,7 @@ import codecs
 import functools
 import hashlib
 import json
+import operator
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -141,6 +142,10 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str], bos: bool | None = None, eos: bool = False) -> list[np.ndarray]:
         """`encode` of every text, on all cores; long texts in pieces, with the same result in less memory."""
+        if isinstance(texts, str) or not isinstance(texts, Sequence):
+            raise InputError(f"texts: expected a list of texts, got {type(texts).__name__}")
+        for text in texts:
+            _check_text(text)
         pieces = [(i, piece) for i, text in enumerate(texts) for piece in self._pieces_of(text)]
         found: list[list[np.ndarray]] = [[] for _ in texts]
         while pieces:
@@ -205,6 +210,7 @@ class Tokenizer:
 
     def encode_written(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """Ids of a text that begins with the result of `write_chat`, and which of them are the assistant's."""
+        _check_text(text)
         ids: list[int] = []
         scored: list[bool] = []
         for special, run, spans in chat.runs(text, list(self.special_ids)):
@@ -232,7 +238,7 @@ class Tokenizer:
           InputError: an empty stop string.
         """
         stream = self.decode_stream(skip_special, after=after, stop=stop)
-        return stream.push(*ids) + stream.end()
+        return stream.push(*_ids(ids)) + stream.end()
 
     def decode_stream(
         self, skip_special: bool = True, *, after: Iterable[int] = (), stop: Sequence[str] = ()
@@ -472,6 +478,18 @@ class Tokenizer:
         return self._decoding is not None and self._decoding.by_byte
 
 
+def _check_text(text: object) -> None:
+    if not isinstance(text, str):
+        raise InputError(f"text: expected text, got {type(text).__name__}; give a str")
+
+
+def _ids(ids: Iterable[int]) -> list[int]:
+    try:
+        return [operator.index(i) for i in ids]
+    except TypeError as error:
+        raise InputError(f"ids = {one_line(ValueError(ids))}: must be a list of integers") from error
+
+
 def _read(folder: Path, name: str) -> str:
     try:
         return (folder / name).read_text(encoding="utf-8")
@@ -506,14 +524,14 @@ class DecodeStream:
     def __init__(
         self, tokenizer: Tokenizer, skip_special: bool = True, after: Iterable[int] = (), stop: Sequence[str] = ()
     ) -> None:
-        if isinstance(stop, str) or not all(isinstance(s, str) and s for s in stop):
+        if not isinstance(stop, list | tuple) or not all(isinstance(s, str) and s for s in stop):
             raise InputError(f"stop = {stop!r}: must be a list of texts, none of them empty")
         self._tokenizer, self._skip_special, self._stop = tokenizer, skip_special, tuple(stop)
         self._held = ""  # may be the beginning of a stop string
         self.stopped = False
         """Whether a stop string has come."""
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        how, before = tokenizer._decoding, [i for i in map(int, after) if tokenizer._is_text(i, skip_special)]
+        how, before = tokenizer._decoding, [i for i in _ids(after) if tokenizer._is_text(i, skip_special)]
         self._drop_space = how is not None and how.drops_first_space and not before
         self._ids = before if how is None else []  # only for tokenizers whose tokens depend on their neighbours
         self._sent = tokenizer._backend.decode(self._ids, skip_special_tokens=False)
@@ -539,7 +557,7 @@ class DecodeStream:
         return "" if self.stopped else self._held + rest
 
     def _decoded(self, tokens: Sequence[int]) -> str:
-        kept = [i for i in map(int, tokens) if self._tokenizer._is_text(i, self._skip_special)]
+        kept = [i for i in _ids(tokens) if self._tokenizer._is_text(i, self._skip_special)]
         pieces = self._tokenizer._pieces
         if pieces is None:
             self._ids += kept

@@ -30,6 +30,12 @@ Made = tuple[tokenizers.Tokenizer, Config]
 
 def train(texts: Iterable[str], vocab_size: int, special_ids: Literal["first", "last"]) -> Made:
     """See `Tokenizer.train`."""
+    if special_ids not in ("first", "last"):
+        raise InputError(f"special_ids = {special_ids!r}: must be 'first' or 'last'")
+    if not isinstance(vocab_size, int):
+        raise InputError(f"vocab_size = {vocab_size!r}: must be an integer")
+    if isinstance(texts, str) or not isinstance(texts, Iterable):
+        raise InputError(f"texts: expected several texts, got {type(texts).__name__}; give a list of them")
     special = SPECIAL_TOKENS if special_ids == "first" else _LAST
     min_size = 256 + len(special)
     if vocab_size < min_size:

@@ -758,3 +758,31 @@ def test_cutting_long_runs_changes_no_other_training(monkeypatch):
     monkeypatch.setattr("rdlm.tokenizer.training._LONGEST_WORD", 2)  # control: this does
     with pytest.raises(InputError, match="yield only"):
         Tokenizer.train(TEXTS, 384)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: BYTES.encode(None),
+        lambda: BYTES.encode(b"bytes"),
+        lambda: BYTES.encode_batch(["a", 3]),
+        lambda: BYTES.encode_batch("one text"),
+        lambda: BYTES.decode("text"),
+        lambda: BYTES.decode([1.5]),
+        lambda: BYTES.decode(None),
+        lambda: BYTES.decode(np.array([1.0])),
+        lambda: BYTES.decode([1], after=["a"]),
+        lambda: BYTES.decode_stream().push("a"),
+        lambda: BYTES.decode_stream(stop=3),
+        lambda: BYTES.encode_written(None),
+        lambda: Tokenizer.train(None, 300),
+        lambda: Tokenizer.train("one text", 300),
+        lambda: Tokenizer.train(TEXTS, "300"),
+        lambda: Tokenizer.train(TEXTS, 300.0),
+        lambda: Tokenizer.train(TEXTS, 300, "middle"),
+    ],
+)
+def test_arguments_of_other_types_are_one_line(wrong):
+    with pytest.raises(InputError) as caught:
+        wrong()
+    assert "\n" not in str(caught.value)
