@@ -99,6 +99,7 @@ PUBLIC = {  # doors that users call with keywords; most are fixed by docs/semant
     "rdlm/decode/generate.py": {"generate"},
     "rdlm/decode/passes.py": {"prefill", "decode_step"},
     "rdlm/decode/engine.py": {"__init__", "submit"},
+    "rdlm/losses.py": {"loss"},
     "rdlm/optim.py": {"ellis_adam"},
     "rdlm/run.py": {"generate"},
     "rdlm/data/loader.py": {"__init__"},

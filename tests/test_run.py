@@ -75,7 +75,9 @@ def test_stop_tokens_may_be_an_array(run):
 
 def test_a_chat(run, monkeypatch):
     chat = [{"role": "user", "content": "12 ba"}]
-    monkeypatch.setattr(Tokenizer, "encode_chat", lambda self, messages: self.encode(f"chat {messages[0]['content']}"))
+    monkeypatch.setattr(
+        Tokenizer, "encode_chat", lambda self, messages, **options: self.encode(f"chat {messages[0]['content']}")
+    )
     out = run.generate(chat, max_new_tokens=3)
     assert out.text == run.generate("chat 12 ba", max_new_tokens=3).text
 
