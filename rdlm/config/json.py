@@ -36,7 +36,7 @@ def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, An
     found: dict[str, tuple[Any, Any]] = {}
     for field in dataclasses.fields(old):
         a, b, name = getattr(old, field.name), getattr(new, field.name), prefix + field.name
-        if dataclasses.is_dataclass(a):
+        if dataclasses.is_dataclass(a) and dataclasses.is_dataclass(b):
             found |= differences(a, b, name + ".")
         elif a != b:
             found[name] = (a, b)

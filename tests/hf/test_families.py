@@ -2,12 +2,16 @@
 
 import dataclasses
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from experiment_scripts import script
 from golden_cases import ACTIVATIONS, GOLDEN, GRADIENTS, LOGITS, LOSS, cases, model
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import rdlm
@@ -283,6 +287,28 @@ def test_the_engine_exits_where_generate_does():
     assert len({int(s) for out in alone for s in out.steps[0]}) > 1  # or nothing was tested
 
 
+requests = st.lists(
+    st.tuples(st.lists(st.integers(0, 159), min_size=1, max_size=12), st.sampled_from([0.2, 0.5, 0.8, 1.0])),
+    min_size=2,
+    max_size=3,
+)
+
+
+@settings(max_examples=5, deadline=None, derandomize=True)
+@given(requests)
+def test_gates_are_exact_in_ragged_batches(batch):
+    """Tokens and steps of a prompt depend on nothing beside it. Thresholds are far from every sum, see the vectors."""
+    params, config = family("ouro")
+
+    def serve(batch):
+        prompts, thresholds = zip(*batch, strict=True)
+        rule = rdlm.exits.gate(np.array(thresholds, np.float32))
+        out = rdlm.generate(params, config, prompts, max_new_tokens=4, exit_rule=rule)
+        return [(t.tolist(), s.tolist()) for t, s in zip(out.tokens, out.steps, strict=True)]
+
+    assert serve(batch) == [serve([request])[0] for request in batch]
+
+
 def test_a_gate_needs_a_model_that_has_one_and_every_check():
     with pytest.raises(InputError, match="has no exit gate"):
         rdlm.forward(*family("llama"), np.array([[1, 2]]), 2, exit_rule=rdlm.exits.gate(0.5))
@@ -391,6 +417,15 @@ def edited(tmp_path, name, change=None, drop=(), add=None):
 def test_a_missing_tensor_is_named(name, drop, tmp_path):
     with pytest.raises(InputError, match=drop.removeprefix("model.").replace(".", r"\.")):
         load_huggingface(edited(tmp_path, name, drop=(drop,)))
+
+
+@pytest.mark.parametrize("name", ["ouro", "gemma3", "retro_olmo"])
+def test_by_way_of_a_run_folder(name, tmp_path, monkeypatch):
+    for source, target in ((GOLDEN / "families" / name, "run"), (tmp_path / "run", "back")):
+        monkeypatch.setattr(sys, "argv", ["convert_huggingface.py", str(source), str(tmp_path / target), "--verify"])
+        assert script("convert_huggingface").main() == 0
+    before, after = (load_file(f / "model.safetensors") for f in (GOLDEN / "families" / name, tmp_path / "back"))
+    assert {k: v.tobytes() for k, v in before.items()} == {k: v.tobytes() for k, v in after.items()}
 
 
 def test_a_config_without_a_public_format_is_refused(tmp_path):
