@@ -67,6 +67,7 @@ def main() -> int:
     require(args.rows >= 1, "--rows", args.rows, "must be at least 1")
     require(0 <= args.seed < 2**31, "--seed", args.seed, "must be in [0, 2**31)")
     require(args.steps is None or args.steps >= 2, "--steps", args.steps, "must be at least 2, or nothing is saved")
+    require(args.steps is None or args.steps < 2**31, "--steps", args.steps, "must be below 2**31")
     require(len(args.rules) > 0, "--rules", args.rules, "name at least one rule")
     from rdlm.evaluation import calibration  # JAX takes seconds to import
     from rdlm.evaluation.held_out import held_out
@@ -86,6 +87,7 @@ def main() -> int:
         what = f"new instances of {made.task}"
     chosen, others = draw(data, args.rows, args.seed)
     count = len(chosen["tokens"])
+    calibration.check_rows(count, args.epsilon, args.delta)
     print(f"{args.run_dir}, step {step}: {count:,} rows of {what}, up to {num_steps} recurrences", flush=True)
     with Progress(-(-count // BATCH)) as progress:
 

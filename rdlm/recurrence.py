@@ -12,6 +12,7 @@ Training, evaluation, decoding and analysis differ only in which of these functi
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -215,12 +216,15 @@ def check_depths(depths: Sequence[int], min_depth: int = 1) -> tuple[int, ...]:
     """`depths` as a tuple.
 
     Raises:
-      InputError: none, not increasing, or one below `min_depth`.
+      InputError: none, not whole numbers, not increasing, or one below `min_depth` or beyond an int32.
     """
-    depths = tuple(int(r) for r in depths)
-    if not depths or list(depths) != sorted(set(depths)) or depths[0] < min_depth:
-        raise InputError(f"depths = {depths}: must be increasing recurrences, each at least {min_depth}")
-    return depths
+    try:
+        whole = tuple(operator.index(r) for r in depths)
+    except TypeError as error:
+        raise InputError(f"depths = {depths!r}: must be a list of whole numbers") from error
+    if not whole or list(whole) != sorted(set(whole)) or whole[0] < min_depth or whole[-1] >= 2**31:
+        raise InputError(f"depths = {whole}: must be increasing recurrences, each at least {min_depth} and below 2**31")
+    return whole
 
 
 def checkpoints(step: Step[State], s: State, depths: Sequence[int], read: Callable[[State], T]) -> T:

@@ -162,6 +162,12 @@ class Run:
         """
         config = self.require_config().data
         if folder is not None:
+            require(
+                not config.prepared,
+                "data_folder",
+                folder,
+                "is of the embedded corpus; this run was trained on prepared data",
+            )
             config = dataclasses.replace(config, folder=folder)
         return validation(self.folder, self.step, config, self.require_tokenizer(), prepared)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import numbers
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -248,9 +249,11 @@ ExitName = Literal[
 
 
 def check_threshold(exit: str, threshold: float | None) -> None:
-    """Refuse a threshold together with `--exit none`. Raises InputError."""
+    """Refuse a threshold together with `--exit none`, and one that no rule can have. Raises InputError."""
     if exit == "none" and threshold is not None:
         raise InputError(f"--threshold {threshold:g}: --exit none has no threshold; leave one of them out")
+    fine = threshold is None or 0 <= threshold < math.inf
+    require(fine, "--threshold", threshold, "must be a finite number, not negative")
 
 
 def is_count(value: object) -> bool:

@@ -8,6 +8,7 @@ The method and its limits: docs/calibration.md.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 import json
@@ -174,12 +175,30 @@ def p_value(loss: np.ndarray, epsilon: float) -> float:
 
 def min_rows(epsilon: float, delta: float) -> int:
     """Minimum number of rows: with fewer, even perfect agreement does not pass."""
+    check_risk(epsilon, delta)
+
+    def passes(rows: int) -> bool:  # `p_value` of so many zeros, without the zeros
+        money = [math.log(share) + rows * math.log1p(bet * epsilon) for bet, share in _BETS]
+        return float(np.logaddexp.reduce(money)) >= -math.log(delta)
+
     rows = 1
-    while p_value(np.zeros(rows), epsilon) > delta:
-        rows += max(1, rows // 64)
-    while rows > 1 and p_value(np.zeros(rows - 1), epsilon) <= delta:
-        rows -= 1
-    return rows
+    while not passes(rows):
+        rows *= 2
+    return bisect.bisect_left(range(rows + 1), True, lo=rows // 2, key=passes)
+
+
+def check_rows(rows: int, epsilon: float, delta: float) -> None:
+    """Refuse levels that so many rows cannot show.
+
+    Raises:
+      InputError: naming how many can.
+    """
+    least = min_rows(epsilon, delta)
+    if rows < least:
+        raise InputError(
+            f"epsilon = {epsilon:g}: {rows} rows cannot show it at delta = {delta:g} even if all agree, at least "
+            f"{least} can; use a larger epsilon or more held-out text"
+        )
 
 
 def loosest(tried: Iterable[tuple[float, np.ndarray]], epsilon: float, delta: float) -> float | None:
@@ -270,6 +289,7 @@ class Scorer:
           InputError: fewer than 2 recurrences, nothing to score, or logits that are not finite.
         """
         require(num_steps >= 2, "num_steps", num_steps, "must be at least 2: at 1 there is nothing to save")
+        require(num_steps < 2**31, "num_steps", num_steps, "must be below 2**31")
         if not len(rows["tokens"]) or not rows["scored"].any():
             raise InputError("calibration: there is no held-out token to score; prepare more validation text")
         self.params, self.config, self.num_steps, self.progress = params, config, num_steps, progress
@@ -334,11 +354,7 @@ def calibrate(
     """
     check_risk(epsilon, delta)
     grid, rows = thresholds(rule, scorer.num_steps), int(scorer.used.sum())
-    if p_value(np.zeros(rows), epsilon) > delta:
-        raise InputError(
-            f"epsilon = {epsilon:g}: {rows} rows cannot show it at delta = {delta:g} even if all agree, at least "
-            f"{min_rows(epsilon, delta)} can; use a larger epsilon or more held-out text"
-        )
+    check_rows(rows, epsilon, delta)
     outcomes: dict[float, Outcome] = {}
     tests: list[Tried] = []
 
