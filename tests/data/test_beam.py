@@ -3,6 +3,7 @@
 import hashlib
 import json
 
+import fsspec
 import pytest
 
 from rdlm.data import Recipe
@@ -45,4 +46,24 @@ def test_a_bad_document_is_named_and_leaves_no_manifest(tmp_path, corpus, one_li
 def test_without_beam_one_line_says_how_to_get_it(tmp_path, corpus, one_line, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "apache_beam", None)
     with one_line("--beam: Apache Beam is not installed .*rdlm.beam"):
+        build_with_beam(str(tmp_path / "beam"), corpus, RECIPE, BYTES)
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "tokenizer/tokenizer.json", "train.jsonl"])
+@pytest.mark.parametrize("scheme", ["", "memory:/"])
+def test_a_folder_of_somebody_else_is_not_written_to(tmp_path, corpus, one_line, name, scheme):
+    target = f"{scheme}{tmp_path}/beam"
+    fs, root = fsspec.core.url_to_fs(target)
+    fs.makedirs(f"{root}/{name}".rpartition("/")[0])
+    fs.pipe_file(f"{root}/{name}", b"mine")
+    with one_line("beam: is there already and holds no prepared data; choose another --out"):
+        build_with_beam(target, corpus, RECIPE, BYTES)
+    assert [path.removeprefix(root) for path in fs.find(root)] == [f"/{name}"]
+
+
+def test_shards_of_an_earlier_attempt_are_no_hindrance(tmp_path, corpus, one_line, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "apache_beam", None)
+    (tmp_path / "beam" / ".work").mkdir(parents=True)
+    (tmp_path / "beam" / "train-00000.array_record").write_bytes(b"")
+    with one_line("--beam: Apache Beam is not installed"):  # the next check
         build_with_beam(str(tmp_path / "beam"), corpus, RECIPE, BYTES)

@@ -6,6 +6,8 @@ the parts and write the target: use URLs of a bucket, except with the direct run
 
 from __future__ import annotations
 
+import contextlib
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -21,6 +23,9 @@ from rdlm.data.prepare.parts import Part
 from rdlm.data.prepare.shards import Shard, build_shard, finish
 from rdlm.tokenizer import Tokenizer
 
+_OURS = re.compile(r"(train|validation)-\d+\.array_record|\.work|\.partial-.+")
+"""What an earlier attempt may have left in the target."""
+
 
 def build_with_beam(
     target: str, corpus: Corpus, recipe: Recipe, tokenizer: Tokenizer, flags: Sequence[str] = ()
@@ -30,26 +35,30 @@ def build_with_beam(
     Shards appear in the target one by one. The manifest is written last, and without it nothing reads them.
 
     Args:
-      target: a folder or URL without a manifest.
+      target: a folder or URL that is not there, or holds shards of an earlier attempt.
       corpus: documents to prepare.
       recipe: how to split and pack them; without deduplication.
       tokenizer: encodes the documents.
       flags: of the pipeline; none: Beam's direct runner.
 
     Raises:
-      InputError: Beam is not installed, the target is prepared data already, the recipe deduplicates, or a document is
-        bad.
+      InputError: Beam is not installed, the target is prepared data already or somebody else's, the recipe
+        deduplicates, or a document is bad.
     """
+    if recipe.deduplicate:
+        raise InputError("--deduplicate: not with --beam; remove duplicates before this pipeline")
+    fs, root = fsspec.core.url_to_fs(target)
+    listed = fs.ls(root, detail=False) if fs.isdir(root) else []
+    there = [Path(name).name for name in listed if name.rstrip("/") != root.rstrip("/")]  # buckets may list the folder
+    if "manifest.json" in there:
+        raise InputError(f"{target}: is prepared data already; choose another --out")
+    if fs.isfile(root) or not all(map(_OURS.fullmatch, there)):
+        raise InputError(f"{target}: is there already and holds no prepared data; choose another --out")
     try:
         import apache_beam
         from apache_beam.options.pipeline_options import PipelineOptions
     except ImportError as error:
         raise InputError(f"--beam: Apache Beam is not installed ({error}); run: pip install 'rdlm[beam]'") from error
-    if recipe.deduplicate:
-        raise InputError("--deduplicate: not with --beam; remove duplicates before this pipeline")
-    fs, root = fsspec.core.url_to_fs(target)
-    if fs.exists(f"{root}/manifest.json"):
-        raise InputError(f"{target}: is prepared data already; choose another --out")
     with tempfile.TemporaryDirectory() as local:
         tokenizer.save(local)
         files = {path.name: path.read_text(encoding="utf-8") for path in Path(local).iterdir()}
@@ -69,7 +78,10 @@ def build_with_beam(
         raise InputError(f"{target}: the pipeline failed ({_reason(error)})") from error
     names = [f"{root}/{_entry(number)}" for number in range(len(corpus.parts))]
     shards = [from_json(Shard, fs.cat_file(name).decode(), name) for name in names]
-    fs.rm(f"{root}/.work", recursive=True)
+    for name in names:
+        fs.rm_file(name)
+    with contextlib.suppress(OSError):  # in a bucket it is gone with its files
+        fs.rmdir(f"{root}/.work")
     return finish(target, shards, recipe, tokenizer, corpus.name, corpus.version, corpus.fingerprints())
 
 
