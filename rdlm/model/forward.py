@@ -134,10 +134,10 @@ def forward(
     """
     text = text_from(config, tokens, segment_ids, positions)
     check_type("cache", cache, CachePolicy)
-    start = start_from(params, config, text, key, state)
     B, L = text.tokens.shape
     if not isinstance(text.tokens, jax.core.Tracer):
         require_memory(f"logits of {B} x {L} tokens", 4 * B * L * config.rows, "give fewer rows at a time")
+    start = start_from(params, config, text, key, state)
     per_token = isinstance(num_steps, (np.ndarray, Array)) and num_steps.ndim > 0
     if exit_rule is None and not per_token:
         depth_from((B, L), 1, None, min_steps, check_every)
