@@ -78,6 +78,8 @@ def write(folder, name):
         with path.open("w", newline="", encoding="utf-8-sig") as file:
             rows = csv.writer(file, delimiter="\t" if name.endswith(".tsv") else ",")
             rows.writerows([("id", "text"), *enumerate(TEXTS)])
+    elif name.startswith("object"):
+        path.write_text("\n".join(json.dumps({"id": i, "text": text}, indent=1) for i, text in enumerate(TEXTS)))
     elif name.startswith("array"):
         objects = [{"id": i, "text": text, "tags": ["a, ]", {"}": '"'}]} for i, text in enumerate(TEXTS)]
         path.write_text(json.dumps(objects, indent=2 if name.endswith(".json") else None))
@@ -95,7 +97,7 @@ def write(folder, name):
 @pytest.mark.parametrize(
     "name",
     [*("a.jsonl", "a.json", "a.jsonl.gz", "a.jsonl.zst", "a.jsonl.bz2", "a.JSONL.xz", "a.parquet", "a.arrow"),
-     *("a.feather", "a.csv", "B.CSV", "a.tsv", "array.json", "array.jsonl")],
+     *("a.feather", "a.csv", "B.CSV", "a.tsv", "array.json", "array.jsonl", "objects.json")],
 )  # fmt: skip
 @pytest.mark.parametrize("part_bytes", [10**9, 300])
 def test_every_format_gives_the_same_documents(tmp_path, name, part_bytes):
@@ -190,6 +192,12 @@ BAD = {  # file -> content, its good documents, its bad ones, what is said of th
     "deep.jsonl": ('{"text": "a"}\n' + "[" * 100_000 + "\n", ["a"], 1, "byte 14: not JSON .too deep"),
     "half.jsonl": ('{"text": "a"}\n{"text": "\\ud83d"}\n', ["a"], 1, "byte 14: not valid Unicode .*surrogates"),
     "array.json": ('[{"text": "a"},\n {"txt": "b"},\n {"text": 3}, {"text": "c"}]', ["a", "c"], 2, "byte 17: no field"),
+    "objects.json": (
+        '{\n"text": "a"\n}\n{\n "txt": ""}\nx {"text": "c"}{"text": "d"}\n{',
+        ["a", "d"],
+        3,
+        "byte 16: no",
+    ),
     "digits.json": ('[{"text": "a"}, {"text": "b", "n": ' + "1" * 5000 + "}]", ["a"], 1, "byte 16: not JSON"),
     "cells.csv": ("id,text\n1,a\n2,b, and c\n3\n\n4,d\n", ["a", "d"], 2, "line 3: 3 cells instead of 2; put text"),
     "latin.csv": (b"text\na\ncaf\xe9\nb\n", ["a", "b"], 1, "line 3: not valid Unicode"),

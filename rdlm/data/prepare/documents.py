@@ -81,7 +81,7 @@ def _text_or_json(part: Part, reading: Reading, advance: Callable[[int], None]) 
 
 def _pieces(stream: io.BufferedReader, part: Part, path: str, reading: Reading) -> Iterator[_Located]:
     """What holds a document each: the whole file, or the lines, paragraphs or array elements that start in the part."""
-    if part.kind == "jsonl" and _ARRAY.match(stream.peek(64)):
+    if part.kind == "jsonl" and _NOT_BY_LINE.match(stream.peek(64)):
         return _elements(stream, path) if part.start == 0 else iter(())
     if part.kind == "text" and reading.document == "file":
         return iter([(0, _limited(stream.read(_MAX_BYTES + 1), path, 0))])
@@ -148,35 +148,37 @@ def _paragraphs(lines: Iterator[_Located], part: Part, path: str) -> Iterator[_L
         yield began, _limited(b"\n".join(gathered), path, began, size)
 
 
-_ARRAY = re.compile(rb"(\xef\xbb\xbf)?\s*\[\s*[{\]]")  # how an array of objects starts
+# How a file starts that holds no JSON lines, but an array of objects, or objects on several lines each.
+_NOT_BY_LINE = re.compile(rb"(\xef\xbb\xbf)?\s*(\[\s*[{\]]|\{[ \t]*\r?\n)")
 _JSON_MARKS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{},]', re.DOTALL)
 
 
 def _elements(stream: io.BufferedReader, path: str) -> Iterator[_Located]:
-    """The elements of a JSON array."""
-    content = stream.read(_MAX_ARRAY + 1)
+    """The elements of a JSON array, or the objects of a file that holds some one after the other."""
+    content = stream.read(_MAX_ARRAY + 1).removeprefix(b"\xef\xbb\xbf")
     if len(content) > _MAX_ARRAY:
-        raise InputError(
-            f"{path}: a JSON array of more than {_MAX_ARRAY // 2**20} MiB; write one object per line: jq -c '.[]'"
-        )
+        raise InputError(f"{path}: more than {_MAX_ARRAY // 2**20} MiB of JSON; write one object per line: jq -c '.[]'")
+    array = content.lstrip().startswith(b"[")
     depth = start = 0
     for mark in _JSON_MARKS.finditer(content):
         sign = mark[0]
-        if depth == 1 and sign in (b",", b"]"):
-            element = content[start : mark.start()]
-            if element.strip() or sign == b",":
+        if array and depth == 0:
+            start = mark.end()
+        depth += (sign in (b"[", b"{")) - (sign in (b"]", b"}"))
+        closed = depth == 0 and sign in (b"]", b"}")
+        if closed or (array and depth == 1 and sign == b","):
+            element = content[start : mark.start() if array else mark.end()]
+            if element.strip() or not closed:
                 yield start + len(element) - len(element.lstrip()), _limited(element.strip(), path, start)
             start = mark.end()
-        if sign in (b"[", b"{"):
-            depth += 1
-            start = mark.end() if depth == 1 else start
-        elif sign in (b"]", b"}"):
-            depth -= 1
-            if depth == 0:
-                if content[mark.end() :].strip():
-                    raise InputError(f"{path}, byte {mark.end()}: more than one JSON array; write one object per line")
-                return
-    raise InputError(f"{path}: a JSON array without its end; copy it again")
+            if closed and array:
+                break
+    if array and depth:
+        raise InputError(f"{path}: a JSON array without its end; copy it again")
+    if content[start:].strip():
+        if array:
+            raise InputError(f"{path}, byte {start}: more than one JSON array; write one object per line")
+        yield start, _limited(content[start:].strip(), path, start)  # which is not JSON
 
 
 def _json_field(line: str, field: str, where: str) -> Text:
