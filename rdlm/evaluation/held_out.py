@@ -80,8 +80,8 @@ def held_out(
 
 
 def pieces(tokenizer: Tokenizer, ids: Any) -> list[str]:
-    """The text of each token, special ones by name."""
-    return [tokenizer.decode([i], skip_special=False) for i in np.asarray(ids).tolist()]
+    """The text of each token within a text, special ones by name."""
+    return [tokenizer.decode([i], skip_special=False, after=[tokenizer.bos_id]) for i in np.asarray(ids).tolist()]
 
 
 def validation(
