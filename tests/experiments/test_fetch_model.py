@@ -43,6 +43,13 @@ def test_a_model_is_fetched_once(toy, command, tmp_path):
     assert "models/smollm2 is there already" in out
 
 
+def test_a_plain_model_runs_once_unless_told_otherwise(toy, command, quick_compile):
+    assert command("fetch_model", "smollm2")[0] == 0
+    words = ["models/smollm2", "--prompt", "abc", "--max-new-tokens", "2"]
+    assert "1.0 recurrences on average" in command("generate", *words)[1]
+    assert "2.0 recurrences on average" in command("generate", *words, "--steps", "2", "--exit", "none")[1]
+
+
 def test_failures_are_one_line_and_leave_nothing(toy, command, tmp_path, monkeypatch):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken/mine").write_text("")

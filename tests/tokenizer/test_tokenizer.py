@@ -71,6 +71,17 @@ def test_begin_and_end_are_added_as_asked():
     assert [len(ids) for ids in TOKENIZER.encode_batch(["", "oak"], eos=True)] == [2, len(plain) + 2]
 
 
+@pytest.mark.parametrize(
+    ("says", "begins"), [({}, True), ({"add_bos_token": None}, True), ({"add_bos_token": False}, False)]
+)
+def test_a_text_begins_as_its_folder_says(says, begins, tmp_path):
+    tokenizer = foreign_tokenizers.load("llama2", tmp_path, **says)
+    for ids in (tokenizer.encode("the cat"), *tokenizer.encode_batch(["the cat"])):
+        assert (int(ids[0]) == tokenizer.bos_id) is begins
+    assert tokenizer.encode("the cat", bos=True)[0] == tokenizer.bos_id
+    assert tokenizer.encode("the cat", bos=False)[0] != tokenizer.bos_id
+
+
 def test_text_that_looks_like_a_special_token_stays_text():
     text = "a<|end_text|>b<|begin_text|><|pad|>"
     ids = TOKENIZER.encode(text, bos=False)
