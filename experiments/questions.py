@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from rdlm.config import ModelConfig
     from rdlm.evaluation import Answers, Choice, Cloze
     from rdlm.evaluation.question_files import Questions
+    from rdlm.exits import ExitRule
     from rdlm.model import Params
     from rdlm.report.results import Json
     from rdlm.tokenizer import Tokenizer
@@ -105,7 +106,7 @@ def main() -> int:
 def ask(args: Args, path: Path, questions: Questions) -> int:
     """Score, print and write."""
     from rdlm import exits
-    from rdlm.evaluation import Choice, answer, as_pairs, baselines, longest_prompt
+    from rdlm.evaluation import Choice, answer, as_pairs, baselines, check_memory_of_steps, longest_prompt
     from rdlm.report import write_result, write_table
     from rdlm.run import find
 
@@ -118,6 +119,8 @@ def ask(args: Args, path: Path, questions: Questions) -> int:
     depths = tuple(sorted(set(args.depths or ((1,) if config.mean_recurrence == 1 else (1, 2, 4, 8, 16, 32)))))
     asked = sum(len(q.choices) if isinstance(q, Choice) else 1 for q in questions)
     options: Json = {"style": args.style, "tokens_per_batch": args.tokens_per_batch}
+    if args.steps_tokens:
+        check_memory_of_steps(params, config, steps_rule(args), depths[-1], args.steps_tokens)
     found = answer(
         params, config, tokenizer, questions, depths, **options, progress=bar(asked, f"answers, r up to {depths[-1]}")
     )
@@ -263,11 +266,19 @@ def steps_of(groups: dict[str, list[np.ndarray]]) -> Json:
     return table
 
 
+def steps_rule(args: Args) -> ExitRule:
+    """The rule that stops new tokens; kl by default."""
+    from rdlm import exits
+
+    rule = exits.named("kl" if args.exit == "none" else args.exit, args.threshold)
+    assert rule is not None
+    return rule
+
+
 def new_token_steps(
     args: Args, params: Params, config: ModelConfig, tokenizer: Tokenizer, questions: Questions, max_steps: int
 ) -> dict[str, dict[str, list[np.ndarray]]]:
     """Recurrences of new tokens by kind of start and category."""
-    from rdlm import exits
     from rdlm.evaluation import Choice, answer_steps, cut_left, longest_prompt
 
     prompts = [tokenizer.encode(q.texts(args.style)[0] if isinstance(q, Choice) else q.prompt) for q in questions]
@@ -276,8 +287,7 @@ def new_token_steps(
     if cut:
         print(f"note: to count steps, {cut} of {len(prompts)} {CUT.format(room)}")
         prompts = [cut_left(prompt, room, tokenizer.bos_id) for prompt in prompts]
-    rule = exits.named("kl" if args.exit == "none" else args.exit, args.threshold)
-    assert rule is not None  # kl by default
+    rule = steps_rule(args)
     starts: dict[str, Literal[False, "raw"]] = {"default": False, "warm start": "raw"}
     return {
         name: grouped(

@@ -12,7 +12,7 @@ held_out        examples that a run was not trained on
 lm_eval         lm-eval's tasks; needs the extra `eval`
 """
 
-from rdlm.evaluation.answer_steps import answer_steps, longest_prompt
+from rdlm.evaluation.answer_steps import answer_steps, check_memory_of_steps, longest_prompt
 from rdlm.evaluation.question_files import Choice, Cloze, Style, read_questions, write_questions
 from rdlm.evaluation.question_sets import SETS, question_file
 from rdlm.evaluation.questions import Answers, answer, as_pairs, baselines, bootstrap_mean, wilson
@@ -31,6 +31,7 @@ __all__ = [
     "as_pairs",
     "baselines",
     "bootstrap_mean",
+    "check_memory_of_steps",
     "cut_left",
     "cut_pair",
     "is_cut",

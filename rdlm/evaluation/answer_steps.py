@@ -9,7 +9,8 @@ import numpy as np
 
 from rdlm.config import InputError, ModelConfig
 from rdlm.decode import generate
-from rdlm.exits import ExitRule
+from rdlm.decode.passes import check_memory, next_power
+from rdlm.exits import Depth, ExitRule
 from rdlm.model import Params
 
 _ROWS = 16
@@ -25,6 +26,18 @@ def longest_prompt(config: ModelConfig, new_tokens: int) -> int:
     if new_tokens < 1 or room < 1:
         raise InputError(f"new_tokens = {new_tokens}: must be in [1, config.max_length - 2 = {config.max_length - 2}]")
     return room
+
+
+def check_memory_of_steps(
+    params: Params, config: ModelConfig, exit_rule: ExitRule, max_steps: int, new_tokens: int
+) -> None:
+    """Refuse now what `answer_steps` would refuse after the answers have been scored, even for short prompts.
+
+    Raises:
+      InputError: a cache that does not fit into memory.
+    """
+    sizes = next_power(max_steps), next_power(new_tokens + 2, 64)
+    check_memory(params, config, _ROWS, 1, sizes, Depth(max_steps, exit_rule))
 
 
 def answer_steps(
