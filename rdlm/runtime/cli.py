@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from rdlm.config import InputError, local_path
+from rdlm.config import InputError, local_path, one_line
 from rdlm.runtime.errors import RunError
 from rdlm.runtime.processes import is_alone, leave
 
@@ -81,9 +81,9 @@ def _with_local_paths(parsed: C) -> C:
 def run_command(main: Callable[[], int | None]) -> None:
     """Run a script's `main` and exit: 0 done, 75 preempted and saved, 3 stopped by an alarm and saved.
 
-    2: wrong input, with one line on stderr. 1: with one line, another process is missing or the disk is full, and the
-    same command may succeed later; with a traceback, a bug. Of several processes, those that JAX aborts because
-    another one is lost end with 134.
+    2: wrong input, with one line on stderr. 1: with one line, another process is missing, or the disk or memory is
+    full, and the same command may succeed later; with a traceback, a bug. Of several processes, those that JAX aborts
+    because another one is lost end with 134.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model may write what a terminal's encoding lacks
@@ -100,7 +100,10 @@ def run_command(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output is gone (`| head`)
         sys.exit(141)
-    except Exception:
+    except Exception as error:
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            print(f"error: out of memory ({one_line(error)}); ask for less at a time", file=sys.stderr)
+            leave(EXIT_FAILED, at_once=True)  # threads may still wait for what could not be allocated
         if is_alone():
             raise
         traceback.print_exc()
