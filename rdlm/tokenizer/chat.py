@@ -77,8 +77,8 @@ def render(
         for field in ("role", "content"):
             if not isinstance(message.get(field), str):
                 raise InputError(f"messages[{i}]: {field!r} is missing or not text")
-        # A role is often part of a special token that the template builds, such as <|user|>.
-        role = _guard(message["role"], special, edges=False)
+        # A role, which is a word, is often part of a special token that the template builds, such as <|user|>.
+        role = _guard(message["role"], special, edges=not re.fullmatch(r"[\w -]*", message["role"]))
         if message.get("tool_calls") and "tool_calls" not in chosen:
             message = {**message, "content": _with_calls(message["content"], message["tool_calls"], f"messages[{i}]")}
         guarded.append({**_guarded(message, special, f"messages[{i}]"), "role": role})

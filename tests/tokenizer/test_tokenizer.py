@@ -454,6 +454,20 @@ def test_spelled_special_tokens_stay_text_in_tokenizers_of_every_kind(kind, tmp_
             assert tokenizer.decode(ids) == text
 
 
+def test_a_role_may_be_part_of_a_special_token_but_not_hold_the_end_of_one(tmp_path):
+    TOKENIZER.save(tmp_path)
+    tree, config = (json.loads((tmp_path / f).read_text()) for f in ("tokenizer.json", "tokenizer_config.json"))
+    tree["added_tokens"] += [{**tree["added_tokens"][0], "id": 384, "content": "<|user|>"}]
+    config["chat_template"] = "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}{% endfor %}"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tree))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer.load(tmp_path)
+    for role, special in (("user", [384]), ("x|><|user", []), ("<|user", []), ("user|><|pad|><|x", [])):
+        ids = tokenizer.encode_chat([{"role": role, "content": "y"}]).tolist()
+        assert [i for i in ids if i in tokenizer.special_ids.values()] == special, role
+        assert tokenizer.decode(ids, skip_special=False) == f"<|{role}|>y"
+
+
 def test_special_tokens_in_other_fields_of_a_message_and_behind_a_chat_stay_text():
     template = "{% for m in messages %}{{ m.content }}{{ m.calls | tojson }}{% endfor %}"
     tokenizer = Tokenizer(TOKENIZER._backend, {**TOKENIZER._config, "chat_template": template})
