@@ -37,7 +37,7 @@ _WRITING = ".rdlm-writing-"  # begins the name of a folder that is being written
 def is_huggingface(folder: str | os.PathLike[str]) -> bool:
     """Whether `folder` holds a config.json of the reference's kind (as opposed to a run folder's)."""
     try:
-        fields = read_fields(Path(folder))
+        fields = read_fields(local_path(folder))
     except InputError:
         return False
     return is_reference(fields)

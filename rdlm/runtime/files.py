@@ -39,9 +39,9 @@ def write_output(path: Path, content: str | bytes) -> Path:
     Raises:
       InputError: it cannot be written, or is a folder.
     """
+    path = local_path(path)
     if path.is_dir():
         raise InputError(f"{path}: cannot be written, it is a folder; give the name of a file")
-    path = local_path(path)
     try:
         Path(os.path.realpath(path)).parent.mkdir(parents=True, exist_ok=True)
         return write_atomically(path, content)

@@ -73,6 +73,7 @@ COMMANDS = [
     ("lm_eval", "URL"),
     ("report", "URL"),
     ("report", "runs/x", "--out", "URL"),
+    ("fetch_model", "--out", "URL"),
     ("convert_huggingface", "URL", "x"),
     ("convert_huggingface", "x", "URL"),
     ("studies/baselines", "--runs", "URL"),
