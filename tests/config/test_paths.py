@@ -73,7 +73,7 @@ COMMANDS = [
     ("lm_eval", "URL"),
     ("report", "URL"),
     ("report", "runs/x", "--out", "URL"),
-    ("fetch_model", "--out", "URL"),
+    ("fetch_model", "smollm2", "--out", "URL"),
     ("convert_huggingface", "URL", "x"),
     ("convert_huggingface", "x", "URL"),
     ("studies/baselines", "--runs", "URL"),
