@@ -275,7 +275,7 @@ def test_mistakes_of_form_print_the_parsers_message(name, arguments, words, comm
         ("evaluate", ("RUN", "--batches", "0"), ["--batches = 0", "at least 1"]),
         ("evaluate", ("RUN", "--step", "3"), ["step = 3", "2, 4"]),
         ("evaluate", ("RUN", "--saved", "--step", "2"), ["loss_by_depth_step_2.json", "missing"]),
-        ("generate", ("RUN", "--prompt", "a", "--threshold", "-1"), ["threshold = -1", "not be negative"]),
+        ("generate", ("RUN", "--prompt", "a", "--threshold", "-1"), ["threshold = -1", "not negative"]),
         ("generate", ("RUN", "--prompt", "a", "--exit", "none", "--threshold", "1"), ["--threshold", "none"]),
         ("generate", ("RUN", "--prompt", "a", "--steps", "0"), ["--steps = 0", "at least 1"]),
         ("generate", ("RUN", "--prompt", "a", "--temperature", "-1"), ["temperature = -1", "not be negative"]),
