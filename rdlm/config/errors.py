@@ -13,8 +13,8 @@ class InputError(ValueError):
     """
 
 
-def one_line(error: BaseException) -> str:
-    """The message of an error on one line of at most 200 characters; its type if there is none."""
+def one_line(error: object) -> str:
+    """An error's message, or a text, on one line of at most 200 characters; its type if there is none."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
@@ -28,4 +28,4 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 def require(condition: bool, field: str, value: object, fix: str) -> None:
     """Raise InputError '`field` = `value`: `fix`' unless `condition`."""
     if not condition:
-        raise InputError(f"{field} = {value!r}: {fix}")
+        raise InputError(f"{field} = {one_line(repr(value))}: {fix}")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import numbers
 import types
 import typing
+from collections.abc import Hashable
 from typing import Any, TypeVar
 
-from rdlm.config.errors import InputError, did_you_mean
+from rdlm.config.errors import InputError, did_you_mean, one_line
 
 C = TypeVar("C")
 
@@ -29,6 +32,40 @@ def from_json(cls: type[C], text: str, where: str = "config.json") -> C:
     except (ValueError, RecursionError) as error:  # too many digits, too many brackets
         raise InputError(f"{where}: not JSON ({error})") from error
     return _build(cls, tree, where)
+
+
+def check_types(config: Any) -> None:
+    """Refuse a field of a config dataclass whose value does not fit its annotation.
+
+    Raises:
+      InputError: naming the field.
+    """
+    for name, hint in _hints(config.__class__).items():
+        value = getattr(config, name)
+        if not _fits(hint, value):
+            words = getattr(hint, "__name__", str(hint)).replace("typing.", "")
+            raise InputError(f"{name} = {one_line(str(value))}: must be of type {words}, and finite")
+
+
+@functools.cache
+def _hints(cls: Hashable) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _fits(hint: Any, value: object) -> bool:
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return isinstance(value, str) and value in options
+    if origin in (types.UnionType, typing.Union):
+        return any(_fits(option, value) for option in options)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(options[0], x) for x in value)
+    if hint in (int, float):
+        kind = numbers.Integral if hint is int else numbers.Real
+        return (
+            isinstance(value, kind) and not isinstance(value, bool) and -(2**1023) < typing.cast(float, value) < 2**1023
+        )
+    return isinstance(value, hint)
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from rdlm.config.errors import InputError, require
+from rdlm.config.json import check_types
 
 DTYPES = ("float32", "bfloat16", "float16")
 NOISES = ("fixed", "geom", "sqrt", "line", "chi")
@@ -34,6 +35,7 @@ class Block:
     """What scores are multiplied by. None: 1 / sqrt(head_dim)."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         _choice("block.norm_output", self.norm_output, ("none", "branch", "sum"))
         _choice("block.norm_weight", self.norm_weight, ("scale", "offset"))
         _choice("block.qk_norm", self.qk_norm, ("none", "head", "width"))
@@ -62,6 +64,7 @@ class Loop:
     """A linear exit gate reads the state after every recurrence."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         _choice("loop.injection", self.injection, ("linear", "none"))
         _choice("loop.start", self.start, ("noise", "embedding"))
         require(self.start_std is None or self.start_std > 0, "loop.start_std", self.start_std, "must be positive")
@@ -84,6 +87,7 @@ class RotaryScaling:
     original_length: int
 
     def __post_init__(self) -> None:
+        check_types(self)
         require(self.factor >= 1, "rope_scaling.factor", self.factor, "must be at least 1")
         low, high = self.low_freq_factor, self.high_freq_factor
         require(0 < low < high, "rope_scaling.low_freq_factor", low, f"must be in (0, high_freq_factor = {high})")
@@ -156,6 +160,7 @@ class ModelConfig:
     """Schedule of the test-time noise over recurrences."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         # An explicit default is stored as None, so that equal shapes compare equal, and overriding only num_heads or
         # vocab_size also changes what follows from it.
         if self.num_kv_heads == self.num_heads:
@@ -273,6 +278,7 @@ class CachePolicy:
     lookup: Literal["latest", "skip"] = "latest"
 
     def __post_init__(self) -> None:
+        check_types(self)
         require(
             self.recurrences is None or is_count(self.recurrences),
             "CachePolicy.recurrences",
@@ -322,6 +328,7 @@ class Speculative:
     threshold: float = 1.0
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("draft_steps", "lookahead"):
             value = getattr(self, name)
             require(is_count(value), f"Speculative.{name}", value, "must be an integer, at least 1")

@@ -47,6 +47,8 @@ def local_path(path: str | os.PathLike[str], field: str = "") -> Path:
             f"{named}: has a name that is not {sys.getfilesystemencoding()}, or lies below one; set PYTHONUTF8=1, or "
             "rename it"
         )
+    if max(len(os.fsencode(name)) for name in whole.split("/")) > 255:
+        raise InputError(f"{named[:60]}...: has a name of more than 255 bytes; shorten it")
     return Path(place)
 
 

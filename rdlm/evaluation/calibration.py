@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import json
 import math
+import numbers
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -153,8 +154,10 @@ def check_risk(epsilon: float, delta: float) -> None:
     Raises:
       InputError: naming the value.
     """
-    require(0 < epsilon < 1, "epsilon", epsilon, "share of tokens that may disagree, must be in (0, 1), such as 0.01")
-    require(0 < delta < 1, "delta", delta, "probability of being wrong, must be in (0, 1), such as 0.05")
+    share = isinstance(epsilon, numbers.Real) and 0 < epsilon < 1
+    require(share, "epsilon", epsilon, "share of tokens that may disagree, must be in (0, 1), such as 0.01")
+    share = isinstance(delta, numbers.Real) and 0 < delta < 1
+    require(share, "delta", delta, "probability of being wrong, must be in (0, 1), such as 0.05")
 
 
 def p_value(loss: np.ndarray, epsilon: float) -> float:
@@ -167,8 +170,11 @@ def p_value(loss: np.ndarray, epsilon: float) -> float:
     Raises:
       InputError: a loss outside [0, 1], such as NaN.
     """
-    loss = np.asarray(loss, np.float64)
-    require(bool(((loss >= 0) & (loss <= 1)).all()), "loss", loss, "must be in [0, 1]")
+    try:
+        loss = np.asarray(loss, np.float64)
+    except (TypeError, ValueError, OverflowError):
+        loss = np.asarray(np.nan)
+    require(bool(((loss >= 0) & (loss <= 1)).all()), "loss", loss, "must be numbers in [0, 1]")
     money = [math.log(share) + np.log1p(bet * (epsilon - loss)).sum() for bet, share in _BETS]
     return float(min(1.0, math.exp(-np.logaddexp.reduce(money))))
 
@@ -230,6 +236,8 @@ def thresholds(rule: str, num_steps: int) -> tuple[float, ...]:
     Raises:
       InputError: no such rule.
     """
+    require(isinstance(rule, str), "rule", rule, f"must be a name, one of {', '.join(RULES)}")
+    require(isinstance(num_steps, numbers.Integral), "num_steps", num_steps, "must be a whole number")
     if rule in _COUNTING:
         return tuple(float(r) for r in range(num_steps - 1, 0, -1))
     if rule not in _FINE:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import numbers
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ import numpy as np
 from jax import Array
 
 from rdlm.config import InputError, ModelConfig, require
+from rdlm.config.model import is_count
 from rdlm.exits import ExitRule
 from rdlm.model import Params, bind_text, check_ids, check_rule, coda, forward, head, known, start_from, text_from
 from rdlm.recurrence import check_depths, checkpoints
@@ -78,7 +80,10 @@ def score(
     check_rule(exit_rule, 1)
     if exit_rule is not None and len(depths) != 1:
         raise InputError(f"depths = {depths}: an exit rule takes one, the maximum recurrences")
-    require(tokens_per_batch >= 1, "tokens_per_batch", tokens_per_batch, "must be at least 1")
+    require(is_count(tokens_per_batch), "tokens_per_batch", tokens_per_batch, "must be a whole number, at least 1")
+    scaled = isinstance(init_scale, numbers.Real) and 0 <= init_scale < 1e30
+    require(scaled, "init_scale", init_scale, "must be a finite number, not negative")
+    init_scale = float(init_scale)
     rows = _rows(pairs, config)
     if exit_rule is not None:
         tokens_per_batch = min(tokens_per_batch, max(1, _MAX_LOGITS // config.rows))
@@ -151,11 +156,13 @@ class _Batch(NamedTuple):
 
 
 def _rows(pairs: Sequence[Pair], config: ModelConfig) -> list[_Row]:
+    listed = isinstance(pairs, Sequence) and not isinstance(pairs, (str, bytes))
+    require(listed, "pairs", pairs, "must be a list of pairs")
     if not pairs:
         raise InputError("pairs: there is nothing to score")
     found: dict[tuple[bytes, int], _Row] = {}
-    for i, (before, after) in enumerate(pairs):
-        first, second = np.asarray(before, np.int32), np.asarray(after, np.int32)
+    for i, pair in enumerate(pairs):
+        first, second = _two_lists(pair, f"pairs[{i}]")
         if not first.size or not second.size:
             side = "continuation" if first.size else "context"
             raise InputError(f"pairs[{i}]: the {side} has no tokens; a score needs at least one on each side")
@@ -170,6 +177,18 @@ def _rows(pairs: Sequence[Pair], config: ModelConfig) -> list[_Row]:
     rows = list(found.values())
     check_ids("pairs", np.concatenate([np.concatenate([row.tokens, *row.labels]) for row in rows]), config)
     return rows
+
+
+def _two_lists(pair: Pair, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """The token ids of both sides, as int64: they are in range only after `check_ids`."""
+    try:
+        before, after = (np.asarray(side) for side in pair)
+        right = all(x.ndim == 1 and (not x.size or x.dtype.kind in "iu") for x in (before, after))
+    except (TypeError, ValueError, OverflowError):
+        right = False
+    if not right:
+        raise InputError(f"{where}: must be a context and a continuation, each a list of token ids")
+    return before.astype(np.int64), after.astype(np.int64)
 
 
 def _size(n: int, sizes: Sequence[int]) -> int:

@@ -44,7 +44,7 @@ def test_the_p_value_is_what_the_gambler_owns():
 @pytest.mark.parametrize("wrong", [np.nan, -0.1, 1.5, np.inf])
 def test_losses_that_are_no_shares_prove_nothing(wrong):
     losses = np.append(np.zeros(400), wrong)
-    with pytest.raises(InputError, match=r"must be in \[0, 1\]"):
+    with pytest.raises(InputError, match=r"must be numbers in \[0, 1\]"):
         loosest([(0.1, losses)], 0.05, 0.05)
 
 
