@@ -81,7 +81,8 @@ def main() -> int:
     run = find(args.run_dir)
     made = run.require_config().data
     params, config, step = run.params, run.config, run.step
-    num_steps = args.steps or 2 * config.mean_recurrence
+    looped = config.mean_recurrence == 1 or config.loop.close  # made for exactly so many
+    num_steps = args.steps or config.mean_recurrence * (1 if looped else 2)
     what = f"validation text of {', '.join(made.prepared) or made.source}"
     if data.is_task:
         what = f"new instances of {made.task}"

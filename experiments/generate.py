@@ -114,7 +114,8 @@ def main() -> int:
         print(f"calibrated: {found.guarantee}", file=sys.stderr)
     rule = exits.named(args.exit, args.threshold)
     trained = run.config.mean_recurrence
-    max_steps = args.steps or (trained if rule is None or trained == 1 else 2 * trained)
+    looped = trained == 1 or run.config.loop.close  # made for exactly so many
+    max_steps = args.steps or (trained if rule is None or looped else 2 * trained)
     chat = [{"role": "user", "content": args.prompt}]
     before = tokenizer.encode_chat(chat) if args.chat else tokenizer.encode(args.prompt)
     words = [s for s in args.stop if s not in tokenizer.special_ids]

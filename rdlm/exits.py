@@ -105,6 +105,11 @@ class ExitRule:
         """Whether the rule implements `open_gate`."""
         return False
 
+    @property
+    def every_check(self) -> bool:
+        """Whether the rule must be checked after every recurrence, from the first on."""
+        return False
+
     def init(self, s0: Array, vocab: int) -> PyTree:
         """State of the rule before the first recurrence, for states s0 [B, L, D] and V = vocab."""
         raise NotImplementedError
@@ -390,6 +395,7 @@ class Gate(Reached):
 
     threshold: Threshold = 0.9
     kind = "gate"
+    every_check = True
 
     def init(self, s0: Array, vocab: int) -> tuple[Array, Array]:
         return jnp.ones(s0.shape[:-1], jnp.float32), jnp.zeros(s0.shape[:-1], jnp.float32)
@@ -422,7 +428,7 @@ class Acceleration(ExitRule):
     """||change of the last step|| / ||state|| below `threshold` at two checks in a row.
 
     A step is the difference of the states at two consecutive checks, so the value is a second difference
-    (arXiv 2509.23314). It is infinite until three states are known.
+    (arXiv 2509.23314). It is infinite at the first two checks, so no token exits before the third.
     """
 
     threshold: Threshold = 0.05
@@ -464,6 +470,10 @@ class Twice(ExitRule):
     @property
     def gated(self) -> bool:
         return self.rule.gated
+
+    @property
+    def every_check(self) -> bool:
+        return self.rule.every_check
 
     def init(self, s0: Array, vocab: int) -> tuple[PyTree, Array]:
         return self.rule.init(s0, vocab), jnp.full(s0.shape[:-1], jnp.nan, jnp.float32)

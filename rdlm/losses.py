@@ -231,6 +231,8 @@ def token_losses(
 
     if terms.gate == "none":
         return read(unroll(step, start, n, k, max_k, remat, learnt_start=config.loop.start == "embedding"))
+    if (isinstance(n, int) and n) or k == 0:
+        raise InputError(f"steps = {(n, k)}: loss.gate = {terms.gate!r} needs (0, k), all with gradient")
     if not config.loop.gate:
         raise InputError(f"loss.gate = {terms.gate!r}: needs a model with an exit gate (loop.gate)")
     states = trajectory(recomputed(step, remat), start, k if isinstance(k, int) else max_k)[1:]

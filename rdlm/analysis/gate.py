@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import jax
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float32
@@ -33,8 +34,8 @@ def exit_distribution(
     """
     if not config.loop.gate:
         raise InputError("exit_distribution: this model has no exit gate (config.loop.gate is false)")
-    if num_steps < 1:
-        raise InputError(f"num_steps = {num_steps}: must be at least 1")
+    if not isinstance(num_steps, (int, np.integer)) or num_steps < 1:
+        raise InputError(f"num_steps = {num_steps!r}: must be an integer of at least 1")
     return _distribution(params, config, check_tokens(tokens, config), num_steps)
 
 

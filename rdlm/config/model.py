@@ -215,6 +215,9 @@ class ModelConfig:
         }
         for name, (fulfilled, fix) in checks.items():
             require(fulfilled, name, getattr(self, name), fix)
+        object.__setattr__(self, "full_attention_layers", tuple(sorted(set(self.full_attention_layers))))
+        if self.block.attention_scale == self.head_dim**-0.5:
+            object.__setattr__(self, "block", dataclasses.replace(self.block, attention_scale=None))
         named = "embed_dim / num_heads" if self.head_width is None else "head_width"
         require(self.head_dim % 2 == 0, named, self.head_dim, "must be even for rotary positions")
 

@@ -329,8 +329,9 @@ class RunConfig:
             f"must be at most model.mean_recurrence = {self.model.mean_recurrence}",
         )
         if self.loss.gate != "none":
-            all_of_them = self.recurrence.scheme == "fixed" and self.model.backprop_depth == self.model.mean_recurrence
-            fix = "needs recurrence.scheme = 'fixed' and model.backprop_depth = model.mean_recurrence"
+            fixed = self.recurrence.scheme == "fixed" and self.recurrence.curriculum_steps == 0
+            all_of_them = fixed and self.model.backprop_depth == self.model.mean_recurrence
+            fix = "needs recurrence.scheme = 'fixed', no curriculum and model.backprop_depth = model.mean_recurrence"
             require(all_of_them, "loss.gate", self.loss.gate, f"{fix}: it reads the loss of every recurrence")
             require(self.model.loop.gate, "loss.gate", self.loss.gate, "needs a model with model.loop.gate")
         if self.loss.gate == "improvement":

@@ -73,8 +73,6 @@ WRITTEN = tuple(FIXED)[: tuple(FIXED).index("bias") + 1]
 NOISES = ("fixed", "geom", "sqrt", "line", "chi")
 
 COUNTS = ("prelude_layers", "core_layers", "coda_layers", "mean_recurrence", "backprop_depth")
-LARGEST_COUNT = 10_000
-"""Of the values of COUNTS. Beyond it a folder is damaged, and building its model would not end."""
 
 PADDING = 4096
 """The reference's default padding_multiple."""
@@ -131,8 +129,8 @@ def model_config(
             raise InputError(f"{where}: {alias} = {fields[alias]!r} contradicts {name} = {fields[name]!r}")
     values = {ours: typed(fields, name, kind, default, where) for name, (ours, kind, default) in FIELDS.items()}
     for name, (ours, _, _) in FIELDS.items():
-        if ours in COUNTS and values[ours] > LARGEST_COUNT:
-            raise InputError(f"{where}: {name} = {values[ours]}: must be at most {LARGEST_COUNT}")
+        if ours in COUNTS and values[ours] > plain.LARGEST_COUNT:
+            raise InputError(f"{where}: {name} = {values[ours]}: must be at most {plain.LARGEST_COUNT}")
     if values["test_time_noise_type"] not in NOISES:
         found = values["test_time_noise_type"]
         raise InputError(f"{where}: test_time_noise_type = {found!r}: must be one of {', '.join(NOISES)}")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import shutil
 import uuid
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from rdlm.config import InputError, ModelConfig, local_path
+from rdlm.config import InputError, ModelConfig, differences, local_path
 from rdlm.hf.config import FIXED, check_kind, is_reference, model_config, model_fields
 from rdlm.hf.fields import Fields, read_fields
 from rdlm.hf.files import CODES, DTYPES, INDEX, SINGLE, Planned, Stored, read_tensor, stored_tensors, write_tensors
@@ -84,6 +85,7 @@ def _load(folder: Path) -> tuple[Params, ModelConfig]:
     config = model_config(fields, wte.shape[0], DTYPES[wte.code].name, where, stored)
     entries = {bare(name): entry for name, entry in table(config).items()}
     spare = {ROTARY} | ({HEAD} if config.tie_embeddings else set())
+    spare |= {name for name in stored if name.endswith("rotary_emb.inv_freq")}  # a derived buffer of older files
     for name, entry in entries.items():
         if name not in stored:
             hint = " (tie_embeddings is false)" if name == HEAD else ""
@@ -160,6 +162,7 @@ def save_huggingface(
             raise InputError(f"{target}: is not empty and holds no earlier export; choose another folder")
     except OSError as error:
         raise InputError(f"{target}: cannot be read ({error.strerror or error})") from error
+    check_format(config)
     planned = _plan(params, config)
     dtype = np.dtype(params["wte"].dtype).name
     fresh = (target if there else target.parent) / f"{_WRITING}{uuid.uuid4().hex[:12]}"
@@ -175,6 +178,31 @@ def save_huggingface(
         raise InputError(f"{target}: cannot be written ({error.strerror or error})") from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+TRAINING = ("param_dtype", "compute_dtype", "backprop_depth")
+"""Fields of ModelConfig that no folder holds, beside those that only say where plain layers are cut."""
+
+
+def check_format(config: ModelConfig) -> None:
+    """Refuse a config that its folder could not give back, so that no other model is exported without a word.
+
+    Raises:
+      InputError: the first field that a public format does not hold.
+    """
+    names = table(config)
+    fields = model_fields(config, "float32")
+    try:
+        again = model_config(fields, config.rows, config.param_dtype, "config", names)
+    except InputError as error:
+        raise InputError(f"no public format holds this model ({error}); see docs/families.md") from error
+    ignored: tuple[str, ...] = TRAINING
+    if config.loop.injection == "none":
+        ignored += ("prelude_layers", "core_layers", "coda_layers", "vocab_size", "padded_vocab_size")
+    for field, (ours, theirs) in differences(config, again).items():
+        same = isinstance(ours, float) and isinstance(theirs, float) and math.isclose(ours, theirs, rel_tol=1e-9)
+        if field not in ignored and not same:
+            raise InputError(f"{field} = {ours!r}: no public format holds this, see docs/families.md")
 
 
 def _plan(params: Params, config: ModelConfig) -> dict[str, Planned]:

@@ -46,7 +46,11 @@ def typed(fields: Fields, name: str, kind: type, default: Json, where: str) -> J
       InputError: another type, or a number beyond the `LARGEST` of its type.
     """
     value = fields.get(name, default)
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and not abs(value) <= LARGEST[kind]:
+    if (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and not abs(value) <= LARGEST.get(kind, math.inf)
+    ):
         raise InputError(f"{where}: {name} = {str(value)[:40]}: must be a number of at most {LARGEST[kind]:g}")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)

@@ -164,7 +164,7 @@ def _read(file: Path) -> Contents:
     kind = metadata.get("general.architecture")
     if kind != "llama":
         raise InputError(f"{file}: general.architecture = {kind!r}: rdlm reads GGUF files of type 'llama' only")
-    if metadata.get("split.count", 1) > 1:
+    if typed(metadata, "split.count", int, 1, str(file)) > 1:
         raise InputError(f"{file}: one of {metadata['split.count']} parts; join them with llama-gguf-split --merge")
     return Contents(file, metadata, {tensor.name: tensor for tensor in reader.tensors})
 
@@ -205,6 +205,7 @@ def _config(contents: Contents, dtype: str) -> ModelConfig:
         "attention.value_length": width,
         "rope.dimension_count": width,
         "rope.scaling.type": "none",
+        "rope.scaling.factor": given.get("rope.scaling.factor") if given.get("rope.scaling.type") == "none" else 1.0,
         "vocab_size": rows,
         **{key: 0 for key in given if key not in KEYS and not key.startswith("rope.scaling.")},
     }.items():

@@ -76,6 +76,9 @@ def rebuild(metadata: Fields, config: ModelConfig, where: str) -> Rebuilt:
         raise InputError(f"{where}: tokenizer.ggml.model = {kind!r}: must be {known}, with tokens")
     if len(tokens) > config.vocab_size:
         raise InputError(f"{where}: tokenizer.ggml.tokens: {len(tokens)}, but the model has {config.vocab_size} rows")
+    for key, of in {"token_type": list, "scores": list, "add_bos_token": bool, "chat_template": str}.items():
+        if given.get(key) is not None and not isinstance(given[key], of):
+            raise InputError(f"{where}: tokenizer.ggml.{key} = {str(given[key])[:40]}: must be of type {of.__name__}")
     types = given.get("token_type") or [1] * len(tokens)
     if len(types) != len(tokens):
         raise InputError(f"{where}: tokenizer.ggml.token_type: {len(types)} for {len(tokens)} tokens")

@@ -17,6 +17,9 @@ ONCE = Loop(injection="none", start="embedding", bridge=False)
 CLOSED = dataclasses.replace(ONCE, close=True)
 GATED = dataclasses.replace(CLOSED, gate=True)
 
+LARGEST_COUNT = 10_000
+"""Of layers and loops. Beyond it a folder is damaged, and building its model would not end."""
+
 PRE_NORM = Block(norm_output="none")
 BEFORE = {"norm_1": "input_layernorm", "norm_3": "post_attention_layernorm"}
 
@@ -134,8 +137,19 @@ def model_config(fields: Fields, rows: int | None, dtype: str, where: str) -> Mo
                 f"{where}: {name} = {fields[name]!r}: must be {family.activation!r} in a model of type {kind}"
             )
     windowed = kind == "gemma3_text"
+    for name in ("layer_types", "loop_loss_weights"):
+        if fields.get(name) is not None:
+            typed(fields, name, list, None, where)
+    if fields.get("rope_parameters") is not None:
+        typed(fields, "rope_parameters", dict, None, where)
+    if fields.get("partial_rotary_factor") not in (None, 1):
+        raise InputError(f"{where}: partial_rotary_factor = {fields['partial_rotary_factor']!r}: must be 1")
     if not windowed and any(layer != "full_attention" for layer in fields.get("layer_types") or ()):
         raise InputError(f"{where}: layer_types: must all be 'full_attention' in a model of type {kind}")
+    if fields.get("layer_types") and len(fields["layer_types"]) != fields.get("num_hidden_layers"):
+        raise InputError(
+            f"{where}: layer_types: must name num_hidden_layers = {fields.get('num_hidden_layers')} layers"
+        )
     if kind == "nanbeige" and fields.get("pretraining_tp") not in (None, 1):
         raise InputError(f"{where}: pretraining_tp = {fields['pretraining_tp']!r}: must be 1")
     defaults: Fields = {
@@ -152,16 +166,25 @@ def model_config(fields: Fields, rows: int | None, dtype: str, where: str) -> Mo
         values[ours] = None if given[name] is None else typed(given, name, of, None, where)
     if rows is not None and rows != values["vocab_size"]:
         raise InputError(f"{where}: vocab_size = {values['vocab_size']}: the embedding has {rows} rows")
-    loop, loops = family.loop, 1 if family.loops is None else typed(fields, family.loops, int, None, where)
-    if fields.get("loop_loss_weights"):
+    loop, loops = family.loop, 1
+    if family.loops is not None:
+        if fields.get(family.loops) is None:
+            raise InputError(f"{where}: {family.loops} is missing")
+        loops = typed(fields, family.loops, int, None, where)
+    if kind == "nanbeige" and fields.get("loop_loss_weights"):
         loops = len(fields["loop_loss_weights"]) + 1
-    if fields.get("skip_loop_final_norm"):
+    if kind == "nanbeige" and typed(fields, "skip_loop_final_norm", bool, False, where):
         loop = ONCE
+    for name, count in (("num_hidden_layers", values["core_layers"]), (family.loops or "", loops)):
+        if count > LARGEST_COUNT:
+            raise InputError(f"{where}: {name} = {count}: must be at most {LARGEST_COUNT}")
     values |= _windows(fields, values, where) if windowed else _whole(*rotary(fields, where))
     block = family.block
     if windowed:
         scalar = typed(fields, "query_pre_attn_scalar", float, 256.0, where)
-        block = dataclasses.replace(block, attention_scale=scalar**-0.5 if scalar > 0 else scalar)
+        if scalar <= 0:
+            raise InputError(f"{where}: query_pre_attn_scalar = {scalar}: must be positive")
+        block = dataclasses.replace(block, attention_scale=scalar**-0.5)
     try:
         return ModelConfig(
             **values,
@@ -176,7 +199,8 @@ def model_config(fields: Fields, rows: int | None, dtype: str, where: str) -> Mo
         )
     except InputError as error:
         named = str(error)
-        for name, (ours, _) in (*SHAPE.items(), (family.loops or "", ("mean_recurrence", int))):
+        others = {"rope_theta": ("rope_base", float), family.loops or "": ("mean_recurrence", int)}
+        for name, (ours, _) in (SHAPE | others).items():
             if named.startswith(f"{ours} = "):
                 named = name + named[len(ours) :]
                 break
@@ -189,7 +213,7 @@ def _whole(theta: float, scaling: RotaryScaling | None) -> dict[str, Json]:
 
 
 PATTERN = 6
-"""Every so manieth layer sees everything where `layer_types` is absent."""
+"""Every sixth layer sees everything, where `layer_types` is absent."""
 
 
 def _windows(fields: Fields, values: dict[str, Json], where: str) -> dict[str, Json]:
@@ -222,8 +246,8 @@ def _windows(fields: Fields, values: dict[str, Json], where: str) -> dict[str, J
 def rotary(fields: Fields, where: str) -> tuple[float, RotaryScaling | None]:
     """Base and scaling of the rotary frequencies, in either spelling."""
     given = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-    if not isinstance(given, dict):
-        raise InputError(f"{where}: rope_scaling = {given!r}: must be an object")
+    if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
+        raise InputError(f"{where}: rope_scaling = {given!r}: must be an object with numbers")
     theta = typed(given if "rope_theta" in given else fields, "rope_theta", float, 10000.0, where)
     kind = given.get("rope_type", given.get("type", "default"))
     if kind == "default":

@@ -139,6 +139,8 @@ def forward(
         require_memory(f"logits of {B} x {L} tokens", 4 * B * L * config.rows, "give fewer rows at a time")
     start = start_from(params, config, text, key, state)
     per_token = isinstance(num_steps, (np.ndarray, Array)) and num_steps.ndim > 0
+    if select and (exit_rule is None or exit_rule.needs_logits):
+        raise InputError("select: needs an exit_rule that reads no logits, such as exits.gate or exits.latent_diff")
     if exit_rule is None and not per_token:
         depth_from((B, L), 1, None, min_steps, check_every)
         n, k = split_steps(num_steps, config)
@@ -151,8 +153,7 @@ def forward(
     max_steps = config.mean_recurrence if num_steps is None else num_steps
     depth = depth_from((B, L), max_steps, exit_rule, min_steps, check_every)
     if select:
-        if exit_rule is None or exit_rule.needs_logits:
-            raise InputError("select: needs an exit_rule that reads no logits, such as exits.gate or exits.latent_diff")
+        assert exit_rule is not None
         bound = bind_text(params, config, text, start)
         s, steps = _selected(bound, depth.per_token(text.tokens.shape), exit_rule)
         return Output(*bound.read(s), jnp.where(text.valid, steps, 0), s)

@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Int32, Key
 
 from rdlm.config import InputError, ModelConfig
-from rdlm.exits import Counts, Depth, ExitRule, Gate
+from rdlm.exits import Counts, Depth, ExitRule
 from rdlm.model.blocks import Context
 from rdlm.model.network import Layers, Params, compute_dtype, context, positions_of
 from rdlm.recurrence import initial_state
@@ -187,8 +187,8 @@ def check_rule(rule: object, batch: int, min_steps: Counts = 0, check_every: Cou
             not isinstance(x, jax.core.Tracer) and np.all(np.asarray(x) == y)
             for x, y in ((min_steps, 0), (check_every, 1))
         )
-        if isinstance(rule, Gate) and not every:
-            raise InputError("exit_rule: exits.gate sums over all recurrences: it needs min_steps = 0, check_every = 1")
+        if rule.every_check and not every:
+            raise InputError(f"exit_rule: {rule.kind} needs every recurrence: min_steps = 0 and check_every = 1")
         for threshold in rule.thresholds():
             check_shape("exit_rule: threshold", threshold, (), (batch,))
     check_integers("min_steps", min_steps, 0)

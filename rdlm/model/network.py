@@ -110,13 +110,15 @@ def context(
     cached_bias: f32 [B, 1, T], the cached tokens there are; token t of the cache has position t.
     flash: for the fused kernel, which takes the segments themselves; lengths it cannot serve get a bias all the same.
     """
-    if config.full_attention_layers:
+    if config.full_attention_layers or config.window_rope_base is not None:
         base = config.window_rope_base
         local = full = dataclasses.replace(config, full_attention_layers=(), window_rope_base=None)
         if base is not None:
             local = dataclasses.replace(local, rope_base=base, rope_scaling=None)
         full = dataclasses.replace(full, attention_window=None)
         here = context(local, positions, segment_ids, cached_bias, flash)
+        if not config.full_attention_layers:
+            return here
         return here._replace(full=context(full, positions, segment_ids, cached_bias, flash))
     window, by_row = config.attention_window, positions if positions.ndim == 2 else positions[None]
     if cached_bias is not None and window is not None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import rdlm
-from rdlm.config import InputError, LossConfig, preset
+from rdlm.config import Block, InputError, Loop, LossConfig, ModelConfig, preset
 from rdlm.hf import load_huggingface, save_huggingface, table
 from rdlm.hf.names import to_theirs
 
@@ -314,6 +314,11 @@ def test_a_gate_needs_a_model_that_has_one_and_every_check():
         rdlm.forward(*family("llama"), np.array([[1, 2]]), 2, exit_rule=rdlm.exits.gate(0.5))
     with pytest.raises(InputError, match="min_steps = 0"):
         rdlm.forward(*family("ouro"), np.array([[1, 2]]), exit_rule=rdlm.exits.gate(0.5), min_steps=1)
+    rule = rdlm.exits.twice(rdlm.exits.gate(0.5))
+    with pytest.raises(InputError, match="check_every = 1"):
+        rdlm.forward(*family("ouro"), np.array([[1, 2]]), exit_rule=rule, check_every=2)
+    with pytest.raises(InputError, match="select: needs an exit_rule"):
+        rdlm.forward(*family("ouro"), np.array([[1, 2]]), select=True)
 
 
 def gate_objective(case, terms):
@@ -345,6 +350,11 @@ def test_what_a_gate_objective_needs():
     for change in ({"recurrence": preset("nano").recurrence}, {"model": preset("nano").model}):
         with pytest.raises(InputError, match=r"loss\.gate = 'exit': needs"):
             dataclasses.replace(ouro, data=preset("nano").data, **change)
+    with pytest.raises(InputError, match="no curriculum"):
+        dataclasses.replace(ouro, recurrence=dataclasses.replace(ouro.recurrence, curriculum_steps=10))
+    for steps in (4, (2, 2)):
+        with pytest.raises(InputError, match="all with gradient"):
+            rdlm.loss(*family("ouro"), np.array([[1, 2, 3]]), steps=steps, terms=LossConfig(gate="exit"))
     optimizer = dataclasses.replace(ouro.optimizer, weight_decay=0.1)
     with pytest.raises(InputError, match=r"optimizer\.weight_decay"):
         dataclasses.replace(ouro, loss=LossConfig(gate="improvement"), optimizer=optimizer)
@@ -364,6 +374,16 @@ def test_what_a_gate_objective_needs():
         ("llama", {"head_dim": 15}, "head_dim = 15"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ("llama", {"tie_word_embeddings": False}, "lm_head.weight is missing"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+        ("llama", {"layer_types": 5}, "layer_types = 5"),
+        ("llama", {"layer_types": ["full_attention"]}, "must name num_hidden_layers = 3"),
+        ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 5.0}}}, "must be an object with numbers"),
+        ("llama", {"num_hidden_layers": 10**8}, "num_hidden_layers = 100000000"),
+        ("gemma3", {"rope_parameters": 5}, "rope_parameters = 5"),
+        ("gemma3", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar = 0"),
+        ("nanbeige", {"loop_loss_weights": "abc"}, "loop_loss_weights = 'abc'"),
+        ("nanbeige", {"skip_loop_final_norm": "false"}, "skip_loop_final_norm = 'false'"),
+        ("ouro", {"total_ut_steps": None}, "total_ut_steps is missing"),
         ("llama", {"vocab_size": 161}, "vocab_size = 161"),
         ("llama", {"num_hidden_layers": 4}, "model.layers.3."),
         ("llama", {"num_hidden_layers": 2}, "model.layers.2."),
@@ -428,7 +448,38 @@ def test_by_way_of_a_run_folder(name, tmp_path, monkeypatch):
     assert {k: v.tobytes() for k, v in before.items()} == {k: v.tobytes() for k, v in after.items()}
 
 
-def test_a_config_without_a_public_format_is_refused(tmp_path):
-    params, config = family("llama")
-    with pytest.raises(InputError, match="no public format"):
-        save_huggingface(tmp_path / "out", params, dataclasses.replace(config, embed_scale=2.0))
+TINY = ModelConfig(vocab_size=20, embed_dim=12, num_heads=2, mlp_dim=10, coda_layers=0, max_length=16)
+ONCE = Loop(injection="none", start="embedding", bridge=False)
+
+
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [
+        ("block.activation", {"block": Block(activation="gelu_tanh")}),
+        ("block.norm_weight", {"block": Block(norm_weight="offset")}),
+        ("block.qk_norm", {"block": Block(qk_norm="width"), "qk_bias": False}),
+        ("embed_scale", {"embed_scale": 2.0}),
+        ("head_dim", {"head_width": 8}),
+        ("loop.start", {"loop": Loop(start="embedding")}),
+        ("loop.start_std", {"loop": Loop(start_std=0.1)}),
+        ("loop.bridge", {"loop": Loop(bridge=False)}),
+        ("loop.close", {"loop": Loop(close=True, bridge=False)}),
+        ("loop.start_std", {"block": Block(norm_output="none"), "qk_bias": False}),
+        ("combination", {"block": Block(norm_output="none"), "loop": ONCE, "qk_bias": False}),
+    ],
+)
+def test_a_config_without_a_public_format_is_refused(field, change, tmp_path):
+    config = dataclasses.replace(TINY, **change)
+    with pytest.raises(InputError, match="no public format") as error:
+        save_huggingface(tmp_path / "out", rdlm.init_params(config, jax.random.key(0)), config)
+    assert field in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_window_has_a_rotary_base_of_its_own_though_no_layer_sees_everything():
+    params, config = family("gemma3")
+    windowed = dataclasses.replace(config, full_attention_layers=())
+    expected = dataclasses.replace(windowed, rope_base=config.window_rope_base, window_rope_base=None)
+    tokens = arrays("gemma3", "forward")["input_ids"]
+    ours, theirs = (forward(params, c, tokens).logits for c in (windowed, expected))
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
