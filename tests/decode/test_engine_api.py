@@ -308,7 +308,7 @@ REFUSED = [
     ({"sampling": Sampling(temperature=[1.0, 2.0])}, "Sampling.temperature: expected one value or 1"),
     ({"sampling": Sampling(top_p=0.0)}, "Sampling.top_p = 0.0"),
     ({"sampling": Sampling(stop_tokens=(1, 2, 3, 4, 5))}, "at most 4 per request"),
-    ({"sampling": Sampling(stop_tokens=3)}, r"must be a tuple of ids, such as \(3,\)"),
+    ({"sampling": Sampling(stop_tokens=3)}, r"must be a tuple of ids, such as \(2,\)"),
     ({"key": jax.random.split(jax.random.key(0), 2)}, r"key: expected one key or 1, got shape \(2,\)"),
     ({"key": 5}, "key = 5: expected a key such as"),
     ({"key": jax.random.key(0, impl="rbg")}, "key: .*rbg"),

@@ -75,7 +75,7 @@ def tokenizer():
     """One token per character; ids 1 to 3 are special."""
     vocab = {spelt([i]): i for i in range(128)}
     vocab = {t: i for t, i in vocab.items() if i not in SPECIAL.values()} | SPECIAL
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<e>"))
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token=spelt([0])))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
     backend.decoder = tokenizers.decoders.Fuse()
     backend.add_special_tokens(list(SPECIAL))

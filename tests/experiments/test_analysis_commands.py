@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from small_runs import SHAPE, prepared, saved
 
-from rdlm.config import DataConfig, ModelConfig
+from rdlm.config import DataConfig, InputError, ModelConfig
 from rdlm.perf import flops
 from rdlm.report import (
     plot_contraction,
@@ -226,5 +226,5 @@ def test_results_are_plain_json_and_csv(tmp_path):
     table = write_table(tmp_path / "found.csv", [{"a": 1, "b": math.nan}, {"a": "x,y", "b": 2.5}])
     assert table.read_text() == 'a,b\n1,\n"x,y",2.5\n'
     (tmp_path / "file").write_text("")
-    with pytest.raises(rdlm.InputError, match="cannot be written"):
+    with pytest.raises(InputError, match="cannot be written"):
         write_result(tmp_path / "file/below.json", {}, {})

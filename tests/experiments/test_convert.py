@@ -178,7 +178,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(tmp_path):
     (tmp_path / "full/thesis.tex").write_text("x")
     wrong = tmp_path / "wrong"
     wrong.mkdir()
-    (wrong / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (wrong / "config.json").write_text(json.dumps({"model_type": "mamba"}))
     for arguments, word in [
         ((tmp_path / "nowhere", tmp_path / "out"), "no such folder"),
         (("organisation/name", tmp_path / "out"), "hub"),
