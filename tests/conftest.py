@@ -47,6 +47,14 @@ def quick_compile():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.fixture(scope="module")
+def quick_module():
+    """The same for a whole file, its fixtures included."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 MAPPINGS = pathlib.Path("/proc/self/maps")
 MOST_MAPPINGS = 20_000
 

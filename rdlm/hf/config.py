@@ -12,6 +12,7 @@ import math
 from collections.abc import Collection
 
 from rdlm.config import InputError, Loop, ModelConfig, require
+from rdlm.config.model import NOISES
 from rdlm.hf import plain
 from rdlm.hf.fields import Fields, Json, typed
 
@@ -69,8 +70,6 @@ FIXED: Fields = {
     "quantization_config": None,
 }
 WRITTEN = tuple(FIXED)[: tuple(FIXED).index("bias") + 1]
-
-NOISES = ("fixed", "geom", "sqrt", "line", "chi")
 
 COUNTS = ("prelude_layers", "core_layers", "coda_layers", "mean_recurrence", "backprop_depth")
 

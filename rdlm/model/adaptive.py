@@ -30,8 +30,8 @@ class Pass(NamedTuple):
     """The result of a pass."""
 
     logits: Array  # f32 [B, L, V], or [B, 1, V] of each row's last valid position
-    latents: Array  # [B, L, D], after ln_f
-    state: Array  # [B, L, D], before ln_f
+    latents: Array  # [B, L, D], what the coda reads
+    state: Array  # [B, L, D], after the last recurrence
     steps: Array  # int32 [B, L], recurrences each token ran
     ran: Array  # int32 scalar, the recurrence at which the last token stopped
     new_kv: NewKV  # to append to the cache

@@ -39,9 +39,9 @@ class Output:
     """What `forward` returns."""
 
     logits: Array  # f32 [B, L, V]
-    latents: Array  # [B, L, D], after ln_f
+    latents: Array  # [B, L, D], what the coda reads: after ln_f with `loop.bridge`
     steps: Array  # int32 [B, L], recurrences each token ran
-    state: Array  # [B, L, D], the raw latent state before ln_f
+    state: Array  # [B, L, D], the latent state after the last recurrence
     checks: Array | None = None  # int32 [B, L], how often the exit rule read a token's logits; None if not counted
 
 

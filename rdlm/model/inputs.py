@@ -183,16 +183,17 @@ def check_rule(rule: object, batch: int, min_steps: Counts = 0, check_every: Cou
     if rule is not None and not isinstance(rule, ExitRule):
         raise InputError(f"exit_rule = {shown(rule)}: must be a rule such as rdlm.exits.kl()")
     if rule is not None:
-        every = all(
-            not isinstance(x, jax.core.Tracer) and np.all(np.asarray(x) == y)
-            for x, y in ((min_steps, 0), (check_every, 1))
-        )
-        if rule.every_check and not every:
+        if rule.every_check and not (_is(min_steps, 0) and _is(check_every, 1)):
             raise InputError(f"exit_rule: {rule.kind} needs every recurrence: min_steps = 0 and check_every = 1")
         for threshold in rule.thresholds():
             check_shape("exit_rule: threshold", threshold, (), (batch,))
     check_integers("min_steps", min_steps, 0)
     check_integers("check_every", check_every, 1)
+
+
+def _is(value: Counts, number: int) -> bool:
+    """Whether a count is known to be `number` in every row."""
+    return not isinstance(value, jax.core.Tracer) and bool(np.all(np.asarray(value) == number))
 
 
 def depth_from(

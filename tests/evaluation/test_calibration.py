@@ -136,11 +136,7 @@ def test_levels_outside_0_and_1_are_refused(value):
 # Scoring thresholds
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_module")
 
 
 ROWS, LENGTH, STEPS = 43, 12, 10

@@ -7,7 +7,6 @@ import json
 import math
 import shutil
 
-import jax
 import numpy as np
 import pytest
 from small_runs import SHAPE, prepared, saved
@@ -26,12 +25,7 @@ from rdlm.report import (
     write_table,
 )
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_module")
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import json
 import shlex
 import shutil
 
-import jax
 import pytest
 from golden_cases import GOLDEN
 from small_runs import TEXTS, prepared, saved
@@ -19,11 +18,7 @@ ON_A_RUN = {
 """Commands about a run folder, with arguments that are right."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_module")
 
 
 def shown(words):
