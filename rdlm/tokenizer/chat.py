@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import functools
 import json
@@ -38,6 +39,7 @@ Template = str | list[dict[str, str]] | None
 # of a message that could be part of a special token, and the end of what the template wrote.
 _BEGIN, _END, _GUARD, _REST = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
 _RESERVED = re.compile(f"[{_BEGIN}{_END}{_GUARD}{_REST}]")
+_ASKED, _SAID = {"role": "user", "content": "a"}, "qj"  # a conversation to see how the template writes one
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
 
 
@@ -83,31 +85,111 @@ def render(
             message = {**message, "content": _with_calls(message["content"], message["tool_calls"], f"messages[{i}]")}
         guarded.append({**_guarded(message, special, f"messages[{i}]"), "role": role})
 
-    def written(count: int, prompt: bool) -> str:
-        try:
-            return _compiled(chosen).render(
-                messages=guarded[:count], add_generation_prompt=prompt, bos_token=bos_token, eos_token=eos_token
-            )
-        except Exception as error:  # a template is a program: it can fail in any way
-            raise InputError(f"chat template: {one_line(error)}") from error
-
-    text = written(len(guarded), add_generation_prompt)
+    written = _writer(chosen, bos_token, eos_token, tuple(special))
+    text = written.text(guarded, add_generation_prompt)
     if not find_spans or _GENERATION.search(chosen):
         return text + _REST
     pieces, done = [], 0
     for i, message in enumerate(guarded):
         if message["role"] == "assistant":
-            prompt, whole = written(i, True), written(i + 1, False)
-            end = _reply_end(text, prompt, [whole, whole.rstrip().removesuffix(eos_token)], message["content"], special)
-            if not done <= len(prompt) <= end:
+            begin, end = _turn(text, guarded, i, written)
+            if not done <= begin <= end:
                 raise InputError(
-                    f"chat template {' '.join(chosen.split())[:60]!r}: the start of a conversation is not written as "
-                    f"the start of the whole (message {i}), so what the assistant says cannot be found; put "
+                    f"chat template {' '.join(chosen.split())[:60]!r}: does not write the start of a conversation as "
+                    f"the start of the whole, so what the assistant says in message {i} cannot be found; put "
                     "{% generation %} and {% endgeneration %} around it in the template"
                 )
-            pieces += [text[done : len(prompt)], _BEGIN, text[len(prompt) : end], _END]
+            pieces += [text[done:begin], _BEGIN, text[begin:end], _END]
             done = end
     return "".join([*pieces, text[done:], _REST])
+
+
+def end_of_turn(template: Template, bos_token: str, eos_token: str, special: Sequence[str]) -> str | None:
+    """The first special token that the template writes after what the assistant says, or None. Arguments as `render`'s.
+
+    Raises:
+      InputError: no template can be chosen (see `render`).
+    """
+    return _writer(_chosen(template, special), bos_token, eos_token, tuple(special)).end_of_turn
+
+
+@dataclasses.dataclass(frozen=True)
+class _Writer:
+    """A template and the tokens it needs."""
+
+    template: str
+    bos_token: str
+    eos_token: str
+    special: tuple[str, ...]
+
+    def text(self, messages: Sequence[Mapping[str, Any]], prompt: bool) -> str:
+        """The messages as the template writes them; prompt: with the header of a reply. Raises InputError."""
+        try:
+            return _compiled(self.template).render(
+                messages=messages, add_generation_prompt=prompt, bos_token=self.bos_token, eos_token=self.eos_token
+            )
+        except Exception as error:  # a template is a program: it can fail in any way
+            raise InputError(f"chat template: {one_line(error)}") from error
+
+    def attempt(self, messages: Sequence[Mapping[str, Any]], prompt: bool) -> str | None:
+        """`text`, or None if the template refuses these messages."""
+        try:
+            return self.text(messages, prompt)
+        except InputError:
+            return None
+
+    @functools.cached_property
+    def end_of_turn(self) -> str | None:
+        """The first special token behind a reply."""
+        text = self.attempt([_ASKED, {"role": "assistant", "content": _SAID}], False) or ""
+        behind = text.partition(_SAID)[2]
+        found = (m[0] for m in _pattern(self.special).finditer(behind) if m[0])
+        return next((token for token in found if token != self.bos_token or token == self.eos_token), None)
+
+    @functools.cached_property
+    def header(self) -> str:
+        """What the template writes before a reply: a text with a special token, or nothing if that is not known."""
+        prompt, without = self.attempt([_ASKED], True), self.attempt([_ASKED], False)
+        for before in (without or "", (without or "").rstrip().removesuffix(self.eos_token)):
+            if prompt and before and prompt.startswith(before):
+                header = prompt[len(before) :]
+                return header if any(m[0] for m in _pattern(self.special).finditer(header)) else ""
+        return ""
+
+
+_writer = functools.cache(_Writer)
+
+
+def _turn(text: str, messages: Sequence[Mapping[str, Any]], i: int, written: _Writer) -> tuple[int, int]:
+    """Where in `text`, the whole conversation, the reply `messages[i]` begins, and where its end-of-turn token ends.
+
+    It begins behind the prompt for it, and is what the conversation up to it adds to that. Some templates write the
+    past otherwise (without thoughts, or not as the last reply): there it begins behind the header of a reply, and must
+    be its content. (-1, -1) if neither is so.
+    """
+    content = str(messages[i]["content"]).strip()
+    calls = bool(messages[i].get("tool_calls"))  # which a template writes in its own way
+    prompt, whole = written.attempt(messages[:i], True), written.attempt(messages[: i + 1], False)
+    begin, limit, joined = -1, len(text), False
+    if prompt is not None and text.startswith(prompt):
+        begin = len(prompt)
+        # Some templates write the end token once, at the end of a conversation.
+        for until in [] if whole is None else [whole.rstrip().removesuffix(written.eos_token), whole]:
+            if text.startswith(until) and until.startswith(prompt):
+                limit, joined = len(until), True
+    elif written.header:
+        begins = [m.end() for m in re.finditer(re.escape(written.header), text)]
+        replies = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+        if len(begins) - text.endswith(written.header) == len(replies):
+            begin = begins[replies.index(i)]
+    token = written.end_of_turn
+    at = text.find(token, begin, limit) if token and begin >= 0 else -1
+    end = limit if at < 0 or token is None else at + len(token)
+    said = text[begin : limit if at < 0 else at].strip()
+    if joined and (token or calls or said.endswith(content)):  # without a token, what follows may be another header
+        return begin, end
+    same = calls or (bool(said) >= bool(content) and (said.endswith(content) or content.endswith(said)))
+    return (begin, end) if at >= 0 and same else (-1, -1)
 
 
 def _with_calls(content: str, calls: object, where: str) -> str:
@@ -138,26 +220,6 @@ def _chosen(template: object, special: Sequence[str]) -> str:
     if not isinstance(template, str):
         raise InputError(f"chat template: must be text, not {type(template).__name__}; correct tokenizer_config.json")
     return template
-
-
-def _reply_end(text: str, prompt: str, until: Sequence[str], content: str, special: Sequence[str]) -> int:
-    """Where in `text` the reply to `prompt` ends, 0 if that is not clear.
-
-    Args:
-      text: the conversation.
-      prompt: the conversation before the reply.
-      until: the conversation up to the reply; without the end token, which some templates write after the last message.
-      content: of the reply.
-      special: all special tokens.
-    """
-    for whole in until:
-        if text.startswith(whole) and whole.startswith(prompt):
-            return len(whole)
-    if text.startswith(prompt):  # some templates write the last reply otherwise than earlier ones
-        ended = re.compile(rf"\s*{re.escape(content.strip())}\s*(?:{_pattern(tuple(special)).pattern})")
-        if match := ended.match(text, len(prompt)):
-            return match.end()
-    return 0
 
 
 def runs(text: str, special: Sequence[str]) -> Iterator[tuple[bool, str, list[tuple[int, int]]]]:

@@ -22,7 +22,6 @@ from rdlm.tokenizer.training import Config
 _LONG = 2**19  # characters; longer texts are encoded in pieces of about this size
 _ENCODED_AT_ONCE = 2**22  # characters
 _LINE_START = re.compile(r"\n(?=[^\W_])")
-_SAID = "qj"  # by an assistant, to find the end of its turn
 _GENERATION = "generation_config.json"
 _BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 
@@ -185,7 +184,7 @@ class Tokenizer:
     ) -> tuple[np.ndarray, np.ndarray]:
         """`encode_chat` and, bool [n], which tokens are the assistant's: those in `{% generation %}` blocks.
 
-        Where a template has none: what each of its messages adds to the prompt for it.
+        Where a template has none: what each of its messages adds to the prompt for it, up to the end-of-turn token.
 
         Raises:
           InputError: as `encode_chat`, or the template does not write the start of a conversation as it begins the
@@ -198,12 +197,13 @@ class Tokenizer:
 
         Special tokens spelled out in a message carry a mark that keeps them text.
         """
+        bos_token, eos_token = self._ends
         return chat.render(
             self._config.get("chat_template"),
             messages,
             add_generation_prompt=reply,
-            bos_token=str(self._backend.id_to_token(self.bos_id)),
-            eos_token=str(self._backend.id_to_token(self.eos_id)),
+            bos_token=bos_token,
+            eos_token=eos_token,
             special=list(self.special_ids),
             find_spans=find_spans,
         )
@@ -286,14 +286,16 @@ class Tokenizer:
     @property
     def _end_of_turn(self) -> int:
         """The first special token that the chat template writes after what the assistant says, or eos_id."""
-        chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _SAID}]
         try:
-            ids = self.encode_chat(chat, reply=False).tolist()
-        except InputError:  # none, or one that needs other messages
-            return self.eos_id
-        after = next((at + 1 for at in range(len(ids)) if _SAID in self.decode(ids[: at + 1])), len(ids))
-        special = frozenset(self.special_ids.values()) - {self.bos_id}
-        return next((i for i in ids[after:] if i in special), self.eos_id)
+            found = chat.end_of_turn(self._config.get("chat_template"), *self._ends, list(self.special_ids))
+        except InputError:  # none
+            found = None
+        return self.eos_id if found is None else self.special_ids[found]
+
+    @property
+    def _ends(self) -> tuple[str, str]:
+        """The begin token and the end token, as templates write them."""
+        return str(self._backend.id_to_token(self.bos_id)), str(self._backend.id_to_token(self.eos_id))
 
     @functools.cached_property
     def hash(self) -> str:

@@ -197,7 +197,6 @@ def test_labels_are_counted(prepare_it):
     [
         (chats(), NEVER + "{% endfor %}"),  # the tag is there, and never reached
         (chats().replace("assistant", "model"), CHATML),
-        (chats(), "{{ messages[0].content }}"),  # writes no word of the assistant
     ],
 )
 def test_chats_of_which_nothing_is_scored_are_refused(tmp_path, content, template, one_line):

@@ -693,14 +693,14 @@ TURNS = [("user", "1+1?"), ("assistant", " 2 <|end_turn|>"), ("user", "sure?"), 
 @pytest.mark.parametrize(
     ("template", "said"),
     [
-        (CHATML + PROMPT, " 2 <|end_turn|><|end_turn|>\nyes<|end_turn|>\n"),
+        (CHATML + PROMPT, " 2 <|end_turn|><|end_turn|>yes<|end_turn|>"),
         (
             CHATML,  # nothing asks for a reply: the model has to write its header itself
-            "<|begin_header|>assistant\n 2 <|end_turn|><|end_turn|>\n<|begin_header|>assistant\nyes<|end_turn|>\n",
+            "<|begin_header|>assistant\n 2 <|end_turn|><|end_turn|><|begin_header|>assistant\nyes<|end_turn|>",
         ),
         (  # the end token once, at the end
             CHATML + PROMPT + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}",
-            " 2 <|end_turn|><|end_turn|>\nyes<|end_turn|>\n<|end_text|>",
+            " 2 <|end_turn|><|end_turn|>yes<|end_turn|>",
         ),
         (  # as Llama 2
             "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
@@ -711,7 +711,7 @@ TURNS = [("user", "1+1?"), ("assistant", " 2 <|end_turn|>"), ("user", "sure?"), 
             "{% for m in messages %}<|begin_header|>{{ m.role }}\n"
             "{% if loop.last and m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
             "{{ m.content }}<|end_turn|>\n{% endfor %}" + PROMPT,
-            " 2 <|end_turn|><|end_turn|><think>\n\n</think>\n\nyes<|end_turn|>\n",
+            " 2 <|end_turn|><|end_turn|><think>\n\n</think>\n\nyes<|end_turn|>",
         ),
     ],
 )
@@ -730,6 +730,7 @@ def test_the_assistants_words_are_found_by_what_its_messages_add(template, said)
         "{{ messages | length }} messages: {% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
         "{% for m in messages | reverse %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
         "{% for m in messages %}{% if loop.last %}LAST {% endif %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
+        "{{ messages[0].content }}",
     ],
 )
 def test_a_template_whose_texts_do_not_join_up_is_named(template):
