@@ -30,6 +30,7 @@ from rdlm.model import (
     positions_of,
     split_steps,
     typed_key,
+    with_values,
 )
 from rdlm.model.blocks import Block
 from rdlm.model.network import core_names, gate_logit
@@ -198,8 +199,8 @@ def token_losses(
     (n, k, max_k, rows), flash = depths, layout is not None and layout.flash
     ctx = context(config, batch.positions, batch.segment_ids, flash=flash)._replace(training=True)
 
-    def full(name: str) -> Params:
-        return params if layout is None else params | layout.full({name: params[name]})
+    def full(*names: str) -> Params:
+        return params if layout is None else params | layout.full({name: params[name] for name in names})
 
     def outer(name: str, run: Block) -> Block:
         # Stored, activations and full weights of the prelude would stay in memory through all recurrences.
@@ -210,6 +211,8 @@ def token_losses(
         run = layout.block(name, run) if layout is not None and layout.gather == "each" else run
         return jax.checkpoint(run) if remat in ("layer", "offload") else run
 
+    values = [f"values_{name}" for name in config.value_layers]
+    ctx = with_values(full(*values), config, batch.tokens, ctx)
     core = {name: params[name] for name in core_names(config)}
     weights = (lambda: core) if layout is None else layout.for_recurrences(core)
     e, _ = embed(full("wte"), config, batch.tokens, ctx._replace(around=outer))
@@ -224,9 +227,10 @@ def token_losses(
         return jnp.where(running[:, None, None], new, s)
 
     vocabulary = full("wte" if config.tie_embeddings else "head")
+    behind = full(*(["C"] if config.loop.linear_bridge else []))
 
     def read(s: Array) -> Array:
-        (y, _), _ = coda(params, config, s, ctx._replace(around=outer))
+        (y, _), _ = coda(behind, config, s, ctx._replace(around=outer))
         return head_losses(vocabulary, config, y, batch.labels, terms)
 
     if terms.gate == "none":

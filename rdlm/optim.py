@@ -20,8 +20,8 @@ from jaxtyping import Float32, PyTree
 
 from rdlm.config import InputError, OptimizerConfig
 
-UNDECAYED = ("scale", "qk_bias", "qkv_bias", "bias")
-"""Last path component of parameters without weight decay: norm weights and biases."""
+UNDECAYED = ("scale", "qk_bias", "qkv_bias", "bias", "A_log", "dt_bias", "B", "C")
+"""Last path component of parameters without weight decay: norm weights, biases, and what carries the state."""
 
 Count = int | float | Array
 """Steps counted from 0, as schedules take them."""
@@ -71,7 +71,7 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def decay_mask(params: PyTree) -> PyTree:
-    """True where weight decay applies: matrices and embeddings, not norm weights and biases."""
+    """True where weight decay applies: matrices and embeddings, not what is `UNDECAYED`."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in UNDECAYED, params)
 
 

@@ -49,8 +49,9 @@ def sample_steps(
       key: JAX key; fold the training step into it, so that the draw is a function of (seed, step) on any host.
       mean_recurrence, backprop_depth: of the model.
       scheme: the reference's names. "-fill": n ~ PoissonLogNormal(t), k = s. "poisson-lognormal": k ~ U{1..2s}.
-        "poisson-*": Poisson(t) without the log-normal. "simple": n ~ U{0..2t-1}, k ~ U{1..2s}. "fixed": (t, s).
-        "non-recurrent": (0, 1). "full": (0, U{1..2s}).
+        "poisson-*": Poisson(t) without the log-normal. "poisson-truncated-full": as the default, with
+        p = max(Poisson(t+s), 1). "simple": n ~ U{0..2t-1}, k ~ U{1..2s}. "fixed": (t, s). "non-recurrent": (0, 1).
+        "full": (0, U{1..2s}).
       progress: None, or the completed share of a depth curriculum, in (0, 1]: t and s grow to ceil(progress * t) and
         max(ceil(progress * s), 1).
     """
@@ -76,8 +77,9 @@ def sample_steps(
 
     n: Array | int
     k: Array | int
-    if scheme == "poisson-lognormal-filling":
-        p = poisson_lognormal(jnp.asarray(t) + s) + 1
+    if scheme in ("poisson-lognormal-filling", "poisson-truncated-full"):
+        mean = jnp.asarray(t) + s
+        p = poisson_lognormal(mean) + 1 if scheme == "poisson-lognormal-filling" else jnp.maximum(poisson(mean), 1)
         k = jnp.minimum(s, p)
         n = p - k
     elif scheme == "poisson-lognormal-fill":

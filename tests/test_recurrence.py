@@ -1,6 +1,7 @@
 """The recurrence against plain Python loops, and its random draws as functions of (seed, step, position) alone."""
 
 import functools
+import math
 import typing
 
 import chex
@@ -293,6 +294,18 @@ def test_draws_fill_gradient_steps_first():
     assert not np.any(n[k < 4])
     assert np.any(k < 4)
     assert np.any(n > 0)
+
+
+def test_truncated_poisson_draws():
+    """n + k ~ max(Poisson(mean), 1), whatever the number with gradient: it only says which of them come first."""
+    keys = jax.random.split(jax.random.key(3), 20_000)
+    n, k = jax.jit(jax.vmap(lambda key: sample_steps(key, 4, 2, "poisson-truncated-full")))(keys)
+    np.testing.assert_array_equal(k, np.minimum(n + k, 2))
+    counts = np.bincount(n + k, minlength=12)[:12] / len(keys)
+    expected = [math.exp(-4) * 4**i / math.factorial(i) for i in range(12)]
+    expected[1], expected[0] = expected[1] + expected[0], 0.0
+    assert np.abs(counts - expected).max() < 0.012
+    assert np.abs(np.roll(counts, 1) - expected).max() > 0.03  # control: one recurrence more is noticed
 
 
 def test_draws_of_an_unknown_scheme_are_refused():

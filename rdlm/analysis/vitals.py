@@ -12,8 +12,8 @@ Both losses kept falling for a while. `vitals` are the numbers that would have r
     vital_contraction         the latter over the same after half of the mean r: below 1 where iterating settles
     vital_loss_r1, vital_loss loss after 1 recurrence and after the mean r
     vital_gain                the share of it that depth saves: (loss_r1 - loss) / loss_r1
-    vital_adapter_state       the adapter's half that reads the state: Frobenius norm over sqrt(D), 1 for the identity
-    vital_adapter_input       the half that reads the embedded input
+    vital_adapter_state       the map of the state in the injection: Frobenius norm over sqrt(D), 1 for the identity
+    vital_adapter_input       the map of the embedded input
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from jaxtyping import Bool, Float, Float32
 from rdlm.config import ModelConfig
 from rdlm.losses import IGNORED, as_batch, bind_batch, head_losses
 from rdlm.model import Params, coda
+from rdlm.model.network import diagonal
 
 COLLAPSED = 0.9
 """Token correlation: 0.02 to 0.64 in healthy runs, above 0.98 in collapsed ones."""
@@ -44,7 +45,7 @@ class Course(NamedTuple):
     """What an unroll to the mean r passes through, f32.
 
     correlation, rms, residual: [r], after each recurrence, as above. losses: [2], after the first and the last.
-    adapter: [2], Frobenius norms of its halves over sqrt(D), for the state and for the embedded input.
+    adapter: [2], Frobenius norms over sqrt(D) of what maps the state and the embedded input.
     """
 
     correlation: Array
@@ -80,10 +81,20 @@ def course(params: Params, config: ModelConfig, batch: Any, key: Array) -> Cours
 
     (last, first), (correlation, rms, residual) = lax.scan(body, (s, s), jnp.arange(config.mean_recurrence))
     scored = jnp.maximum((labelled.labels != IGNORED).sum(), 1)
-    adapter = params.get("adapter", jnp.zeros((2, 1, 1)))  # a model without injection has none
-    halves = jnp.square(adapter.astype(jnp.float32)).sum((1, 2)) / config.embed_dim
+    halves = jnp.stack([jnp.square(x.astype(jnp.float32)).sum() for x in _maps(params, config)]) / config.embed_dim
     losses = lax.map(loss, jnp.stack([first, last])) / scored
     return Course(correlation, rms, residual, losses, jnp.sqrt(halves))
+
+
+def _maps(params: Params, config: ModelConfig) -> tuple[Array, Array]:
+    """What maps the state and the embedded input; a diagonal as a vector, and zeros where the core reads s alone."""
+    kind, D = config.loop.injection, config.embed_dim
+    if kind == "linear":
+        return params["adapter"][0], params["adapter"][1]
+    if kind == "diagonal":
+        decay, gain = diagonal(params)
+        return decay, params["adapter"]["B"] * gain[None]
+    return (jnp.full(D, float(kind == "add")),) * 2
 
 
 def token_correlation(s: Float[Array, "B L D"], here: Bool[Array, "B L"]) -> Float32[Array, ""]:

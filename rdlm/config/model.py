@@ -25,12 +25,15 @@ class Block:
     """Norm of what they give: of the branch before it is added, or of the residual sum."""
     norm_weight: Literal["scale", "offset"] = "scale"
     """Norms multiply by w, or by 1 + w."""
-    qk_norm: Literal["none", "head", "width"] = "none"
-    """Norm of queries and keys before rotary: of each head, or of all heads together."""
+    qk_norm: Literal["none", "head", "width", "rotated"] = "none"
+    """Norm of queries and keys before rotary: of each head, or of all heads together. rotated: of each head, without
+    weights and after rotary."""
     qkv_bias: bool = False
     """Learned bias on queries, keys and values."""
-    activation: Literal["silu", "gelu_tanh"] = "silu"
-    """Of the gated MLP."""
+    activation: Literal["silu", "gelu_tanh", "relu2"] = "silu"
+    """Of the MLP; relu2: max(x, 0)^2 / 2."""
+    gated: bool = True
+    """The MLP multiplies the activation by a second linear map of its input."""
     attention_scale: float | None = None
     """What scores are multiplied by. None: 1 / sqrt(head_dim)."""
 
@@ -38,8 +41,8 @@ class Block:
         check_types(self)
         _choice("block.norm_output", self.norm_output, ("none", "branch", "sum"))
         _choice("block.norm_weight", self.norm_weight, ("scale", "offset"))
-        _choice("block.qk_norm", self.qk_norm, ("none", "head", "width"))
-        _choice("block.activation", self.activation, ("silu", "gelu_tanh"))
+        _choice("block.qk_norm", self.qk_norm, ("none", "head", "width", "rotated"))
+        _choice("block.activation", self.activation, ("silu", "gelu_tanh", "relu2"))
         normed = self.norm_input or self.norm_output == "branch"
         require(normed, "block.norm_input", self.norm_input, "must be true, unless block.norm_output is 'branch'")
         scale = self.attention_scale
@@ -50,8 +53,9 @@ class Block:
 class Loop:
     """How the core is repeated (docs/families.md). Defaults: the paper's loop."""
 
-    injection: Literal["linear", "none"] = "linear"
-    """What each recurrence adds to the state: A [s; e], or nothing."""
+    injection: Literal["linear", "diagonal", "add", "none"] = "linear"
+    """What the core reads: A [s; e]; exp(-d exp(A_log)) s + d (B e) with d = softplus(dt_bias), one of each per
+    channel; s + e; or s alone."""
     start: Literal["noise", "embedding"] = "noise"
     """The initial state: noise, or what the prelude returns."""
     start_std: float | None = None
@@ -60,21 +64,27 @@ class Loop:
     """The final norm ends every recurrence; the next one reads the normed state. Needs coda_layers = 0."""
     bridge: bool = True
     """The final norm stands between core and coda too."""
+    linear_bridge: bool = False
+    """A matrix C stands between core and coda, in place of the final norm."""
+    entry_norm: bool = False
+    """A norm of its own ends the prelude."""
     gate: bool = False
     """A linear exit gate reads the state after every recurrence."""
 
     def __post_init__(self) -> None:
         check_types(self)
-        _choice("loop.injection", self.injection, ("linear", "none"))
+        _choice("loop.injection", self.injection, ("linear", "diagonal", "add", "none"))
         _choice("loop.start", self.start, ("noise", "embedding"))
         require(self.start_std is None or self.start_std > 0, "loop.start_std", self.start_std, "must be positive")
         noisy = self.start_std is None or self.start == "noise"
         require(noisy, "loop.start_std", self.start_std, "must be None, because loop.start is 'embedding'")
-        fed = self.injection == "linear" or self.start == "embedding"
+        fed = self.injection != "none" or self.start == "embedding"
         require(fed, "loop.start", self.start, "must be 'embedding' without injection, or the text is never read")
         require(self.close or not self.gate, "loop.gate", self.gate, "needs loop.close: the gate reads a normed state")
         once = not (self.close and self.bridge)
         require(once, "loop.bridge", self.bridge, "must be false with loop.close, which has normed the state already")
+        alone = not (self.linear_bridge and (self.bridge or self.close))
+        require(alone, "loop.linear_bridge", self.linear_bridge, "must be false with loop.bridge or loop.close")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +164,13 @@ class ModelConfig:
     """Dtype in which parameters are initialised and stored."""
     compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Dtype of matrix products and activations. None: that of the parameters."""
+    value_tables: tuple[int, ...] = ()
+    """Layers with a table of value embeddings, which are added to the values of attention by token. Counted from 0
+    through prelude, core and coda."""
+    value_gates: tuple[int, ...] = ()
+    """Layers with a gate of value embeddings, counted likewise. A layer uses them if it has both."""
+    initial_output: Literal["scaled", "zero"] = "scaled"
+    """Output projections of attention and MLP in a new model: scaled down by depth, or zeros."""
     test_time_noise: float = 0.0
     """Noise mixed into the state before each recurrence at test time (docs/model.md, Test-time noise); 0 is off."""
     test_time_noise_type: Literal["fixed", "geom", "sqrt", "line", "chi"] = "fixed"
@@ -204,6 +221,11 @@ class ModelConfig:
                 base is None or (base > 0 and window is not None),
                 "must be positive, and needs attention_window",
             ),
+            "value_tables": (set(self.value_tables) <= set(range(layers)), f"must be of 0 .. {layers - 1}"),
+            "value_gates": (
+                set(self.value_gates) <= set(range(layers)) and (not self.value_gates or self.embed_dim >= 32),
+                f"must be of 0 .. {layers - 1}, and needs embed_dim of at least 32",
+            ),
             "norm_eps": (self.norm_eps > 0, "must be positive"),
             "test_time_noise": (self.test_time_noise >= 0, "must not be negative"),
             "test_time_noise_type": (self.test_time_noise_type in NOISES, f"must be one of {', '.join(NOISES)}"),
@@ -215,7 +237,8 @@ class ModelConfig:
         }
         for name, (fulfilled, fix) in checks.items():
             require(fulfilled, name, getattr(self, name), fix)
-        object.__setattr__(self, "full_attention_layers", tuple(sorted(set(self.full_attention_layers))))
+        for name in ("full_attention_layers", "value_tables", "value_gates"):
+            object.__setattr__(self, name, tuple(sorted(set(getattr(self, name)))))
         if self.block.attention_scale == self.head_dim**-0.5:
             object.__setattr__(self, "block", dataclasses.replace(self.block, attention_scale=None))
         named = "embed_dim / num_heads" if self.head_width is None else "head_width"
@@ -225,6 +248,17 @@ class ModelConfig:
     def head_dim(self) -> int:
         """Width Q of one head."""
         return self.embed_dim // self.num_heads if self.head_width is None else self.head_width
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of all blocks in the order in which they first run."""
+        parts = {"prelude": self.prelude_layers, "core": self.core_layers, "coda": self.coda_layers}
+        return tuple(f"{part}_{j}" for part, count in parts.items() for j in range(count))
+
+    @property
+    def value_layers(self) -> tuple[str, ...]:
+        """Names of the blocks that use value embeddings."""
+        return tuple(self.layers[i] for i in self.value_tables if i in self.value_gates)
 
     @property
     def start_scale(self) -> float:

@@ -196,6 +196,45 @@ RECURRENT_LLAMA_1B = RunConfig(
 )
 """A plain model of 16 layers cut into 4/6/4 (arXiv 2511.07384): 1,385,228,288 parameters. Not trained yet."""
 
+PARCAE_140M = RunConfig(
+    preset="parcae_140m",
+    model=ModelConfig(
+        vocab_size=32768,
+        embed_dim=768,
+        num_heads=6,
+        mlp_dim=3072,
+        core_layers=2,
+        max_length=2048,
+        norm_eps=1e-5,
+        qk_bias=False,
+        embed_scale=1.0,
+        mean_recurrence=8,
+        backprop_depth=4,
+        value_tables=(1, 3, 5),
+        value_gates=(1, 3, 5),
+        initial_output="zero",
+        compute_dtype="bfloat16",
+        block=Block(norm_output="none", qk_norm="rotated", activation="relu2", gated=False),
+        loop=Loop(
+            injection="diagonal",
+            start_std=(2 / (5 * 768)) ** 0.5,
+            bridge=False,
+            linear_bridge=True,
+            entry_norm=True,
+        ),
+    ),
+    recurrence=RecurrenceConfig(scheme="poisson-truncated-full", draw="sequence", remat="layer"),
+    optimizer=OptimizerConfig(
+        name="muon", learning_rate=8e-3, b1=0.8, b2=0.95, warmup_steps=0, cooldown_steps=20_000, weight_decay=0.1
+    ),
+    data=DataConfig(tokenizer_size=32768, sequence_length=2048, batch_size=256),
+    checkpoint=CheckpointConfig(every=100),
+    evaluation=EvaluationConfig(every=500, batches=2, depths=(1, 2, 4, 8, 16)),
+    steps=40_000,
+)
+"""Diagonal injection and value embeddings (arXiv 2604.12946): 144,323,136 parameters, half of them looked up by token.
+Not trained yet."""
+
 PRESETS = {
     run.preset: run
     for run in (
@@ -207,6 +246,7 @@ PRESETS = {
         HUGINN_TPU_RUN,
         OURO_1P4B,
         RECURRENT_LLAMA_1B,
+        PARCAE_140M,
     )
 }
 """Runs by name."""

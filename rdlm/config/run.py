@@ -17,6 +17,7 @@ Scheme = Literal[
     "poisson-unbounded",
     "poisson-bounded",
     "poisson-fill",
+    "poisson-truncated-full",
     "simple",
     "fixed",
     "non-recurrent",

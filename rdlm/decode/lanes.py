@@ -25,7 +25,7 @@ from rdlm.decode.loop import Progress, Sizes, token_keys
 from rdlm.decode.requests import Request, WarmStart
 from rdlm.decode.sampling import choose, finite, log_probability, stops
 from rdlm.exits import Observation
-from rdlm.model import Params, coda, context, core_step, embed, head, inject, known, noisy
+from rdlm.model import Params, coda, context, core_step, embed, head, inject, known, noisy, with_values
 from rdlm.model.blocks import Context
 from rdlm.model.cache import Cache, allocate, cached_bias, skip_bias, write
 from rdlm.model.kernels import after
@@ -55,6 +55,11 @@ class Lanes(NamedTuple):
     used: Array  # int32 scalar, lanes that took part, summed over ticks
     flushes: Array  # int32 scalar
     since: Array  # int32 scalar, ticks since the last flush
+
+    @property
+    def token(self) -> Array:
+        """The present token, int32 [B]: the last of the output."""
+        return jnp.take_along_axis(self.tokens, jnp.maximum(self.count - 1, 0)[:, None], axis=1)[:, 0]
 
 
 class Flush(NamedTuple):
@@ -157,7 +162,7 @@ def _tick(params: Params, config: ModelConfig, p: Lanes) -> Lanes:
     """One recurrence for every iterating lane, and a check of the exit rule for those that are due."""
     cache, lane = p.cache, jnp.arange(p.busy.size)
     m = p.ran % cache.sets
-    ctx = visible = _context(config, cache, cache.length)
+    ctx = visible = _context(params, config, cache, p.token, cache.length)
     if cache.policy.lookup == "skip":
         visible = ctx.hiding(cached=skip_bias(cache.depth, p.ran[:, None]))
     cached_kv = jax.tree.map(lambda x: x[0] if cache.sets == 1 else _windows(x, m, lane), cache.core)
@@ -184,9 +189,10 @@ def _tick(params: Params, config: ModelConfig, p: Lanes) -> Lanes:
     return p._replace(iterating=p.iterating & ~stop)
 
 
-def _context(config: ModelConfig, cache: Cache, position: Array) -> Context:
+def _context(params: Params, config: ModelConfig, cache: Cache, token: Array, position: Array) -> Context:
     """One token per row, at `position`, that sees the tokens before it in the cache."""
-    return context(config, position[:, None], None, cached_bias(cache.capacity, position))
+    ctx = context(config, position[:, None], None, cached_bias(cache.capacity, position))
+    return with_values(params, config, token[:, None], ctx)
 
 
 def _windows(x: Array, m: Array, lane: Array) -> Array:
@@ -226,7 +232,7 @@ def _flush(
     lane = jnp.where(lane < B, (lane + first) % B, B)
     row = jnp.minimum(lane, B - 1)
     position, ran, s = p.cache.length[row], p.ran[row], p.s[row]
-    ctx = _context(config, p.cache, position)
+    ctx = _context(params, config, p.cache, p.token[row], position)
     (y, z), coda_kv = coda(params, config, s, ctx, jax.tree.map(lambda x: x[row], p.cache.coda))
     logits = known(config, head(params, config, y)[:, 0])
     request, count = jax.tree.map(lambda x: x[row], p.request), p.count[row]
@@ -239,7 +245,8 @@ def _flush(
     done = failed | stops(token, request.sampling) | (count + 1 >= p.max_tokens[row])
     coda_kv = jax.tree.map(lambda x: x[:, 0], coda_kv)
     left = _Exit(core_kv, coda_kv, ran, token, log_probability(logits, token), done, failed)
-    warm = {"normalized": z, "raw": s}.get(warm_start or "")
+    normed = z if config.loop.bridge else s
+    warm = {"normalized": normed, "raw": s}.get(warm_start or "")
     return lane, left, _enter(params, config, p.cache, row, request, token, position + 1, warm)
 
 
@@ -254,7 +261,7 @@ def _enter(
     warm: Array | None,
 ) -> _Entry:
     """The next token [W] of the lanes `row`, at its position: prelude, injected input, initial state."""
-    ctx = _context(config, cache, position)
+    ctx = _context(params, config, cache, token, position)
     e, new_kv = embed(params, config, token[:, None], ctx, jax.tree.map(lambda x: x[row], cache.prelude))
     s = e if warm is None else warm
     if warm is None and config.loop.start == "noise":

@@ -72,7 +72,7 @@ def begin(
     progress = Progress(
         cache=cache,
         token=jnp.zeros(B, jnp.int32),
-        warm=_warm(done, last, warm_start),
+        warm=_warm(config, done, last, warm_start),
         tokens=table,
         steps=table,
         log_probs=jnp.zeros((B, sizes.tokens), jnp.float32),
@@ -104,11 +104,11 @@ def request_start(
     return start_from(params, config, text, request.keys, state, request.init_scale)
 
 
-def _warm(done: Pass, index: Array, kind: WarmStart) -> Array | None:
+def _warm(config: ModelConfig, done: Pass, index: Array, kind: WarmStart) -> Array | None:
     """The state [B, 1, D] that a token passes on to the next, at `index` [B, 1]."""
     if not kind:
         return None
-    states = done.latents if kind == "normalized" else done.state
+    states = done.latents if kind == "normalized" and config.loop.bridge else done.state
     return jnp.take_along_axis(states, index[..., None], axis=1)
 
 
@@ -157,7 +157,9 @@ def decode_tokens(
         start = request_start(params, config, text, request, p.warm)
         done, cache = run_pass(params, config, text, start, request.depth, p.cache)
         p = p._replace(
-            cache=cache, passes=p.passes + done.ran, warm=_warm(done, jnp.zeros_like(text.tokens), warm_start)
+            cache=cache,
+            passes=p.passes + done.ran,
+            warm=_warm(config, done, jnp.zeros_like(text.tokens), warm_start),
         )
         p = emit(p, request, known(config, done.logits[:, 0]), done.steps[:, 0])
         return p._replace(done=p.done | (p.count >= max_tokens))

@@ -240,7 +240,7 @@ def _by_depth(
     bound = bind_text(params, config, text, start_from(params, config, text, None, scale=scale))
 
     def read(s: Array) -> tuple[Array, Array]:
-        (y, _), _ = coda(params, config, s, text.context)
+        (y, _), _ = coda(params, config, s, bound.text.context)
         y = jnp.take_along_axis(y, batch.at[..., None], axis=1)  # the head runs on scored positions only
         return _continuations(known(config, head(params, config, y)), batch)
 

@@ -32,6 +32,7 @@ from rdlm.model.network import (
     positions_of,
     readout,
     vectors,
+    with_values,
 )
 from rdlm.model.noise import noisy
 
@@ -71,4 +72,5 @@ __all__ = [
     "text_from",
     "typed_key",
     "vectors",
+    "with_values",
 ]

@@ -21,7 +21,7 @@ from rdlm.exits import Depth, ExitRule, Observation
 from rdlm.model.attention import HIDDEN
 from rdlm.model.cache import Cache, NewKV, frozen_set, read_set, skip_bias, write_set, zeros
 from rdlm.model.inputs import Start, Text
-from rdlm.model.network import Layers, Params, coda, core_step, embed, gate_logit, head, inject, known
+from rdlm.model.network import Layers, Params, coda, core_step, embed, gate_logit, head, inject, known, with_values
 from rdlm.model.noise import noisy
 from rdlm.recurrence import unroll_until
 
@@ -73,6 +73,7 @@ def adaptive_pass(
       last_only: logits of each row's last valid position only.
     """
     depth = depth.per_token(text.tokens.shape)
+    text = text._replace(context=with_values(params, config, text.tokens, text.context))
     e, prelude_kv = embed(params, config, text.tokens, text.context, _if_cached(text, cache.prelude))
     start = start._replace(s=e) if start.s is None else start
     loop = _Loop(params, config, text, depth, cache, together, inject(params, config, e), start.key)

@@ -36,6 +36,8 @@ class Context(NamedTuple):
     training: only reverse-mode gradients are asked for, so kernels whose backward pass is written out may run.
     window: for the fused kernel, tokens that a query sees; None: all before it.
     full: for `full_attention_layers`, the same without a window.
+    values: for layers with value embeddings, by name: gate [32, K] and the tokens' rows [B, L, K, Q] of the table.
+    value: those of one layer, see `of_layer`.
     A context with `around`, `training` or `window`, which are no arrays, stays inside one traced function.
     """
 
@@ -48,13 +50,18 @@ class Context(NamedTuple):
     training: bool = False
     window: int | None = None
     full: Context | None = None
+    values: dict[str, tuple[Array, Array]] | None = None
+    value: tuple[Array, Array] | None = None
 
     def of_layer(self, config: ModelConfig, part: str, j: int) -> Context:
         """What layer j of the prelude, the core or the coda needs."""
-        first = {"prelude": 0, "core": config.prelude_layers, "coda": config.prelude_layers + config.core_layers}
-        if self.full is None or first[part] + j not in config.full_attention_layers:
-            return self
-        return self.full._replace(around=self.around, training=self.training)
+        name, ctx = f"{part}_{j}", self
+        if self.full is not None and config.layers.index(name) in config.full_attention_layers:
+            ctx = self.full._replace(around=self.around, training=self.training)
+        if name not in config.value_layers:
+            return ctx
+        assert self.values is not None, "network.with_values was not called"
+        return ctx._replace(values=None, value=self.values[name])
 
     def hiding(self, own: Array | None = None, cached: Array | None = None) -> Context:
         """With biases added: `own` to those of this pass's tokens, `cached` to those of cached ones."""
@@ -69,6 +76,11 @@ def takase_std(config: ModelConfig) -> tuple[float, float]:
     depth = config.prelude_layers + config.coda_layers + config.core_layers * config.mean_recurrence
     std = (2 / (5 * config.embed_dim)) ** 0.5
     return std, std / (2 * depth) ** 0.5
+
+
+def output_std(config: ModelConfig) -> float:
+    """Standard deviation of output projections in a new model."""
+    return 0.0 if config.initial_output == "zero" else takase_std(config)[1]
 
 
 def truncated_normal(std: float):
@@ -121,11 +133,12 @@ def linear(x: Float[Array, "*tokens D"], w: Float[Array, "D F"]) -> Float[Array,
     return (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[-1])
 
 
-def normalise(x: Float[Array, "*tokens D"], scale: Float[Array, "D"], eps: float) -> Float[Array, "*tokens D"]:
-    """scale * x / rms(x) over the last axis, statistics in f32."""
+def normalise(x: Float[Array, "*tokens D"], scale: Float[Array, "D"] | None, eps: float) -> Float[Array, "*tokens D"]:
+    """scale * x / rms(x) over the last axis, statistics in f32. None: without a scale."""
     wide = x.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps)
-    return wide.astype(x.dtype) * jnp.expand_dims(scale, range(x.ndim - 1))
+    normed = wide.astype(x.dtype)
+    return normed if scale is None else normed * jnp.expand_dims(scale, range(x.ndim - 1))
 
 
 class RMSNorm(nn.Module):
@@ -147,10 +160,20 @@ class RMSNorm(nn.Module):
         return normalise(x, scale.astype(x.dtype) + offset if offset else scale.astype(x.dtype), self.config.norm_eps)
 
 
-def weight(module: nn.Module, name: str, shape: tuple[int, ...], std: float, axes: tuple[str | None, ...], dtype=None):
-    """Declare a parameter of `module`: shape, initialiser and logical axes in one line, cast to the compute dtype."""
+def weight(
+    module: nn.Module,
+    name: str,
+    shape: tuple[int, ...],
+    initial: float | Callable[..., Array],
+    axes: tuple[str | None, ...],
+    dtype=None,
+):
+    """Declare a parameter of `module`: shape, initialiser and logical axes in one line, cast to the compute dtype.
+
+    initial: a function of (key, shape, dtype), or the standard deviation of normal values.
+    """
     config: ModelConfig = module.config
-    init = nn.with_logical_partitioning(truncated_normal(std), axes)
+    init = nn.with_logical_partitioning(initial if callable(initial) else truncated_normal(initial), axes)
     value: Any = module.param(name, init, shape, jnp.dtype(config.param_dtype))
     return value if dtype is None else value.astype(dtype)
 
@@ -181,7 +204,7 @@ class SelfAttention(nn.Module):
         B, L, D = x.shape
         H, K, Q = cfg.num_heads, cfg.kv_heads, cfg.head_dim
         G = H // K
-        std, out_std = takase_std(cfg)
+        std = takase_std(cfg)[0]
         # Columns are grouped by key head: G query heads, then their key, then their value. So the one matrix the
         # reference calls Wqkv (its optimizer scales updates per tensor) still splits over devices by whole heads.
         qkv = linear(x, weight(self, "qkv", (D, K * (G + 2) * Q), std, ("embed", "heads"), dtype))
@@ -191,13 +214,19 @@ class SelfAttention(nn.Module):
             qkv = jax.lax.optimization_barrier(qkv)  # or a TPU compiler splits the matrix by heads: a padded copy of it
         q, k, v = jax.lax.split(qkv.reshape(B, L, K, G + 2, Q), (G, 1, 1), axis=3)
         q, k, v = q.reshape(B, L, H, Q), k[..., 0, :], v[..., 0, :]
-        if cfg.block.qk_norm != "none":
+        if ctx.value is not None:
+            gate, rows = ctx.value
+            share = jax.nn.sigmoid(linear(x[..., :VALUE_CHANNELS], gate))
+            v = v + 2 * share[..., None] * rows
+        if cfg.block.qk_norm in ("head", "width"):
             q, k = self.normed("q_norm", q), self.normed("k_norm", k)
         if cfg.qk_bias:
             bias = weight(self, "qk_bias", (2, H, Q), 0.0, (None, "head", None), dtype)
             q, k = q + bias[None, None, 0], jnp.repeat(k, G, axis=2) + bias[None, None, 1]
         cos, sin = jax.lax.stop_gradient((ctx.cos, ctx.sin))  # or a loop's backward pass works out theirs
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cfg.block.qk_norm == "rotated":
+            q, k = (normalise(x, None, float(np.finfo(np.float32).eps)) for x in (q, k))
         if cfg.block.attention_scale is not None:  # attention itself divides by sqrt(Q)
             q = q * jnp.asarray(cfg.block.attention_scale * Q**0.5, dtype)
         new_kv = KeyValue(k.reshape(B, L, -1), v.reshape(B, L, -1))
@@ -214,7 +243,7 @@ class SelfAttention(nn.Module):
             cached_k = cached_kv.k[..., : new_kv.k.shape[-1]].reshape(B, T, -1, Q)
             cached_v = cached_kv.v[..., : new_kv.v.shape[-1]].reshape(B, T, K, Q)
             mixed = attend_cached(q, (new_k, new_v, ctx.bias), (cached_k, cached_v, ctx.cached_bias))
-        return linear(mixed, weight(self, "proj", (H * Q, D), out_std, ("heads", "embed"), dtype)), new_kv
+        return linear(mixed, weight(self, "proj", (H * Q, D), output_std(cfg), ("heads", "embed"), dtype)), new_kv
 
     def normed(self, name: str, x: Float[Array, "B L H Q"]) -> Float[Array, "B L H Q"]:
         """Queries or keys after their norm."""
@@ -222,11 +251,14 @@ class SelfAttention(nn.Module):
         return RMSNorm(self.config, name=name)(x.reshape(shape)).reshape(x.shape)
 
 
-ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": jax.nn.gelu}
+VALUE_CHANNELS = 32
+"""Channels of a layer's input that the gate of its value embeddings reads."""
+
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": jax.nn.gelu, "relu2": lambda x: 0.5 * jnp.square(jax.nn.relu(x))}
 
 
-class GatedMLP(nn.Module):
-    """proj(activation(gate) * up); gate and up are the two halves of `fc` (docs/model.md, Block)."""
+class MLP(nn.Module):
+    """proj(activation(gate) * up); gate and up are the two halves of `fc` (docs/model.md, Block). Not gated: no up."""
 
     config: ModelConfig
 
@@ -234,12 +266,15 @@ class GatedMLP(nn.Module):
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         """What the MLP adds."""
         D, F = x.shape[-1], self.config.mlp_dim
-        std, out_std = takase_std(self.config)
-        fc = weight(self, "fc", (2, D, F), std, (None, "embed", "mlp"), x.dtype)
-        proj = weight(self, "proj", (F, D), out_std, ("mlp", "embed"), x.dtype)
+        block, std = self.config.block, takase_std(self.config)[0]
+        halves, axes = ((2,), (None,)) if block.gated else ((), ())
+        fc = weight(self, "fc", (*halves, D, F), std, (*axes, "embed", "mlp"), x.dtype)
+        proj = weight(self, "proj", (F, D), output_std(self.config), ("mlp", "embed"), x.dtype)
+        if not block.gated:
+            return linear(ACTIVATIONS[block.activation](keep(linear(x, fc))), proj)
         into_gate, into_up = jax.lax.split(fc, (1, 1))  # not indexed: gradients of indexing are padded and added up
         gate, up = keep(linear(x, into_gate[0])), keep(linear(x, into_up[0]))
-        return linear(ACTIVATIONS[self.config.block.activation](gate) * up, proj)
+        return linear(ACTIVATIONS[block.activation](gate) * up, proj)
 
 
 class TransformerBlock(nn.Module):
@@ -254,7 +289,7 @@ class TransformerBlock(nn.Module):
             self.norm_1, self.norm_3 = RMSNorm(self.config), RMSNorm(self.config)
         if block.norm_output != "none":
             self.norm_2, self.norm_4 = RMSNorm(self.config), RMSNorm(self.config)
-        self.attn, self.mlp = SelfAttention(self.config), GatedMLP(self.config)
+        self.attn, self.mlp = SelfAttention(self.config), MLP(self.config)
 
     def __call__(
         self,

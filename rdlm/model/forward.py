@@ -27,7 +27,7 @@ from rdlm.model.inputs import (
     start_from,
     text_from,
 )
-from rdlm.model.network import Params, compute_dtype, core_step, embed, gate_logit, inject, readout
+from rdlm.model.network import Params, compute_dtype, core_step, embed, gate_logit, inject, readout, with_values
 from rdlm.model.noise import noisy
 from rdlm.recurrence import unroll
 from rdlm.runtime.memory import require_memory
@@ -39,7 +39,7 @@ class Output:
     """What `forward` returns."""
 
     logits: Array  # f32 [B, L, V]
-    latents: Array  # [B, L, D], what the coda reads: after ln_f with `loop.bridge`
+    latents: Array  # [B, L, D], what the coda reads: after what stands between core and coda
     steps: Array  # int32 [B, L], recurrences each token ran
     state: Array  # [B, L, D], the latent state after the last recurrence
     checks: Array | None = None  # int32 [B, L], how often the exit rule read a token's logits; None if not counted
@@ -53,7 +53,7 @@ class Bound:
     config: ModelConfig
     text: Text
     s0: Array  # [B, L, D]
-    injected: Array  # [B, L, D], the half of the adapter that is the same in all recurrences
+    injected: Array  # [B, L, D], what of the injection is the same in all recurrences
     key: Array | None  # of the test-time noise
 
     def step(self, s: Array, i: Array | int) -> Array:
@@ -71,6 +71,7 @@ class Bound:
 
 def bind_text(params: Params, config: ModelConfig, text: Text, start: Start) -> Bound:
     """As `bind`, for arguments that have been checked."""
+    text = text._replace(context=with_values(params, config, text.tokens, text.context))
     e, _ = embed(params, config, text.tokens, text.context)
     return Bound(params, config, text, e if start.s is None else start.s, inject(params, config, e), start.key)
 

@@ -2,12 +2,14 @@
 
 The Linen modules declare parameters and do a block's arithmetic; they hold no loop. Parameters are a plain nested dict:
 wte [V, D], head [V, D] (untied only), adapter [2, D, D] (state half, embedding half), ln_f, and the blocks
-prelude_i, core_i, coda_i.
+prelude_i, core_i, coda_i. Options of the loop add ln_e (`entry_norm`), C [D, D] (`linear_bridge`) and gate, diagonal
+injection makes another adapter, and value embeddings have entries of their own, values_prelude_i, ...
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -20,7 +22,16 @@ from jaxtyping import Bool, Float, Float32, Int, Int32, Key, PyTree
 
 from rdlm.config import ModelConfig
 from rdlm.model.attention import HIDDEN, causal_bias
-from rdlm.model.blocks import Context, RMSNorm, TransformerBlock, linear, rotary_tables, takase_std, weight
+from rdlm.model.blocks import (
+    VALUE_CHANNELS,
+    Context,
+    RMSNorm,
+    TransformerBlock,
+    linear,
+    rotary_tables,
+    takase_std,
+    weight,
+)
 from rdlm.model.cache import KeyValue
 from rdlm.model.kernels import fits_flash
 
@@ -43,6 +54,17 @@ class RecurrentDepth(nn.Module):
             self.head = weight(self, "head", (cfg.rows, D), std, ("vocab", "embed"))
         if cfg.loop.injection == "linear":
             self.adapter = weight(self, "adapter", (2, D, D), std, (None, "embed", "heads"))
+        if cfg.loop.injection == "diagonal":
+            self.adapter = Diagonal(cfg)
+        if cfg.loop.linear_bridge:
+            self.C = weight(self, "C", (D, D), std, ("embed", "heads"))
+        if cfg.loop.entry_norm:
+            self.ln_e = RMSNorm(cfg)
+        self.values = [
+            ValueEmbedding(cfg, i in cfg.value_tables, i in cfg.value_gates, name=f"values_{name}")
+            for i, name in enumerate(cfg.layers)
+            if i in cfg.value_tables or i in cfg.value_gates
+        ]
         if cfg.loop.gate:
             self.gate = Gate(cfg)
         self.prelude = [TransformerBlock(cfg) for _ in range(cfg.prelude_layers)]
@@ -52,6 +74,12 @@ class RecurrentDepth(nn.Module):
 
     def __call__(self, x: Float[Array, "B L D"], ctx: Context) -> Float[Array, "B L D"]:
         """Touch every parameter once; used for initialisation only."""
+        for values in self.values:
+            values()
+        if self.config.loop.injection == "diagonal":
+            self.adapter()
+        if self.config.loop.entry_norm:
+            self.ln_e(x)
         for block in (*self.prelude, *self.core, *self.coda):
             x, _ = block(x, ctx)
         if self.config.loop.gate:
@@ -70,6 +98,38 @@ class Gate(nn.Module):
         w = weight(self, "w", (s.shape[-1],), takase_std(self.config)[0], ("norm",))
         bias = weight(self, "bias", (), 0.0, ())
         return s.astype(jnp.float32) @ w.astype(jnp.float32) + bias.astype(jnp.float32)
+
+
+class Diagonal(nn.Module):
+    """Parameters of diagonal injection: A_log [D], dt_bias [D], B [D, D] (arXiv 2604.12946)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self) -> None:
+        """Declare them. A new model keeps sqrt(1/5) of the state, and B is the identity."""
+        D = self.config.embed_dim
+        step = math.log(5) / 2
+        weight(self, "A_log", (D,), 0.0, ("norm",))
+        weight(self, "dt_bias", (D,), nn.initializers.constant(math.log(math.expm1(step))), ("norm",))
+        weight(self, "B", (D, D), lambda key, shape, dtype: jnp.eye(shape[0], dtype=dtype), ("embed", "heads"))
+
+
+class ValueEmbedding(nn.Module):
+    """Value embeddings of one layer: table [V, K*Q] and gate [32, K], if it has them."""
+
+    config: ModelConfig
+    has_table: bool
+    has_gate: bool
+
+    @nn.compact
+    def __call__(self) -> None:
+        """Declare them."""
+        cfg = self.config
+        if self.has_table:
+            weight(self, "table", (cfg.rows, cfg.kv_heads * cfg.head_dim), 1.0, ("vocab", "embed"))
+        if self.has_gate:
+            weight(self, "gate", (VALUE_CHANNELS, cfg.kv_heads), takase_std(cfg)[0], (None, "head"))
 
 
 def init_params(config: ModelConfig, key: Key[Array, ""]) -> Params:
@@ -145,6 +205,18 @@ def positions_of(
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
 
 
+def with_values(params: Params, config: ModelConfig, tokens: Int[Array | np.ndarray, "B L"], ctx: Context) -> Context:
+    """`ctx` with the value embeddings of its tokens, which are the same in all recurrences: looked up once."""
+    if not config.value_layers:
+        return ctx
+    dtype, found = compute_dtype(params, config), {}
+    for name in config.value_layers:
+        values = params[f"values_{name}"]
+        rows = values["table"][tokens].astype(dtype).reshape(*tokens.shape, config.kv_heads, config.head_dim)
+        found[name] = values["gate"].astype(dtype), rows
+    return ctx._replace(values=found)
+
+
 def embed(
     params: Params,
     config: ModelConfig,
@@ -157,7 +229,8 @@ def embed(
     Input vectors may take the place of tokens; `vectors` makes those of tokens.
     """
     x = vectors(params, config, tokens) if jnp.issubdtype(tokens.dtype, jnp.integer) else jnp.asarray(tokens)
-    return _blocks(params, config, "prelude", x, ctx, cached_kv)
+    x, new_kv = _blocks(params, config, "prelude", x, ctx, cached_kv)
+    return _norm(params["ln_e"], config, x) if config.loop.entry_norm else x, new_kv
 
 
 def vectors(
@@ -170,8 +243,19 @@ def vectors(
 
 
 def inject(params: Params, config: ModelConfig, e: Float[Array, "*tokens D"]) -> Float[Array, "*tokens D"]:
-    """The loop-invariant half of the adapter, A_e e; computed once for all recurrences. Unused without injection."""
-    return e if config.loop.injection == "none" else linear(e, params["adapter"][1].astype(e.dtype))
+    """What of the injection is the same in all recurrences, such as A_e e. Unused without injection."""
+    if config.loop.injection == "linear":
+        return linear(e, params["adapter"][1].astype(e.dtype))
+    if config.loop.injection == "diagonal":
+        gain, B = diagonal(params)[1], params["adapter"]["B"].astype(e.dtype)
+        return jnp.expand_dims(gain.astype(e.dtype), range(e.ndim - 1)) * linear(e, B)
+    return e
+
+
+def diagonal(params: Params) -> tuple[Float32[Array, "D"], Float32[Array, "D"]]:
+    """(decay, gain) of diagonal injection: exp(-d exp(A_log)) and d = softplus(dt_bias)."""
+    gain = jax.nn.softplus(params["adapter"]["dt_bias"].astype(jnp.float32))
+    return jnp.exp(-gain * jnp.exp(params["adapter"]["A_log"].astype(jnp.float32))), gain
 
 
 def core_step(
@@ -184,7 +268,7 @@ def core_step(
     frozen_kv: Layers | None = None,
     active: Bool[Array, "B L"] | None = None,
 ) -> tuple[Float[Array, "B L D"], Layers]:
-    """One recurrence, A[s; e] and the core blocks: s -> (new s, new keys and values per core layer).
+    """One recurrence, injection and the core blocks: s -> (new s, new keys and values per core layer).
 
     Without injection the blocks read s itself; with `loop.close` the final norm follows them.
 
@@ -199,7 +283,13 @@ def enter(
     params: Params, config: ModelConfig, s: Float[Array, "*tokens D"], injected: Float[Array, "*tokens D"]
 ) -> Float[Array, "*tokens D"]:
     """What the first core block reads."""
-    return s if config.loop.injection == "none" else linear(s, params["adapter"][0].astype(s.dtype)) + injected
+    if config.loop.injection == "none":
+        return s
+    if config.loop.injection == "linear":
+        s = linear(s, params["adapter"][0].astype(s.dtype))
+    if config.loop.injection == "diagonal":
+        s = jnp.expand_dims(diagonal(params)[0].astype(s.dtype), range(s.ndim - 1)) * s
+    return s + injected
 
 
 def close(params: Params, config: ModelConfig, x: Float[Array, "*tokens D"]) -> Float[Array, "*tokens D"]:
@@ -218,9 +308,11 @@ def coda(
 ) -> tuple[tuple[Float[Array, "B L D"], Float[Array, "B L D"]], Layers]:
     """Coda: s -> ((y, z), new keys and values); z are the latent states that the coda reads, y goes to the head.
 
-    z = ln_f(s) with `loop.bridge`, else s. ln_f follows the coda, unless it has closed the recurrence already.
+    z = ln_f(s) with `loop.bridge`, C s with `loop.linear_bridge`, else s. ln_f follows the coda, unless it has closed
+    the recurrence already.
     """
     z = _norm(params["ln_f"], config, s) if config.loop.bridge else s
+    z = linear(s, params["C"].astype(s.dtype)) if config.loop.linear_bridge else z
     y, new_kv = _blocks(params, config, "coda", z, ctx, cached_kv, frozen_kv, active)
     return (y if config.loop.close else _norm(params["ln_f"], config, y), z), new_kv
 
@@ -248,7 +340,7 @@ def readout(
 
 def core_names(config: ModelConfig) -> tuple[str, ...]:
     """Entries of the parameters that a recurrence reads."""
-    adapter = ("adapter",) if config.loop.injection == "linear" else ()
+    adapter = ("adapter",) if config.loop.injection in ("linear", "diagonal") else ()
     closing = ("ln_f",) if config.loop.close else ()
     return (*adapter, *(f"core_{j}" for j in range(config.core_layers)), *closing)
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from rdlm.config import CachePolicy, InputError, ModelConfig
+from rdlm.model.blocks import VALUE_CHANNELS
 from rdlm.model.cache import stored_width
 
 
@@ -57,14 +58,14 @@ def datasheet(device_kind: str) -> Chip:
 def block_matrices(config: ModelConfig) -> int:
     """Elements of one block's matrices."""
     D, F, H, K, Q = config.embed_dim, config.mlp_dim, config.num_heads, config.kv_heads, config.head_dim
-    return D * (H + 2 * K) * Q + H * Q * D + 3 * D * F
+    return D * (H + 2 * K) * Q + H * Q * D + (2 + config.block.gated) * D * F
 
 
 def block_parameters(config: ModelConfig) -> int:
     """Parameters of one block: its matrices, norms and biases."""
     block, (H, K, Q) = config.block, (config.num_heads, config.kv_heads, config.head_dim)
     norms = 2 * config.embed_dim * (block.norm_input + (block.norm_output != "none"))
-    qk_norms = {"none": 0, "head": 2 * Q, "width": (H + K) * Q}[block.qk_norm]
+    qk_norms = {"head": 2 * Q, "width": (H + K) * Q}.get(block.qk_norm, 0)
     biases = 2 * H * Q * config.qk_bias + (H + 2 * K) * Q * block.qkv_bias
     return block_matrices(config) + norms + qk_norms + biases
 
@@ -75,12 +76,22 @@ def parameters(config: ModelConfig) -> int:
     blocks = config.prelude_layers + config.core_layers + config.coda_layers
     embeddings = config.rows * D * (1 if config.tie_embeddings else 2)
     gate = (D + 1) * config.loop.gate
-    return blocks * block_parameters(config) + 2 * _injection(config) + embeddings + D + gate
+    norms = D * (1 + config.loop.entry_norm)
+    diagonals = 2 * D * (config.loop.injection == "diagonal")
+    tables = len(config.value_tables) * config.rows * config.kv_heads * config.head_dim
+    gates = gate + len(config.value_gates) * VALUE_CHANNELS * config.kv_heads
+    core = blocks * block_parameters(config)
+    return core + 2 * _injection(config) + _once(config) + embeddings + norms + diagonals + tables + gates
 
 
 def _injection(config: ModelConfig) -> int:
     """Elements of one half of the adapter."""
     return config.embed_dim**2 if config.loop.injection == "linear" else 0
+
+
+def _once(config: ModelConfig) -> int:
+    """Elements of the square matrices that meet a token once: B of diagonal injection, and C of a linear bridge."""
+    return config.embed_dim**2 * ((config.loop.injection == "diagonal") + config.loop.linear_bridge)
 
 
 def core_parameters(config: ModelConfig) -> int:
@@ -108,9 +119,9 @@ def core_flops(config: ModelConfig, keys: float) -> float:
 
 
 def outer_flops(config: ModelConfig, keys: float) -> float:
-    """Forward FLOPs of prelude, coda and head for one token."""
+    """Forward FLOPs of prelude, coda, head and what stands between for one token."""
     layers = config.prelude_layers + config.coda_layers
-    return layers * _layer_flops(config, keys) + 2 * config.rows * config.embed_dim
+    return layers * _layer_flops(config, keys) + 2 * config.rows * config.embed_dim + 2 * _once(config)
 
 
 def forward_flops(config: ModelConfig, r: float, keys: float) -> float:

@@ -18,7 +18,7 @@ from rdlm.model import Params
 
 Tree = TypeVar("Tree")
 
-_BACKWARD = ("coda", "ln_f", "core", "adapter", "prelude", "wte")  # in the order of the backward pass
+_BACKWARD = ("coda", "ln_f", "C", "core", "adapter", "ln_e", "prelude", "wte")  # in the order of the backward pass
 
 
 def modules(params: Params) -> list[str]:

@@ -75,7 +75,7 @@ def test_filling_follows_the_reference(name, mean, backprop):
         assert np.corrcoef(n, k)[0, 1] == pytest.approx(golden["corr_n_k"], abs=0.03)
 
 
-@pytest.mark.parametrize("scheme", get_args(Scheme))
+@pytest.mark.parametrize("scheme", sorted(set(get_args(Scheme)) - {"poisson-truncated-full"}))  # not the reference's
 def test_every_scheme_follows_the_reference(scheme):
     golden, (n, k) = SCHEMES[scheme], draws(scheme, number=100_000)
     for ours, part in ((n + k, "total"), (n, "n_no_grad"), (k, "k_grad")):
