@@ -6,6 +6,7 @@ Every story ends in a resumed run whose losses are those of one that nothing hap
 import contextlib
 import functools
 import os
+import pty
 import random
 import resource
 import shutil
@@ -31,14 +32,23 @@ ROOT = Path(__file__).parents[2]
 STEPS = 60
 
 
+IN_TERMINAL = """
+import fcntl, os, sys, termios
+
+os.dup2(os.open(sys.argv[1], os.O_RDWR), 2)
+fcntl.ioctl(2, termios.TIOCSCTTY, 0)  # a hang-up of this terminal is told to this session
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
 class Runs:
     """Runs of `experiments/train.py nano` in a folder, with compiled programs in common."""
 
     def __init__(self, folder, data):
         self.folder, self.data, self.started = folder, data, []
 
-    def start(self, run, *arguments, devices=1, **environment):
-        """A process of its own; what it says is in .said."""
+    def start(self, run, *arguments, devices=1, terminal=None, **environment):
+        """A process of its own; what it says is in .said, unless it has a `terminal`."""
         flags = {
             "--run-dir": [run], "--data.folder": [self.data], "--data.batch-size": [8],
             "--data.validation-fraction": [0.1], "--steps": [STEPS], "--checkpoint.every": [10],
@@ -60,7 +70,12 @@ class Runs:
         }
         said = self.folder / f"said{len(self.started)}"
         with said.open("w") as file:
-            process = subprocess.Popen([*map(str, command)], stderr=file, env=os.environ | environment, cwd=ROOT)
+            words = [*map(str, command)]
+            if terminal:
+                words = [sys.executable, "-c", IN_TERMINAL, terminal, *words]
+            process = subprocess.Popen(
+                words, stderr=file, env=os.environ | environment, cwd=ROOT, start_new_session=terminal is not None
+            )
         process.said = said
         self.started.append(process)
         return process
@@ -237,6 +252,26 @@ def test_when_one_of_two_processes_is_killed_the_other_ends_and_says_why_and_any
         code, lines = ended(process)
         assert code == 0, lines
     same(folder, whole)
+
+
+@pytest.mark.slow
+def test_a_run_whose_terminal_closes_is_saved(runs):
+    if signal.SIGHUP not in stop_signals():
+        pytest.skip("this process ignores it, and so do those that it starts")
+    folder, (ours, theirs) = runs.folder / "terminal", pty.openpty()
+    process = runs.start(folder, "--steps", 5000, terminal=os.ttyname(theirs))  # or it may be done by then
+    os.set_blocking(ours, False)
+    while not (folder / "metrics.jsonl").exists() or rows(folder) < 3:
+        assert process.poll() is None
+        with contextlib.suppress(BlockingIOError):
+            os.read(ours, 65536)  # a terminal that nobody reads fills up, and writing to it waits
+        time.sleep(0.01)
+    os.close(ours)  # a hang-up, and nobody can be told anything from now on
+    os.close(theirs)
+    assert process.wait(100) == 75
+    saved = saved_steps(folder)[-1]
+    assert 3 <= saved < 5000
+    assert [row[0] for row in losses(folder)] == list(range(saved))
 
 
 @pytest.mark.slow
