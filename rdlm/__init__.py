@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         decode,
         evaluation,
         exits,
+        folders,
         hf,
         losses,
         model,
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from rdlm.losses import loss
     from rdlm.model import bind, cast, init_params
     from rdlm.model.forward import forward
+    from rdlm.model.retrofit import retrofit
     from rdlm.optim import ellis_adam
     from rdlm.run import Run, load
 
@@ -70,6 +72,7 @@ _ROOM_OF = {
     "load_huggingface": "hf",
     "loss": "losses",
     "prefill": "decode",
+    "retrofit": "model",
     "save_huggingface": "hf",
 }
 _ROOMS = [room.name for room in pkgutil.iter_modules(__path__)]

@@ -15,6 +15,7 @@ from rdlm.config import InputError, Loop, ModelConfig, require
 from rdlm.config.model import NOISES
 from rdlm.hf import plain
 from rdlm.hf.fields import Fields, Json, typed
+from rdlm.model.retrofit import START_STD
 
 # Reference field -> (field of ModelConfig, type, the reference's default).
 FIELDS: dict[str, tuple[str, type, Json]] = {
@@ -173,7 +174,7 @@ def _retrofitted(fields: Fields, olmo: bool, embed_scale: float, where: str) -> 
         "embed_scale": embed_scale,
         "max_length": typed(fields, "max_position_embeddings", int, FIELDS["block_size"][2], where),
         "block": plain.FAMILIES["olmo2" if olmo else "llama"].block,
-        "loop": Loop(bridge=False, start_std=_initial(fields, "std", (2 / (5 * 5280)) ** 0.5, where)),
+        "loop": Loop(bridge=False, start_std=_initial(fields, "std", START_STD, where)),
     }
 
 
@@ -221,6 +222,7 @@ def model_fields(config: ModelConfig, dtype: str) -> Fields:
     fields = reference_fields(config, dtype)
     if config.block.norm_output == "sum":
         return fields
+    fields.pop("tie_word_embeddings", None)  # the class of retrofits refuses it
     return fields | {
         "init_values": fields["init_values"] | {"embed_scale": config.embed_scale, "std": config.loop.start_std},
         "max_position_embeddings": config.max_length,

@@ -205,6 +205,15 @@ def check_format(config: ModelConfig) -> None:
             raise InputError(f"{field} = {ours!r}: no public format holds this, see docs/families.md")
 
 
+def is_exportable(config: ModelConfig) -> bool:
+    """Whether `save_huggingface` can write a model of this config."""
+    try:
+        check_format(config)
+    except InputError:
+        return False
+    return True
+
+
 def _plan(params: Params, config: ModelConfig) -> dict[str, Planned]:
     """The tensors to write, by the reference's names; checks that `params` fits `config`."""
     arrays = flatten_dict(params)

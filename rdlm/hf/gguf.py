@@ -24,7 +24,7 @@ from rdlm.hf.fields import Fields, Json, typed
 from rdlm.hf.files import Planned, write_tensors
 from rdlm.hf.names import table
 from rdlm.model.blocks import rotary_frequencies
-from rdlm.runtime.files import complete_folder
+from rdlm.runtime.files import complete_folder, require_empty
 from rdlm.runtime.progress import Progress
 
 if TYPE_CHECKING:
@@ -102,13 +102,6 @@ def require_gguf() -> ModuleType:
     except ImportError as error:
         raise InputError(f"GGUF files need the package gguf ({error}); run: pip install 'rdlm[gguf]'") from error
     return gguf
-
-
-def require_empty(folder: Path) -> None:
-    """Raise InputError if `folder` exists, unless it is an empty folder."""
-    folder = local_path(folder)
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise InputError(f"{folder}: exists and is not an empty folder; choose another")
 
 
 def convert_gguf(file: Path, folder: Path, name: str | None = None) -> None:

@@ -35,6 +35,7 @@ from rdlm.model.network import (
     with_values,
 )
 from rdlm.model.noise import noisy
+from rdlm.model.retrofit import retrofit
 
 __all__ = [
     "Bound",
@@ -67,6 +68,7 @@ __all__ = [
     "noisy",
     "positions_of",
     "readout",
+    "retrofit",
     "split_steps",
     "start_from",
     "text_from",

@@ -14,7 +14,14 @@ from rdlm.runtime.cli import (
 )
 from rdlm.runtime.compile_cache import compiled_programs, keep_compiled_programs
 from rdlm.runtime.errors import RunError, StartError
-from rdlm.runtime.files import complete_folder, free_name, set_aside, write_atomically, write_output
+from rdlm.runtime.files import (
+    complete_folder,
+    free_name,
+    require_empty,
+    set_aside,
+    write_atomically,
+    write_output,
+)
 from rdlm.runtime.owner import owned
 from rdlm.runtime.processes import agree, exchange, is_first, on_tpu, start, together
 from rdlm.runtime.progress import Progress, drop_lost_output, duration, to_stderr
@@ -45,6 +52,7 @@ __all__ = [
     "on_tpu",
     "owned",
     "parse_arguments",
+    "require_empty",
     "reuse_freed_memory",
     "run_command",
     "set_aside",

@@ -49,6 +49,13 @@ def write_output(path: Path, content: str | bytes) -> Path:
         raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
+def require_empty(folder: Path) -> None:
+    """Raise InputError if `folder` exists, unless it is an empty folder."""
+    folder = local_path(folder)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise InputError(f"{folder}: exists and is not an empty folder; choose another")
+
+
 @contextlib.contextmanager
 def complete_folder(final: Path, field: str = "", alike: bool = True) -> Iterator[Path]:
     """Yield a new folder beside `final` to fill; it is renamed to `final` when the block ends without an error.

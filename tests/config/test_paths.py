@@ -76,6 +76,8 @@ COMMANDS = [
     ("fetch_model", "smollm2", "--out", "URL"),
     ("convert_huggingface", "URL", "x"),
     ("convert_huggingface", "x", "URL"),
+    ("retrofit", "URL", "x"),
+    ("retrofit", "x", "URL"),
     ("studies/baselines", "--runs", "URL"),
     ("studies/depth_scaling", "--runs", "URL"),
 ]

@@ -143,3 +143,24 @@ def test_smollm2_answers(smollm2, vectors):
     reply = smollm2.generate(vectors["chat"][0]["messages"], max_new_tokens=longest)
     assert reply.text == "The capital of France is Paris."
     assert reply.tokens[0][-1] == smollm2.tokenizer.eos_id
+
+
+@pytest.mark.slow
+def test_smollm2_loops_without_a_change(smollm2, vectors):
+    """Cut 7/16/7, its logits and tokens are the source's; with the state in place of the input they are not."""
+    params, config = rdlm.retrofit(smollm2.params, smollm2.config, prelude=7, core=16, coda=7)
+    tokens = np.array([case["ids"][:8] for case in vectors["text"] if len(case["ids"]) >= 8])
+    forward = jax.jit(rdlm.forward, static_argnums=1)
+    source = np.asarray(forward(smollm2.params, smollm2.config, tokens).logits)
+    for r in (1, 2, 8):
+        np.testing.assert_allclose(forward(params, config, tokens, r).logits, source, rtol=0, atol=2e-3)
+    swapped = params | {"adapter": params["adapter"][::-1]}
+    assert np.abs(forward(swapped, config, tokens, 1).logits - source).max() > 1
+
+    known = [*vectors["text"], *vectors["chat"]]
+    longest = max(len(case["greedy"]) for case in known)
+    stops = rdlm.Sampling(stop_tokens=smollm2.tokenizer.end_ids)
+    prompts = [case["ids"] for case in known]
+    out = rdlm.generate(params, config, prompts, max_new_tokens=longest, num_steps=2, sampling=stops)
+    for case, new in zip(known, out.tokens, strict=True):
+        assert new[: len(case["greedy"])].tolist() == case["greedy"]
