@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from rdlm.config import Block, InputError, Loop, ModelConfig, RotaryScaling
 from rdlm.hf.fields import Fields, Json, typed
+from rdlm.model.retrofit import ONCE
 
-ONCE = Loop(injection="none", start="embedding", bridge=False)
 CLOSED = dataclasses.replace(ONCE, close=True)
 GATED = dataclasses.replace(CLOSED, gate=True)
 

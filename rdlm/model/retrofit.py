@@ -15,6 +15,9 @@ from rdlm.model.network import Params
 
 Adapter = Literal["identity", "random"]
 
+ONCE = Loop(injection="none", start="embedding", bridge=False)
+"""Of a plain transformer: all that `mean_recurrence = 1` leaves of it is its layers, one after the other."""
+
 START_STD = (2 / (5 * 5280)) ** 0.5
 """Standard deviation of the initial state in published retrofits of every width: that of Huginn's embedding."""
 
@@ -77,10 +80,12 @@ def retrofit(
       InputError: a model that is recurrent already, an unknown adapter, or a cut that does not fit (`cut`).
     """
     check_type("config", config, ModelConfig)
-    loop = config.loop
-    plain = loop.injection == "none" and not (loop.close or loop.bridge or loop.gate) and config.mean_recurrence == 1
-    if not plain:
+    if config.loop != ONCE or config.mean_recurrence != 1:
         raise InputError("config: the model is recurrent already; only a plain one, whose layers run once, can be cut")
+    if config.value_tables or config.value_gates:
+        raise InputError(
+            "config: the model embeds values by token, which belong to its cut; it cannot be cut otherwise"
+        )
     require(adapter in ("identity", "random"), "adapter", adapter, "must be 'identity' or 'random'")
     source = [f"{part}_{i}" for part in ("prelude", "core", "coda") for i in range(getattr(config, f"{part}_layers"))]
     parts = cut(len(source), prelude, core, coda, drop)

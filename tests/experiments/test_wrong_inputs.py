@@ -399,7 +399,10 @@ def test_other_wrong_input_is_refused(name, arguments, refuses):
     refuses(name, *arguments)
 
 
-@pytest.mark.parametrize("name", [*ON_A_RUN, "train", "convert_huggingface", "retrofit", "prepare_data", "train_tokenizer"])
+NOT_ON_A_RUN = ("train", "convert_huggingface", "retrofit", "prepare_data", "train_tokenizer")
+
+
+@pytest.mark.parametrize("name", [*ON_A_RUN, *NOT_ON_A_RUN])
 @pytest.mark.parametrize("words", [("--colour", "red"), ("--step",), ("--steps", "many"), ("--depths", "1.5")], ids=str)
 def test_mistakes_of_form_have_the_parsers_message(name, words, command):
     code, out, err = command(name, "x", *words)

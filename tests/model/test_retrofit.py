@@ -131,6 +131,7 @@ def test_wrong_cuts_and_models_are_refused():
         ({"prelude": True}, "prelude = True"),
         ({"config": preset("nano").model}, "recurrent already"),
         ({"config": model("families/ouro")[1]}, "recurrent already"),
+        ({"config": dataclasses.replace(config, value_tables=(0,))}, "embeds values by token"),
     ):
         with pytest.raises(InputError, match=message):
             rdlm.retrofit(**{"params": params, "config": config} | right | change)
