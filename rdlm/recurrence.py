@@ -34,8 +34,8 @@ Step = Callable[[State, Array], State]
 
 def sample_steps(
     key: Key[Array, ""],
-    mean_recurrence: int,
-    backprop_depth: int,
+    mean_recurrence: Int[Array, ""] | int,
+    backprop_depth: Int[Array, ""] | int,
     scheme: Scheme | str = "poisson-lognormal-filling",
     progress: Float[Array, ""] | float | None = None,
 ) -> tuple[Int32[Array, ""], Int32[Array, ""]]:
@@ -55,7 +55,7 @@ def sample_steps(
       progress: None, or the completed share of a depth curriculum, in (0, 1]: t and s grow to ceil(progress * t) and
         max(ceil(progress * s), 1).
     """
-    t: Array | int = max(mean_recurrence - backprop_depth, 0)
+    t: Array | int = jnp.maximum(mean_recurrence - backprop_depth, 0)
     s: Array | int = backprop_depth
     if progress is not None:
         share = jnp.clip(jnp.asarray(progress, jnp.float32), 0.0, 1.0)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import os
 import pathlib
 import socket
@@ -258,6 +259,38 @@ def test_a_curriculum_reaches_the_full_depth():
     assert k[:2000].max() == 1, "at first the gradient takes one step"
     assert abs((n + k)[:2000].mean() - 3) < 0.2, "and so does the rest: t = s = 1, and the draw adds one"
     assert abs((n + k)[-2000:].mean() - (MODEL.mean_recurrence + 1)) < 0.2
+
+
+SHAPES = {"linear": lambda u: u, "one_minus_sqrt": lambda u: 1 - (1 - u) ** 0.5}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_curriculum_by_share_follows_its_shape(shape):
+    run = dataclasses.replace(
+        run_of(scheme="fixed", curriculum_share=0.5, curriculum_shape=shape),
+        model=dataclasses.replace(MODEL, mean_recurrence=30, backprop_depth=4),
+        steps=200,
+    )
+    n, k = draws(run, steps=200)
+    means = [max(1, math.ceil(30 * SHAPES[shape](min(t / 100, 1)) - 1e-4)) for t in range(1, 201)]
+    assert (n + k).tolist() == means
+    assert k.tolist() == [min(m, 4) for m in means], "below b every recurrence has a gradient"
+    assert depth_weight(run, n[-1], k[-1]) == 1.0
+    weighed = dataclasses.replace(run, recurrence=dataclasses.replace(run.recurrence, loss_power=1.0))
+    assert float(depth_weight(weighed, n[-1], k[-1])) == 1.0, "weights are those of the whole depth"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"curriculum_share": 1.5}, "curriculum_share = 1.5: must be in"),
+        ({"curriculum_share": 0.5, "curriculum_steps": 9}, "choose one"),
+        ({"curriculum_shape": "one_minus_sqrt"}, "needs recurrence.curriculum_share"),
+    ],
+)
+def test_curricula_that_say_two_things_are_refused(change, message):
+    with pytest.raises(InputError, match=message):
+        run_of(**change)
 
 
 def test_weights_by_depth_are_one_on_average():

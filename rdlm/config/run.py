@@ -41,7 +41,12 @@ class RecurrenceConfig:
     scheme: Scheme = "poisson-lognormal-filling"
     """Distribution of (n, k): recurrences without and with gradient."""
     curriculum_steps: int = 0
-    """Optimizer steps over which the mean depth grows linearly from 1; 0 is off."""
+    """Optimizer steps over which the recurrences with and without gradient both grow linearly; 0 is off."""
+    curriculum_share: float = 0.0
+    """Share of the run's steps over which the mean depth m grows from 1, with gradient through min(m, b) recurrences;
+    0 is off."""
+    curriculum_shape: Literal["linear", "one_minus_sqrt"] = "linear"
+    """Growth of that mean with progress u: as u, or as 1 - sqrt(1 - u), slowly at first."""
     draw: Literal["step", "microbatch", "sequence"] = "step"
     """One draw of (n, k) per optimizer step, per microbatch, or per row of the batch (a step then takes as long as its
     deepest row)."""
@@ -58,6 +63,12 @@ class RecurrenceConfig:
         for name, minimum in (("curriculum_steps", 0), ("least", 1)):
             value = getattr(self, name)
             require(value >= minimum, f"recurrence.{name}", value, f"must be at least {minimum}")
+        share, shape = self.curriculum_share, self.curriculum_shape
+        require(0 <= share <= 1, "recurrence.curriculum_share", share, "must be in [0, 1]")
+        once = not (share and self.curriculum_steps)
+        require(once, "recurrence.curriculum_share", share, "must be 0 with recurrence.curriculum_steps; choose one")
+        grows = shape == "linear" or share > 0
+        require(grows, "recurrence.curriculum_shape", shape, "needs recurrence.curriculum_share above 0")
         require(abs(self.loss_power) <= 4, "recurrence.loss_power", self.loss_power, "must be in [-4, 4]")
 
 
@@ -330,7 +341,8 @@ class RunConfig:
             f"must be at most model.mean_recurrence = {self.model.mean_recurrence}",
         )
         if self.loss.gate != "none":
-            fixed = self.recurrence.scheme == "fixed" and self.recurrence.curriculum_steps == 0
+            grows = self.recurrence.curriculum_steps or self.recurrence.curriculum_share
+            fixed = self.recurrence.scheme == "fixed" and not grows
             all_of_them = fixed and self.model.backprop_depth == self.model.mean_recurrence
             fix = "needs recurrence.scheme = 'fixed', no curriculum and model.backprop_depth = model.mean_recurrence"
             require(all_of_them, "loss.gate", self.loss.gate, f"{fix}: it reads the loss of every recurrence")

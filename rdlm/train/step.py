@@ -37,17 +37,33 @@ def step_keys(seed: int | Array, step: Array) -> tuple[Array, Array]:
     return depth, state
 
 
+def mean_depth(run: RunConfig, step: Array) -> tuple[Array | int, Array | int]:
+    """(m, b) of training step `step` (from 0): of the model, or on their way there (`recurrence.curriculum_share`).
+
+    With M of the model, W the share of the steps and f the shape, m = max(1, ceil(M f(min((step + 1) / W, 1)))), and
+    b is at most m (arXiv 2511.07384).
+    """
+    rec, model = run.recurrence, run.model
+    if not rec.curriculum_share:
+        return model.mean_recurrence, model.backprop_depth
+    u = jnp.minimum((step + 1) / (rec.curriculum_share * run.steps), 1.0)
+    grown = u if rec.curriculum_shape == "linear" else 1 - jnp.sqrt(1 - u)
+    m = jnp.maximum(1, jnp.ceil(model.mean_recurrence * grown - 1e-4)).astype(jnp.int32)  # not for a rounding error
+    return m, jnp.minimum(model.backprop_depth, m)
+
+
 def draw_depth(run: RunConfig, step: Array, part: Array | None = None) -> tuple[Array, Array]:
     """(n, k) of training step `step` (from 0), the same on all devices.
 
     `part`: microbatch or sequence, where each draws for itself; int [] or [B], the draws are then int [B].
     """
-    rec, model = run.recurrence, run.model
+    rec = run.recurrence
     progress = None if not rec.curriculum_steps else (step + 1) / rec.curriculum_steps
+    mean, backprop = mean_depth(run, step)
     key = step_keys(run.seed, step)[0]
 
     def draw(key: Array) -> tuple[Array, Array]:
-        n, k = sample_steps(key, model.mean_recurrence, model.backprop_depth, rec.scheme, progress)
+        n, k = sample_steps(key, mean, backprop, rec.scheme, progress)
         return jnp.maximum(n, rec.least - k), k
 
     if part is None:
@@ -60,10 +76,13 @@ def draw_depth(run: RunConfig, step: Array, part: Array | None = None) -> tuple[
 @functools.cache
 def _mean_weight(run: RunConfig) -> float:
     """Mean of (n + k) ** loss_power over 10,000 steps, the curriculum left out."""
-    steady = dataclasses.replace(run, recurrence=dataclasses.replace(run.recurrence, curriculum_steps=0))
+    rec = run.recurrence
+    steady = dataclasses.replace(
+        run, recurrence=dataclasses.replace(rec, curriculum_steps=0, curriculum_share=0.0, curriculum_shape="linear")
+    )
     with jax.ensure_compile_time_eval():
         n, k = jax.vmap(functools.partial(draw_depth, steady))(jnp.arange(10_000))
-        return float(jnp.mean((n + k) ** run.recurrence.loss_power))
+        return float(jnp.mean((n + k) ** rec.loss_power))
 
 
 def depth_weight(run: RunConfig, n: Array, k: Array) -> Array | float:
