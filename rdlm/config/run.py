@@ -103,6 +103,9 @@ class OptimizerConfig:
     not matrices of blocks or adapter."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
+    adamw_learning_rate: float | None = None
+    """With muon, peak learning rate of what AdamW moves, on the same schedule; min_learning_rate falls in proportion.
+    None: learning_rate."""
     min_learning_rate: float = 0.0
     """Learning rate after the last step."""
     schedule: Literal["trapezoid", "cosine", "linear"] = "trapezoid"
@@ -126,6 +129,10 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "must be positive")
+        rest = self.adamw_learning_rate
+        require(rest is None or rest > 0, "optimizer.adamw_learning_rate", rest, "must be positive")
+        split = rest is None or self.name == "muon"
+        require(split, "optimizer.adamw_learning_rate", rest, "needs optimizer.name = 'muon'; set learning_rate")
         require(self.eps > 0, "optimizer.eps", self.eps, "must be positive")
         require(self.clip_norm > 0, "optimizer.clip_norm", self.clip_norm, "must be positive (use 1e9 to never clip)")
         for name in ("warmup_steps", "cooldown_steps", "weight_decay", "min_learning_rate"):
