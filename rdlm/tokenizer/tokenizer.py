@@ -192,6 +192,20 @@ class Tokenizer:
         """
         return self.encode_written(self.write_chat(messages, reply, find_spans=True))
 
+    def encode_completion(self, prompt: str, completion: str) -> tuple[np.ndarray, np.ndarray]:
+        """A prompt as `encode` gives it, its completion and eos_id, int32 [n]; and which are not the prompt's.
+
+        Where tokens of the joined text reach over the border, both parts are encoded alone, as in generation.
+
+        Raises:
+          InputError: as `encode`.
+        """
+        before, both, after = self.encode_batch([prompt, prompt + completion, completion])
+        if not np.array_equal(both[: len(before)], before):
+            both = np.concatenate([before, after[int(self.adds_bos) :]])
+        ids = np.append(both, np.int32(self.eos_id))
+        return ids, np.arange(len(ids)) >= len(before)
+
     def write_chat(self, messages: Sequence[Mapping[str, str]], reply: bool = True, *, find_spans: bool = False) -> str:
         """`encode_chat` as text. Only `encode_written` reads special tokens out of it.
 
