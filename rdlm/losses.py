@@ -213,7 +213,7 @@ def token_losses(
 
     values = [f"values_{name}" for name in config.value_layers]
     ctx = with_values(full(*values), config, batch.tokens, ctx)
-    core = {name: params[name] for name in core_names(config)}
+    core = {name: params[name] for name in core_names(config) if name in params}
     weights = (lambda: core) if layout is None else layout.for_recurrences(core)
     e, _ = embed(full("wte"), config, batch.tokens, ctx._replace(around=outer))
     injected = inject(weights(), config, e)

@@ -19,6 +19,7 @@ from jax import Array
 from jaxtyping import Float32, PyTree
 
 from rdlm.config import InputError, OptimizerConfig
+from rdlm.tune import part_of
 
 UNDECAYED = ("scale", "qk_bias", "qkv_bias", "bias", "A_log", "dt_bias", "B", "C")
 """Last path component of parameters without weight decay: norm weights, biases, and what carries the state."""
@@ -350,7 +351,7 @@ def module_norms(tree: PyTree) -> dict[str, Float32[Array, ""]]:
     """
     parts: dict[str, list[Array]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        top = path[0].key.rstrip("0123456789").rstrip("_")
-        part = "norms" if path[-1].key == "scale" else "embedding" if top in ("wte", "head") else top
+        part = "norms" if path[-1].key == "scale" else part_of(path[0].key)
+        part = "embedding" if part == "head" else part
         parts.setdefault(part, []).append(leaf)
     return {part: global_norm(leaves) for part, leaves in parts.items()}

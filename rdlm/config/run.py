@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import typing
 from typing import Literal
 
 from rdlm.config.errors import require
@@ -29,6 +30,10 @@ Remat = Literal["none", "iteration", "layer", "offload"]
 Gather = Literal["once", "weights_once", "each"]
 
 Packing = Literal["concatenate_and_split", "best_fit", "document_start"]
+
+Part = Literal["embedding", "prelude", "adapter", "core", "coda", "head", "gate", "values", "norms"]
+
+LoraTarget = Literal["attn.qkv", "attn.proj", "mlp.fc", "mlp.proj", "adapter"]
 
 IGNORED = -100
 """Label of a position that is not scored."""
@@ -292,6 +297,62 @@ class AlarmConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class TuneConfig:
+    """Which parameters learn (docs/training.md, Train a part, or low-rank pairs)."""
+
+    only: tuple[Part, ...] = ()
+    """Parts that learn; empty: all, or with lora_rank none. norms: every norm weight, also those inside of blocks;
+    values: value embeddings and their gates."""
+    lora_rank: int = 0
+    """Rank r of the pairs A, B that learn in place of a matrix W: y = x W + (alpha / r) (x A) B; 0: no pairs. Parts in
+    `only` still learn in full."""
+    lora_targets: tuple[LoraTarget, ...] = ()
+    """Matrices that get a pair; empty: all of these that the model has. attn.qkv: queries, keys and values together;
+    mlp.fc: gate and up."""
+    lora_alpha: float = 16.0
+    """alpha."""
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """`lora_targets` written out."""
+        return self.lora_targets or typing.get_args(LoraTarget)
+
+    def __post_init__(self) -> None:
+        require(self.lora_rank >= 0, "tune.lora_rank", self.lora_rank, "must not be negative")
+        require(self.lora_alpha > 0, "tune.lora_alpha", self.lora_alpha, "must be positive")
+        needs = "needs tune.lora_rank, for example 16"
+        require(self.lora_rank > 0 or not self.lora_targets, "tune.lora_targets", self.lora_targets, needs)
+
+    def check_fits(self, model: ModelConfig) -> None:
+        """Refuse parts and matrices that `model` does not have, and a rank that saves nothing. Raises InputError."""
+        adapter = model.loop.injection in ("linear", "diagonal")
+        there = {
+            "adapter": (adapter, "this model has no adapter (model.loop.injection)"),
+            "values": (
+                bool(model.value_tables or model.value_gates),
+                "this model has no value embeddings (model.value_tables)",
+            ),
+            "head": (not model.tie_embeddings, "this model reads its head from the embedding; say embedding"),
+            "gate": (model.loop.gate, "this model has no exit gate (model.loop.gate)"),
+            "prelude": (model.prelude_layers > 0, "this model has no prelude"),
+            "coda": (model.coda_layers > 0, "this model has no coda"),
+        }
+        for field in ("only", "lora_targets"):
+            for name in getattr(self, field):
+                found, why = there.get(name, (True, ""))
+                require(found, f"tune.{field}", getattr(self, field), why)
+        smallest = min(model.embed_dim, model.mlp_dim)
+        fix = f"must be below {smallest}, the smallest side of a matrix"
+        require(self.lora_rank < smallest, "tune.lora_rank", self.lora_rank, fix)
+        layers = [part for part in ("prelude", "core", "coda") if getattr(model, f"{part}_layers")]
+        blocks = [part for part in layers if part not in self.only]
+        adapter = adapter and "adapter" not in self.only and "adapter" in self.targets
+        fix = f"no matrix is left for a pair: {', '.join(self.only)} learn in full; name fewer parts in tune.only"
+        left = adapter or (blocks and self.targets != ("adapter",))
+        require(bool(left) or not self.lora_rank, "tune.lora_rank", self.lora_rank, fix)
+
+
+@dataclasses.dataclass(frozen=True)
 class RunConfig:
     """A training run: a preset with its overrides, as stored in config.json of the run folder."""
 
@@ -305,6 +366,7 @@ class RunConfig:
     faults: FaultsConfig = FaultsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     alarms: AlarmConfig = AlarmConfig()
+    tune: TuneConfig = TuneConfig()
     preset: str = "custom"
     """Name of the preset."""
     steps: int = 1000
@@ -354,6 +416,7 @@ class RunConfig:
             fix = "needs recurrence.scheme = 'fixed', no curriculum and model.backprop_depth = model.mean_recurrence"
             require(all_of_them, "loss.gate", self.loss.gate, f"{fix}: it reads the loss of every recurrence")
             require(self.model.loop.gate, "loss.gate", self.loss.gate, "needs a model with model.loop.gate")
+        self.tune.check_fits(self.model)
         if self.loss.gate == "improvement":
             decay = self.optimizer.weight_decay
             require(decay == 0, "optimizer.weight_decay", decay, "must be 0 with loss.gate = 'improvement'")

@@ -20,6 +20,7 @@ from rdlm.config import ModelConfig
 from rdlm.model.cache import KeyValue
 from rdlm.model.kernels import attend, attend_cached, attend_flash, attend_in_training
 from rdlm.remat import keep
+from rdlm.tune import LORA_A, LORA_B
 
 Block = Callable[[dict[str, PyTree], Array], tuple[Array, KeyValue]]
 
@@ -128,8 +129,18 @@ def rotate(
     return jnp.stack([a * cos - b * sin, a * sin + b * cos], -1).reshape(x.shape).astype(x.dtype)
 
 
-def linear(x: Float[Array, "*tokens D"], w: Float[Array, "D F"]) -> Float[Array, "*tokens F"]:
+class LowRank(NamedTuple):
+    """The matrix w + a b, whose sum is not formed. w [.., D, F], a [.., D, rank], b [.., rank, F]."""
+
+    w: Array
+    a: Array
+    b: Array
+
+
+def linear(x: Float[Array, "*tokens D"], w: Float[Array, "D F"] | LowRank) -> Float[Array, "*tokens F"]:
     """x @ w, as one product over all tokens: on CPUs the batched form takes twice as long to differentiate."""
+    if isinstance(w, LowRank):
+        return linear(x, w.w) + linear(linear(x, w.a), w.b)
     return (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[-1])
 
 
@@ -178,6 +189,17 @@ def weight(
     return value if dtype is None else value.astype(dtype)
 
 
+def matrix(module: nn.Module, name: str, shape: tuple[int, ...], std: float, axes: tuple[str | None, ...], dtype):
+    """As `weight`, with the low-rank pair where the parameters hold one beside it (`rdlm.tune`)."""
+    w = weight(module, name, shape, std, axes, dtype)
+    a, b = _beside(module, name + LORA_A), _beside(module, name + LORA_B)
+    return w if a is None or b is None else LowRank(w, a.astype(dtype), b.astype(dtype))
+
+
+def _beside(module: nn.Module, name: str) -> Array | None:
+    return module.get_variable("params", name)
+
+
 class SelfAttention(nn.Module):
     """Causal self-attention (docs/model.md, Block), over cached tokens too when given."""
 
@@ -207,7 +229,7 @@ class SelfAttention(nn.Module):
         std = takase_std(cfg)[0]
         # Columns are grouped by key head: G query heads, then their key, then their value. So the one matrix the
         # reference calls Wqkv (its optimizer scales updates per tensor) still splits over devices by whole heads.
-        qkv = linear(x, weight(self, "qkv", (D, K * (G + 2) * Q), std, ("embed", "heads"), dtype))
+        qkv = linear(x, matrix(self, "qkv", (D, K * (G + 2) * Q), std, ("embed", "heads"), dtype))
         if cfg.block.qkv_bias:
             qkv = qkv + weight(self, "qkv_bias", (K * (G + 2) * Q,), 0.0, ("heads",), dtype)[None, None]
         if cached_kv is not None:
@@ -243,12 +265,19 @@ class SelfAttention(nn.Module):
             cached_k = cached_kv.k[..., : new_kv.k.shape[-1]].reshape(B, T, -1, Q)
             cached_v = cached_kv.v[..., : new_kv.v.shape[-1]].reshape(B, T, K, Q)
             mixed = attend_cached(q, (new_k, new_v, ctx.bias), (cached_k, cached_v, ctx.cached_bias))
-        return linear(mixed, weight(self, "proj", (H * Q, D), output_std(cfg), ("heads", "embed"), dtype)), new_kv
+        return linear(mixed, matrix(self, "proj", (H * Q, D), output_std(cfg), ("heads", "embed"), dtype)), new_kv
 
     def normed(self, name: str, x: Float[Array, "B L H Q"]) -> Float[Array, "B L H Q"]:
         """Queries or keys after their norm."""
         shape = x.shape if self.config.block.qk_norm == "head" else (*x.shape[:2], -1)
         return RMSNorm(self.config, name=name)(x.reshape(shape)).reshape(x.shape)
+
+
+def halves(w: Float[Array, "2 D F"] | LowRank) -> list[Float[Array, "D F"] | LowRank]:
+    """The two matrices of one parameter. Not indexed: gradients of indexing are padded and added up."""
+    if isinstance(w, LowRank):
+        return [LowRank(*half) for half in zip(*map(halves, w), strict=True)]
+    return [half[0] for half in jax.lax.split(w, (1, 1))]
 
 
 VALUE_CHANNELS = 32
@@ -267,13 +296,13 @@ class MLP(nn.Module):
         """What the MLP adds."""
         D, F = x.shape[-1], self.config.mlp_dim
         block, std = self.config.block, takase_std(self.config)[0]
-        halves, axes = ((2,), (None,)) if block.gated else ((), ())
-        fc = weight(self, "fc", (*halves, D, F), std, (*axes, "embed", "mlp"), x.dtype)
-        proj = weight(self, "proj", (F, D), output_std(self.config), ("mlp", "embed"), x.dtype)
+        stacked, axes = ((2,), (None,)) if block.gated else ((), ())
+        fc = matrix(self, "fc", (*stacked, D, F), std, (*axes, "embed", "mlp"), x.dtype)
+        proj = matrix(self, "proj", (F, D), output_std(self.config), ("mlp", "embed"), x.dtype)
         if not block.gated:
             return linear(ACTIVATIONS[block.activation](keep(linear(x, fc))), proj)
-        into_gate, into_up = jax.lax.split(fc, (1, 1))  # not indexed: gradients of indexing are padded and added up
-        gate, up = keep(linear(x, into_gate[0])), keep(linear(x, into_up[0]))
+        into_gate, into_up = halves(fc)
+        gate, up = keep(linear(x, into_gate)), keep(linear(x, into_up))
         return linear(ACTIVATIONS[block.activation](gate) * up, proj)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -25,6 +26,7 @@ from rdlm.model.attention import HIDDEN, causal_bias
 from rdlm.model.blocks import (
     VALUE_CHANNELS,
     Context,
+    LowRank,
     RMSNorm,
     TransformerBlock,
     linear,
@@ -34,8 +36,10 @@ from rdlm.model.blocks import (
 )
 from rdlm.model.cache import KeyValue
 from rdlm.model.kernels import fits_flash
+from rdlm.tune import LORA_A, LORA_B
 
 Params = dict[str, PyTree]
+ADAPTER = ("adapter", "adapter" + LORA_A, "adapter" + LORA_B)
 Layers = tuple[KeyValue, ...]
 
 
@@ -245,9 +249,9 @@ def vectors(
 def inject(params: Params, config: ModelConfig, e: Float[Array, "*tokens D"]) -> Float[Array, "*tokens D"]:
     """What of the injection is the same in all recurrences, such as A_e e. Unused without injection."""
     if config.loop.injection == "linear":
-        return linear(e, params["adapter"][1].astype(e.dtype))
+        return linear(e, paired(params, "adapter", lambda x: x[1].astype(e.dtype)))
     if config.loop.injection == "diagonal":
-        gain, B = diagonal(params)[1], params["adapter"]["B"].astype(e.dtype)
+        gain, B = diagonal(params)[1], paired(params["adapter"], "B", lambda x: x.astype(e.dtype))
         return jnp.expand_dims(gain.astype(e.dtype), range(e.ndim - 1)) * linear(e, B)
     return e
 
@@ -279,6 +283,12 @@ def core_step(
     return close(params, config, x), new_kv
 
 
+def paired(params: Params, name: str, take: Callable[[Array], Array]) -> Float[Array, "D F"] | LowRank:
+    """What `take` returns of a matrix, with its low-rank pair if it has one."""
+    found = [take(params[beside]) for beside in (name, name + LORA_A, name + LORA_B) if beside in params]
+    return found[0] if len(found) == 1 else LowRank(*found)
+
+
 def enter(
     params: Params, config: ModelConfig, s: Float[Array, "*tokens D"], injected: Float[Array, "*tokens D"]
 ) -> Float[Array, "*tokens D"]:
@@ -286,7 +296,7 @@ def enter(
     if config.loop.injection == "none":
         return s
     if config.loop.injection == "linear":
-        s = linear(s, params["adapter"][0].astype(s.dtype))
+        s = linear(s, paired(params, "adapter", lambda x: x[0].astype(s.dtype)))
     if config.loop.injection == "diagonal":
         s = jnp.expand_dims(diagonal(params)[0].astype(s.dtype), range(s.ndim - 1)) * s
     return s + injected
@@ -339,8 +349,8 @@ def readout(
 
 
 def core_names(config: ModelConfig) -> tuple[str, ...]:
-    """Entries of the parameters that a recurrence reads."""
-    adapter = ("adapter",) if config.loop.injection in ("linear", "diagonal") else ()
+    """Entries of the parameters that a recurrence reads, where they are there."""
+    adapter = ADAPTER if config.loop.injection in ("linear", "diagonal") else ()
     closing = ("ln_f",) if config.loop.close else ()
     return (*adapter, *(f"core_{j}" for j in range(config.core_layers)), *closing)
 

@@ -28,7 +28,7 @@ from jax import Array
 from rdlm import sharding
 from rdlm.analysis.vitals import alarms, vitals
 from rdlm.checkpoint import Checkpoints, SaveError, as_abstract, read_meta
-from rdlm.config import PRESETS, InputError, RunConfig, differences, require
+from rdlm.config import PRESETS, InputError, RunConfig, TuneConfig, differences, require
 from rdlm.data import open_data, prefetch
 from rdlm.evaluation.depth import DepthCurve, depth_curve
 from rdlm.model import Params
@@ -82,6 +82,12 @@ class Trainer:
             config.model.param_dtype,
             "its range is too small for gradients and moments; train in float32 or bfloat16, if you like with "
             "--model.compute-dtype float16",
+        )
+        require(
+            config.tune == TuneConfig(),
+            "tune",
+            config.tune,
+            "needs a model to begin with; train.py has only random ones",
         )
         self.config = config
         self.validated = -1, math.nan  # step and validation loss
