@@ -92,8 +92,33 @@ class LossConfig:
     there. improvement: only the gate learns, whether one more recurrence still lowers the loss (docs/families.md)."""
     gate_entropy: float = 0.1
     """With gate = "exit", weight of the entropy of where the gate stops, which is rewarded."""
+    depths: tuple[int, ...] = ()
+    """Recurrences after which the model predicts and is scored, all in one unroll; empty: only after the last."""
+    depth_weights: tuple[float, ...] = ()
+    """Weight of the loss at each of `depths`, relative to their sum; empty: equal weights."""
+    teacher: Literal["none", "first", "deepest"] = "none"
+    """Which of `depths` the others are taught by, through the divergence KL(teacher || student) of predictions. The
+    teacher gets no gradient from it."""
+    teacher_share: float = 0.5
+    """Share of that divergence in the loss of a taught depth; the rest is cross-entropy."""
+    temperature: float = 1.0
+    """T of the divergence: T^2 KL between softmax(logits / T) (arXiv 1503.02531)."""
 
     def __post_init__(self) -> None:
+        increasing = list(self.depths) == sorted(set(self.depths)) and min(self.depths, default=1) >= 1
+        weights, several = self.depth_weights, len(self.depths) > 1
+        weighted = not weights or (len(weights) == len(self.depths) and min(weights) > 0)
+        checks = {
+            "depths": (increasing, "must be increasing recurrences, each at least 1"),
+            "depth_weights": (weighted, "must be empty, or a positive number for each of loss.depths"),
+            "teacher": (self.teacher == "none" or several, "needs two loss.depths or more"),
+            "teacher_share": (0 < self.teacher_share <= 1, "must be in (0, 1]"),
+            "temperature": (self.temperature > 0, "must be positive"),
+        }
+        for name, (fulfilled, fix) in checks.items():
+            require(fulfilled, f"loss.{name}", getattr(self, name), fix)
+        alone = self.gate == "none" or not self.depths
+        require(alone, "loss.depths", self.depths, "must be empty with loss.gate, which reads every recurrence")
         require(self.gate_entropy >= 0, "loss.gate_entropy", self.gate_entropy, "must not be negative")
         require(self.z_loss >= 0, "loss.z_loss", self.z_loss, "must not be negative")
         require(0 <= self.label_smoothing < 1, "loss.label_smoothing", self.label_smoothing, "must be in [0, 1)")
@@ -409,12 +434,20 @@ class RunConfig:
             self.model.backprop_depth,
             f"must be at most model.mean_recurrence = {self.model.mean_recurrence}",
         )
-        if self.loss.gate != "none":
+        if self.loss.gate != "none" or self.loss.depths:
+            name = "depths" if self.loss.depths else "gate"
+            value = getattr(self.loss, name)
             grows = self.recurrence.curriculum_steps or self.recurrence.curriculum_share
             fixed = self.recurrence.scheme == "fixed" and not grows
             all_of_them = fixed and self.model.backprop_depth == self.model.mean_recurrence
             fix = "needs recurrence.scheme = 'fixed', no curriculum and model.backprop_depth = model.mean_recurrence"
-            require(all_of_them, "loss.gate", self.loss.gate, f"{fix}: it reads the loss of every recurrence")
+            why = "it reads the loss of every recurrence" if name == "gate" else "all of them get a gradient"
+            require(all_of_them, f"loss.{name}", value, f"{fix}: {why}")
+        if self.loss.depths:
+            last, mean = self.loss.depths[-1], self.model.mean_recurrence
+            fix = f"must end with model.mean_recurrence = {mean}, up to which the model is unrolled"
+            require(last == mean, "loss.depths", self.loss.depths, fix)
+        if self.loss.gate != "none":
             require(self.model.loop.gate, "loss.gate", self.loss.gate, "needs a model with model.loop.gate")
         self.tune.check_fits(self.model)
         if self.loss.gate == "improvement":
