@@ -20,7 +20,7 @@ from experiment_scripts import script
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("docs/**/*.md")])
 NEEDS = {"TPU", "network", "hours"}
-OTHER_PROGRAMS = {"source", "cp", "pip", "python3", "pytest", "pre-commit", "make", "gcloud", "${EDITOR:-vi}"}
+OTHER_PROGRAMS = {"source", "cp", "pip", "python3", "pytest", "pre-commit", "make", "gcloud", "curl", "${EDITOR:-vi}"}
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 mpl.use("Agg")

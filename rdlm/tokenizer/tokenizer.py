@@ -260,6 +260,14 @@ class Tokenizer:
         """A decoder for ids that arrive one at a time; arguments as those of `decode`."""
         return DecodeStream(self, skip_special, after, stop)
 
+    def bytes_of(self, token: int) -> bytes:
+        """The bytes of one token within a text; of a special token, those of its name; b"" outside the vocabulary."""
+        if not self._is_text(token, skip_special=False):
+            return b""
+        if self._pieces is not None:
+            return self._pieces[token]
+        return self._backend.decode([token], skip_special_tokens=False).encode()
+
     @functools.cached_property
     def vocab_size(self) -> int:
         """Largest id + 1: the number of entries, unless the vocabulary has holes."""
