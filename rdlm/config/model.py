@@ -283,6 +283,12 @@ class ModelConfig:
         """Rows of the embedding, and columns V of the logits."""
         return self.vocab_size if self.padded_vocab_size is None else self.padded_vocab_size
 
+    def for_vocabulary(self, size: int) -> ModelConfig:
+        """The same model for a tokenizer of `size` entries: ids that it does not have become padding rows."""
+        if size >= self.vocab_size:
+            return self
+        return dataclasses.replace(self, vocab_size=size, padded_vocab_size=self.rows)
+
 
 ExitName = Literal[
     "kl", "gated_kl", "min_p_kl", "entropy_diff", "latent_diff", "cosine", "argmax_stability", "gate", "acceleration"

@@ -235,6 +235,21 @@ PARCAE_140M = RunConfig(
 """Diagonal injection and value embeddings (arXiv 2604.12946): 144,323,136 parameters, half of them looked up by token.
 Not trained yet."""
 
+FINETUNE = RunConfig(
+    preset="finetune",
+    model=QUICKSTART.model,  # replaced by that of the folder
+    recurrence=RecurrenceConfig(remat="layer"),
+    optimizer=OptimizerConfig(learning_rate=2e-5, warmup_steps=20, cooldown_steps=200, weight_decay=0.01),
+    data=DataConfig(tokenizer_size=2048, sequence_length=512, batch_size=8),
+    checkpoint=CheckpointConfig(every=100),
+    evaluation=EvaluationConfig(every=100, batches=8),
+    steps=500,
+)
+"""With --init FOLDER: a small learning rate and a short warm-up for the model in FOLDER, whose shape replaces this one.
+
+Not measured yet.
+"""
+
 PRESETS = {
     run.preset: run
     for run in (
@@ -247,6 +262,7 @@ PRESETS = {
         OURO_1P4B,
         RECURRENT_LLAMA_1B,
         PARCAE_140M,
+        FINETUNE,
     )
 }
 """Runs by name."""

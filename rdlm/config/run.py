@@ -394,6 +394,13 @@ class RunConfig:
     tune: TuneConfig = TuneConfig()
     preset: str = "custom"
     """Name of the preset."""
+    init: str = ""
+    """Run folder or Hugging Face folder whose parameters the run begins with; empty: random ones. Its model replaces
+    the preset's."""
+    init_ema: bool = False
+    """Of a run folder, begin with the moving average of the parameters."""
+    weights_digest: str = ""
+    """sha256 of the parameters of `init`. The run fills it in."""
     steps: int = 1000
     """Number of optimizer steps."""
     seed: int = 0
@@ -412,6 +419,8 @@ class RunConfig:
                 finite = all(map(math.isfinite, floats))
                 require(finite, f"{section.name}.{field.name}", number, "must be a finite number")
         _ = self.folder  # must be local
+        for name in ("init_ema", "weights_digest"):
+            require(bool(self.init) or not getattr(self, name), name, getattr(self, name), "only with init")
         require(self.steps >= 1, "steps", self.steps, "must be at least 1")
         require(0 <= self.seed < 2**31, "seed", self.seed, "must be in [0, 2**31)")
         require(

@@ -125,13 +125,18 @@ def read_tensor(name: str, tensor: Stored) -> np.ndarray:
       InputError: a dtype that rdlm does not support, or a file that changed since its header was read.
     """
     if tensor.code not in DTYPES:
-        raise InputError(f"{tensor.file}: tensor {name}: dtype {tensor.code}: must be one of {', '.join(DTYPES)}")
+        raise InputError(f"{tensor.file}: tensor {name}: {unsupported(tensor)}")
     count = math.prod(tensor.shape)
     # As unsigned integers, because numpy transposes those at full speed, unlike bf16.
     bits = np.fromfile(tensor.file, f"<u{DTYPES[tensor.code].itemsize}", count, offset=tensor.start)
     if bits.size != count:
         raise InputError(f"{tensor.file}: tensor {name}: cut off while reading")
     return bits.reshape(tensor.shape)
+
+
+def unsupported(tensor: Stored) -> str:
+    """What is wrong with a dtype that is not in `DTYPES`."""
+    return f"dtype {tensor.code}: must be one of {', '.join(DTYPES)}"
 
 
 class Planned(NamedTuple):
