@@ -127,25 +127,17 @@ def load(folder: Path, step: int | None = None) -> tuple[Params, ModelConfig]:
 
 def logits(params: Params, config: ModelConfig, recurrences: int) -> np.ndarray:
     """f32 [2, L, V] on fixed random tokens, from a fixed initial state."""
-    import jax
-    import jax.numpy as jnp
     import numpy as np
 
-    from rdlm.model import compute_dtype, context, core_step, embed, inject, readout
-    from rdlm.recurrence import initial_state
+    from rdlm.model import bind
 
-    length = min(16, config.max_length)
-    tokens = jnp.asarray(np.random.default_rng(0).integers(0, config.vocab_size, (2, length), np.int32))
-    positions = jnp.arange(length)
-    ctx = context(config, positions, None)
-    s = initial_state(jax.random.key(0), positions, config.embed_dim, compute_dtype(params, config))
-    s = jnp.broadcast_to(s, (*tokens.shape, config.embed_dim))
-
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, min(16, config.max_length)), np.int32)
     # Not jitted: in one program XLA on CPU would convert all bf16 weights to f32 at once.
-    injected = inject(params, config, embed(params, config, tokens, ctx)[0])
-    for _ in range(recurrences):
-        s, _ = core_step(params, config, s, injected, ctx)
-    return np.asarray(readout(params, config, s, ctx)[0])
+    bound = bind(params, config, tokens)
+    s = bound.s0
+    for i in range(recurrences):
+        s = bound.step(s, i)
+    return np.asarray(bound.read(s)[0])
 
 
 def verified(before: np.ndarray, config: ModelConfig, target: Path, args: Args) -> bool:

@@ -18,6 +18,7 @@ from rdlm.model import (
     Params,
     Start,
     Text,
+    begin,
     bind_text,
     check_ids,
     coda,
@@ -146,7 +147,7 @@ def batch_state(
     batch: Batch,
     state: Float[ArrayLike, "B L D"] | None,
     key: Array | None,
-) -> Float[Array, "B L {config.embed_dim}"] | None:
+) -> Float[Array, "B L {config.state_dim}"] | None:
     """The initial state of a batch: the one given, or noise keyed by (key, sequence, position). None: the prelude's."""
     dtype = compute_dtype(params, config)
     if state is not None:
@@ -158,8 +159,8 @@ def batch_state(
         rows = key if key.ndim else key[None]
         rows = jnp.broadcast_to(rows, batch.tokens.shape[:1])
         key = jax.vmap(lambda k, ids: jax.vmap(lambda i: jax.random.fold_in(k, i))(ids))(rows, batch.sequence_ids)
-    s = initial_state(key, batch.positions, config.embed_dim, dtype, config.start_scale)
-    return jnp.broadcast_to(s, (*batch.tokens.shape, config.embed_dim))
+    s = initial_state(key, batch.positions, config.state_dim, dtype, config.start_scale)
+    return jnp.broadcast_to(s, (*batch.tokens.shape, config.state_dim))
 
 
 class Depths(NamedTuple):
@@ -218,10 +219,10 @@ def token_losses(
     weights = (lambda: core) if layout is None else layout.for_recurrences(core)
     e, _ = embed(full("wte"), config, batch.tokens, ctx._replace(around=outer))
     injected = inject(weights(), config, e)
-    start = e if state is None else state
+    start = begin(params, config, e) if state is None else state
 
     def step(s: Array, i: Array) -> Array:
-        new, _ = core_step(weights(), config, s, injected, ctx._replace(around=inner))
+        new, _ = core_step(weights(), config, s, injected, ctx._replace(around=inner, later=n + k - 1 - i))
         if rows is None:
             return new
         running = jnp.where(i < n, i >= n - rows[0], i - n >= k - rows[1])

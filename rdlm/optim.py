@@ -21,8 +21,9 @@ from jaxtyping import Float32, PyTree
 from rdlm.config import InputError, OptimizerConfig
 from rdlm.tune import part_of
 
-UNDECAYED = ("scale", "qk_bias", "qkv_bias", "bias", "A_log", "dt_bias", "B", "C")
-"""Last path component of parameters without weight decay: norm weights, biases, and what carries the state."""
+UNDECAYED = ("scale", "qk_bias", "qkv_bias", "bias", "A_log", "dt_bias", "B", "C", "low_start")
+"""Last path component of parameters without weight decay: norm weights, biases, what carries the state, and a start
+that is not trained."""
 
 Count = int | float | Array
 """Steps counted from 0, as schedules take them."""
@@ -347,7 +348,7 @@ def optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformati
 def module_norms(tree: PyTree) -> dict[str, Float32[Array, ""]]:
     """L2 norm of each part of a tree shaped like the parameters (parameters, gradients, updates).
 
-    Parts: embedding (with an untied head), prelude, adapter, core, coda, all without norm weights; norms: those.
+    Parts: embedding (with an untied head), prelude, adapter, low, core, coda, all without norm weights; norms: those.
     """
     parts: dict[str, list[Array]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):

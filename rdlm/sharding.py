@@ -194,7 +194,7 @@ class Layout:
         Every call returns arrays of the same values; what differs is where their gradients are summed.
         """
         if self.gather == "each":  # blocks are gathered where they run, see `block`
-            rest = {name: x for name, x in shards.items() if not name.startswith("core_")}
+            rest = {name: x for name, x in shards.items() if not name.startswith(("core_", "low_"))}
             return lambda: shards | self.full(rest)
         learnt, frozen = divide(shards, self.tune)
         full, rest = lax.stop_gradient(self.all_gather(learnt)), self.all_gather(frozen)

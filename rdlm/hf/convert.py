@@ -155,7 +155,8 @@ def _open(folder: Path) -> StoredModel:
     if isinstance(fields.get("model"), dict):
         raise InputError(f"{folder}: a run folder, not a Hugging Face folder; rdlm.load and load_checkpoint read it")
     check_kind(fields, where)  # name another architecture before its tensors are missed
-    stored = _bare_names(stored_tensors(folder))
+    files = stored_tensors(folder)
+    stored = _bare_names(files)
     model_config(fields, where=where, tensors=stored)
     wte_name = _embedding(fields)
     wte = stored.get(bare(wte_name))
@@ -166,12 +167,15 @@ def _open(folder: Path) -> StoredModel:
             f"{wte.file}: tensor {wte_name}: expected a matrix of {', '.join(DTYPES)}, found {_shown(wte)}"
         )
     config = model_config(fields, wte.shape[0], DTYPES[wte.code].name, where, stored)
-    entries = {bare(name): entry for name, entry in table(config).items()}
-    spare = {ROTARY} | ({HEAD} if config.tie_embeddings else set())
+    shown = {bare(name): name for name in (*table(config), *files)}  # the file's names win
+    stored = {shown[name]: tensor for name, tensor in stored.items()}
+    entries = {shown[bare(name)]: entry for name, entry in table(config).items()}
+    head = shown.get(HEAD, HEAD)
+    spare = {shown.get(ROTARY, ROTARY)} | ({head} if config.tie_embeddings else set())
     spare |= {name for name in stored if name.endswith("rotary_emb.inv_freq")}  # a derived buffer of older files
     for name, entry in entries.items():
         if name not in stored:
-            hint = " (tie_embeddings is false)" if name == HEAD else ""
+            hint = " (tie_embeddings is false)" if name == head else ""
             raise InputError(f"{folder}: tensor {name} is missing{hint}")
         if stored[name].shape != entry.shape:
             raise InputError(
@@ -183,8 +187,8 @@ def _open(folder: Path) -> StoredModel:
     for name in stored:
         if name not in entries and name not in spare:
             raise InputError(f"{stored[name].file}: tensor {name} has no place in the model of config.json")
-    if config.tie_embeddings and HEAD in stored:
-        _same_as_embedding(stored[HEAD], wte, wte_name)
+    if config.tie_embeddings and head in stored:
+        _same_as_embedding(stored[head], wte, wte_name)
     pieces: dict[tuple[str, ...], dict[str, tuple[Stored, Entry]]] = {}
     for name, entry in entries.items():
         parts = pieces.setdefault(entry.path, {})

@@ -55,6 +55,8 @@ def table(config: ModelConfig) -> dict[str, Entry]:
     """
     if config.loop.injection == "linear":
         return _raven(config)
+    if config.low_layers:
+        return _two_stacks(config)
     family = family_of(config)
     if family is None:
         raise InputError(
@@ -64,13 +66,23 @@ def table(config: ModelConfig) -> dict[str, Entry]:
 
 
 def _heads(config: ModelConfig) -> np.ndarray:
-    """For each head of our qkv matrix the place of theirs, which stacks all query heads, all keys, all values.
+    """For each head of our qkv matrix the place of theirs, which stacks gates if any, query heads, keys, values.
 
-    Ours go by key head: its G query heads, its key, its value (see rdlm.model.blocks.SelfAttention).
+    Ours go by key head: its G query heads, its key, its value, its gates (see rdlm.model.blocks.SelfAttention).
     """
-    H, K = config.num_heads, config.kv_heads
+    H, K, first = config.num_heads, config.kv_heads, _gates(config)
     G = H // K
-    return np.array([h for k in range(K) for h in (*range(k * G, (k + 1) * G), H + k, H + K + k)])
+
+    def group(k: int) -> list[int]:
+        queries = range(k * G, (k + 1) * G)
+        return [*(first + h for h in queries), first + H + k, first + H + K + k, *(queries if first else ())]
+
+    return np.array([h for k in range(K) for h in group(k)])
+
+
+def _gates(config: ModelConfig) -> int:
+    """Heads of gates in the qkv matrix."""
+    return config.num_heads if config.block.output_gate else 0
 
 
 def _turned(heads: int, Q: int, halves: bool) -> np.ndarray:
@@ -81,8 +93,9 @@ def _turned(heads: int, Q: int, halves: bool) -> np.ndarray:
 
 def _rows(config: ModelConfig, halves: bool) -> np.ndarray:
     """For each column of our qkv matrix its row in their stack of queries, keys and values."""
-    H, K, Q = config.num_heads, config.kv_heads, config.head_dim
-    turned = np.concatenate([_turned(H + K, Q, halves), (H + K) * Q + np.arange(K * Q)])
+    H, K, Q, first = config.num_heads, config.kv_heads, config.head_dim, _gates(config)
+    rest = first + H + K
+    turned = np.concatenate([np.arange(first * Q), first * Q + _turned(H + K, Q, halves), rest * Q + np.arange(K * Q)])
     return turned.reshape(-1, Q)[_heads(config)].ravel()
 
 
@@ -172,6 +185,30 @@ def _layers(config: ModelConfig, norms: dict[str, str]) -> dict[str, Entry]:
             entry = matrix(block, "mlp", "fc", out=F, inner=D)
             entries[f"{name}mlp.{theirs}.weight"] = entry._replace(whole=(2, D, F), at=(half,))
         entries[f"{name}mlp.down_proj.weight"] = matrix(block, "mlp", "proj", out=D, inner=F)
+    return entries
+
+
+def _two_stacks(config: ModelConfig) -> dict[str, Entry]:
+    """The format of models with two stacks: a high and a low module, blocks without weights of norms."""
+    D, F, V = config.embed_dim, config.mlp_dim, config.rows
+    rows = _rows(config, halves=True)
+    entries = {
+        "model.embed_tokens.weight": plain("wte", shape=(V, D)),
+        "model.z_L_init": plain("low_start", shape=(D,)),
+    }
+    if not config.tie_embeddings:
+        entries["lm_head.weight"] = plain("head", shape=(V, D))
+    for theirs, ours in (("L_module", "low"), ("H_module", "core")):
+        for i in range(config.core_layers):
+            name, block = f"model.{theirs}.layers.{i}.", f"{ours}_{i}"
+            entries[f"{name}attn.gqkv_proj.weight"] = matrix(block, "attn", "qkv", out=rows.size, inner=D, order=rows)
+            entries[f"{name}attn.o_proj.weight"] = matrix(
+                block, "attn", "proj", out=D, inner=config.num_heads * config.head_dim
+            )
+            entries[f"{name}mlp.gate_up_proj.weight"] = Entry(
+                (block, "mlp", "fc"), (2 * F, D), (2, D, F), (2, F, D), (0, 2, 1)
+            )
+            entries[f"{name}mlp.down_proj.weight"] = matrix(block, "mlp", "proj", out=D, inner=F)
     return entries
 
 

@@ -34,6 +34,7 @@ class Context(NamedTuple):
     segments: int32 [B or 1, L], for the fused kernel.
     around: around(name, run) wraps run(weights, x), the block `name`: a training step recomputes it in the backward
     pass, or gathers its weights where it runs.
+    later: recurrences that follow this one in a training step; None: how far gradients go back does not depend on it.
     training: only reverse-mode gradients are asked for, so kernels whose backward pass is written out may run.
     window: for the fused kernel, tokens that a query sees; None: all before it.
     full: for `full_attention_layers`, the same without a window.
@@ -49,6 +50,7 @@ class Context(NamedTuple):
     segments: Array | None = None
     around: Callable[[str, Block], Block] | None = None
     training: bool = False
+    later: Array | int | None = None
     window: int | None = None
     full: Context | None = None
     values: dict[str, tuple[Array, Array]] | None = None
@@ -74,7 +76,7 @@ class Context(NamedTuple):
 
 def takase_std(config: ModelConfig) -> tuple[float, float]:
     """(std, out std) = sqrt(2/(5D)), and that over sqrt(2 * effective depth) (docs/model.md, Initialisation)."""
-    depth = config.prelude_layers + config.coda_layers + config.core_layers * config.mean_recurrence
+    depth = config.prelude_layers + config.coda_layers + config.core_calls * config.mean_recurrence
     std = (2 / (5 * config.embed_dim)) ** 0.5
     return std, std / (2 * depth) ** 0.5
 
@@ -153,13 +155,15 @@ def normalise(x: Float[Array, "*tokens D"], scale: Float[Array, "D"] | None, eps
 
 
 class RMSNorm(nn.Module):
-    """w * x / rms(x), or 1 + w in place of w; statistics in f32, cast back before the weight (docs/model.md, Block)."""
+    """w * x / rms(x), with `norm_weight` 1 + w in place of w or no w; statistics in f32 (docs/model.md, Block)."""
 
     config: ModelConfig
 
     @nn.compact
     def __call__(self, x: Float[Array, "*tokens D"]) -> Float[Array, "*tokens D"]:
         """The normed rows."""
+        if self.config.block.norm_weight == "none":
+            return normalise(x, None, self.config.norm_eps)
         offset = self.config.block.norm_weight == "offset"
         initial = nn.initializers.zeros if offset else nn.initializers.ones
         scale: Any = self.param(  # the initialiser's box is gone by now
@@ -226,15 +230,17 @@ class SelfAttention(nn.Module):
         B, L, D = x.shape
         H, K, Q = cfg.num_heads, cfg.kv_heads, cfg.head_dim
         G = H // K
+        parts = (G, 1, 1, G) if cfg.block.output_gate else (G, 1, 1)
         std = takase_std(cfg)[0]
-        # Columns are grouped by key head: G query heads, then their key, then their value. So the one matrix the
-        # reference calls Wqkv (its optimizer scales updates per tensor) still splits over devices by whole heads.
-        qkv = linear(x, matrix(self, "qkv", (D, K * (G + 2) * Q), std, ("embed", "heads"), dtype))
+        # Columns are grouped by key head: G query heads, then their key, their value and their gates. So the one matrix
+        # the reference calls Wqkv (its optimizer scales updates per tensor) still splits over devices by whole heads.
+        columns = K * sum(parts) * Q
+        qkv = linear(x, matrix(self, "qkv", (D, columns), std, ("embed", "heads"), dtype))
         if cfg.block.qkv_bias:
-            qkv = qkv + weight(self, "qkv_bias", (K * (G + 2) * Q,), 0.0, ("heads",), dtype)[None, None]
+            qkv = qkv + weight(self, "qkv_bias", (columns,), 0.0, ("heads",), dtype)[None, None]
         if cached_kv is not None:
             qkv = jax.lax.optimization_barrier(qkv)  # or a TPU compiler splits the matrix by heads: a padded copy of it
-        q, k, v = jax.lax.split(qkv.reshape(B, L, K, G + 2, Q), (G, 1, 1), axis=3)
+        q, k, v, *gates = jax.lax.split(qkv.reshape(B, L, K, sum(parts), Q), parts, axis=3)
         q, k, v = q.reshape(B, L, H, Q), k[..., 0, :], v[..., 0, :]
         if ctx.value is not None:
             gate, rows = ctx.value
@@ -265,6 +271,8 @@ class SelfAttention(nn.Module):
             cached_k = cached_kv.k[..., : new_kv.k.shape[-1]].reshape(B, T, -1, Q)
             cached_v = cached_kv.v[..., : new_kv.v.shape[-1]].reshape(B, T, K, Q)
             mixed = attend_cached(q, (new_k, new_v, ctx.bias), (cached_k, cached_v, ctx.cached_bias))
+        for gate in gates:
+            mixed = mixed * jax.nn.sigmoid(gate.reshape(B, L, H * Q))
         return linear(mixed, matrix(self, "proj", (H * Q, D), output_std(cfg), ("heads", "embed"), dtype)), new_kv
 
     def normed(self, name: str, x: Float[Array, "B L H Q"]) -> Float[Array, "B L H Q"]:

@@ -19,7 +19,8 @@ from rdlm.tune import matrix_of
 
 Tree = TypeVar("Tree")
 
-_BACKWARD = ("coda", "ln_f", "C", "core", "adapter", "ln_e", "prelude", "wte")  # in the order of the backward pass
+_BACKWARD = ("coda", "ln_f", "C", "core", "low", "adapter", "ln_e", "prelude", "wte")
+"""In the order of the backward pass."""
 
 
 def modules(params: Params) -> list[str]:

@@ -106,7 +106,7 @@ def hardware_flops(run: RunConfig, n: float, k: float) -> float:
     """
     length, model = run.data.sequence_length, run.model
     core, outer = flops.core_flops(model, length), flops.outer_flops(model, length)
-    again = {"none": 0.0, "iteration": 1.0}.get(run.recurrence.remat, 2.0 - 1.0 / model.core_layers)
+    again = {"none": 0.0, "iteration": 1.0}.get(run.recurrence.remat, 2.0 - 1.0 / model.core_calls)
     outer_again = 0.0 if run.recurrence.remat == "none" else 1.0
     return flops.training_flops(model, n, k, length) + k * again * core + outer_again * outer
 
