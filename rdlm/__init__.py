@@ -34,7 +34,6 @@ if TYPE_CHECKING:
         report,
         run,
         runtime,
-        serve,
         sharding,
         tasks,
         tokenizer,

@@ -18,7 +18,6 @@ from rdlm.model.inputs import (
 from rdlm.model.network import (
     Params,
     RecurrentDepth,
-    begin,
     cast,
     coda,
     compute_dtype,
@@ -47,7 +46,6 @@ __all__ = [
     "Start",
     "Text",
     "adaptive_pass",
-    "begin",
     "bind",
     "bind_text",
     "cast",
