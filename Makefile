@@ -94,7 +94,7 @@ REQUIREMENTS := pyproject.toml constraints.txt requirements-corpus.txt
 	$(call install,plots)
 
 .venv/.installed-dev: $(REQUIREMENTS)
-	$(call install,aot$(comma)dev$(comma)docs$(comma)eval$(comma)hf$(comma)log$(comma)plots)
+	$(call install,aot$(comma)dev$(comma)docs$(comma)eval$(comma)hf$(comma)log$(comma)plots$(comma)serve)
 	@touch .venv/.installed
 
 comma := ,

@@ -2,6 +2,7 @@
 
     python experiments/aot_check.py huginn_3p5b --topology v5e:16x16
     python experiments/aot_check.py huginn_3p5b --topology v5p:4x4x4 --gather each --search
+    python experiments/aot_check.py huginn_3p5b --topology v5e:2x2 --only train --tune.lora-rank 16
     python experiments/aot_check.py huginn_3p5b --topology v5e:2x2 --only decode --batch 16 --capacity 1024
 
 Training: compiles one optimizer step of the preset for the whole topology (all chips share the parameters unless
@@ -29,13 +30,13 @@ import tyro
 from jax.sharding import SingleDeviceSharding
 
 from rdlm import exits
-from rdlm.config import CachePolicy, Gather, InputError, MeshConfig, Remat, RunConfig, preset
+from rdlm.config import CachePolicy, Gather, InputError, MeshConfig, Remat, RunConfig, TuneConfig, preset
 from rdlm.decode.loop import Sizes, decode_tokens, progress_shapes
 from rdlm.decode.requests import RequestOptions, as_requests
 from rdlm.model import cast, init_params
 from rdlm.perf import flops, hlo
 from rdlm.runtime import parse_arguments, run_command
-from rdlm.train.roofline import lower_train_step, roofline, wire_bytes
+from rdlm.train.roofline import lower_train_step, roofline, state_bytes, wire_bytes
 
 GIB = 2**30
 
@@ -65,6 +66,8 @@ class Options:
     """None: the preset's."""
     search: bool = False
     """Find the largest batch per chip and microbatch that fits (several programs)."""
+    tune: TuneConfig = dataclasses.field(default_factory=TuneConfig)
+    """Which parameters learn."""
     json: bool = False
     """Print one JSON object per program instead of text."""
     # Decoding
@@ -89,7 +92,7 @@ def as_run(base: RunConfig, o: Options, chips: int, batch: int) -> RunConfig:
     mesh = MeshConfig(o.data, chips // (o.data * o.tensor), o.tensor, o.gather, o.gradient_dtype)
     recurrence = dataclasses.replace(base.recurrence, remat=o.remat or base.recurrence.remat)
     model = dataclasses.replace(base.model, compute_dtype="bfloat16")
-    return dataclasses.replace(base, model=model, data=data, mesh=mesh, recurrence=recurrence)
+    return dataclasses.replace(base, model=model, data=data, mesh=mesh, recurrence=recurrence, tune=o.tune)
 
 
 def check_training(name: str, base: RunConfig, o: Options, devices: list[Any], batch: int) -> dict[str, Any]:
@@ -110,6 +113,7 @@ def check_training(name: str, base: RunConfig, o: Options, devices: list[Any], b
         kinds[collective.kind] = kinds.get(collective.kind, 0) + 1
     return {
         "preset": name,
+        "tuned": run.tune != TuneConfig(),
         "topology": o.topology,
         "chips": len(devices),
         "gather": o.gather,
@@ -121,6 +125,8 @@ def check_training(name: str, base: RunConfig, o: Options, devices: list[Any], b
         "k": k,
         "compile_seconds": time.perf_counter() - start,
         "peak_gib": program.peak / GIB,
+        "state_gib": state_bytes(run, devices) / GIB,
+        "state_gib_if_all_learn": state_bytes(dataclasses.replace(run, tune=TuneConfig()), devices) / GIB,
         "limit_gib": flops.datasheet(kind).gib,
         "collectives": counts,
         "collective_kinds": kinds,
@@ -143,6 +149,8 @@ def show_training(found: dict[str, Any]) -> None:
     )
     print(f"  compiled in                {found['compile_seconds']:8.1f} s")
     print(f"  peak per chip              {found['peak_gib']:8.2f} of {found['limit_gib']} GiB")
+    print(f"    of that, kept over steps {found['state_gib']:8.2f} GiB", end="")
+    print(f" ({found['state_gib_if_all_learn']:.2f} if all parameters learnt)" if found["tuned"] else "")
     print(f"  one step, n = {found['n']}, k = {found['k']}       collectives   GiB received per chip")
     labels = dict(zip(hlo.LOOPS, ("free recurrences", "gradient, forward", "gradient, backward"), strict=True))
     for loop, count in found["collectives"].items():

@@ -131,8 +131,7 @@ def logits(params: Params, config: ModelConfig, recurrences: int) -> np.ndarray:
 
     from rdlm.model import bind
 
-    length = min(16, config.max_length)
-    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, length), np.int32)
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, min(16, config.max_length)), np.int32)
     # Not jitted: in one program XLA on CPU would convert all bf16 weights to f32 at once.
     bound = bind(params, config, tokens)
     s = bound.s0

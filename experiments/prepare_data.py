@@ -3,6 +3,7 @@
     python experiments/prepare_data.py texts/ --tokenizer tokenizers/mine --sequence-length 1024 --out data/mine
     python experiments/prepare_data.py 'c/*.jsonl.zst' --tokenizer tokenizers/mine --packing best_fit --out data/crawl
     python experiments/prepare_data.py chats.jsonl --field messages --tokenizer FOLDER --out data/chats
+    python experiments/prepare_data.py qa.jsonl --prompt-field prompt --field completion --tokenizer TOK --out data/qa
     python experiments/prepare_data.py --tfds imdb_reviews --tokenizer tokenizers/mine --out data/imdb
     python experiments/train.py small --data.prepared data/mine data/crawl --data.weights 1 3
 
@@ -53,6 +54,8 @@ class Args:
     field: str = "text"
     """Field of JSON, columns and TFDS examples (meta.text: a field within another): text, or a list of chat messages,
     of which only the assistant's are scored."""
+    prompt_field: str = ""
+    """Field of the prompt that --field completes; only the completion is scored."""
     document: Literal["file", "line", "blank_line"] = "file"
     """One document of a text file: the whole file, each line, or each paragraph between blank lines."""
     bad_documents: Literal["refuse", "skip"] = "refuse"
@@ -100,7 +103,7 @@ def main() -> int:
     from rdlm.data.prepare import build
     from rdlm.tokenizer import Tokenizer
 
-    reading = Reading(args.field, args.document, args.bad_documents)
+    reading = Reading(args.field, args.document, args.bad_documents, args.prompt_field)
     recipe = Recipe(args.sequence_length, args.packing, args.validation_fraction, args.deduplicate, reading)
     tokenizer = Tokenizer.bytes_only() if args.tokenizer == "bytes" else Tokenizer.load(args.tokenizer)
     corpus = find_corpus(args, recipe)
@@ -146,6 +149,8 @@ def say(line: str) -> None:
 
 def report(out: str, manifest: Manifest) -> None:
     """Print what was prepared, and how to train on it."""
+    from rdlm.data.prepare import marked_example
+
     length = manifest.recipe.sequence_length
     for name in ("train", "validation"):
         split = manifest.split(name)
@@ -154,9 +159,17 @@ def report(out: str, manifest: Manifest) -> None:
             f"{name:10}  {split.documents:,} documents, {split.bytes / 1e6:,.1f} MB, {split.tokens:,} tokens, "
             f"{split.rows:,} rows of {length}{labels}"
         )
+        if split.unscored_documents or split.unscored_rows:
+            print(
+                f"            {split.unscored_documents:,} documents and {split.unscored_rows:,} rows have no label: "
+                "nothing is scored there, or what is was cut off (--sequence-length, --packing)"
+            )
     left = {what: n for what, n in dataclasses.asdict(manifest.skipped).items() if n}
     if left:
         print("skipped     " + ", ".join(f"{n:,} {what}" for what, n in left.items()))
+    if not is_url(out) and (example := marked_example(out)):
+        print("example of what is scored (>) and what is not:")
+        print("\n".join(example))
     if not manifest.validation.rows:
         print(f"{out} holds no validation rows: train on it beside a folder that holds some (--data.prepared A B)")
         return

@@ -2,6 +2,10 @@
 
     python experiments/train.py quickstart
     python experiments/train.py nano --steps 50 --seed 1 --optimizer.learning-rate 1e-3 --run-dir runs/try
+    python experiments/train.py finetune --init models/smollm2 --data.prepared data/mine --run-dir runs/mine
+
+--init FOLDER starts with the parameters of a run folder or a Hugging Face folder, whose model and tokenizer replace the
+preset's; --init-ema True takes the moving average of a run. Once a checkpoint is saved, FOLDER is not needed.
 
 The run folder (runs/PRESET) gets config.json, metrics.jsonl, checkpoints/, tokenizer/ and, at the end,
 loss_by_depth.json. Exit codes: 0 done; 75 stopped by a signal (SIGTERM, Ctrl-C, a hang-up) and saved; 3 stopped by an
@@ -14,11 +18,13 @@ RDLM_COORDINATOR=HOST:PORT RDLM_PROCESSES=2 RDLM_PROCESS_ID=0 (and 1), with a ru
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 
 import tyro
 
 from rdlm.config import PRESETS, InputError, RunConfig, preset, to_json
+from rdlm.config.presets import FINETUNE
 from rdlm.runtime import leaving_on_signals, on_tpu, parse_arguments, reuse_freed_memory, run_command, start
 
 NAMES = ", ".join(PRESETS)
@@ -39,6 +45,15 @@ def main() -> int:
     return train(config)
 
 
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """The flags that decide the defaults of all others."""
+
+    init: str = ""
+    init_ema: bool = False
+    run_dir: str = ""
+
+
 def configured(words: list[str]) -> RunConfig:
     """The preset that the first word names, with the overrides of the others."""
     if not words:
@@ -46,14 +61,18 @@ def configured(words: list[str]) -> RunConfig:
     name, *overrides = words
     if name.startswith("-"):
         raise InputError(f"the first argument must be a preset, not {name!r}; known: {NAMES}")
-    return parse_arguments(
-        RunConfig,
-        default=preset(name),
-        args=overrides,
-        prog=f"train.py {name}",
-        description=__doc__,
-        config=(tyro.conf.FlagConversionOff,),
-    )
+    prog, options = f"train.py {name}", (tyro.conf.FlagConversionOff,)
+    start, _ = tyro.cli(Start, prog=prog, args=overrides, return_unknown_args=True, add_help=False, config=options)
+    base = preset(name)
+    if start.init:
+        from rdlm.train import begin_from
+
+        base = begin_from(dataclasses.replace(base, **dataclasses.asdict(start)))
+    elif start.init_ema:
+        raise InputError("--init-ema: only with --init FOLDER")
+    elif name == FINETUNE.preset and not {"-h", "--help"} & set(overrides):
+        raise InputError(f"{name}: which model? Give its folder with --init FOLDER")
+    return parse_arguments(RunConfig, default=base, args=overrides, prog=prog, description=__doc__, config=options)
 
 
 def preemptible() -> int:

@@ -73,7 +73,7 @@ def main() -> int:
 def texts(args: Args) -> Iterator[str]:
     """The train documents; messages of conversations one by one."""
     from rdlm.data import Reading
-    from rdlm.data.prepare import cut_files, described, find_files, held_out, read_documents
+    from rdlm.data.prepare import cut_files, described, find_files, held_out, read_documents, texts_of
 
     reading = Reading(args.field, args.document, args.bad_documents)
     left_out: Counter[str] = Counter()
@@ -92,7 +92,7 @@ def texts(args: Args) -> Iterator[str]:
         for document in read_documents(part, reading, skipped=skipped):
             if held_out(document, args.validation_fraction):
                 continue
-            yield from [document] if isinstance(document, str) else [m["content"] for m in document]
+            yield from texts_of(document)
     if skipped:
         print("Skipped: " + ", ".join(f"{n} {what}" for what, n in sorted(skipped.items())), file=sys.stderr)
 

@@ -18,6 +18,7 @@ from rdlm.model import (
     Params,
     Start,
     Text,
+    begin,
     bind_text,
     check_ids,
     coda,
@@ -27,6 +28,7 @@ from rdlm.model import (
     embed,
     head,
     inject,
+    known,
     positions_of,
     split_steps,
     typed_key,
@@ -145,7 +147,7 @@ def batch_state(
     batch: Batch,
     state: Float[ArrayLike, "B L D"] | None,
     key: Array | None,
-) -> Float[Array, "B L {config.embed_dim}"] | None:
+) -> Float[Array, "B L {config.state_dim}"] | None:
     """The initial state of a batch: the one given, or noise keyed by (key, sequence, position). None: the prelude's."""
     dtype = compute_dtype(params, config)
     if state is not None:
@@ -157,8 +159,8 @@ def batch_state(
         rows = key if key.ndim else key[None]
         rows = jnp.broadcast_to(rows, batch.tokens.shape[:1])
         key = jax.vmap(lambda k, ids: jax.vmap(lambda i: jax.random.fold_in(k, i))(ids))(rows, batch.sequence_ids)
-    s = initial_state(key, batch.positions, config.embed_dim, dtype, config.start_scale)
-    return jnp.broadcast_to(s, (*batch.tokens.shape, config.embed_dim))
+    s = initial_state(key, batch.positions, config.state_dim, dtype, config.start_scale)
+    return jnp.broadcast_to(s, (*batch.tokens.shape, config.state_dim))
 
 
 class Depths(NamedTuple):
@@ -213,14 +215,14 @@ def token_losses(
 
     values = [f"values_{name}" for name in config.value_layers]
     ctx = with_values(full(*values), config, batch.tokens, ctx)
-    core = {name: params[name] for name in core_names(config)}
+    core = {name: params[name] for name in core_names(config) if name in params}
     weights = (lambda: core) if layout is None else layout.for_recurrences(core)
     e, _ = embed(full("wte"), config, batch.tokens, ctx._replace(around=outer))
     injected = inject(weights(), config, e)
-    start = e if state is None else state
+    start = begin(params, config, e) if state is None else state
 
     def step(s: Array, i: Array) -> Array:
-        new, _ = core_step(weights(), config, s, injected, ctx._replace(around=inner))
+        new, _ = core_step(weights(), config, s, injected, ctx._replace(around=inner, later=n + k - 1 - i))
         if rows is None:
             return new
         running = jnp.where(i < n, i >= n - rows[0], i - n >= k - rows[1])
@@ -229,22 +231,60 @@ def token_losses(
     vocabulary = full("wte" if config.tie_embeddings else "head")
     behind = full(*(["C"] if config.loop.linear_bridge else []))
 
-    def read(s: Array) -> Array:
-        (y, _), _ = coda(behind, config, s, ctx._replace(around=outer))
-        return head_losses(vocabulary, config, y, batch.labels, terms)
+    def latent(s: Array) -> Array:
+        return coda(behind, config, s, ctx._replace(around=outer))[0][0]
 
-    if terms.gate == "none":
+    def read(s: Array) -> Array:
+        return head_losses(vocabulary, config, latent(s), batch.labels, terms)
+
+    if terms.gate == "none" and not terms.depths:
         return read(unroll(step, start, n, k, max_k, remat, learnt_start=config.loop.start == "embedding"))
-    if (isinstance(n, int) and n) or k == 0:
-        raise InputError(f"steps = {(n, k)}: loss.gate = {terms.gate!r} needs (0, k), all with gradient")
+    slots = k if isinstance(k, int) else max_k
+    if (isinstance(n, int) and n) or slots < max(terms.depths, default=1):
+        asked = f"loss.depths = {terms.depths}" if terms.depths else f"loss.gate = {terms.gate!r}"
+        raise InputError(f"steps = {(n, k)}: {asked} needs (0, k), all with gradient")
+    states = trajectory(recomputed(step, remat), start, slots)[1:]
+    if terms.depths:
+        chosen = states[np.array(terms.depths) - 1]
+        if terms.teacher == "none":
+            return weighed(jax.lax.map(jax.checkpoint(read), chosen), terms)
+        ys = jax.lax.map(jax.checkpoint(latent), chosen)
+        at = 0 if terms.teacher == "first" else len(ys) - 1
+
+        def taught(y: Array, share: Array) -> Array:
+            return head_losses(vocabulary, config, y, batch.labels, terms, Teacher(ys[at], share))
+
+        shares = jnp.full(len(ys), terms.teacher_share).at[at].set(0.0)  # nobody is taught by itself
+        return weighed(jax.lax.map(lambda one: jax.checkpoint(taught)(*one), (ys, shares)), terms)
     if not config.loop.gate:
         raise InputError(f"loss.gate = {terms.gate!r}: needs a model with an exit gate (loop.gate)")
-    states = trajectory(recomputed(step, remat), start, k if isinstance(k, int) else max_k)[1:]
     gate = gate_logit(full("gate"), config, states if terms.gate == "exit" else jax.lax.stop_gradient(states))
     assert gate is not None
     combine = exit_loss if terms.gate == "exit" else improvement_loss
     losses = combine(jax.lax.map(jax.checkpoint(read), states), gate, terms)
     return jnp.where(batch.labels != IGNORED, losses, 0.0)
+
+
+def weighed(losses: Float32[Array, "T *tokens"], terms: LossConfig) -> Float32[Array, "*tokens"]:
+    """Mean of the losses at `terms.depths`, by their weights."""
+    weights = np.array(terms.depth_weights or [1.0] * len(losses), np.float32)
+    return jnp.tensordot(weights / weights.sum(), losses, 1)
+
+
+class Teacher(NamedTuple):
+    """Where a student's loss comes from besides labels. y: what the head reads, [B, L, D]; share: of the divergence."""
+
+    y: Float[Array, "*tokens D"]
+    share: Float32[Array, ""]
+
+
+def divergence(
+    teacher: Float32[Array, "*tokens V"], student: Float32[Array, "*tokens V"], temperature: float
+) -> Float32[Array, "*tokens"]:
+    """T^2 KL(softmax(teacher / T) || softmax(student / T)), without a gradient to the teacher."""
+    log_p = jax.nn.log_softmax(jax.lax.stop_gradient(teacher) / temperature)
+    log_q = jax.nn.log_softmax(student / temperature)
+    return temperature**2 * (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
 
 
 def exit_loss(
@@ -282,25 +322,35 @@ def head_losses(
     y: Float[Array, "B L D"],
     labels: Int[Array, "B L"],
     terms: LossConfig = LossConfig(),
+    teacher: Teacher | None = None,
 ) -> Float32[Array, "B L"]:
-    """Losses of y, never more than about `LOGITS_AT_ONCE` logits held at once."""
+    """Losses of y, never more than about `LOGITS_AT_ONCE` logits of it held at once."""
 
-    def losses_of(y: Array, labels: Array) -> Array:
+    def losses_of(y: Array, labels: Array, guide: Array | None) -> Array:
         logits = head(params, config, y)
         if terms == LossConfig():
             return cross_entropy(logits, labels)
-        return training_loss(logits, labels, config.vocab_size, terms)
+        losses = training_loss(logits, labels, config.vocab_size, terms)
+        if teacher is None or guide is None:
+            return losses
+        guided = known(config, jax.lax.stop_gradient(head(params, config, guide)))
+        apart = divergence(guided, known(config, logits), terms.temperature)
+        return jnp.where(labels != IGNORED, (1 - teacher.share) * losses + teacher.share * apart, 0.0)
 
+    guide = None if teacher is None else teacher.y
     tokens = labels.size
     parts = -(-tokens * config.rows // LOGITS_AT_ONCE)
     if parts <= 1:
-        return losses_of(y, labels)
+        return losses_of(y, labels, guide)
     size = -(-tokens // parts)
     padding = size * parts - tokens
-    flat = jnp.pad(y.reshape(tokens, -1), ((0, padding), (0, 0))).reshape(parts, size, -1)
-    wanted = jnp.pad(labels.reshape(-1), (0, padding), constant_values=IGNORED).reshape(parts, size)
 
-    losses = jax.lax.map(lambda part_of: jax.checkpoint(losses_of)(*part_of), (flat, wanted))
+    def split(y: Array) -> Array:
+        return jnp.pad(y.reshape(tokens, -1), ((0, padding), (0, 0))).reshape(parts, size, -1)
+
+    wanted = jnp.pad(labels.reshape(-1), (0, padding), constant_values=IGNORED).reshape(parts, size)
+    every = split(y), wanted, None if guide is None else split(guide)
+    losses = jax.lax.map(lambda part_of: jax.checkpoint(losses_of)(*part_of), every)
     return losses.reshape(-1)[:tokens].reshape(labels.shape)
 
 
@@ -327,7 +377,8 @@ def loss(
       key: one key, or one per row.
       max_k: slots compiled for a traced k (default backprop_depth).
       remat: see `token_losses`.
-      terms: z-loss, label smoothing and the objectives of an exit gate; off by default.
+      terms: z-loss, label smoothing, several depths with or without a teacher, and the objectives of an exit gate;
+        off by default.
     """
     batch = as_batch(batch)
     check_ids("batch: tokens", batch.tokens, config)

@@ -19,9 +19,11 @@ from jax import Array
 from jaxtyping import Float32, PyTree
 
 from rdlm.config import InputError, OptimizerConfig
+from rdlm.tune import part_of
 
-UNDECAYED = ("scale", "qk_bias", "qkv_bias", "bias", "A_log", "dt_bias", "B", "C")
-"""Last path component of parameters without weight decay: norm weights, biases, and what carries the state."""
+UNDECAYED = ("scale", "qk_bias", "qkv_bias", "bias", "A_log", "dt_bias", "B", "C", "low_start")
+"""Last path component of parameters without weight decay: norm weights, biases, what carries the state, and a start
+that is not trained."""
 
 Count = int | float | Array
 """Steps counted from 0, as schedules take them."""
@@ -227,6 +229,7 @@ MATRICES = ("qkv", "proj", "fc", "adapter")
 def muon(
     learning_rate: optax.ScalarOrSchedule,
     *,
+    adamw_learning_rate: optax.ScalarOrSchedule | None = None,
     b1: float = 0.9,
     b2: float = 0.95,
     eps: float = 1e-8,
@@ -237,13 +240,14 @@ def muon(
 
     A matrix moves by its Nesterov momentum (decay 0.95), orthogonalised by five Newton-Schulz iterations, times
     0.2 sqrt(max(rows, columns)). Its root mean square is then about that of an AdamW update, so one learning rate
-    serves both (arXiv 2502.16982). The two matrices stacked in `fc` and `adapter` are orthogonalised separately; `qkv`
-    is one matrix, as the reference stores it.
+    can serve both (arXiv 2502.16982). The two matrices stacked in `fc` and `adapter` are orthogonalised separately;
+    `qkv` is one matrix, as the reference stores it.
 
     `optax.contrib.muon` is not used: its AdamW half has no mask for weight decay, and shares Muon's `nesterov` flag.
 
     Args:
       learning_rate: a float, or a schedule of the step counted from 0.
+      adamw_learning_rate: the same for what AdamW moves; None: learning_rate.
       b1, b2, eps: of AdamW.
       weight_decay: multiplied by the rate, for both.
       mask: where it applies: a tree of bools, or a function of the parameters that returns one; None: everywhere.
@@ -268,7 +272,8 @@ def muon(
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
-    others = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask)
+    rest = learning_rate if adamw_learning_rate is None else adamw_learning_rate
+    others = optax.adamw(rest, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask)
     return optax.partition({"muon": matrices, "adamw": others}, labels)
 
 
@@ -319,15 +324,17 @@ def optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformati
     Raises:
       InputError: see `schedule`.
     """
+    rate = schedule(config, steps)
+    scale = (config.adamw_learning_rate or config.learning_rate) / config.learning_rate
     named: dict[str, Callable[..., optax.GradientTransformation]] = {
         "adamw": optax.adamw,
-        "muon": muon,
+        "muon": functools.partial(muon, adamw_learning_rate=lambda count: scale * rate(count)),
         "ellis_adam": functools.partial(ellis_adam, peak_learning_rate=config.learning_rate),
     }
     if config.name not in named:
         raise InputError(f"optimizer.name = {config.name!r}: must be adamw, ellis_adam or muon")
     main = named[config.name](
-        schedule(config, steps),
+        rate,
         b1=config.b1,
         b2=config.b2,
         eps=config.eps,
@@ -341,11 +348,11 @@ def optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformati
 def module_norms(tree: PyTree) -> dict[str, Float32[Array, ""]]:
     """L2 norm of each part of a tree shaped like the parameters (parameters, gradients, updates).
 
-    Parts: embedding (with an untied head), prelude, adapter, core, coda, all without norm weights; norms: those.
+    Parts: embedding (with an untied head), prelude, adapter, low, core, coda, all without norm weights; norms: those.
     """
     parts: dict[str, list[Array]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        top = path[0].key.rstrip("0123456789").rstrip("_")
-        part = "norms" if path[-1].key == "scale" else "embedding" if top in ("wte", "head") else top
+        part = "norms" if path[-1].key == "scale" else part_of(path[0].key)
+        part = "embedding" if part == "head" else part
         parts.setdefault(part, []).append(leaf)
     return {part: global_norm(leaves) for part, leaves in parts.items()}

@@ -52,9 +52,7 @@ class Run:
 
     def _masked(self, config: ModelConfig) -> ModelConfig:
         """With ids that the tokenizer does not have as padding rows, which are never chosen."""
-        if self.tokenizer is None or self.tokenizer.vocab_size >= config.vocab_size:
-            return config
-        return dataclasses.replace(config, vocab_size=self.tokenizer.vocab_size, padded_vocab_size=config.rows)
+        return config if self.tokenizer is None else config.for_vocabulary(self.tokenizer.vocab_size)
 
     @property
     def params(self) -> Params:

@@ -21,7 +21,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
-from rdlm.config import Gather, InputError, MeshConfig, ModelConfig
+from rdlm.config import Gather, InputError, MeshConfig, ModelConfig, TuneConfig
+from rdlm.tune import divide, join, pick
 
 T = TypeVar("T")
 Params = dict[str, PyTree]
@@ -151,6 +152,7 @@ class Layout:
     over recurrences and over devices; None: in `dtype`. gather: "once" gathers the core once for all recurrences and
     reduce-scatters its gradient once; "weights_once" reduce-scatters it after every recurrence, so that only the
     sharded gradient is accumulated; "each" gathers block by block at every use, forward and backward (plain FSDP).
+    tune: which of them learn; the others are gathered without a derivative.
     """
 
     mesh: Mesh
@@ -158,6 +160,7 @@ class Layout:
     dtype: DTypeLike
     sum_dtype: DTypeLike | None = None
     gather: Gather = "once"
+    tune: TuneConfig = dataclasses.field(default_factory=TuneConfig)
 
     @property
     def manual(self) -> frozenset[str]:
@@ -181,7 +184,9 @@ class Layout:
 
     def full(self, shards: Params) -> Params:
         """Assemble some entries of the parameters; the gradient of the result is reduce-scattered to `shards`."""
-        return self._scattered(shards, lax.stop_gradient(self.all_gather(shards)))
+        learnt, frozen = divide(shards, self.tune)
+        full = self._scattered(learnt, lax.stop_gradient(self.all_gather(learnt)))
+        return join(full, self.all_gather(frozen))
 
     def for_recurrences(self, shards: Params) -> Callable[[], Params]:
         """A function that each recurrence calls for its weights (`model.core_names`), assembled as `gather` says.
@@ -189,13 +194,14 @@ class Layout:
         Every call returns arrays of the same values; what differs is where their gradients are summed.
         """
         if self.gather == "each":  # blocks are gathered where they run, see `block`
-            rest = {name: x for name, x in shards.items() if not name.startswith("core_")}
+            rest = {name: x for name, x in shards.items() if not name.startswith(("core_", "low_"))}
             return lambda: shards | self.full(rest)
-        full = lax.stop_gradient(self.all_gather(shards))
+        learnt, frozen = divide(shards, self.tune)
+        full, rest = lax.stop_gradient(self.all_gather(learnt)), self.all_gather(frozen)
         if self.gather == "weights_once":
-            return lambda: self._scattered(shards, full)
-        total = self._gradient_sum(shards, full)
-        return lambda: _with_sum(full, total)
+            return lambda: join(self._scattered(learnt, full), rest)
+        total = self._gradient_sum(learnt, full)
+        return lambda: join(_with_sum(full, total), rest)
 
     def block(self, name: str, run: Callable[[Params, Array], T]) -> Callable[[Params, Array], T]:
         """`run(weights, x)`, a block, for the shards of its weights: gathered where it runs."""
@@ -250,7 +256,7 @@ class Layout:
         """
         structure: jax.tree_util.PyTreeDef
         leaves, structure = jax.tree.flatten(entries)
-        specs = structure.flatten_up_to({name: self.specs[name] for name in entries})
+        specs = structure.flatten_up_to(pick(self.specs, entries))
         moved: list[Array] = []
         for x, spec in zip(leaves, specs, strict=True):
             moved.append(move(lax.optimization_barrier((x, moved[-1]))[0] if moved else x, spec))
@@ -289,7 +295,7 @@ class Layout:
             used = {a for part in spec for a in _axes(part)}
             return lax.psum(g, tuple(a for a in SPLIT if a not in used))
 
-        return jax.tree.map(one, gradients, self.specs)
+        return jax.tree.map(one, gradients, pick(self.specs, gradients))
 
 
 def _with_sum(full: Params, total: Params) -> Params:

@@ -20,7 +20,7 @@ from experiment_scripts import script
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("docs/**/*.md")])
 NEEDS = {"TPU", "network", "hours"}
-OTHER_PROGRAMS = {"source", "cp", "pip", "python3", "pytest", "pre-commit", "make", "gcloud", "${EDITOR:-vi}"}
+OTHER_PROGRAMS = {"source", "cp", "pip", "python3", "pytest", "pre-commit", "make", "gcloud", "curl", "${EDITOR:-vi}"}
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 mpl.use("Agg")
@@ -126,6 +126,7 @@ def refuses_nothing(arguments, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(sys, "argv", arguments)
         patch.setattr(module, "parse_arguments", stop)
+        patch.setattr("rdlm.train.begin_from", lambda run: run)  # the folder of --init is not there
         with pytest.raises(Accepted):
             module.main()
 

@@ -1,6 +1,7 @@
 """The loss of a training step: in parts, it is the loss in one piece."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -12,7 +13,8 @@ import rdlm
 from rdlm import losses
 from rdlm.config import InputError, LossConfig, preset
 from rdlm.losses import head_losses
-from rdlm.model import head, init_params
+from rdlm.model import context, core_step, embed, head, init_params, inject, readout
+from rdlm.recurrence import initial_state
 
 
 def test_loss_in_parts_never_holds_all_logits(monkeypatch):
@@ -76,11 +78,94 @@ def test_they_change_nothing_when_they_are_off():
         ({"label_smoothing": 1.0}, r"loss.label_smoothing = 1.0: must be in \[0, 1\)"),
         ({"label_smoothing": -0.1}, "loss.label_smoothing = -0.1"),
         ({"label_smoothing": math.nan}, "loss.label_smoothing = nan"),
+        ({"depths": (2, 1)}, "must be increasing recurrences"),
+        ({"depths": (0, 1)}, "must be increasing recurrences"),
+        ({"depths": (1, 2), "depth_weights": (1.0,)}, "a positive number for each of loss.depths"),
+        ({"depth_weights": (1.0,)}, "must be empty, or"),
+        ({"depths": (1, 2), "depth_weights": (1.0, 0.0)}, "a positive number"),
+        ({"depths": (1,), "teacher": "first"}, "needs two loss.depths"),
+        ({"depths": (1, 2), "teacher": "first", "teacher_share": 0.0}, "must be in"),
+        ({"temperature": 0.0}, "loss.temperature = 0.0: must be positive"),
+        ({"depths": (1, 2), "gate": "exit"}, "must be empty with loss.gate"),
     ],
 )
 def test_impossible_terms_are_refused(values, says):
     with pytest.raises(InputError, match=says):
         LossConfig(**values)
+
+
+# Several depths of one unroll
+
+NANO = dataclasses.replace(preset("nano").model, mean_recurrence=3, backprop_depth=3)
+ROWS = np.random.default_rng(0).integers(0, NANO.vocab_size, (2, 9))
+
+
+def objective(params, terms, hold=jax.lax.stop_gradient):
+    """The loss of `terms`, written out: one recurrence after the other, with softmaxes of all logits."""
+    tokens, labels = jnp.asarray(ROWS[:, :-1]), jnp.asarray(ROWS[:, 1:])
+    positions = jnp.arange(tokens.shape[1])
+    ctx = context(NANO, positions, None)
+    injected = inject(params, NANO, embed(params, NANO, tokens, ctx)[0])
+    s = jnp.broadcast_to(initial_state(jax.random.key(0), positions, NANO.embed_dim), (*tokens.shape, NANO.embed_dim))
+    logits = {}
+    for r in range(1, 4):
+        s, _ = core_step(params, NANO, s, injected, ctx)
+        logits[r] = readout(params, NANO, s, ctx)[0]
+    at = {"none": None, "first": terms.depths[0], "deepest": terms.depths[-1]}[terms.teacher]
+    weights, T = terms.depth_weights or [1] * len(terms.depths), terms.temperature
+    total = 0.0
+    for r, weight in zip(terms.depths, weights, strict=True):
+        value = -jnp.take_along_axis(jax.nn.log_softmax(logits[r]), labels[..., None], -1).mean()
+        if at not in (None, r):
+            p, q = jax.nn.softmax(hold(logits[at]) / T), jax.nn.softmax(logits[r] / T)
+            value = (1 - terms.teacher_share) * value + terms.teacher_share * T**2 * (p * jnp.log(p / q)).sum(-1).mean()
+        total = total + weight * value
+    return total / sum(weights)
+
+
+SEVERAL = {
+    "equal": LossConfig(depths=(1, 3)),
+    "weighted": LossConfig(depths=(1, 2, 3), depth_weights=(0.1, 0.3, 2.0)),
+    "by the deepest": LossConfig(depths=(1, 2, 3), teacher="deepest", teacher_share=0.75, temperature=2.0),
+    "by the first": LossConfig(depths=(1, 3), teacher="first", teacher_share=1.0),
+}
+
+
+@pytest.mark.usefixtures("quick_compile")
+@pytest.mark.parametrize("name", SEVERAL)
+def test_the_loss_at_several_depths(name):
+    """Values and gradients are those of the formula; a teacher that learns is noticed."""
+    terms, params = SEVERAL[name], init_params(NANO, jax.random.key(3))
+
+    def ours(params):
+        return rdlm.loss(params, NANO, ROWS, steps=(0, 3), terms=terms)
+
+    value, grads = jax.jit(jax.value_and_grad(ours))(params)
+    expected, wanted = jax.jit(jax.value_and_grad(functools.partial(objective, terms=terms)))(params)
+    assert float(value) == pytest.approx(float(expected), rel=1e-5)
+    assert apart(grads, wanted) < 1e-5
+    if terms.teacher != "none":
+        learning = jax.jit(jax.grad(functools.partial(objective, terms=terms, hold=lambda x: x)))(params)
+        assert apart(learning, wanted) > 1e-3
+
+
+def apart(found, wanted):
+    gap = jnp.sqrt(sum(jnp.sum((a - b) ** 2) for a, b in zip(*map(jax.tree.leaves, (found, wanted)), strict=True)))
+    return float(gap / jnp.sqrt(sum(jnp.sum(b**2) for b in jax.tree.leaves(wanted))))
+
+
+def test_what_several_depths_need():
+    params = init_params(NANO, jax.random.key(3))
+    for steps in ((1, 2), (0, 2)):
+        with pytest.raises(InputError, match="all with gradient"):
+            rdlm.loss(params, NANO, ROWS, steps=steps, terms=LossConfig(depths=(1, 3)))
+    nano = preset("nano")
+    fixed = dataclasses.replace(nano.recurrence, scheme="fixed")
+    with pytest.raises(InputError, match=r"loss\.depths = \(1, 3\): needs recurrence.scheme = 'fixed'"):
+        dataclasses.replace(nano, model=NANO, loss=LossConfig(depths=(1, 3)))
+    with pytest.raises(InputError, match=r"must end with model\.mean_recurrence = 3"):
+        dataclasses.replace(nano, model=NANO, recurrence=fixed, loss=LossConfig(depths=(1, 2)))
+    dataclasses.replace(nano, model=NANO, recurrence=fixed, loss=LossConfig(depths=(1, 3)))
 
 
 def jaxpr_of(f, *args):

@@ -227,6 +227,19 @@ def test_muon_moves_every_matrix_by_an_orthogonal_one_and_the_rest_as_adamw():
 
 
 @pytest.mark.usefixtures("quick_compile")
+def test_adamw_beside_muon_may_have_a_rate_of_its_own():
+    params, grads = fresh(), some_gradients(1)
+    one, two = (optimizer(dataclasses.replace(STEADY, adamw_learning_rate=rate), 10) for rate in (None, 0.05))
+    shared, split = (jax.jit(lambda g, t=t: t.update(g, t.init(params), params)[0])(grads) for t in (one, two))
+    for (path, update), other in zip(jax.tree_util.tree_leaves_with_path(split), jax.tree.leaves(shared), strict=True):
+        factor = 1.0 if path[-1].key in MATRICES else 0.1
+        np.testing.assert_allclose(update, factor * other, rtol=1e-5, err_msg=jax.tree_util.keystr(path))
+    for wrong, message in (({"name": "adamw"}, "needs optimizer.name = 'muon'"), ({}, "must be positive")):
+        with pytest.raises(InputError, match=message):
+            dataclasses.replace(STEADY, adamw_learning_rate=1e-3 if wrong else 0.0, **wrong)
+
+
+@pytest.mark.usefixtures("quick_compile")
 def test_muon_trains():
     params = fresh()
     rows = jax.random.randint(jax.random.key(1), (4, 17), 0, 20)

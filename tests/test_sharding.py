@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from rdlm import sharding
-from rdlm.config import InputError, MeshConfig, preset
+from rdlm.config import InputError, LossConfig, MeshConfig, preset
 from rdlm.evaluation.depth import depth_curve
 from rdlm.losses import loss
 from rdlm.model import init_params, logical_axes
@@ -259,6 +259,18 @@ def test_a_curriculum_reaches_the_full_depth():
     assert k[:2000].max() == 1, "at first the gradient takes one step"
     assert abs((n + k)[:2000].mean() - 3) < 0.2, "and so does the rest: t = s = 1, and the draw adds one"
     assert abs((n + k)[-2000:].mean() - (MODEL.mean_recurrence + 1)) < 0.2
+
+
+@pytest.mark.slow
+def test_several_depths_and_their_teacher_do_not_depend_on_the_mesh():
+    terms = LossConfig(depths=(1, MODEL.mean_recurrence), teacher="deepest")
+
+    def of(mesh, devices):
+        run = run_of(mesh, scheme="fixed")
+        run = dataclasses.replace(run, model=dataclasses.replace(MODEL, backprop_depth=MODEL.mean_recurrence))
+        return of_steps(dataclasses.replace(run, loss=terms), devices, steps=(0,))
+
+    assert distance(of({"data": 2, "fsdp": 4}, 8), of(None, 1)) < TOLERANCE
 
 
 SHAPES = {"linear": lambda u: u, "one_minus_sqrt": lambda u: 1 - (1 - u) ** 0.5}

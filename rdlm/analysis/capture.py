@@ -11,29 +11,35 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from rdlm.config import InputError, ModelConfig
-from rdlm.model import Bound, Params, bind, check_tokens
-from rdlm.model.blocks import TransformerBlock
-from rdlm.model.network import close, enter
+from rdlm.model import Bound, Params, bind, check_tokens, core_step
+from rdlm.model.blocks import Block
+from rdlm.model.cache import KeyValue
+from rdlm.model.network import close
 from rdlm.recurrence import trajectory
 
 
 class Captured(NamedTuple):
-    """states [r+1, B, L, D]: s_0 .. s_r. layers [r, C, B, L, D]: after each core layer of each recurrence, or None."""
+    """states [r+1, B, L, state_dim]: s_0 .. s_r. layers [r, C, B, L, D]: after each block of a recurrence, or None."""
 
     states: Array
     layers: Array | None
 
 
-def core_layers(bound: Bound, s: Array, i: Array | int) -> Array:
-    """Outputs [C, B, L, D] of the C core layers in recurrence i from state [B, L, D]; the last is the next state."""
-    x = enter(bound.params, bound.config, bound.noisy(s, i), bound.injected)
+def core_layers(bound: Bound, s: Array, i: Array | int) -> tuple[Array, Array]:
+    """(The state after recurrence i, outputs [C, B, L, D] of the C blocks that it runs, the last one's closed)."""
     made = []
-    for j in range(bound.config.core_layers):
-        weights = {"params": bound.params[f"core_{j}"]}
-        layer = bound.text.context.of_layer(bound.config, "core", j)
-        out: Any = TransformerBlock(bound.config).apply(weights, x, layer)
-        made.append(x := out[0])
-    return jnp.stack([*made[:-1], close(bound.params, bound.config, made[-1])])
+
+    def kept(name: str, run: Block) -> Block:
+        def block(weights: Params, x: Array) -> tuple[Array, KeyValue]:
+            out, new_kv = run(weights, x)
+            made.append(out)
+            return out, new_kv
+
+        return block
+
+    context = bound.text.context._replace(around=kept)
+    s, _ = core_step(bound.params, bound.config, bound.noisy(s, i), bound.injected, context)
+    return s, jnp.stack([*made[:-1], close(bound.params, bound.config, made[-1])])
 
 
 @functools.partial(jax.jit, static_argnames=("config", "r", "layers"))
@@ -43,10 +49,9 @@ def _capture(params: Params, config: ModelConfig, tokens: Array, r: int, layers:
         return Captured(trajectory(bound.step, bound.s0, r), None)
 
     def step(carry: tuple[Array, Array], i: Array) -> tuple[Array, Array]:
-        within = core_layers(bound, carry[0], i)
-        return within[-1], within
+        return core_layers(bound, carry[0], i)
 
-    unused = jnp.zeros((config.core_layers, *bound.s0.shape), bound.s0.dtype)
+    unused = jnp.zeros((config.core_calls, *tokens.shape, config.embed_dim), bound.s0.dtype)
     states, within = trajectory(step, (bound.s0, unused), r)
     return Captured(states, within[1:])
 
@@ -60,7 +65,7 @@ def capture(
       params, config: the model.
       tokens: int [B, L].
       r: recurrences, at least 1.
-      layers: also keep the output of every core layer; takes core_layers times more memory.
+      layers: also keep the output of every block that a recurrence runs; takes as many times more memory.
       given: state, key, segment_ids, positions, as in `rdlm.forward`.
 
     Raises:

@@ -28,7 +28,7 @@ def from_starts(
         raise InputError(f"tokens: expected integers [L], got shape {list(np.shape(tokens))}")
     rows = check_tokens(np.broadcast_to(np.asarray(tokens), (starts, np.shape(tokens)[0])), config)
     keys, positions = jax.random.split(jax.random.key(0), starts - 1), jnp.arange(rows.shape[1])
-    noise = initial_state(keys, positions, config.embed_dim, compute_dtype(params, config))
+    noise = initial_state(keys, positions, config.state_dim, compute_dtype(params, config))
     state = jnp.concatenate([noise, jnp.zeros_like(noise[:1])])
     return np.asarray(capture(params, config, rows, r, state=state).states.astype(jnp.float32))
 

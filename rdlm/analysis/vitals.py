@@ -29,7 +29,8 @@ from jaxtyping import Bool, Float, Float32
 from rdlm.config import ModelConfig
 from rdlm.losses import IGNORED, as_batch, bind_batch, head_losses
 from rdlm.model import Params, coda
-from rdlm.model.network import diagonal
+from rdlm.model.network import ADAPTER, diagonal
+from rdlm.tune import merge
 
 COLLAPSED = 0.9
 """Token correlation: 0.02 to 0.64 in healthy runs, above 0.98 in collapsed ones."""
@@ -89,6 +90,7 @@ def course(params: Params, config: ModelConfig, batch: Any, key: Array) -> Cours
 def _maps(params: Params, config: ModelConfig) -> tuple[Array, Array]:
     """What maps the state and the embedded input; a diagonal as a vector, and zeros where the core reads s alone."""
     kind, D = config.loop.injection, config.embed_dim
+    params = merge({name: params[name] for name in ADAPTER if name in params})
     if kind == "linear":
         return params["adapter"][0], params["adapter"][1]
     if kind == "diagonal":

@@ -11,8 +11,10 @@ import logging
 from rdlm.checkpoint.integrity import as_abstract
 from rdlm.checkpoint.manager import Checkpoints, SaveError, save_parameters
 from rdlm.checkpoint.run_folder import (
+    StoredCheckpoint,
     load_checkpoint,
     load_tokenizer,
+    open_checkpoint,
     read_config,
     read_meta,
     saved_steps,
@@ -25,9 +27,11 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)
 __all__ = [
     "Checkpoints",
     "SaveError",
+    "StoredCheckpoint",
     "as_abstract",
     "load_checkpoint",
     "load_tokenizer",
+    "open_checkpoint",
     "read_config",
     "read_meta",
     "save_parameters",

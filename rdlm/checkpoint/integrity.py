@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import orbax.checkpoint as ocp
 from jax import Array
 from jaxtyping import PyTree
 
@@ -64,6 +65,13 @@ def wrong_sum(meta: Meta, **trees: PyTree) -> str:
         if "sums" in meta and int(bit_sum(tree)) != meta["sums"][name]:
             return f"damaged (the bits of {name} differ from those saved)"
     return ""
+
+
+def reader_alone(handler: Callable[..., ocp.CheckpointHandler]) -> ocp.Checkpointer:
+    """Reads this process's part of a checkpoint. Does not wait for others, which may have found it damaged."""
+    index = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=index, active_processes={index})
+    return ocp.Checkpointer(handler(multiprocessing_options=alone), multiprocessing_options=alone)
 
 
 def as_abstract(tree: PyTree, shardings: PyTree) -> PyTree:

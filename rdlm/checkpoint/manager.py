@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 import orbax.checkpoint.checkpoint_managers as policies
 from jaxtyping import PyTree
 
-from rdlm.checkpoint.integrity import Meta, as_mapping, bit_sum, reading, wrong_sum
+from rdlm.checkpoint.integrity import Meta, as_mapping, bit_sum, reader_alone, reading, wrong_sum
 from rdlm.checkpoint.run_folder import saved_steps, write_config
 from rdlm.config import InputError, RunConfig, local_path, one_line
 from rdlm.model import Params
@@ -243,17 +243,14 @@ class Checkpoints:
         return None
 
     def _read(self, step: int, params: PyTree, optimizer: PyTree) -> Restored:
-        """This process's part of a checkpoint. Does not wait for others, which may have found it damaged."""
-        path, index = Path(self.manager.directory) / str(step), jax.process_index()
-        alone = ocp.options.MultiprocessingOptions(primary_host=index, active_processes={index})
-        arrays = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
-        with ocp.Checkpointer(arrays, multiprocessing_options=alone) as reader:
+        """This process's part of a checkpoint."""
+        path = Path(self.manager.directory) / str(step)
+        with reader_alone(ocp.StandardCheckpointHandler) as reader:
             restored = [
                 reader.restore(path / name, args=ocp.args.StandardRestore(target))
                 for name, target in (("params", params), ("optimizer", optimizer))
             ]
-        text = ocp.JsonCheckpointHandler(multiprocessing_options=alone)
-        with ocp.Checkpointer(text, multiprocessing_options=alone) as reader:
+        with reader_alone(ocp.JsonCheckpointHandler) as reader:
             meta = as_mapping(reader.restore(path / "meta"))
         return Restored(step, restored[0], restored[1], meta)
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import PyTree
 
-from rdlm.checkpoint.integrity import Meta, as_mapping, naming, wrong_sum
+from rdlm.checkpoint.integrity import Meta, as_abstract, as_mapping, naming, reader_alone, wrong_sum
 from rdlm.config import InputError, ModelConfig, RunConfig, from_json, local_path, to_json
 from rdlm.model import Params, init_params
 from rdlm.optim import AverageState, average_of, optimizer
-from rdlm.runtime import write_atomically
+from rdlm.runtime import together, write_atomically
 from rdlm.tokenizer import Tokenizer
 
 
@@ -93,47 +94,92 @@ def load_checkpoint(run_folder: str | Path, step: int | None = None, ema: bool =
       InputError: not a run folder, no complete checkpoint, no such step, no average, or damaged files (the message
         names another step that can be loaded).
     """
-    run = read_config(local_path(run_folder))
-    if ema:
-        return _load_average(run, run_folder, step), run.model
-    config = run.model
-    path, meta = _checkpoint(run_folder, step), read_meta(run_folder, step)
-    way_out = _way_out(run_folder, int(path.name))
-    sharding = SingleDeviceSharding(jax.local_devices()[0])
-    shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
-    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
-    with naming(path, way_out), ocp.StandardCheckpointer() as checkpointer:
-        params = checkpointer.restore(path / "params", target)
-        if problem := wrong_sum(meta, params=params):
-            raise ValueError(problem)
-        return params, config
+    stored = open_checkpoint(run_folder, step, ema)
+    return stored.load(), stored.run.model
 
 
-def _load_average(run: RunConfig, run_folder: str | Path, step: int | None) -> Params:
-    """The averaged parameters of a checkpoint, without the rest of its optimizer state."""
-    if not run.optimizer.ema_decay:
+@dataclasses.dataclass(frozen=True)
+class StoredCheckpoint:
+    """Parameters of a checkpoint, or their moving average, that are not read yet. `open_checkpoint` makes one."""
+
+    run: RunConfig
+    folder: Path
+    step: int
+    ema: bool
+
+    def load(self, shardings: PyTree = None) -> Params:
+        """The parameters in their stored dtype, the average in that of the parameters; every process reads its shards.
+
+        Args:
+          shardings: of every parameter; None: the first device.
+
+        Raises:
+          InputError: as `load_checkpoint`.
+        """
+        config = self.run.model
+        shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+        if shardings is None:
+            one = SingleDeviceSharding(jax.local_devices()[0])
+            shardings = jax.tree.map(lambda _: one, shapes)
+        target = as_abstract(shapes, shardings)
+        params = together(lambda: self._read(target))
+        # The average has no checksum of its own: the optimizer's is of its whole state.
+        if not self.ema and (problem := wrong_sum(self.meta(), params=params)):
+            raise InputError(f"checkpoint {self._path}: {problem}; {_way_out(self.folder, self.step)}")
+        return params
+
+    @property
+    def _path(self) -> Path:
+        return (self.folder / "checkpoints" / str(self.step)).absolute()
+
+    def _read(self, target: PyTree) -> Params:
+        """This process's part."""
+        with naming(self._path, _way_out(self.folder, self.step)):
+            if self.ema:
+                return self._read_average(target)
+            with reader_alone(ocp.StandardCheckpointHandler) as reader:
+                return reader.restore(self._path / "params", args=ocp.args.StandardRestore(target))
+
+    def _read_average(self, target: PyTree) -> Params:
+        """The averaged parameters, without the rest of the optimizer's state."""
+        run = self.run
+
+        def fresh(key: jax.Array) -> PyTree:
+            return optimizer(run.optimizer, run.steps).init(init_params(run.model, key))
+
+        def wanted(x: PyTree) -> PyTree:
+            return AverageState(ocp.PLACEHOLDER, target) if isinstance(x, AverageState) else ocp.PLACEHOLDER
+
+        state = jax.eval_shape(fresh, jax.random.key(0))
+        tree = jax.tree.map(wanted, state, is_leaf=lambda x: isinstance(x, AverageState))
+        arguments = ocp.args.PyTreeRestore(tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree))
+        with reader_alone(ocp.PyTreeCheckpointHandler) as reader:
+            return average_of(reader.restore(self._path / "optimizer", args=arguments))
+
+    def meta(self) -> Meta:
+        """The JSON beside the arrays."""
+        return read_meta(self.folder, self.step)
+
+    def digest(self) -> str:
+        """sha256 (hex) of that JSON, which holds a checksum of the arrays, and of whether this is the average."""
+        text = json.dumps([self.meta(), self.ema], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def open_checkpoint(run_folder: str | Path, step: int | None = None, ema: bool = False) -> StoredCheckpoint:
+    """The parameters of a run folder, to be read later; touches no device.
+
+    Raises:
+      InputError: not a run folder, no complete checkpoint, no such step, or no average.
+    """
+    folder = local_path(run_folder)
+    run = read_config(folder)
+    if ema and not run.optimizer.ema_decay:
         raise InputError(
             f"run folder {run_folder}: kept no moving average of its weights (optimizer.ema_decay = 0.0); leave out "
             "ema, or train a run with --optimizer.ema-decay 0.999"
         )
-    path = _checkpoint(run_folder, step)
-    sharding, dtype = SingleDeviceSharding(jax.local_devices()[0]), jnp.dtype(run.model.param_dtype)
-
-    def wanted(x: PyTree) -> PyTree:
-        if not isinstance(x, AverageState):
-            return ocp.PLACEHOLDER
-        shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype, sharding=sharding), x.average)
-        return AverageState(ocp.PLACEHOLDER, shapes)
-
-    def fresh(key: jax.Array) -> PyTree:
-        return optimizer(run.optimizer, run.steps).init(init_params(run.model, key))
-
-    state = jax.eval_shape(fresh, jax.random.key(0))
-    target = jax.tree.map(wanted, state, is_leaf=lambda x: isinstance(x, AverageState))
-    arguments = ocp.args.PyTreeRestore(target, restore_args=ocp.checkpoint_utils.construct_restore_args(target))
-    way_out = _way_out(run_folder, int(path.name))
-    with naming(path, way_out), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        return average_of(checkpointer.restore(path / "optimizer", args=arguments))
+    return StoredCheckpoint(run, folder, int(_checkpoint(folder, step).name), ema)
 
 
 def read_meta(run_folder: str | Path, step: int | None = None) -> Meta:
@@ -144,8 +190,8 @@ def read_meta(run_folder: str | Path, step: int | None = None) -> Meta:
     """
     path = _checkpoint(run_folder, step)
     way_out = _way_out(run_folder, int(path.name))
-    with naming(path, way_out), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-        return as_mapping(checkpointer.restore(path / "meta"))
+    with naming(path, way_out), reader_alone(ocp.JsonCheckpointHandler) as reader:
+        return as_mapping(reader.restore(path / "meta"))
 
 
 def load_tokenizer(run_folder: str | Path, step: int | None = None) -> Tokenizer:

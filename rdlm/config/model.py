@@ -23,13 +23,15 @@ class Block:
     """Norm of what attention and MLP read."""
     norm_output: Literal["none", "branch", "sum"] = "sum"
     """Norm of what they give: of the branch before it is added, or of the residual sum."""
-    norm_weight: Literal["scale", "offset"] = "scale"
-    """Norms multiply by w, or by 1 + w."""
+    norm_weight: Literal["scale", "offset", "none"] = "scale"
+    """Norms multiply by w, by 1 + w, or by nothing."""
     qk_norm: Literal["none", "head", "width", "rotated"] = "none"
     """Norm of queries and keys before rotary: of each head, or of all heads together. rotated: of each head, without
     weights and after rotary."""
     qkv_bias: bool = False
     """Learned bias on queries, keys and values."""
+    output_gate: bool = False
+    """What attention gives is multiplied by sigmoid(W y) before its output projection; y is what attention reads."""
     activation: Literal["silu", "gelu_tanh", "relu2"] = "silu"
     """Of the MLP; relu2: max(x, 0)^2 / 2."""
     gated: bool = True
@@ -40,11 +42,13 @@ class Block:
     def __post_init__(self) -> None:
         check_types(self)
         _choice("block.norm_output", self.norm_output, ("none", "branch", "sum"))
-        _choice("block.norm_weight", self.norm_weight, ("scale", "offset"))
+        _choice("block.norm_weight", self.norm_weight, ("scale", "offset", "none"))
         _choice("block.qk_norm", self.qk_norm, ("none", "head", "width", "rotated"))
         _choice("block.activation", self.activation, ("silu", "gelu_tanh", "relu2"))
         normed = self.norm_input or self.norm_output == "branch"
         require(normed, "block.norm_input", self.norm_input, "must be true, unless block.norm_output is 'branch'")
+        plain = not (self.output_gate and self.qkv_bias)
+        require(plain, "block.qkv_bias", self.qkv_bias, "must be false with block.output_gate")
         scale = self.attention_scale
         require(scale is None or scale > 0, "block.attention_scale", scale, "must be positive")
 
@@ -70,6 +74,10 @@ class Loop:
     """A norm of its own ends the prelude."""
     gate: bool = False
     """A linear exit gate reads the state after every recurrence."""
+    low_cycles: int = 0
+    """Calls of a second stack, as deep as the core, that begin every recurrence. 0: there is none."""
+    low_backprop: tuple[int, ...] = ()
+    """Calls of it with gradient in each of the last recurrences of a training step; one in those before. (): all."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -85,6 +93,12 @@ class Loop:
         require(once, "loop.bridge", self.bridge, "must be false with loop.close, which has normed the state already")
         alone = not (self.linear_bridge and (self.bridge or self.close))
         require(alone, "loop.linear_bridge", self.linear_bridge, "must be false with loop.bridge or loop.close")
+        require(self.low_cycles >= 0, "loop.low_cycles", self.low_cycles, "must not be negative")
+        alone = self.close and self.injection == "none" and not self.gate
+        fits = not self.low_cycles or alone
+        require(fits, "loop.low_cycles", self.low_cycles, "needs loop.close, and neither injection nor gate")
+        counted = min(self.low_backprop, default=0) >= 0 and (self.low_cycles > 0 or not self.low_backprop)
+        require(counted, "loop.low_backprop", self.low_backprop, "must not be negative, and needs loop.low_cycles")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,8 +228,8 @@ class ModelConfig:
             "rope_base": (self.rope_base > 0, "must be positive"),
             "attention_window": (sees, "must be an integer of at least 1, or None to see every earlier token"),
             "full_attention_layers": (
-                not full or (window is not None and 0 <= min(full) <= max(full) < layers),
-                f"must be of 0 .. {layers - 1}, and needs attention_window",
+                not full or (window is not None and 0 <= min(full) <= max(full) < layers and not self.low_layers),
+                f"must be of 0 .. {layers - 1}, needs attention_window, and cannot be had with loop.low_cycles",
             ),
             "window_rope_base": (
                 base is None or (base > 0 and window is not None),
@@ -261,6 +275,21 @@ class ModelConfig:
         return tuple(self.layers[i] for i in self.value_tables if i in self.value_gates)
 
     @property
+    def low_layers(self) -> int:
+        """Blocks of the second stack."""
+        return self.core_layers if self.loop.low_cycles else 0
+
+    @property
+    def core_calls(self) -> int:
+        """Blocks that one recurrence runs; each has keys and values of its own in the cache."""
+        return self.core_layers + self.low_layers * self.loop.low_cycles
+
+    @property
+    def state_dim(self) -> int:
+        """Width of the latent state: embed_dim for each stack of a recurrence."""
+        return self.embed_dim * (2 if self.loop.low_cycles else 1)
+
+    @property
     def start_scale(self) -> float:
         """Noise of the initial state over that of the paper, whose standard deviation is sqrt(2 / 5)."""
         return 1.0 if self.loop.start_std is None else self.loop.start_std / 0.4**0.5
@@ -282,6 +311,12 @@ class ModelConfig:
     def rows(self) -> int:
         """Rows of the embedding, and columns V of the logits."""
         return self.vocab_size if self.padded_vocab_size is None else self.padded_vocab_size
+
+    def for_vocabulary(self, size: int) -> ModelConfig:
+        """The same model for a tokenizer of `size` entries: ids that it does not have become padding rows."""
+        if size >= self.vocab_size:
+            return self
+        return dataclasses.replace(self, vocab_size=size, padded_vocab_size=self.rows)
 
 
 ExitName = Literal[

@@ -165,6 +165,36 @@ OURO_1P4B = RunConfig(
 )
 """All 24 layers looped four times, with an exit gate (arXiv 2510.25741): 1,434,652,673 parameters. Not trained yet."""
 
+HRM_TEXT_1B = RunConfig(
+    preset="hrm_text_1b",
+    model=ModelConfig(
+        vocab_size=65536,
+        embed_dim=1536,
+        num_heads=12,
+        mlp_dim=4096,
+        prelude_layers=0,
+        core_layers=16,
+        coda_layers=0,
+        max_length=4096,
+        rope_base=1e4,
+        qk_bias=False,
+        tie_embeddings=False,
+        mean_recurrence=2,
+        backprop_depth=2,
+        compute_dtype="bfloat16",
+        block=Block(norm_output="none", norm_weight="none", output_gate=True),
+        loop=Loop(injection="none", start="embedding", close=True, bridge=False, low_cycles=3, low_backprop=(0, 3)),
+    ),
+    mesh=MeshConfig(data=1, fsdp=-1),
+    recurrence=RecurrenceConfig(scheme="fixed", remat="layer"),
+    optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=1000, cooldown_steps=4000),
+    data=DataConfig(tokenizer_size=65536, sequence_length=4096, batch_size=256),
+    checkpoint=CheckpointConfig(every=100),
+    evaluation=EvaluationConfig(every=500, batches=2, depths=(1, 2)),
+    steps=40_000,
+)
+"""Two stacks of 16 layers: 2 times 3 low calls and a high one: 1,182,795,264 parameters. Not trained yet."""
+
 RECURRENT_LLAMA_1B = RunConfig(
     preset="recurrent_llama_1b",
     model=ModelConfig(
@@ -235,6 +265,21 @@ PARCAE_140M = RunConfig(
 """Diagonal injection and value embeddings (arXiv 2604.12946): 144,323,136 parameters, half of them looked up by token.
 Not trained yet."""
 
+FINETUNE = RunConfig(
+    preset="finetune",
+    model=QUICKSTART.model,  # replaced by that of the folder
+    recurrence=RecurrenceConfig(remat="layer"),
+    optimizer=OptimizerConfig(learning_rate=2e-5, warmup_steps=20, cooldown_steps=200, weight_decay=0.01),
+    data=DataConfig(tokenizer_size=2048, sequence_length=512, batch_size=8),
+    checkpoint=CheckpointConfig(every=100),
+    evaluation=EvaluationConfig(every=100, batches=8),
+    steps=500,
+)
+"""With --init FOLDER: a small learning rate and a short warm-up for the model in FOLDER, whose shape replaces this one.
+
+Not measured yet.
+"""
+
 PRESETS = {
     run.preset: run
     for run in (
@@ -245,8 +290,10 @@ PRESETS = {
         HUGINN_3P5B_RUN,
         HUGINN_TPU_RUN,
         OURO_1P4B,
+        HRM_TEXT_1B,
         RECURRENT_LLAMA_1B,
         PARCAE_140M,
+        FINETUNE,
     )
 }
 """Runs by name."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import typing
 from typing import Literal
 
 from rdlm.config.errors import require
@@ -29,6 +30,10 @@ Remat = Literal["none", "iteration", "layer", "offload"]
 Gather = Literal["once", "weights_once", "each"]
 
 Packing = Literal["concatenate_and_split", "best_fit", "document_start"]
+
+Part = Literal["embedding", "prelude", "adapter", "core", "coda", "head", "gate", "values", "norms"]
+
+LoraTarget = Literal["attn.qkv", "attn.proj", "mlp.fc", "mlp.proj", "adapter"]
 
 IGNORED = -100
 """Label of a position that is not scored."""
@@ -87,8 +92,33 @@ class LossConfig:
     there. improvement: only the gate learns, whether one more recurrence still lowers the loss (docs/families.md)."""
     gate_entropy: float = 0.1
     """With gate = "exit", weight of the entropy of where the gate stops, which is rewarded."""
+    depths: tuple[int, ...] = ()
+    """Recurrences after which the model predicts and is scored, all in one unroll; empty: only after the last."""
+    depth_weights: tuple[float, ...] = ()
+    """Weight of the loss at each of `depths`, relative to their sum; empty: equal weights."""
+    teacher: Literal["none", "first", "deepest"] = "none"
+    """Which of `depths` the others are taught by, through the divergence KL(teacher || student) of predictions. The
+    teacher gets no gradient from it."""
+    teacher_share: float = 0.5
+    """Share of that divergence in the loss of a taught depth; the rest is cross-entropy."""
+    temperature: float = 1.0
+    """T of the divergence: T^2 KL between softmax(logits / T) (arXiv 1503.02531)."""
 
     def __post_init__(self) -> None:
+        increasing = list(self.depths) == sorted(set(self.depths)) and min(self.depths, default=1) >= 1
+        weights, several = self.depth_weights, len(self.depths) > 1
+        weighted = not weights or (len(weights) == len(self.depths) and min(weights) > 0)
+        checks = {
+            "depths": (increasing, "must be increasing recurrences, each at least 1"),
+            "depth_weights": (weighted, "must be empty, or a positive number for each of loss.depths"),
+            "teacher": (self.teacher == "none" or several, "needs two loss.depths or more"),
+            "teacher_share": (0 < self.teacher_share <= 1, "must be in (0, 1]"),
+            "temperature": (self.temperature > 0, "must be positive"),
+        }
+        for name, (fulfilled, fix) in checks.items():
+            require(fulfilled, f"loss.{name}", getattr(self, name), fix)
+        alone = self.gate == "none" or not self.depths
+        require(alone, "loss.depths", self.depths, "must be empty with loss.gate, which reads every recurrence")
         require(self.gate_entropy >= 0, "loss.gate_entropy", self.gate_entropy, "must not be negative")
         require(self.z_loss >= 0, "loss.z_loss", self.z_loss, "must not be negative")
         require(0 <= self.label_smoothing < 1, "loss.label_smoothing", self.label_smoothing, "must be in [0, 1)")
@@ -103,6 +133,9 @@ class OptimizerConfig:
     not matrices of blocks or adapter."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
+    adamw_learning_rate: float | None = None
+    """With muon, peak learning rate of what AdamW moves, on the same schedule; min_learning_rate falls in proportion.
+    None: learning_rate."""
     min_learning_rate: float = 0.0
     """Learning rate after the last step."""
     schedule: Literal["trapezoid", "cosine", "linear"] = "trapezoid"
@@ -126,6 +159,10 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "must be positive")
+        rest = self.adamw_learning_rate
+        require(rest is None or rest > 0, "optimizer.adamw_learning_rate", rest, "must be positive")
+        split = rest is None or self.name == "muon"
+        require(split, "optimizer.adamw_learning_rate", rest, "needs optimizer.name = 'muon'; set learning_rate")
         require(self.eps > 0, "optimizer.eps", self.eps, "must be positive")
         require(self.clip_norm > 0, "optimizer.clip_norm", self.clip_norm, "must be positive (use 1e9 to never clip)")
         for name in ("warmup_steps", "cooldown_steps", "weight_decay", "min_learning_rate"):
@@ -285,6 +322,62 @@ class AlarmConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class TuneConfig:
+    """Which parameters learn (docs/training.md, Train a part, or low-rank pairs)."""
+
+    only: tuple[Part, ...] = ()
+    """Parts that learn; empty: all, or with lora_rank none. norms: every norm weight, also those inside of blocks;
+    values: value embeddings and their gates."""
+    lora_rank: int = 0
+    """Rank r of the pairs A, B that learn in place of a matrix W: y = x W + (alpha / r) (x A) B; 0: no pairs. Parts in
+    `only` still learn in full."""
+    lora_targets: tuple[LoraTarget, ...] = ()
+    """Matrices that get a pair; empty: all of these that the model has. attn.qkv: queries, keys and values together;
+    mlp.fc: gate and up."""
+    lora_alpha: float = 16.0
+    """alpha."""
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """`lora_targets` written out."""
+        return self.lora_targets or typing.get_args(LoraTarget)
+
+    def __post_init__(self) -> None:
+        require(self.lora_rank >= 0, "tune.lora_rank", self.lora_rank, "must not be negative")
+        require(self.lora_alpha > 0, "tune.lora_alpha", self.lora_alpha, "must be positive")
+        needs = "needs tune.lora_rank, for example 16"
+        require(self.lora_rank > 0 or not self.lora_targets, "tune.lora_targets", self.lora_targets, needs)
+
+    def check_fits(self, model: ModelConfig) -> None:
+        """Refuse parts and matrices that `model` does not have, and a rank that saves nothing. Raises InputError."""
+        adapter = model.loop.injection in ("linear", "diagonal")
+        there = {
+            "adapter": (adapter, "this model has no adapter (model.loop.injection)"),
+            "values": (
+                bool(model.value_tables or model.value_gates),
+                "this model has no value embeddings (model.value_tables)",
+            ),
+            "head": (not model.tie_embeddings, "this model reads its head from the embedding; say embedding"),
+            "gate": (model.loop.gate, "this model has no exit gate (model.loop.gate)"),
+            "prelude": (model.prelude_layers > 0, "this model has no prelude"),
+            "coda": (model.coda_layers > 0, "this model has no coda"),
+        }
+        for field in ("only", "lora_targets"):
+            for name in getattr(self, field):
+                found, why = there.get(name, (True, ""))
+                require(found, f"tune.{field}", getattr(self, field), why)
+        smallest = min(model.embed_dim, model.mlp_dim)
+        fix = f"must be below {smallest}, the smallest side of a matrix"
+        require(self.lora_rank < smallest, "tune.lora_rank", self.lora_rank, fix)
+        layers = [part for part in ("prelude", "core", "coda") if getattr(model, f"{part}_layers")]
+        blocks = [part for part in layers if part not in self.only]
+        adapter = adapter and "adapter" not in self.only and "adapter" in self.targets
+        fix = f"no matrix is left for a pair: {', '.join(self.only)} learn in full; name fewer parts in tune.only"
+        left = adapter or (blocks and self.targets != ("adapter",))
+        require(bool(left) or not self.lora_rank, "tune.lora_rank", self.lora_rank, fix)
+
+
+@dataclasses.dataclass(frozen=True)
 class RunConfig:
     """A training run: a preset with its overrides, as stored in config.json of the run folder."""
 
@@ -298,8 +391,16 @@ class RunConfig:
     faults: FaultsConfig = FaultsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     alarms: AlarmConfig = AlarmConfig()
+    tune: TuneConfig = TuneConfig()
     preset: str = "custom"
     """Name of the preset."""
+    init: str = ""
+    """Run folder or Hugging Face folder whose parameters the run begins with; empty: random ones. Its model replaces
+    the preset's."""
+    init_ema: bool = False
+    """Of a run folder, begin with the moving average of the parameters."""
+    weights_digest: str = ""
+    """sha256 of the parameters of `init`. The run fills it in."""
     steps: int = 1000
     """Number of optimizer steps."""
     seed: int = 0
@@ -318,6 +419,8 @@ class RunConfig:
                 finite = all(map(math.isfinite, floats))
                 require(finite, f"{section.name}.{field.name}", number, "must be a finite number")
         _ = self.folder  # must be local
+        for name in ("init_ema", "weights_digest"):
+            require(bool(self.init) or not getattr(self, name), name, getattr(self, name), "only with init")
         require(self.steps >= 1, "steps", self.steps, "must be at least 1")
         require(0 <= self.seed < 2**31, "seed", self.seed, "must be in [0, 2**31)")
         require(
@@ -340,13 +443,22 @@ class RunConfig:
             self.model.backprop_depth,
             f"must be at most model.mean_recurrence = {self.model.mean_recurrence}",
         )
-        if self.loss.gate != "none":
+        if self.loss.gate != "none" or self.loss.depths:
+            name = "depths" if self.loss.depths else "gate"
+            value = getattr(self.loss, name)
             grows = self.recurrence.curriculum_steps or self.recurrence.curriculum_share
             fixed = self.recurrence.scheme == "fixed" and not grows
             all_of_them = fixed and self.model.backprop_depth == self.model.mean_recurrence
             fix = "needs recurrence.scheme = 'fixed', no curriculum and model.backprop_depth = model.mean_recurrence"
-            require(all_of_them, "loss.gate", self.loss.gate, f"{fix}: it reads the loss of every recurrence")
+            why = "it reads the loss of every recurrence" if name == "gate" else "all of them get a gradient"
+            require(all_of_them, f"loss.{name}", value, f"{fix}: {why}")
+        if self.loss.depths:
+            last, mean = self.loss.depths[-1], self.model.mean_recurrence
+            fix = f"must end with model.mean_recurrence = {mean}, up to which the model is unrolled"
+            require(last == mean, "loss.depths", self.loss.depths, fix)
+        if self.loss.gate != "none":
             require(self.model.loop.gate, "loss.gate", self.loss.gate, "needs a model with model.loop.gate")
+        self.tune.check_fits(self.model)
         if self.loss.gate == "improvement":
             decay = self.optimizer.weight_decay
             require(decay == 0, "optimizer.weight_decay", decay, "must be 0 with loss.gate = 'improvement'")

@@ -13,7 +13,7 @@ from rdlm.data.fetch import local_copy
 from rdlm.data.loader import DataState, PackedData, check_sources
 from rdlm.data.manifest import read_manifest
 from rdlm.data.mixture import Chain, Mixture
-from rdlm.data.prepare.embedded import prepare_embedded
+from rdlm.data.prepare.embedded import prepare_embedded, prepared_folder
 from rdlm.data.stream import StreamedData
 from rdlm.tokenizer import Tokenizer
 
@@ -36,7 +36,14 @@ class _Batches(TypedDict):
     process_count: int
 
 
-def open_data(data: DataConfig, *, seed: int, process_index: int = 0, process_count: int = 1) -> RunData:
+def open_data(
+    data: DataConfig,
+    *,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    tokenizer_folder: Path | None = None,
+) -> RunData:
     """Open what `data` describes: prepared folders, a stream, or the embedded corpus, prepared on first use.
 
     Args:
@@ -44,11 +51,13 @@ def open_data(data: DataConfig, *, seed: int, process_index: int = 0, process_co
       seed: decides the order of rows.
       process_index: which slice of every batch this process makes.
       process_count: slices of a batch.
+      tokenizer_folder: of the tokenizer that the data must have; None: any. The embedded corpus is prepared with it.
 
     Raises:
       InputError: something is missing, damaged, or does not fit the configuration.
     """
-    folders, length = _folders(data), data.sequence_length
+    wanted = None if tokenizer_folder is None else Tokenizer.load(tokenizer_folder)
+    folders, length = _folders(data, wanted), data.sequence_length
     read_manifest(folders[0])  # says what is wrong with other folders
     for folder, again in itertools.combinations(folders, 2):
         if folder.resolve() == again.resolve():
@@ -59,6 +68,11 @@ def open_data(data: DataConfig, *, seed: int, process_index: int = 0, process_co
             file=sys.stderr,
         )
     tokenizer = Tokenizer.load(folders[0] / "tokenizer")
+    if wanted is not None and wanted.hash != tokenizer.hash:
+        raise InputError(
+            f"{folders[0]}: was prepared with another tokenizer than the model's; prepare the text again, with "
+            f"prepare_data.py --tokenizer {tokenizer_folder}"
+        )
     if data.prepared and tokenizer.vocab_size > data.tokenizer_size:
         raise InputError(
             f"data.tokenizer_size = {data.tokenizer_size}: the tokenizer of {folders[0]} has {tokenizer.vocab_size} "
@@ -106,10 +120,14 @@ def open_validation(
 
 
 def _folders(data: DataConfig, tokenizer: Tokenizer | None = None) -> list[Path]:
-    if not data.prepared:
-        size = data.tokenizer_size if tokenizer is None else tokenizer.vocab_size
-        return [prepare_embedded(dataclasses.replace(data, tokenizer_size=size), tokenizer=tokenizer)]
-    return [local_copy(folder, data.folder) for folder in data.prepared]
+    if data.prepared:
+        return [local_copy(folder, data.folder) for folder in data.prepared]
+    if tokenizer is not None:
+        data = dataclasses.replace(data, tokenizer_size=tokenizer.vocab_size)
+        trained = prepared_folder(data) / "tokenizer"  # on the corpus itself
+        if trained.exists() and Tokenizer.load(trained).hash == tokenizer.hash:
+            tokenizer = None
+    return [prepare_embedded(data, tokenizer=tokenizer)]
 
 
 def _validation(folders: list[Path], length: int, tokenizer: Tokenizer, batches: _Batches) -> Chain:

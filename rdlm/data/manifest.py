@@ -27,6 +27,8 @@ class Reading:
     """One document of a text file: the whole file, each line, or each paragraph between blank lines."""
     bad_documents: Literal["refuse", "skip"] = "refuse"
     """Text that is not UTF-8, lines that are not JSON, a missing field: stop, or skip and count."""
+    prompt_field: str = ""
+    """Field of what comes before the document and is not scored; empty: nothing does."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +51,12 @@ class Recipe:
         require(0 <= self.validation_fraction < 1, "validation_fraction", self.validation_fraction, "must be in [0, 1)")
 
     def settings(self) -> dict[str, object]:
-        """All fields as flat JSON, those of `reading` first."""
+        """All fields as flat JSON, those of `reading` first; a prompt field only where there is one."""
         recipe = dataclasses.asdict(self)
-        return {**recipe.pop("reading"), **recipe}
+        reading = recipe.pop("reading")
+        if not reading["prompt_field"]:
+            reading.pop("prompt_field")  # as older folders, which do not know it
+        return {**reading, **recipe}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +102,10 @@ class SplitEntry:
     """Row numbers go through them in this order."""
     labels: int | None = None
     """Tokens that count as labels; None: prepared before they were counted."""
+    unscored_documents: int = 0
+    """Chats and pairs of which no token is a label: nothing is scored in them, or what is was cut off."""
+    unscored_rows: int = 0
+    """Rows without a label: a prompt fills them."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -177,10 +177,15 @@ def arrays(row: Row, sequence_length: int, *, pad_id: int, epoch: int = 0) -> di
 
 def labels_in(row: Row) -> int:
     """How many labels of `arrays(row, ...)` count: the scored tokens but the first of every chunk."""
-    if row.scored is None:
-        return len(row.tokens) - len(row.chunks)
+    return int(labels_by_chunk(row).sum())
+
+
+def labels_by_chunk(row: Row) -> np.ndarray:
+    """`labels_in` of every chunk, int64 [S]."""
+    if row.scored is None or not len(row.chunks):
+        return row.chunks[:, 2] - 1
     first = np.cumsum(row.chunks[:, 2]) - row.chunks[:, 2]
-    return int(row.scored.sum() - row.scored[first].sum())
+    return np.add.reduceat(row.scored.astype(np.int64), first) - row.scored[first]
 
 
 def sequence_ids(document: np.ndarray, offset: np.ndarray, epoch: int) -> np.ndarray:

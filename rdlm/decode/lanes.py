@@ -25,7 +25,7 @@ from rdlm.decode.loop import Progress, Sizes, token_keys
 from rdlm.decode.requests import Request, WarmStart
 from rdlm.decode.sampling import choose, finite, log_probability, stops
 from rdlm.exits import Observation
-from rdlm.model import Params, coda, context, core_step, embed, head, inject, known, noisy, with_values
+from rdlm.model import Params, begin, coda, context, core_step, embed, head, inject, known, noisy, with_values
 from rdlm.model.blocks import Context
 from rdlm.model.cache import Cache, allocate, cached_bias, skip_bias, write
 from rdlm.model.kernels import after
@@ -42,7 +42,7 @@ class Lanes(NamedTuple):
     busy: Array  # bool, serves a request
     failed: Array  # bool, its request ended because the logits of its next token were not finite
     iterating: Array  # bool, its token still runs the core; a busy lane that does not is due for a flush
-    s: Array  # [B, 1, D], state of the present token
+    s: Array  # [B, 1, state_dim], state of the present token
     injected: Array  # [B, 1, D], its injected input
     ran: Array  # int32, its recurrences so far
     rule: PyTree  # state of the exit rule
@@ -73,7 +73,7 @@ class _Entry(NamedTuple):
     """W tokens that begin."""
 
     position: Array  # int32 [W]
-    s: Array  # [W, 1, D]
+    s: Array  # [W, 1, state_dim]
     injected: Array  # [W, 1, D]
     rule: PyTree  # state of the exit rule
     prelude_kv: Layers  # [W, .] per layer
@@ -93,8 +93,9 @@ class _Exit(NamedTuple):
 
 def empty_lanes(config: ModelConfig, request: Request, sizes: Sizes, dtype: DTypeLike) -> Lanes:
     """Idle lanes, one per row of `request`."""
-    B, D = len(request.keys), config.embed_dim
-    s, zero, no = jnp.zeros((B, 1, D), dtype), jnp.zeros(B, jnp.int32), jnp.zeros(B, bool)
+    B = len(request.keys)
+    s, injected = (jnp.zeros((B, 1, width), dtype) for width in (config.state_dim, config.embed_dim))
+    zero, no = jnp.zeros(B, jnp.int32), jnp.zeros(B, bool)
     rule = request.depth.rule
     table, scalar = jnp.zeros((B, sizes.tokens), jnp.int32), jnp.int32(0)
     lanes = Lanes(
@@ -105,7 +106,7 @@ def empty_lanes(config: ModelConfig, request: Request, sizes: Sizes, dtype: DTyp
         failed=no,
         iterating=no,
         s=s,
-        injected=s,
+        injected=injected,
         ran=zero,
         rule=() if rule is None else exits.init(rule, s, config.vocab_size),
         tokens=table,
@@ -263,10 +264,10 @@ def _enter(
     """The next token [W] of the lanes `row`, at its position: prelude, injected input, initial state."""
     ctx = _context(params, config, cache, token, position)
     e, new_kv = embed(params, config, token[:, None], ctx, jax.tree.map(lambda x: x[row], cache.prelude))
-    s = e if warm is None else warm
+    s = begin(params, config, e) if warm is None else warm
     if warm is None and config.loop.start == "noise":
         scale = request.init_scale * config.start_scale
-        s = initial_state(request.keys, position[:, None], config.embed_dim, e.dtype, scale)
+        s = initial_state(request.keys, position[:, None], config.state_dim, e.dtype, scale)
     rule = () if request.depth.rule is None else exits.init(request.depth.rule, s, config.vocab_size)
     prelude_kv = jax.tree.map(lambda x: x[:, 0], new_kv)
     return _Entry(position, s, inject(params, config, e), rule, prelude_kv)

@@ -26,7 +26,7 @@ class Progress(NamedTuple):
 
     cache: Cache
     token: Array  # int32 [B], the last one chosen, not yet processed
-    warm: Array | None  # [B, 1, D], the state it starts from; None: from noise
+    warm: Array | None  # [B, 1, state_dim], the state it starts from; None: from noise
     tokens: Array  # int32 [B, N], made so far
     steps: Array  # int32 [B, N], recurrences of the pass that gave each of them
     log_probs: Array  # f32 [B, N], see `log_probability`
@@ -105,7 +105,7 @@ def request_start(
 
 
 def _warm(config: ModelConfig, done: Pass, index: Array, kind: WarmStart) -> Array | None:
-    """The state [B, 1, D] that a token passes on to the next, at `index` [B, 1]."""
+    """The state [B, 1, state_dim] that a token passes on to the next, at `index` [B, 1]."""
     if not kind:
         return None
     states = done.latents if kind == "normalized" and config.loop.bridge else done.state

@@ -132,7 +132,7 @@ def prefill(
       num_steps: recurrences (the maximum, with an exit rule): None = config.mean_recurrence, a scalar, one per
         row [B] or one per token [B, L].
       lengths: int [B], real tokens per row; None: all.
-      state: [B, L, D] initial states; wins over `key`.
+      state: [B, L, config.state_dim] initial states; wins over `key`.
       key: one key for all rows or one per row; None is `jax.random.key(0)`.
       init_scale: scale of the initial state; 0 is the zero state.
       exit_rule, min_steps, check_every: see `rdlm.forward`.
@@ -204,7 +204,7 @@ def decode_step(
         call `prefill` with `capacity` and `max_steps` for all that follows (a traced num_steps is cut to its sets).
       token: int [B], or [B, L] to append several at once.
       num_steps: as in `prefill`.
-      state: [B, D] (or [B, L, D]) initial state; wins over `key`.
+      state: [B, D] (or [B, L, D]) initial state, D = config.state_dim; wins over `key`.
       key, init_scale, exit_rule, min_steps, check_every: as in `prefill`.
 
     Returns:
@@ -221,7 +221,7 @@ def decode_step(
         raise InputError(f"token: {len(tokens)} rows, but the cache holds {len(cache.length)}")
     num_steps = config.mean_recurrence if num_steps is None else num_steps
     check_depth(num_steps)
-    B, D = len(tokens), config.embed_dim
+    B, D = len(tokens), config.state_dim
     check_shape("state", state, (B, D) if single else (B, tokens.shape[1], D))
     if state is not None:
         state = jnp.asarray(state).reshape(*tokens.shape, D)

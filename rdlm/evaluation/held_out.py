@@ -13,7 +13,6 @@ import numpy as np
 from rdlm.checkpoint import load_tokenizer, read_config, read_meta
 from rdlm.config import DataConfig, InputError, RunConfig, local_path
 from rdlm.data import Chain, open_validation
-from rdlm.data.prepare import prepared_folder
 from rdlm.tasks import IGNORED, Expression, PointerChasing, Reachability, Task, WordProblem, batch, named
 from rdlm.tasks.instance import TEST_STREAM
 from rdlm.tokenizer import Tokenizer
@@ -100,10 +99,9 @@ def validation(
     for folder in config.prepared:
         if "://" not in folder and not (Path(folder).expanduser() / "manifest.json").exists():
             raise InputError(f"{run_dir}: its prepared data are not in {folder}; give their place with --prepared")
-    # A converted model has its own tokenizer, and data for it are prepared on first use. A run trained here needs the
-    # data it was trained on; if they are gone, `prepare_embedded` makes the same bytes again.
-    foreign = "source" in meta and not config.prepared and not prepared_folder(config).exists()
-    return open_validation(config, tokenizer, make_with_it=foreign)
+    # A model that came from elsewhere has its own tokenizer, and data for it are prepared on first use. A run trained
+    # here needs the data it was trained on; if they are gone, `prepare_embedded` makes the same bytes again.
+    return open_validation(config, tokenizer, make_with_it="source" in meta)
 
 
 def _instances(run: RunConfig, task: Task) -> HeldOut:

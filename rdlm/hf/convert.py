@@ -9,24 +9,39 @@ nor transformers is needed.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
+import hashlib
 import json
 import math
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import PyTree
 
 from rdlm.config import InputError, ModelConfig, differences, local_path
-from rdlm.hf import parcae
 from rdlm.hf.config import FIXED, check_kind, is_reference, model_config, model_fields
 from rdlm.hf.fields import Fields, read_fields
-from rdlm.hf.files import CODES, DTYPES, INDEX, SINGLE, Planned, Stored, read_tensor, stored_tensors, write_tensors
+from rdlm.hf.files import (
+    CODES,
+    DTYPES,
+    INDEX,
+    SINGLE,
+    Planned,
+    Stored,
+    read_tensor,
+    stored_tensors,
+    unsupported,
+    write_tensors,
+)
 from rdlm.hf.names import ROTARY, Entry, bare, is_sandwich, rotary_buffer, table, to_ours, to_theirs
 from rdlm.hf.plain import FAMILIES
 from rdlm.model import Params
@@ -61,19 +76,87 @@ def load_huggingface(folder: str | os.PathLike[str]) -> tuple[Params, ModelConfi
       InputError: a corrupt, truncated, missing, additional or wrongly shaped tensor, or a config that rdlm cannot
         build (see `rdlm.hf.config`). The message names the file and the tensor or field.
     """
+    model = open_huggingface(folder)
+    with jax.default_device(_host()):
+        return unflatten_dict({path: jnp.array(model.read(path)) for path in model.pieces}), model.config
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredModel:
+    """A Hugging Face folder whose tensors are checked but not read. `open_huggingface` makes one.
+
+    pieces: by the path of each parameter, the tensors that it is made of, by name.
+    """
+
+    config: ModelConfig
+    pieces: dict[tuple[str, ...], dict[str, tuple[Stored, Entry]]]
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The smallest dtype that holds the values of all tensors."""
+        return jnp.result_type(*{DTYPES[stored.code] for parts in self.pieces.values() for stored, _ in parts.values()})
+
+    def read(self, path: tuple[str, ...]) -> np.ndarray:
+        """One parameter.
+
+        Raises:
+          InputError: as `load_huggingface`.
+        """
+        parts = self.pieces[path]
+        with _naming(next(iter(parts.values()))[0].file):
+            return _assembled(parts)
+
+    def load(self, target: PyTree[jax.ShapeDtypeStruct]) -> Params:
+        """The parameters in the dtypes and shardings of `target`: one at a time in host memory, then its shards.
+
+        Raises:
+          InputError: as `load_huggingface`.
+        """
+
+        def placed(path: tuple[str, ...], wanted: jax.ShapeDtypeStruct) -> jax.Array:
+            x = self.read(path)
+            return jax.make_array_from_callback(
+                wanted.shape, wanted.sharding, lambda shard: np.asarray(x[shard], wanted.dtype)
+            )
+
+        return unflatten_dict({path: placed(path, wanted) for path, wanted in flatten_dict(target).items()})
+
+    def digest(self) -> str:
+        """sha256 (hex) of every tensor's name, dtype, shape and bits, wherever they are stored."""
+        found = hashlib.sha256()
+        for name, stored in sorted((name, piece[0]) for parts in self.pieces.values() for name, piece in parts.items()):
+            with _naming(stored.file):
+                found.update(f"{name} {stored.code} {stored.shape} ".encode())
+                found.update(np.ascontiguousarray(read_tensor(name, stored)).data)
+        return found.hexdigest()
+
+
+@contextlib.contextmanager
+def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
-        return _load(local_path(folder))
+        yield
     except OSError as error:
-        raise InputError(f"{error.filename or folder}: cannot be read ({error.strerror or error})") from error
+        raise InputError(f"{error.filename or path}: cannot be read ({error.strerror or error})") from error
 
 
-def _load(folder: Path) -> tuple[Params, ModelConfig]:
+def open_huggingface(folder: str | os.PathLike[str]) -> StoredModel:
+    """Check config.json and the headers of the tensors of a Hugging Face folder.
+
+    Raises:
+      InputError: as `load_huggingface`.
+    """
+    with _naming(folder):
+        return _open(local_path(folder))
+
+
+def _open(folder: Path) -> StoredModel:
     fields = read_fields(folder)
     where = str(folder / "config.json")
     if isinstance(fields.get("model"), dict):
         raise InputError(f"{folder}: a run folder, not a Hugging Face folder; rdlm.load and load_checkpoint read it")
     check_kind(fields, where)  # name another architecture before its tensors are missed
-    stored = _bare_names(stored_tensors(folder))
+    files = stored_tensors(folder)
+    stored = _bare_names(files)
     model_config(fields, where=where, tensors=stored)
     wte_name = _embedding(fields)
     wte = stored.get(bare(wte_name))
@@ -84,32 +167,38 @@ def _load(folder: Path) -> tuple[Params, ModelConfig]:
             f"{wte.file}: tensor {wte_name}: expected a matrix of {', '.join(DTYPES)}, found {_shown(wte)}"
         )
     config = model_config(fields, wte.shape[0], DTYPES[wte.code].name, where, stored)
-    entries = {bare(name): entry for name, entry in table(config).items()}
-    spare = {ROTARY} | ({HEAD} if config.tie_embeddings else set())
+    shown = {bare(name): name for name in (*table(config), *files)}  # the file's names win
+    stored = {shown[name]: tensor for name, tensor in stored.items()}
+    entries = {shown[bare(name)]: entry for name, entry in table(config).items()}
+    head = shown.get(HEAD, HEAD)
+    spare = {shown.get(ROTARY, ROTARY)} | ({head} if config.tie_embeddings else set())
     spare |= {name for name in stored if name.endswith("rotary_emb.inv_freq")}  # a derived buffer of older files
     for name, entry in entries.items():
         if name not in stored:
-            hint = " (tie_embeddings is false)" if name == HEAD else ""
+            hint = " (tie_embeddings is false)" if name == head else ""
             raise InputError(f"{folder}: tensor {name} is missing{hint}")
         if stored[name].shape != entry.shape:
             raise InputError(
                 f"{stored[name].file}: tensor {name}: shape {list(stored[name].shape)}, "
                 f"but config.json asks for {list(entry.shape)}"
             )
+        if stored[name].code not in DTYPES:
+            raise InputError(f"{stored[name].file}: tensor {name}: {unsupported(stored[name])}")
     for name in stored:
         if name not in entries and name not in spare:
             raise InputError(f"{stored[name].file}: tensor {name} has no place in the model of config.json")
-    if config.tie_embeddings and HEAD in stored:
-        _same_as_embedding(stored[HEAD], wte, wte_name)
-    pieces: dict[tuple[str, ...], list[str]] = {}
+    if config.tie_embeddings and head in stored:
+        _same_as_embedding(stored[head], wte, wte_name)
+    pieces: dict[tuple[str, ...], dict[str, tuple[Stored, Entry]]] = {}
     for name, entry in entries.items():
-        pieces.setdefault(entry.path, []).append(name)
-    with jax.default_device(_host()):
-        arrays = {
-            path: jnp.array(_assembled({name: stored[name] for name in names}, entries))
-            for path, names in pieces.items()
-        }
-    return unflatten_dict(arrays), config
+        parts = pieces.setdefault(entry.path, {})
+        parts[name] = stored[name], entry
+        first = next(iter(parts))
+        if stored[name].code != stored[first].code:
+            raise InputError(
+                f"{stored[name].file}: tensor {name}: dtype {stored[name].code}, but {first} has {stored[first].code}"
+            )
+    return StoredModel(config, pieces)
 
 
 def _embedding(fields: Fields) -> str:
@@ -117,22 +206,17 @@ def _embedding(fields: Fields) -> str:
     return "model.embed_tokens.weight" if fields.get("model_type") in FAMILIES else "transformer.wte.weight"
 
 
-def _assembled(stored: dict[str, Stored], entries: dict[str, Entry]) -> np.ndarray:
+def _assembled(parts: dict[str, tuple[Stored, Entry]]) -> np.ndarray:
     """One array of ours from the tensors that it is made of."""
-    first = next(iter(stored))
-    code = stored[first].code
-    for name, tensor in stored.items():
-        if tensor.code != code:
-            raise InputError(f"{tensor.file}: tensor {name}: dtype {tensor.code}, but {first} has {code}")
-    whole, made = entries[first].whole, None
-    for name, tensor in stored.items():
-        part = to_ours(read_tensor(name, tensor), entries[name])
-        if whole is None:
-            return part.view(DTYPES[code])
-        made = np.empty(whole, part.dtype) if made is None else made
-        made[entries[name].at] = part
+    made = None
+    for name, (tensor, entry) in parts.items():
+        part = to_ours(read_tensor(name, tensor), entry).view(DTYPES[tensor.code])
+        if entry.whole is None:
+            return part
+        made = np.empty(entry.whole, part.dtype) if made is None else made
+        made[entry.at] = part
     assert made is not None
-    return made.view(DTYPES[code])
+    return made
 
 
 def save_huggingface(
@@ -181,8 +265,8 @@ def save_huggingface(
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-TRAINING = ("param_dtype", "compute_dtype", "backprop_depth", "initial_output")
-"""Fields of ModelConfig that not every folder holds, beside those that only say where plain layers are cut."""
+TRAINING = ("param_dtype", "compute_dtype", "backprop_depth")
+"""Fields of ModelConfig that no folder holds, beside those that only say where plain layers are cut."""
 
 
 def check_format(config: ModelConfig) -> None:
@@ -232,9 +316,7 @@ def _plan(params: Params, config: ModelConfig) -> dict[str, Planned]:
         planned[name] = Planned(np.dtype(x.dtype), entry.shape, functools.partial(_theirs, x, entry))
     for path in arrays.keys() - {entry.path for entry in entries.values()}:
         raise InputError(f"{_label(path)}: has no place in a model of this config")
-    if parcae.holds(config) and config.tie_embeddings:
-        planned[HEAD] = planned["transformer.wte.weight"]
-    if parcae.holds(config) or (config.loop.injection == "linear" and is_sandwich(config)):
+    if config.loop.injection == "linear" and is_sandwich(config):
         buffer = rotary_buffer(config)
         planned[ROTARY] = Planned(buffer.dtype, buffer.shape, lambda: buffer)
     return dict(sorted(planned.items()))

@@ -18,6 +18,7 @@ from rdlm.model.inputs import (
 from rdlm.model.network import (
     Params,
     RecurrentDepth,
+    begin,
     cast,
     coda,
     compute_dtype,
@@ -46,6 +47,7 @@ __all__ = [
     "Start",
     "Text",
     "adaptive_pass",
+    "begin",
     "bind",
     "bind_text",
     "cast",

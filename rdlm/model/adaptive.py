@@ -21,7 +21,19 @@ from rdlm.exits import Depth, ExitRule, Observation
 from rdlm.model.attention import HIDDEN
 from rdlm.model.cache import Cache, NewKV, frozen_set, read_set, skip_bias, write_set, zeros
 from rdlm.model.inputs import Start, Text
-from rdlm.model.network import Layers, Params, coda, core_step, embed, gate_logit, head, inject, known, with_values
+from rdlm.model.network import (
+    Layers,
+    Params,
+    begin,
+    coda,
+    core_step,
+    embed,
+    gate_logit,
+    head,
+    inject,
+    known,
+    with_values,
+)
 from rdlm.model.noise import noisy
 from rdlm.recurrence import unroll_until
 
@@ -75,7 +87,7 @@ def adaptive_pass(
     depth = depth.per_token(text.tokens.shape)
     text = text._replace(context=with_values(params, config, text.tokens, text.context))
     e, prelude_kv = embed(params, config, text.tokens, text.context, _if_cached(text, cache.prelude))
-    start = start._replace(s=e) if start.s is None else start
+    start = start._replace(s=begin(params, config, e)) if start.s is None else start
     loop = _Loop(params, config, text, depth, cache, together, inject(params, config, e), start.key)
     c, ran = unroll_until(loop.step, _all_stopped, loop.begin(start), jnp.max(depth.num_steps), start.ran)
     (y, z), coda_kv = loop.coda(c.s)
@@ -123,7 +135,7 @@ class _Loop:
         coda_kv: Layers = ()
         rule_state: PyTree = ()
         if not core_kv:
-            core_kv = tuple(zeros(config, (self.cache.sets, *shape), dtype) for _ in range(config.core_layers))
+            core_kv = tuple(zeros(config, (self.cache.sets, *shape), dtype) for _ in range(config.core_calls))
         if rule is not None:
             rule_state = exits.init(rule, self.observed(start.s), config.vocab_size)
         if rule is not None and rule.needs_logits:

@@ -20,6 +20,7 @@ from rdlm.config import ModelConfig
 from rdlm.model.cache import KeyValue
 from rdlm.model.kernels import attend, attend_cached, attend_flash, attend_in_training
 from rdlm.remat import keep
+from rdlm.tune import LORA_A, LORA_B
 
 Block = Callable[[dict[str, PyTree], Array], tuple[Array, KeyValue]]
 
@@ -33,6 +34,7 @@ class Context(NamedTuple):
     segments: int32 [B or 1, L], for the fused kernel.
     around: around(name, run) wraps run(weights, x), the block `name`: a training step recomputes it in the backward
     pass, or gathers its weights where it runs.
+    later: recurrences that follow this one in a training step; None: how far gradients go back does not depend on it.
     training: only reverse-mode gradients are asked for, so kernels whose backward pass is written out may run.
     window: for the fused kernel, tokens that a query sees; None: all before it.
     full: for `full_attention_layers`, the same without a window.
@@ -48,6 +50,7 @@ class Context(NamedTuple):
     segments: Array | None = None
     around: Callable[[str, Block], Block] | None = None
     training: bool = False
+    later: Array | int | None = None
     window: int | None = None
     full: Context | None = None
     values: dict[str, tuple[Array, Array]] | None = None
@@ -73,7 +76,7 @@ class Context(NamedTuple):
 
 def takase_std(config: ModelConfig) -> tuple[float, float]:
     """(std, out std) = sqrt(2/(5D)), and that over sqrt(2 * effective depth) (docs/model.md, Initialisation)."""
-    depth = config.prelude_layers + config.coda_layers + config.core_layers * config.mean_recurrence
+    depth = config.prelude_layers + config.coda_layers + config.core_calls * config.mean_recurrence
     std = (2 / (5 * config.embed_dim)) ** 0.5
     return std, std / (2 * depth) ** 0.5
 
@@ -128,8 +131,18 @@ def rotate(
     return jnp.stack([a * cos - b * sin, a * sin + b * cos], -1).reshape(x.shape).astype(x.dtype)
 
 
-def linear(x: Float[Array, "*tokens D"], w: Float[Array, "D F"]) -> Float[Array, "*tokens F"]:
+class LowRank(NamedTuple):
+    """The matrix w + a b, whose sum is not formed. w [.., D, F], a [.., D, rank], b [.., rank, F]."""
+
+    w: Array
+    a: Array
+    b: Array
+
+
+def linear(x: Float[Array, "*tokens D"], w: Float[Array, "D F"] | LowRank) -> Float[Array, "*tokens F"]:
     """x @ w, as one product over all tokens: on CPUs the batched form takes twice as long to differentiate."""
+    if isinstance(w, LowRank):
+        return linear(x, w.w) + linear(linear(x, w.a), w.b)
     return (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[-1])
 
 
@@ -142,13 +155,15 @@ def normalise(x: Float[Array, "*tokens D"], scale: Float[Array, "D"] | None, eps
 
 
 class RMSNorm(nn.Module):
-    """w * x / rms(x), or 1 + w in place of w; statistics in f32, cast back before the weight (docs/model.md, Block)."""
+    """w * x / rms(x), with `norm_weight` 1 + w in place of w or no w; statistics in f32 (docs/model.md, Block)."""
 
     config: ModelConfig
 
     @nn.compact
     def __call__(self, x: Float[Array, "*tokens D"]) -> Float[Array, "*tokens D"]:
         """The normed rows."""
+        if self.config.block.norm_weight == "none":
+            return normalise(x, None, self.config.norm_eps)
         offset = self.config.block.norm_weight == "offset"
         initial = nn.initializers.zeros if offset else nn.initializers.ones
         scale: Any = self.param(  # the initialiser's box is gone by now
@@ -178,6 +193,17 @@ def weight(
     return value if dtype is None else value.astype(dtype)
 
 
+def matrix(module: nn.Module, name: str, shape: tuple[int, ...], std: float, axes: tuple[str | None, ...], dtype):
+    """As `weight`, with the low-rank pair where the parameters hold one beside it (`rdlm.tune`)."""
+    w = weight(module, name, shape, std, axes, dtype)
+    a, b = _beside(module, name + LORA_A), _beside(module, name + LORA_B)
+    return w if a is None or b is None else LowRank(w, a.astype(dtype), b.astype(dtype))
+
+
+def _beside(module: nn.Module, name: str) -> Array | None:
+    return module.get_variable("params", name)
+
+
 class SelfAttention(nn.Module):
     """Causal self-attention (docs/model.md, Block), over cached tokens too when given."""
 
@@ -204,15 +230,17 @@ class SelfAttention(nn.Module):
         B, L, D = x.shape
         H, K, Q = cfg.num_heads, cfg.kv_heads, cfg.head_dim
         G = H // K
+        parts = (G, 1, 1, G) if cfg.block.output_gate else (G, 1, 1)
         std = takase_std(cfg)[0]
-        # Columns are grouped by key head: G query heads, then their key, then their value. So the one matrix the
-        # reference calls Wqkv (its optimizer scales updates per tensor) still splits over devices by whole heads.
-        qkv = linear(x, weight(self, "qkv", (D, K * (G + 2) * Q), std, ("embed", "heads"), dtype))
+        # Columns are grouped by key head: G query heads, then their key, their value and their gates. So the one matrix
+        # the reference calls Wqkv (its optimizer scales updates per tensor) still splits over devices by whole heads.
+        columns = K * sum(parts) * Q
+        qkv = linear(x, matrix(self, "qkv", (D, columns), std, ("embed", "heads"), dtype))
         if cfg.block.qkv_bias:
-            qkv = qkv + weight(self, "qkv_bias", (K * (G + 2) * Q,), 0.0, ("heads",), dtype)[None, None]
+            qkv = qkv + weight(self, "qkv_bias", (columns,), 0.0, ("heads",), dtype)[None, None]
         if cached_kv is not None:
             qkv = jax.lax.optimization_barrier(qkv)  # or a TPU compiler splits the matrix by heads: a padded copy of it
-        q, k, v = jax.lax.split(qkv.reshape(B, L, K, G + 2, Q), (G, 1, 1), axis=3)
+        q, k, v, *gates = jax.lax.split(qkv.reshape(B, L, K, sum(parts), Q), parts, axis=3)
         q, k, v = q.reshape(B, L, H, Q), k[..., 0, :], v[..., 0, :]
         if ctx.value is not None:
             gate, rows = ctx.value
@@ -243,12 +271,21 @@ class SelfAttention(nn.Module):
             cached_k = cached_kv.k[..., : new_kv.k.shape[-1]].reshape(B, T, -1, Q)
             cached_v = cached_kv.v[..., : new_kv.v.shape[-1]].reshape(B, T, K, Q)
             mixed = attend_cached(q, (new_k, new_v, ctx.bias), (cached_k, cached_v, ctx.cached_bias))
-        return linear(mixed, weight(self, "proj", (H * Q, D), output_std(cfg), ("heads", "embed"), dtype)), new_kv
+        for gate in gates:
+            mixed = mixed * jax.nn.sigmoid(gate.reshape(B, L, H * Q))
+        return linear(mixed, matrix(self, "proj", (H * Q, D), output_std(cfg), ("heads", "embed"), dtype)), new_kv
 
     def normed(self, name: str, x: Float[Array, "B L H Q"]) -> Float[Array, "B L H Q"]:
         """Queries or keys after their norm."""
         shape = x.shape if self.config.block.qk_norm == "head" else (*x.shape[:2], -1)
         return RMSNorm(self.config, name=name)(x.reshape(shape)).reshape(x.shape)
+
+
+def halves(w: Float[Array, "2 D F"] | LowRank) -> list[Float[Array, "D F"] | LowRank]:
+    """The two matrices of one parameter. Not indexed: gradients of indexing are padded and added up."""
+    if isinstance(w, LowRank):
+        return [LowRank(*half) for half in zip(*map(halves, w), strict=True)]
+    return [half[0] for half in jax.lax.split(w, (1, 1))]
 
 
 VALUE_CHANNELS = 32
@@ -267,13 +304,13 @@ class MLP(nn.Module):
         """What the MLP adds."""
         D, F = x.shape[-1], self.config.mlp_dim
         block, std = self.config.block, takase_std(self.config)[0]
-        halves, axes = ((2,), (None,)) if block.gated else ((), ())
-        fc = weight(self, "fc", (*halves, D, F), std, (*axes, "embed", "mlp"), x.dtype)
-        proj = weight(self, "proj", (F, D), output_std(self.config), ("mlp", "embed"), x.dtype)
+        stacked, axes = ((2,), (None,)) if block.gated else ((), ())
+        fc = matrix(self, "fc", (*stacked, D, F), std, (*axes, "embed", "mlp"), x.dtype)
+        proj = matrix(self, "proj", (F, D), output_std(self.config), ("mlp", "embed"), x.dtype)
         if not block.gated:
             return linear(ACTIVATIONS[block.activation](keep(linear(x, fc))), proj)
-        into_gate, into_up = jax.lax.split(fc, (1, 1))  # not indexed: gradients of indexing are padded and added up
-        gate, up = keep(linear(x, into_gate[0])), keep(linear(x, into_up[0]))
+        into_gate, into_up = halves(fc)
+        gate, up = keep(linear(x, into_gate)), keep(linear(x, into_up))
         return linear(ACTIVATIONS[block.activation](gate) * up, proj)
 
 

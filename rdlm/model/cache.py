@@ -51,7 +51,7 @@ class Cache:
     """What later tokens need of earlier ones. The last axis of keys and values may be padded, see `stored_width`."""
 
     prelude: tuple[KeyValue, ...]  # [B, T, .] per layer
-    core: tuple[KeyValue, ...]  # [S, B, T, .] per layer
+    core: tuple[KeyValue, ...]  # [S, B, T, .] per block that a recurrence runs
     coda: tuple[KeyValue, ...]  # [B, T, .] per layer
     length: Array  # int32 [B], tokens in each row
     depth: Array  # int32 [B, T], recurrences each of them ran
@@ -91,7 +91,7 @@ def allocate(config: ModelConfig, policy: CachePolicy, sets: int, batch: int, ca
 
     return Cache(
         layers(config.prelude_layers),
-        layers(config.core_layers, sets),
+        layers(config.core_calls, sets),
         layers(config.coda_layers),
         jnp.zeros(batch, jnp.int32),
         jnp.zeros((batch, capacity), jnp.int32),
@@ -101,7 +101,7 @@ def allocate(config: ModelConfig, policy: CachePolicy, sets: int, batch: int, ca
 
 def cache_bytes(config: ModelConfig, sets: int, batch: int, capacity: int, dtype: DTypeLike) -> int:
     """Size of what `allocate` makes."""
-    layers = config.prelude_layers + config.core_layers * sets + config.coda_layers
+    layers = config.prelude_layers + config.core_calls * sets + config.coda_layers
     width = sum(stored_width(width) for width in config.key_value_widths)
     return batch * (capacity * (layers * width * jnp.dtype(dtype).itemsize + 4) + 4)
 

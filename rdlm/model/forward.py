@@ -27,7 +27,7 @@ from rdlm.model.inputs import (
     start_from,
     text_from,
 )
-from rdlm.model.network import Params, compute_dtype, core_step, embed, gate_logit, inject, readout, with_values
+from rdlm.model.network import Params, begin, compute_dtype, core_step, embed, gate_logit, inject, readout, with_values
 from rdlm.model.noise import noisy
 from rdlm.recurrence import unroll
 from rdlm.runtime.memory import require_memory
@@ -41,7 +41,7 @@ class Output:
     logits: Array  # f32 [B, L, V]
     latents: Array  # [B, L, D], what the coda reads: after what stands between core and coda
     steps: Array  # int32 [B, L], recurrences each token ran
-    state: Array  # [B, L, D], the latent state after the last recurrence
+    state: Array  # [B, L, state_dim], the latent state after the last recurrence
     checks: Array | None = None  # int32 [B, L], how often the exit rule read a token's logits; None if not counted
 
 
@@ -52,13 +52,16 @@ class Bound:
     params: Params
     config: ModelConfig
     text: Text
-    s0: Array  # [B, L, D]
+    s0: Array  # [B, L, state_dim]
     injected: Array  # [B, L, D], what of the injection is the same in all recurrences
     key: Array | None  # of the test-time noise
+    total: Array | int | None = None  # recurrences that will run, where gradients depend on it (`Context.later`)
 
     def step(self, s: Array, i: Array | int) -> Array:
-        """Recurrence i (from 0): state [B, L, D] -> state, test-time noise included."""
-        return core_step(self.params, self.config, self.noisy(s, i), self.injected, self.text.context)[0]
+        """Recurrence i (from 0): state -> state, test-time noise included."""
+        later = None if self.total is None else self.total - 1 - i
+        context = self.text.context._replace(later=later)
+        return core_step(self.params, self.config, self.noisy(s, i), self.injected, context)[0]
 
     def noisy(self, s: Array, i: Array | int) -> Array:
         """The state as it enters recurrence i."""
@@ -73,7 +76,8 @@ def bind_text(params: Params, config: ModelConfig, text: Text, start: Start) -> 
     """As `bind`, for arguments that have been checked."""
     text = text._replace(context=with_values(params, config, text.tokens, text.context))
     e, _ = embed(params, config, text.tokens, text.context)
-    return Bound(params, config, text, e if start.s is None else start.s, inject(params, config, e), start.key)
+    s0 = begin(params, config, e) if start.s is None else start.s
+    return Bound(params, config, text, s0, inject(params, config, e), start.key)
 
 
 def bind(
@@ -120,7 +124,7 @@ def forward(
       num_steps: None = config.mean_recurrence; r = r recurrences without gradient into prelude and core; (n, k) = n
         without, then k with gradient (a traced k is at most backprop_depth). With an exit rule, or given as an array
         [B] or [B, L], the maximum per row or token.
-      state: [B, L, D] initial state; wins over `key`.
+      state: [B, L, config.state_dim] initial state; wins over `key`.
       key: one key (the same noise in every row) or keys [B]; None is `jax.random.key(0)`.
       segment_ids: int [B, L]; tokens attend within their segment, 0 is padding.
       positions: int [L] or [B, L]; default: restart at 0 in each segment.
@@ -145,7 +149,7 @@ def forward(
     if exit_rule is None and not per_token:
         depth_from((B, L), 1, None, min_steps, check_every)
         n, k = split_steps(num_steps, config)
-        bound = bind_text(params, config, text, start)
+        bound = dataclasses.replace(bind_text(params, config, text, start), total=n + k)
         learnt = config.loop.start == "embedding"
         s = unroll(bound.step, bound.s0, n, k, max_k=config.backprop_depth, learnt_start=learnt)
         return Output(*bound.read(s), jnp.where(text.valid, jnp.asarray(n + k, jnp.int32), 0), s)

@@ -35,7 +35,7 @@ class Text(NamedTuple):
 class Start(NamedTuple):
     """The states from which a pass begins."""
 
-    s: Array | None  # [B, L, D]; None: what the prelude returns
+    s: Array | None  # [B, L, state_dim]; None: what the prelude's output makes
     key: Array | None = None  # of the test-time noise, one or [B]; None: without noise
     ran: Array | int = 0  # recurrences behind these states
     core_kv: Layers = ()  # [S, B, L, .] per core layer: keys and values of those recurrences, if ran > 0
@@ -70,13 +70,13 @@ def start_from(
     state: ArrayLike | None = None,
     scale: ArrayLike = 1.0,
 ) -> Start:
-    """States to begin with: `state` [B, L, D], or as `config.loop.start` says; `scale` multiplies noise.
+    """States to begin with: `state` [B, L, state_dim], or as `config.loop.start` says; `scale` multiplies noise.
 
     Raises:
       InputError: wrong shapes.
     """
     B, L = text.tokens.shape
-    shape = (B, L, config.embed_dim)
+    shape = (B, L, config.state_dim)
     key = typed_key(key)
     check_shape("state", state, shape)
     check_shape("key", key, (), (B,))
@@ -84,7 +84,7 @@ def start_from(
     if state is None and config.loop.start == "embedding":
         return Start(None, key)
     scale = scale * config.start_scale
-    s = initial_state(key, text.positions, config.embed_dim, dtype, scale) if state is None else state
+    s = initial_state(key, text.positions, config.state_dim, dtype, scale) if state is None else state
     return Start(jnp.broadcast_to(jnp.asarray(s, dtype), shape), key)
 
 

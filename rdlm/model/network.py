@@ -3,13 +3,16 @@
 The Linen modules declare parameters and do a block's arithmetic; they hold no loop. Parameters are a plain nested dict:
 wte [V, D], head [V, D] (untied only), adapter [2, D, D] (state half, embedding half), ln_f, and the blocks
 prelude_i, core_i, coda_i. Options of the loop add ln_e (`entry_norm`), C [D, D] (`linear_bridge`) and gate, diagonal
-injection makes another adapter, and value embeddings have entries of their own, values_prelude_i, ...
+injection makes another adapter, and value embeddings have entries of their own, values_prelude_i, and so on.
+With `loop.low_cycles` there are blocks low_i, and low_start [D], where their half of the state begins; the state
+[.., 2 D] is that of the core, then theirs.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -25,6 +28,7 @@ from rdlm.model.attention import HIDDEN, causal_bias
 from rdlm.model.blocks import (
     VALUE_CHANNELS,
     Context,
+    LowRank,
     RMSNorm,
     TransformerBlock,
     linear,
@@ -34,8 +38,10 @@ from rdlm.model.blocks import (
 )
 from rdlm.model.cache import KeyValue
 from rdlm.model.kernels import fits_flash
+from rdlm.tune import LORA_A, LORA_B
 
 Params = dict[str, PyTree]
+ADAPTER = ("adapter", "adapter" + LORA_A, "adapter" + LORA_B)
 Layers = tuple[KeyValue, ...]
 
 
@@ -68,6 +74,9 @@ class RecurrentDepth(nn.Module):
         if cfg.loop.gate:
             self.gate = Gate(cfg)
         self.prelude = [TransformerBlock(cfg) for _ in range(cfg.prelude_layers)]
+        if cfg.low_layers:
+            self.low_start = weight(self, "low_start", (D,), 0.0, ("norm",))
+        self.low = [TransformerBlock(cfg) for _ in range(cfg.low_layers)]
         self.core = [TransformerBlock(cfg) for _ in range(cfg.core_layers)]
         self.coda = [TransformerBlock(cfg) for _ in range(cfg.coda_layers)]
         self.ln_f = RMSNorm(cfg)
@@ -80,7 +89,7 @@ class RecurrentDepth(nn.Module):
             self.adapter()
         if self.config.loop.entry_norm:
             self.ln_e(x)
-        for block in (*self.prelude, *self.core, *self.coda):
+        for block in (*self.prelude, *self.low, *self.core, *self.coda):
             x, _ = block(x, ctx)
         if self.config.loop.gate:
             self.gate(x)
@@ -230,7 +239,7 @@ def embed(
     """
     x = vectors(params, config, tokens) if jnp.issubdtype(tokens.dtype, jnp.integer) else jnp.asarray(tokens)
     x, new_kv = _blocks(params, config, "prelude", x, ctx, cached_kv)
-    return _norm(params["ln_e"], config, x) if config.loop.entry_norm else x, new_kv
+    return _norm(params, "ln_e", config, x) if config.loop.entry_norm else x, new_kv
 
 
 def vectors(
@@ -245,9 +254,9 @@ def vectors(
 def inject(params: Params, config: ModelConfig, e: Float[Array, "*tokens D"]) -> Float[Array, "*tokens D"]:
     """What of the injection is the same in all recurrences, such as A_e e. Unused without injection."""
     if config.loop.injection == "linear":
-        return linear(e, params["adapter"][1].astype(e.dtype))
+        return linear(e, paired(params, "adapter", lambda x: x[1].astype(e.dtype)))
     if config.loop.injection == "diagonal":
-        gain, B = diagonal(params)[1], params["adapter"]["B"].astype(e.dtype)
+        gain, B = diagonal(params)[1], paired(params["adapter"], "B", lambda x: x.astype(e.dtype))
         return jnp.expand_dims(gain.astype(e.dtype), range(e.ndim - 1)) * linear(e, B)
     return e
 
@@ -258,25 +267,70 @@ def diagonal(params: Params) -> tuple[Float32[Array, "D"], Float32[Array, "D"]]:
     return jnp.exp(-gain * jnp.exp(params["adapter"]["A_log"].astype(jnp.float32))), gain
 
 
+def begin(
+    params: Params, config: ModelConfig, e: Float[Array, "*tokens D"]
+) -> Float[Array, "*tokens {config.state_dim}"]:
+    """The initial state that the prelude's output makes (`loop.start`)."""
+    if not config.low_layers:
+        return e
+    low = jax.lax.stop_gradient(params["low_start"].astype(e.dtype))
+    return jnp.concatenate([e, jnp.broadcast_to(low, e.shape)], -1)
+
+
 def core_step(
     params: Params,
     config: ModelConfig,
-    s: Float[Array, "B L D"],
-    injected: Float[Array, "B L D"],
+    s: Float[Array, "B L {config.state_dim}"],
+    injected: Float[Array, "B L {config.embed_dim}"],
     ctx: Context,
     cached_kv: Layers | None = None,
     frozen_kv: Layers | None = None,
     active: Bool[Array, "B L"] | None = None,
-) -> tuple[Float[Array, "B L D"], Layers]:
-    """One recurrence, injection and the core blocks: s -> (new s, new keys and values per core layer).
+) -> tuple[Float[Array, "B L {config.state_dim}"], Layers]:
+    """One recurrence, injection and the core blocks: s -> (new s, new keys and values per block that runs).
 
-    Without injection the blocks read s itself; with `loop.close` the final norm follows them.
+    Without injection the blocks read s itself; with `loop.close` the final norm follows them. With `loop.low_cycles`
+    s is (high, low): low <- low blocks(low + high) so many times, then high <- core blocks(high + low).
 
     `injected` is `inject(params, config, e)`; `cached_kv`, `frozen_kv`, `active`: as in `blocks.SelfAttention`.
     """
-    x = enter(params, config, s, injected)
-    x, new_kv = _blocks(params, config, "core", x, ctx, cached_kv, frozen_kv, active)
-    return close(params, config, x), new_kv
+    new_kv: Layers = ()
+
+    def stack(part: str, x: Array) -> Array:
+        nonlocal new_kv
+        here = slice(len(new_kv), len(new_kv) + config.core_layers)
+        layers_kv = cached_kv and cached_kv[here], frozen_kv and frozen_kv[here]
+        x, made = _blocks(params, config, part, x, ctx, *layers_kv, active)
+        new_kv += made
+        return close(params, config, x)
+
+    if not config.low_layers:
+        return stack("core", enter(params, config, s, injected)), new_kv
+    high, low = jnp.split(s, 2, axis=-1)
+    for left in reversed(range(config.loop.low_cycles)):
+        low = _backpropagated(config, stack("low", low + high), left, ctx.later)
+    return jnp.concatenate([stack("core", high + low), low], -1), new_kv
+
+
+def _backpropagated(config: ModelConfig, low: Array, left: int, later: Array | int | None) -> Array:
+    """What a low call returns: without gradient where more than `low_backprop` calls begin with it.
+
+    left: calls that follow it in its recurrence. later: recurrences that follow, as in `Context`.
+    """
+    counts = (1, *config.loop.low_backprop)
+    if later is None or len(counts) == 1 or left < min(counts):
+        return low
+    cut = jax.lax.stop_gradient(low)
+    if left >= max(counts):
+        return cut
+    count = jnp.asarray(counts)[jnp.clip(len(counts) - 1 - later, 0, len(counts) - 1)]
+    return jnp.where(left < count, low, cut)
+
+
+def paired(params: Params, name: str, take: Callable[[Array], Array]) -> Float[Array, "D F"] | LowRank:
+    """What `take` returns of a matrix, with its low-rank pair if it has one."""
+    found = [take(params[beside]) for beside in (name, name + LORA_A, name + LORA_B) if beside in params]
+    return found[0] if len(found) == 1 else LowRank(*found)
 
 
 def enter(
@@ -286,35 +340,36 @@ def enter(
     if config.loop.injection == "none":
         return s
     if config.loop.injection == "linear":
-        s = linear(s, params["adapter"][0].astype(s.dtype))
+        s = linear(s, paired(params, "adapter", lambda x: x[0].astype(s.dtype)))
     if config.loop.injection == "diagonal":
         s = jnp.expand_dims(diagonal(params)[0].astype(s.dtype), range(s.ndim - 1)) * s
     return s + injected
 
 
 def close(params: Params, config: ModelConfig, x: Float[Array, "*tokens D"]) -> Float[Array, "*tokens D"]:
-    """The next state: what the last core block returns, after the final norm with `loop.close`."""
-    return _norm(params["ln_f"], config, x) if config.loop.close else x
+    """What a stack gives: the output of its last block, after the final norm with `loop.close`."""
+    return _final_norm(params, config, x) if config.loop.close else x
 
 
 def coda(
     params: Params,
     config: ModelConfig,
-    s: Float[Array, "B L D"],
+    s: Float[Array, "B L {config.state_dim}"],
     ctx: Context,
     cached_kv: Layers | None = None,
     frozen_kv: Layers | None = None,
     active: Bool[Array, "B L"] | None = None,
-) -> tuple[tuple[Float[Array, "B L D"], Float[Array, "B L D"]], Layers]:
+) -> tuple[tuple[Float[Array, "B L {config.embed_dim}"], Float[Array, "B L {config.embed_dim}"]], Layers]:
     """Coda: s -> ((y, z), new keys and values); z are the latent states that the coda reads, y goes to the head.
 
-    z = ln_f(s) with `loop.bridge`, C s with `loop.linear_bridge`, else s. ln_f follows the coda, unless it has closed
-    the recurrence already.
+    z = ln_f(s) with `loop.bridge`, C s with `loop.linear_bridge`, else s, of two stacks the core's half. ln_f follows
+    the coda, unless it has closed the recurrence already.
     """
-    z = _norm(params["ln_f"], config, s) if config.loop.bridge else s
+    s = s[..., : config.embed_dim]
+    z = _final_norm(params, config, s) if config.loop.bridge else s
     z = linear(s, params["C"].astype(s.dtype)) if config.loop.linear_bridge else z
     y, new_kv = _blocks(params, config, "coda", z, ctx, cached_kv, frozen_kv, active)
-    return (y if config.loop.close else _norm(params["ln_f"], config, y), z), new_kv
+    return (y if config.loop.close else _final_norm(params, config, y), z), new_kv
 
 
 def head(params: Params, config: ModelConfig, y: Float[Array, "*tokens D"]) -> Float32[Array, "*tokens {config.rows}"]:
@@ -331,18 +386,19 @@ def known(config: ModelConfig, logits: Float[Array, "*tokens {config.rows}"]) ->
 
 
 def readout(
-    params: Params, config: ModelConfig, s: Float[Array, "B L D"], ctx: Context
-) -> tuple[Float32[Array, "B L {config.rows}"], Float[Array, "B L D"]]:
+    params: Params, config: ModelConfig, s: Float[Array, "B L {config.state_dim}"], ctx: Context
+) -> tuple[Float32[Array, "B L {config.rows}"], Float[Array, "B L {config.embed_dim}"]]:
     """s -> (logits, latents z), without a cache."""
     (y, z), _ = coda(params, config, s, ctx)
     return head(params, config, y), z
 
 
 def core_names(config: ModelConfig) -> tuple[str, ...]:
-    """Entries of the parameters that a recurrence reads."""
-    adapter = ("adapter",) if config.loop.injection in ("linear", "diagonal") else ()
+    """Entries of the parameters that a recurrence reads, where they are there."""
+    adapter = ADAPTER if config.loop.injection in ("linear", "diagonal") else ()
     closing = ("ln_f",) if config.loop.close else ()
-    return (*adapter, *(f"core_{j}" for j in range(config.core_layers)), *closing)
+    low = (f"low_{j}" for j in range(config.low_layers))
+    return (*adapter, *low, *(f"core_{j}" for j in range(config.core_layers)), *closing)
 
 
 def gate_logit(params: Params, config: ModelConfig, s: Float[Array, "*tokens D"]) -> Float32[Array, "*tokens"] | None:
@@ -354,13 +410,19 @@ def gate_logit(params: Params, config: ModelConfig, s: Float[Array, "*tokens D"]
 def renorm(params: Params, config: ModelConfig, s: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
     """Norm that follows test-time noise: what the core ends with (docs/model.md, Test-time noise)."""
     if config.loop.close:
-        return _norm(params["ln_f"], config, s)
+        halves = s.reshape(*s.shape[:-1], -1, config.embed_dim)
+        return _final_norm(params, config, halves).reshape(s.shape)
     last = params[f"core_{config.core_layers - 1}"]
-    return _norm(last["norm_4"], config, s) if config.block.norm_output == "sum" else s
+    return _norm(last, "norm_4", config, s) if config.block.norm_output == "sum" else s
 
 
-def _norm(params: Params, config: ModelConfig, x: Array) -> Array:
-    out: Any = RMSNorm(config).apply({"params": params}, x)  # Linen does not know what a module returns
+def _final_norm(params: Params, config: ModelConfig, x: Array) -> Array:
+    return _norm(params, "ln_f", config, x)
+
+
+def _norm(params: Params, name: str, config: ModelConfig, x: Array) -> Array:
+    # A norm without weights is absent. Linen does not know what a module returns.
+    out: Any = RMSNorm(config).apply({"params": params.get(name, {})}, x)
     return out
 
 

@@ -58,7 +58,8 @@ def datasheet(device_kind: str) -> Chip:
 def block_matrices(config: ModelConfig) -> int:
     """Elements of one block's matrices."""
     D, F, H, K, Q = config.embed_dim, config.mlp_dim, config.num_heads, config.kv_heads, config.head_dim
-    return D * (H + 2 * K) * Q + H * Q * D + (2 + config.block.gated) * D * F
+    gates = H * Q * config.block.output_gate
+    return D * ((H + 2 * K) * Q + gates) + H * Q * D + (2 + config.block.gated) * D * F
 
 
 def block_parameters(config: ModelConfig) -> int:
@@ -66,6 +67,8 @@ def block_parameters(config: ModelConfig) -> int:
     block, (H, K, Q) = config.block, (config.num_heads, config.kv_heads, config.head_dim)
     norms = 2 * config.embed_dim * (block.norm_input + (block.norm_output != "none"))
     qk_norms = {"head": 2 * Q, "width": (H + K) * Q}.get(block.qk_norm, 0)
+    if block.norm_weight == "none":
+        norms = qk_norms = 0
     biases = 2 * H * Q * config.qk_bias + (H + 2 * K) * Q * block.qkv_bias
     return block_matrices(config) + norms + qk_norms + biases
 
@@ -73,15 +76,15 @@ def block_parameters(config: ModelConfig) -> int:
 def parameters(config: ModelConfig) -> int:
     """All parameters, a tied embedding counted once (3,564,976,800 for huginn_3p5b)."""
     D = config.embed_dim
-    blocks = config.prelude_layers + config.core_layers + config.coda_layers
+    blocks = config.prelude_layers + config.low_layers + config.core_layers + config.coda_layers
     embeddings = config.rows * D * (1 if config.tie_embeddings else 2)
     gate = (D + 1) * config.loop.gate
-    norms = D * (1 + config.loop.entry_norm)
+    norms = D * (1 + config.loop.entry_norm) * (config.block.norm_weight != "none")
     diagonals = 2 * D * (config.loop.injection == "diagonal")
     tables = len(config.value_tables) * config.rows * config.kv_heads * config.head_dim
     gates = gate + len(config.value_gates) * VALUE_CHANNELS * config.kv_heads
-    core = blocks * block_parameters(config)
-    return core + 2 * _injection(config) + _once(config) + embeddings + norms + diagonals + tables + gates
+    parts = [embeddings, norms, diagonals, tables, gates, D * bool(config.low_layers)]
+    return blocks * block_parameters(config) + 2 * _injection(config) + _once(config) + sum(parts)
 
 
 def _injection(config: ModelConfig) -> int:
@@ -95,18 +98,18 @@ def _once(config: ModelConfig) -> int:
 
 
 def core_parameters(config: ModelConfig) -> int:
-    """Parameters of the core blocks, without the adapter (1,581,592,320 for huginn_3p5b)."""
-    return config.core_layers * block_parameters(config)
+    """Parameters of the blocks of a recurrence, without the adapter (1,581,592,320 for huginn_3p5b)."""
+    return (config.low_layers + config.core_layers) * block_parameters(config)
 
 
 def materialised_parameters(config: ModelConfig, r: float) -> float:
     """Parameters of the unrolled model as the paper counts them: the core r (or r on average) times, adapter once."""
-    return parameters(config) + (r - 1) * core_parameters(config)
+    return parameters(config) + r * config.core_calls * block_parameters(config) - core_parameters(config)
 
 
 def effective_depth(config: ModelConfig, r: int) -> int:
     """Layers a token passes at r recurrences (132 for huginn_3p5b at r = 32)."""
-    return config.prelude_layers + r * config.core_layers + config.coda_layers
+    return config.prelude_layers + r * config.core_calls + config.coda_layers
 
 
 def _layer_flops(config: ModelConfig, keys: float) -> float:
@@ -115,7 +118,7 @@ def _layer_flops(config: ModelConfig, keys: float) -> float:
 
 def core_flops(config: ModelConfig, keys: float) -> float:
     """Forward FLOPs of one recurrence for one token that attends to `keys` positions, the unsplit adapter included."""
-    return config.core_layers * _layer_flops(config, keys) + 4 * _injection(config)
+    return config.core_calls * _layer_flops(config, keys) + 4 * _injection(config)
 
 
 def outer_flops(config: ModelConfig, keys: float) -> float:
@@ -168,7 +171,7 @@ def check_bytes(config: ModelConfig, itemsize: int) -> int:
 
 def core_bytes(config: ModelConfig, itemsize: int) -> int:
     """Bytes of weights that one recurrence streams: core blocks and the state's half of the adapter."""
-    return (config.core_layers * block_matrices(config) + _injection(config)) * itemsize
+    return (config.core_calls * block_matrices(config) + _injection(config)) * itemsize
 
 
 def training_flops(config: ModelConfig, n: float, k: float, length: float) -> float:
@@ -189,7 +192,7 @@ def cache_bytes(
     config: ModelConfig, policy: CachePolicy, num_steps: int, batch: int, capacity: int, itemsize: int
 ) -> int:
     """Bytes of the keys and values that `rdlm.model.cache.allocate` makes (depths and lengths not counted)."""
-    slots = config.prelude_layers + config.core_layers * policy.sets(num_steps) + config.coda_layers
+    slots = config.prelude_layers + config.core_calls * policy.sets(num_steps) + config.coda_layers
     return slots * batch * capacity * sum(map(stored_width, config.key_value_widths)) * itemsize
 
 

@@ -192,6 +192,20 @@ class Tokenizer:
         """
         return self.encode_written(self.write_chat(messages, reply, find_spans=True))
 
+    def encode_completion(self, prompt: str, completion: str) -> tuple[np.ndarray, np.ndarray]:
+        """A prompt as `encode` gives it, its completion and eos_id, int32 [n]; and which are not the prompt's.
+
+        Where tokens of the joined text reach over the border, both parts are encoded alone, as in generation.
+
+        Raises:
+          InputError: as `encode`.
+        """
+        before, both, after = self.encode_batch([prompt, prompt + completion, completion])
+        if not np.array_equal(both[: len(before)], before):
+            both = np.concatenate([before, after[int(self.adds_bos) :]])
+        ids = np.append(both, np.int32(self.eos_id))
+        return ids, np.arange(len(ids)) >= len(before)
+
     def write_chat(self, messages: Sequence[Mapping[str, str]], reply: bool = True, *, find_spans: bool = False) -> str:
         """`encode_chat` as text. Only `encode_written` reads special tokens out of it.
 
@@ -245,6 +259,14 @@ class Tokenizer:
     ) -> DecodeStream:
         """A decoder for ids that arrive one at a time; arguments as those of `decode`."""
         return DecodeStream(self, skip_special, after, stop)
+
+    def bytes_of(self, token: int) -> bytes:
+        """The bytes of one token within a text; of a special token, those of its name; b"" outside the vocabulary."""
+        if not self._is_text(token, skip_special=False):
+            return b""
+        if self._pieces is not None:
+            return self._pieces[token]
+        return self._backend.decode([token], skip_special_tokens=False).encode()
 
     @functools.cached_property
     def vocab_size(self) -> int:

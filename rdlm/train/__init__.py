@@ -3,6 +3,7 @@
 step         one optimizer step, compiled once for every depth
 loop         `Trainer`: the loop, checkpoints, validation, resume and rollback
 folder       the run folder
+weights      the parameters that a run starts from, of another folder
 reporter     metrics, progress line and skipped updates of every step
 metrics      metrics.jsonl and speed
 faults       updates that are not finite
@@ -17,6 +18,7 @@ from rdlm.train.step import (
     apply_gradients,
     depth_weight,
     draw_depth,
+    frozen_shardings,
     gradients,
     init_state,
     layout_of,
@@ -24,13 +26,16 @@ from rdlm.train.step import (
     step_keys,
     train_step,
 )
+from rdlm.train.weights import begin_from
 
 __all__ = [
     "TrainState",
     "Trainer",
     "apply_gradients",
+    "begin_from",
     "depth_weight",
     "draw_depth",
+    "frozen_shardings",
     "gradients",
     "init_state",
     "layout_of",

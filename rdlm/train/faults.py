@@ -15,17 +15,19 @@ import jax.numpy as jnp
 from jax import Array
 
 from rdlm.model import Params
+from rdlm.tune import matrix_of
 
 Tree = TypeVar("Tree")
 
-_BACKWARD = ("coda", "ln_f", "C", "core", "adapter", "ln_e", "prelude", "wte")  # in the order of the backward pass
+_BACKWARD = ("coda", "ln_f", "C", "core", "low", "adapter", "ln_e", "prelude", "wte")
+"""In the order of the backward pass."""
 
 
 def modules(params: Params) -> list[str]:
     """Names of the top-level modules, in the order in which the backward pass reaches them."""
 
     def place(name: str) -> tuple[int, int]:
-        kind, _, number = re.fullmatch(r"(.+?)(_(\d+))?", name).groups()  # type: ignore[union-attr]
+        kind, _, number = re.fullmatch(r"(.+?)(_(\d+))?", matrix_of(name)).groups()  # type: ignore[union-attr]
         return _BACKWARD.index(kind) if kind in _BACKWARD else len(_BACKWARD), -int(number or 0)
 
     return sorted(params, key=place)

@@ -21,6 +21,7 @@ MAY_CHANGE = (
     "steps",
     "tensorboard",
     "run_dir",
+    "init",
     "mesh.",
     "checkpoint.",
     "faults.",
@@ -31,8 +32,8 @@ MAY_CHANGE = (
     "data.prepared",
     "data.stream",
 )
-"""Fields that a resumed run may change: its length, its name, the hardware it runs on, and where its data lie: these
-are known again by their digests (`PackedData.check`)."""
+"""Fields that a resumed run may change: its length, its name, the hardware it runs on, and where its data and first
+weights lie: these are known again by their digests (`PackedData.check`, `weights_digest`)."""
 
 
 _BEFORE_CONFIG = (".owner", ".shared", ".config.json.partial-")
@@ -60,11 +61,23 @@ class RunFolder:
     def _check_same_run(self) -> None:
         own_depths = self.config.recurrence.draw == "microbatch"  # then other microbatches are another run
         free = MAY_CHANGE if own_depths else (*MAY_CHANGE, "data.microbatches")
-        for name, (old, new) in differences(read_config(self.path), self.config).items():
+        saved = read_config(self.path)
+        if saved.weights_digest != self.config.weights_digest:
+            began = f"the weights of {saved.init}" if saved.init else "its seed, without --init"
+            raise InputError(
+                f"run folder {self.path}: holds a run that began from {began}; give the same, or another --run-dir"
+            )
+        for name, (old, new) in differences(saved, self.config).items():
             if not name.startswith(free):
                 raise InputError(
                     f"run folder {self.path}: holds a run with {name} = {old!r}, not {new!r}; choose another --run-dir"
                 )
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """Folder of the tokenizer that the run began with; None: it has not begun."""
+        saved = self.path / "tokenizer"
+        return saved if saved.exists() else None
 
     def check_tokenizer(self, tokenizer: Tokenizer, prepared: Path) -> None:
         """Refuse data in `prepared` whose tokenizer is not the one that the run began with. Raises InputError."""

@@ -3,7 +3,7 @@
 Batches and depth draws are functions of the step, so a run computes the same numbers however often it is interrupted.
 How `Trainer.run` starts; the first case that applies:
 
-1. The folder is new: fresh parameters, step 0.
+1. The folder is new: fresh parameters, or those of `init`; step 0.
 2. The last step is saved and evaluated: nothing to do.
 3. There are checkpoints: the newest that can be read. Metrics, data and the count of skipped updates continue from it.
 4. That checkpoint was saved while updates were being skipped, as many as `faults.patience` allows: as 3, then a
@@ -24,11 +24,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import PyTree
 
 from rdlm import sharding
 from rdlm.analysis.vitals import alarms, vitals
 from rdlm.checkpoint import Checkpoints, SaveError, as_abstract, read_meta
-from rdlm.config import PRESETS, InputError, RunConfig, differences, require
+from rdlm.config import PRESETS, InputError, RunConfig, TuneConfig, differences, require
 from rdlm.data import open_data, prefetch
 from rdlm.evaluation.depth import DepthCurve, depth_curve
 from rdlm.model import Params
@@ -50,6 +51,7 @@ from rdlm.train.folder import RunFolder, write_curve
 from rdlm.train.preemption import Preemption, Stop
 from rdlm.train.reporter import Reporter
 from rdlm.train.step import TrainState, init_state, layout_of, state_shardings, train_step
+from rdlm.train.weights import Weights, identified
 
 Batch = dict[str, np.ndarray]
 
@@ -83,6 +85,15 @@ class Trainer:
             "its range is too small for gradients and moments; train in float32 or bfloat16, if you like with "
             "--model.compute-dtype float16",
         )
+        require(
+            config.tune == TuneConfig(),
+            "tune",
+            config.tune,
+            "needs a model to begin with; train.py has only random ones",
+        )
+        self.weights = Weights(config) if config.init else None
+        if self.weights is not None:
+            config = identified(config, self.weights)
         self.config = config
         self.validated = -1, math.nan  # step and validation loss
         self.progress = Progress(config.steps, quiet=not is_first())
@@ -93,9 +104,16 @@ class Trainer:
         self.tx = optimizer(config.optimizer, config.steps)
         self.shapes, self.shardings = state_shardings(config, self.tx, self.mesh)
         self.folder = RunFolder(config)
+        tokenizer = None if self.weights is None else self.folder.tokenizer or self.weights.tokenizer_folder
         self.train, self.validation, self.tokenizer, prepared, self.data_identity = open_data(
-            config.data, seed=config.seed, process_index=jax.process_index(), process_count=jax.process_count()
+            config.data,
+            seed=config.seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            tokenizer_folder=tokenizer,
         )
+        if self.weights is not None:
+            self.data_identity["init"] = config.weights_digest
         self.folder.check_tokenizer(self.tokenizer, prepared)
 
     def run(self) -> int:
@@ -216,6 +234,8 @@ class Trainer:
             "data": self.train.state(self.step + faults.shift),
             "faults": faults._asdict(),
         }
+        if self.config.init:
+            meta["source"] = self.config.init
         at, nats = self.validated
         known = nats if at == self.step and math.isfinite(nats) else None
         self.checkpoints.save(self.step, self.state.params, self.state.optimizer, meta, known)
@@ -289,8 +309,7 @@ class Trainer:
             target.params, target.optimizer, self.say, lambda meta: not (rollback and saved_faults(meta).streak)
         )
         if found is None:
-            fresh = jax.jit(functools.partial(init_state, self.config, self.tx), out_shardings=self.shardings)
-            return fresh(), Faults()
+            return self._first_state(target.params), Faults()
         step, params, opt, meta = found
         if step > self.config.steps:
             raise InputError(f"steps = {self.config.steps}: {path} is already at step {step}; ask for more")
@@ -303,6 +322,15 @@ class Trainer:
             self.say(f"resuming {path} at step {step}")
             self._warn_if_the_rate_rises(step, meta["config"]["steps"])
         return TrainState(jax.device_put(jnp.int32(step), self.shardings.step), params, opt), faults
+
+    def _first_state(self, target: PyTree[jax.ShapeDtypeStruct]) -> TrainState:
+        """Step 0: random parameters, or those of `init` in dtypes and shardings of `target`; a fresh optimizer."""
+        begin = functools.partial(init_state, self.config, self.tx)
+        if self.weights is None:
+            return jax.jit(begin, out_shardings=self.shardings)()
+        params = self.weights.load(target, self.config.weights_digest)
+        self.say(f"starting with the parameters of {self.weights}")
+        return jax.jit(begin, out_shardings=self.shardings, donate_argnames="params")(params=params)
 
     def _warn_if_the_rate_rises(self, step: int, steps: int) -> None:
         """After a change of `steps`, which were `steps` before."""
@@ -353,12 +381,17 @@ class Trainer:
         model, data = self.config.model, self.config.data
         preset = PRESETS.get(self.config.preset)
         changed = {} if preset is None else differences(preset, self.config)
+        hidden = ("run_dir", *(("model.", "weights_digest") if self.config.init else ()))
         lines = [
             f"{self.config.preset}: {flops.parameters(model):,} parameters, core {flops.core_parameters(model):,} "
             f"run {model.mean_recurrence} times on average; {data.batch_size} x {data.sequence_length} tokens a step "
             f"on {self.mesh.size} {jax.devices()[0].device_kind}; {self.train.steps_per_epoch} steps an epoch"
         ]
-        lines += [f"  {name} = {new!r} (preset: {old!r})" for name, (old, new) in changed.items() if name != "run_dir"]
+        lines += [
+            f"  {name} = {new!r} (preset: {old!r})"
+            for name, (old, new) in changed.items()
+            if not name.startswith(hidden)
+        ]
         return "\n".join(lines)
 
 

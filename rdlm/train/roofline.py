@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from rdlm import sharding
+from rdlm.checkpoint import as_abstract
 from rdlm.config import RunConfig
 from rdlm.optim import optimizer
 from rdlm.perf import flops, hlo
-from rdlm.train.step import layout_of, state_shardings, train_step
+from rdlm.train.step import frozen_shardings, layout_of, state_shardings, train_step
 
 
 def lower_train_step(run: RunConfig, devices: list[Any]) -> Any:
@@ -26,7 +28,7 @@ def lower_train_step(run: RunConfig, devices: list[Any]) -> Any:
     sharding.check_batch(mesh, run.data.batch_size, run.data.microbatches)
     layout, tx = layout_of(run, mesh), optimizer(run.optimizer, run.steps)
     shapes, shardings = state_shardings(run, tx, mesh)
-    state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    state = as_abstract(shapes, shardings)
     rows = jax.ShapeDtypeStruct(
         (run.data.batch_size, run.data.sequence_length), jnp.int32, sharding=sharding.batch_sharding(mesh)
     )
@@ -34,7 +36,15 @@ def lower_train_step(run: RunConfig, devices: list[Any]) -> Any:
     step = jax.jit(
         functools.partial(train_step, run, tx, layout=layout), donate_argnums=0, out_shardings=(shardings, None)
     )
-    return step.lower(state, batch)
+    return step.lower(state, batch, frozen=as_abstract(*frozen_shardings(run, mesh)))
+
+
+def state_bytes(run: RunConfig, devices: list[Any]) -> int:
+    """Bytes per device that stay from step to step: parameters, frozen ones too, and the optimizer's state."""
+    mesh = sharding.make_mesh(run.mesh, run.model, devices)
+    stays = state_shardings(run, optimizer(run.optimizer, run.steps), mesh), frozen_shardings(run, mesh)
+    sizes = (jax.tree.map(lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize, *one) for one in stays)
+    return sum(jax.tree.leaves(list(sizes)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +106,7 @@ def hardware_flops(run: RunConfig, n: float, k: float) -> float:
     """
     length, model = run.data.sequence_length, run.model
     core, outer = flops.core_flops(model, length), flops.outer_flops(model, length)
-    again = {"none": 0.0, "iteration": 1.0}.get(run.recurrence.remat, 2.0 - 1.0 / model.core_layers)
+    again = {"none": 0.0, "iteration": 1.0}.get(run.recurrence.remat, 2.0 - 1.0 / model.core_calls)
     outer_again = 0.0 if run.recurrence.remat == "none" else 1.0
     return flops.training_flops(model, n, k, length) + k * again * core + outer_again * outer
 

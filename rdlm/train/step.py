@@ -14,17 +14,18 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import PyTree
 
 from rdlm import sharding
-from rdlm.config import ModelConfig, RunConfig
+from rdlm.config import ModelConfig, RunConfig, TuneConfig
 from rdlm.losses import IGNORED, Batch, Depths, as_batch, batch_state, token_losses
 from rdlm.model import Params, init_params, logical_axes
 from rdlm.optim import module_norms, schedule
 from rdlm.recurrence import max_gradient_steps, sample_steps
 from rdlm.sharding import SPLIT, Layout
 from rdlm.train.faults import first_bad, unless
+from rdlm.tune import Path, combine, divide, fresh_pairs, join, pairs, pick
 
 
 class TrainState(NamedTuple):
-    """What a step changes. step: int32 scalar, steps done, skipped updates included."""
+    """What a step changes. step: int32 scalar, steps done, skipped updates included. params: those that learn."""
 
     step: Array
     params: Params
@@ -92,9 +93,14 @@ def depth_weight(run: RunConfig, n: Array, k: Array) -> Array | float:
 
 
 def gradients(
-    run: RunConfig, params: Params, batch: dict[str, Array], step: Array, layout: Layout | None = None
+    run: RunConfig,
+    params: Params,
+    batch: dict[str, Array],
+    step: Array,
+    layout: Layout | None = None,
+    frozen: Params | None = None,
 ) -> tuple[Array, Params, tuple[Array, Array]]:
-    """(loss, its gradient, (n, k) that ran) of the whole batch.
+    """(loss, its gradient, (n, k) that ran) of the whole batch. The gradient is that of `params`, which learn.
 
     The loss is the sum of cross-entropies over scored labels, divided by their number over all devices and
     microbatches; its gradient is that of the losses weighed by depth. Where draws differ within a step, n and k are
@@ -102,23 +108,25 @@ def gradients(
 
     Args:
       layout: how parameters and rows are split over a mesh; None: one device (or left to the compiler).
+      frozen: the other parameters, if `run.tune` leaves some; no gradient of theirs is formed (`rdlm.tune.divide`).
     """
+    frozen = frozen or {}
     draws = _draws(run, batch, step)
     ran: Any = tuple(x if x.ndim == 0 else x.mean() for x in draws.rows or draws[:2])
     if layout is None:
-        return *_gradients(run, params, batch, step, draws, layout=None), ran
+        return *_gradients(run, (params, frozen), batch, step, draws, layout=None), ran
     every, rows = PartitionSpec(), PartitionSpec(SPLIT)
-    inside = layout.parameter_parts
+    inside, fixed = (pick(layout.parameter_parts, part) for part in (params, frozen))
     placed = _Draws(every, every, rows if run.recurrence.draw == "sequence" else every)
     spread = jax.shard_map(
         functools.partial(_gradients, run, layout=layout),
         mesh=layout.mesh,
-        in_specs=(inside, jax.tree.map(lambda _: rows, batch), every, placed),
+        in_specs=((inside, fixed), jax.tree.map(lambda _: rows, batch), every, placed),
         out_specs=(every, inside),
         axis_names=set(layout.manual),
         check_vma=False,
     )
-    return *spread(params, batch, step, draws), ran
+    return *spread((params, frozen), batch, step, draws), ran
 
 
 class _Draws(NamedTuple):
@@ -141,9 +149,16 @@ def _draws(run: RunConfig, batch: dict[str, Array], step: Array) -> _Draws:
 
 
 def _gradients(
-    run: RunConfig, params: Params, rows: dict[str, Array], step: Array, draws: _Draws, *, layout: Layout | None
+    run: RunConfig,
+    parts: tuple[Params, Params],
+    rows: dict[str, Array],
+    step: Array,
+    draws: _Draws,
+    *,
+    layout: Layout | None,
 ) -> tuple[Array, Params]:
-    """(loss, its gradient) of this device's rows, summed over devices."""
+    """(loss, its gradient) of this device's rows, summed over devices. parts: what learns, and what is frozen."""
+    params, frozen = parts
     config, count = run.model, run.data.microbatches
     batch = as_batch(rows)
     scored = (batch.labels != IGNORED).sum()
@@ -151,7 +166,8 @@ def _gradients(
     _, state_key = step_keys(run.seed, step)
     max_k = max_gradient_steps(config.backprop_depth, run.recurrence.scheme)
 
-    def part(params: Params, batch: Batch, n: Array, k: Array, rows: tuple[Array, Array] | None) -> tuple[Array, Array]:
+    def part(learnt: Params, batch: Batch, n: Array, k: Array, rows: tuple[Array, Array] | None) -> tuple[Array, Array]:
+        params = combine(learnt, frozen, run.tune)
         depths = Depths(n, k, max_k, rows)
         start = batch_state(params, config, batch, None, state_key)
         losses = token_losses(
@@ -190,9 +206,10 @@ def train_step(
     state: TrainState,
     batch: dict[str, Array],
     layout: Layout | None = None,
+    frozen: Params | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One optimizer step: (new state, metrics of it as scalars). `layout`: see `gradients`."""
-    value, grads, (n, k) = gradients(run, state.params, batch, state.step, layout)
+    """One optimizer step: (new state, metrics of it as scalars). `layout`, `frozen`: see `gradients`."""
+    value, grads, (n, k) = gradients(run, state.params, batch, state.step, layout, frozen)
     state, metrics = apply_gradients(run, tx, state, value, grads)
     return state, {"loss": value, "n": n, "k": k} | metrics
 
@@ -237,26 +254,49 @@ def layout_of(run: RunConfig, mesh: Mesh) -> Layout | None:
         return None
     sharding.check_heads(mesh, run.model)
     dtype = jnp.dtype(run.model.compute_dtype or run.model.param_dtype)
-    return Layout(mesh, _specs(run.model, mesh), dtype, run.mesh.gradient_dtype, run.mesh.gather)
+    return Layout(mesh, _specs(run.model, run.tune, mesh), dtype, run.mesh.gradient_dtype, run.mesh.gather, run.tune)
+
+
+@functools.cache
+def _shapes(model: ModelConfig) -> Params:
+    """Shapes and dtypes of all parameters."""
+    return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
 
 
 @functools.cache  # a run asks twice, and each time the model would be traced
-def _specs(model: ModelConfig, mesh: Mesh) -> dict[str, PyTree[PartitionSpec]]:
-    """Where every parameter is split; raises as `sharding.parameter_specs`."""
-    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-    return sharding.parameter_specs(mesh, logical_axes(model), shapes)
+def _specs(model: ModelConfig, tune: TuneConfig, mesh: Mesh) -> dict[str, PyTree[PartitionSpec]]:
+    """Where every parameter is split; raises as `sharding.parameter_specs`.
+
+    A low-rank pair is split as its matrix is: A along the inputs, B along the outputs.
+    """
+    shapes = _shapes(model)
+    specs = sharding.parameter_specs(mesh, logical_axes(model), shapes)
+
+    def pair(_: Path, spec: PartitionSpec) -> tuple[PartitionSpec, PartitionSpec]:
+        *stacked, rows, columns = spec
+        return PartitionSpec(*stacked, rows, None), PartitionSpec(*stacked, None, columns)
+
+    return join(specs, pairs(specs, tune, pair))
 
 
-def init_state(run: RunConfig, tx: optax.GradientTransformation) -> TrainState:
-    """Fresh parameters and optimizer state, a function of the seed."""
-    params = init_params(run.model, jax.random.key(run.seed))
-    return TrainState(jnp.int32(0), params, tx.init(params))
+def init_state(run: RunConfig, tx: optax.GradientTransformation, params: Params | None = None) -> TrainState:
+    """The state before the first step: of `params`, or of fresh ones (a function of the seed), those that learn."""
+    key = jax.random.key(run.seed)
+    params = init_params(run.model, key) if params is None else params
+    learnt = join(divide(params, run.tune)[0], fresh_pairs(_shapes(run.model), run.tune, key))
+    return TrainState(jnp.int32(0), learnt, tx.init(learnt))
+
+
+def frozen_shardings(run: RunConfig, mesh: Mesh) -> tuple[Params, Params]:
+    """(shapes, shardings) of the parameters that are frozen; {} where all learn."""
+    frozen = divide(_shapes(run.model), run.tune)[1]
+    return frozen, sharding.named(mesh, pick(_specs(run.model, run.tune, mesh), frozen))
 
 
 def state_shardings(run: RunConfig, tx: optax.GradientTransformation, mesh: Mesh) -> tuple[TrainState, TrainState]:
     """(shapes, shardings) of the train state: optimizer moments live where their parameters do."""
     shapes = jax.eval_shape(lambda: init_state(run, tx))
-    params = sharding.named(mesh, _specs(run.model, mesh))
+    params = sharding.named(mesh, pick(_specs(run.model, run.tune, mesh), shapes.params))
     everywhere: Any = sharding.replicated(mesh)
 
     def gap(x: object) -> bool:

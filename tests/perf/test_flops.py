@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from rdlm.config import PRESETS, CachePolicy, ModelConfig
+from rdlm.config import PRESETS, Block, CachePolicy, Loop, ModelConfig
 from rdlm.config.presets import HUGINN_3P5B, HUGINN_TPU
 from rdlm.model import init_params
 from rdlm.model.cache import allocate
@@ -15,6 +15,13 @@ from rdlm.perf import flops
 from rdlm.train import metrics
 
 TINY = ModelConfig(vocab_size=20, embed_dim=12, num_heads=2, mlp_dim=10, prelude_layers=1, core_layers=3, coda_layers=2)
+TWO_STACKS = {
+    "prelude_layers": 0,
+    "coda_layers": 0,
+    "qk_bias": False,
+    "block": Block(norm_output="none", norm_weight="none", output_gate=True),
+    "loop": Loop(injection="none", start="embedding", close=True, bridge=False, low_cycles=2),
+}
 
 
 def count(config):
@@ -30,12 +37,28 @@ def test_parameters_of_every_preset(name):
 
 @pytest.mark.parametrize(
     "change",
-    [{}, {"tie_embeddings": False}, {"qk_bias": False}, {"num_kv_heads": 1}, {"padded_vocab_size": 32}],
+    [{}, {"tie_embeddings": False}, {"qk_bias": False}, {"num_kv_heads": 1}, {"padded_vocab_size": 32}, TWO_STACKS],
     ids=str,
 )
 def test_parameters_of_every_shape(change):
     config = dataclasses.replace(TINY, **change)
     assert flops.parameters(config) == count(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [("ouro_1p4b", 1_434_652_673), ("hrm_text_1b", 1_182_795_264), ("recurrent_llama_1b", 1_385_228_288)],
+)
+def test_parameters_of_published_shapes(name, published):
+    assert flops.parameters(PRESETS[name].model) == published
+
+
+def test_a_recurrence_of_two_stacks_counts_every_call():
+    config = dataclasses.replace(TINY, **TWO_STACKS)
+    block, keys, r = 12 * 4 * 12 + 12 * 12 + 3 * 12 * 10, 7, 5
+    calls = 3 * (2 + 1)
+    assert flops.forward_flops(config, r, keys) == r * calls * (2 * block + 4 * keys * 12) + 2 * 20 * 12
+    assert flops.materialised_parameters(config, r) == flops.parameters(config) + (r * calls - 6) * block
 
 
 def test_parameters_of_the_published_model():
@@ -100,7 +123,7 @@ def test_cache_bytes_of_the_published_model():
 @pytest.mark.parametrize("policy", [CachePolicy(), CachePolicy(lookup="skip"), CachePolicy(4), CachePolicy(1)])
 @pytest.mark.parametrize(
     "change",
-    [{}, {"num_kv_heads": 1}, {"num_kv_heads": 1, "qk_bias": False}, {"embed_dim": 1056, "num_heads": 11}],
+    [{}, {"num_kv_heads": 1}, {"num_kv_heads": 1, "qk_bias": False}, {"embed_dim": 1056, "num_heads": 11}, TWO_STACKS],
     ids=str,
 )
 def test_cache_bytes_are_those_of_the_arrays(policy, change):

@@ -16,9 +16,9 @@ SHAPE = {
 TEXTS = [f"{i} The capital of land {i} is city {i % 7}; its river is {i * i} km long.\n" for i in range(40)]
 
 
-def saved(folder, vocab, run, tokenizer=None):
-    """A run folder with random parameters."""
-    model = ModelConfig(vocab_size=vocab, **SHAPE)
+def saved(folder, vocab, run, tokenizer=None, **shape):
+    """A run folder with random parameters; shape: what differs from SHAPE."""
+    model = ModelConfig(vocab_size=vocab, **{**SHAPE, **shape})
     params = jax.jit(lambda key: rdlm.init_params(model, key))(jax.random.key(0))
     meta = {} if tokenizer is None else {"tokenizer": tokenizer.hash}
     save_parameters(folder, params, RunConfig(model=model, **run), meta, step=7)

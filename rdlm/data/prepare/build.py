@@ -120,7 +120,7 @@ def build(
         ) from error
     manifest = read_manifest(target)
     wanted, identity = _settings(corpus, recipe, tokenizer), manifest.identity()
-    different = first_difference(wanted, {name: identity[name] for name in wanted})
+    different = first_difference(wanted, {name: identity.get(name) for name in wanted})
     if different is None and (target / INPUTS).exists():  # older prepared data have none
         different = changed(inputs, _saved(target / INPUTS))
     if different:

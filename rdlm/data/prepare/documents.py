@@ -20,7 +20,7 @@ import pyarrow.parquet
 from rdlm.config import InputError
 from rdlm.data.manifest import Reading
 from rdlm.data.prepare.input_files import opened, suffix_of
-from rdlm.data.prepare.parts import Part, Text, field_of, utf8
+from rdlm.data.prepare.parts import Part, Text, document_of, is_empty, utf8
 
 _MAX_BYTES = 256 * 2**20  # of one document: preparation holds it in memory several times over
 _MAX_ARRAY = 2**30  # bytes of a JSON array, which is read at once
@@ -49,7 +49,7 @@ def read_documents(
     if part.kind in ("tfds", "factbook"):
         from rdlm.data.prepare import tfds  # TFDS takes seconds to import
 
-        found: Iterator[Text | InputError] = tfds.read(part, reading.field, advance)
+        found: Iterator[Text | InputError] = tfds.read(part, reading, advance)
     elif part.kind in ("parquet", "arrow", "csv"):
         found = _rows(part, reading, advance)
     else:
@@ -59,7 +59,7 @@ def read_documents(
             if reading.bad_documents == "refuse":
                 raise document
             skipped["bad"] += 1
-        elif not document or (isinstance(document, str) and document.isspace()):
+        elif is_empty(document):
             skipped["empty"] += 1
         else:
             yield document
@@ -96,7 +96,7 @@ def _document(content: bytes | InputError, part: Part, reading: Reading, where: 
         return content
     try:
         text = utf8(content, where).removeprefix("\ufeff" if at == 0 else "")
-        return _json_field(text, reading.field, where) if part.kind == "jsonl" else text
+        return _json_field(text, reading, where) if part.kind == "jsonl" else text
     except InputError as error:
         return error
 
@@ -181,7 +181,7 @@ def _elements(stream: io.BufferedReader, path: str) -> Iterator[_Located]:
         yield start, _limited(content[start:].strip(), path, start)  # which is not JSON
 
 
-def _json_field(line: str, field: str, where: str) -> Text:
+def _json_field(line: str, reading: Reading, where: str) -> Text:
     if not line.strip():
         return ""
     try:
@@ -191,21 +191,21 @@ def _json_field(line: str, field: str, where: str) -> Text:
         raise InputError(f"{where}: not JSON ({reason}); correct the line, or pass --bad-documents skip") from error
     if not isinstance(tree, dict):
         raise InputError(f"{where}: a JSON object was expected, not {type(tree).__name__}")
-    return field_of(tree, field, where)
+    return document_of(tree, reading, where)
 
 
 def _rows(part: Part, reading: Reading, advance: Callable[[int], None]) -> Iterator[Text | InputError]:
     """As `_text_or_json`, of tables."""
     for path in part.paths:
         with opened(path) as raw:
-            cells = _csv(raw, path, reading.field) if part.kind == "csv" else _arrow(raw, part, path, reading.field)
-            for value, where in cells:
+            for row, where in _csv(raw, path, reading) if part.kind == "csv" else _arrow(raw, part, path, reading):
                 try:
-                    if isinstance(value, InputError):
-                        raise value
-                    column, cell = value
-                    content = cell.as_py() if isinstance(cell, pyarrow.Scalar) else cell
-                    document: Text | InputError = field_of({column: content}, reading.field, where)
+                    if isinstance(row, InputError):
+                        raise row
+                    tree = {
+                        name: cell.as_py() if isinstance(cell, pyarrow.Scalar) else cell for name, cell in row.items()
+                    }
+                    document: Text | InputError = document_of(tree, reading, where)
                 except UnicodeDecodeError:
                     document = InputError(f"{where}: not UTF-8; convert it, or pass --bad-documents skip")
                 except InputError as error:
@@ -214,35 +214,35 @@ def _rows(part: Part, reading: Reading, advance: Callable[[int], None]) -> Itera
         advance(part.size // len(part.paths))
 
 
-_Cell = tuple[tuple[str, pyarrow.Scalar | str] | InputError, str]  # (column and cell or why there is none, where it is)
+_Row = tuple[dict[str, pyarrow.Scalar | str] | InputError, str]  # (cells by column or why there are none, where it is)
 
 
-def _arrow(raw: io.BufferedReader, part: Part, path: str, field: str) -> Iterator[_Cell]:
-    """The cells of a parquet or Arrow file, which is a file or a stream of batches."""
+def _arrow(raw: io.BufferedReader, part: Part, path: str, reading: Reading) -> Iterator[_Row]:
+    """The rows of a parquet or Arrow file, which is a file or a stream of batches."""
     where = f"{path}, row {{}}"
     if part.kind == "parquet":
         table = pyarrow.parquet.ParquetFile(raw)
-        column = _column(table.schema_arrow.names, field, path)
+        columns = _columns(table.schema_arrow.names, reading, path)
         groups = list(range(part.start, table.metadata.num_row_groups if part.end is None else part.end))
-        batches = table.iter_batches(64, row_groups=groups, columns=[column])
+        batches = table.iter_batches(64, row_groups=groups, columns=columns)
         where = f"{path}, row {{}} from row group {part.start} on"
     elif raw.peek(6)[:6] == b"ARROW1":
         file = pyarrow.ipc.open_file(raw)
-        column = _column(file.schema.names, field, path)
+        columns = _columns(file.schema.names, reading, path)
         batches = map(file.get_batch, range(file.num_record_batches))
     else:
         batches = pyarrow.ipc.open_stream(raw)
-        column = _column(batches.schema.names, field, path)
-    for i, value in enumerate(value for batch in batches for value in batch.column(column)):
-        yield (column, value), where.format(i)
+        columns = _columns(batches.schema.names, reading, path)
+    for i, values in enumerate(values for batch in batches for values in zip(*map(batch.column, columns), strict=True)):
+        yield dict(zip(columns, values, strict=True)), where.format(i)
 
 
-def _csv(raw: io.BufferedReader, path: str, field: str) -> Iterator[_Cell]:
+def _csv(raw: io.BufferedReader, path: str, reading: Reading) -> Iterator[_Row]:
     csv.field_size_limit(_MAX_BYTES)
     text = io.TextIOWrapper(_decompressed(raw, path), "utf-8-sig", errors="surrogateescape", newline="")
     rows = csv.reader(text, delimiter="\t" if suffix_of(path) == ".tsv" else ",", strict=True)
     names = next(rows, [])
-    column = _column(names, field, path)
+    columns = _columns(names, reading, path)
     while True:
         where, skip = f"{path}, line {rows.line_num + 1}", "pass --bad-documents skip"
         try:
@@ -253,21 +253,24 @@ def _csv(raw: io.BufferedReader, path: str, field: str) -> Iterator[_Cell]:
             yield InputError(f"{where}: not CSV ({error}); correct it, or {skip}"), where
             continue
         if len(cells) == len(names):
-            yield (column, cells[names.index(column)]), where
+            yield {column: cells[names.index(column)] for column in columns}, where
         elif cells:  # no blank line
             found = f"{len(cells)} cells instead of {len(names)}; put text with commas in quotes"
             yield InputError(f"{where}: {found}, or {skip}"), where
 
 
-def _column(names: list[str], field: str, path: str) -> str:
-    """The column that holds a field, which may be nested in it."""
-    column = field if field in names else field.partition(".")[0]
-    if names.count(column) != 1:
-        raise InputError(
-            f"{path}: {'two columns' if column in names else 'no column'} {field!r}; pass --field with one of: "
-            f"{', '.join(map(repr, names))}"
-        )
-    return column
+def _columns(names: list[str], reading: Reading, path: str) -> list[str]:
+    """The columns that hold the fields, which may be nested in them."""
+    columns = []
+    for flag, field in (("--field", reading.field), ("--prompt-field", reading.prompt_field)):
+        column = field if field in names else field.partition(".")[0]
+        if field and names.count(column) != 1:
+            raise InputError(
+                f"{path}: {'two columns' if column in names else 'no column'} {field!r}; pass {flag} with one of: "
+                f"{', '.join(map(repr, names))}"
+            )
+        columns += [column] * bool(field and column not in columns)
+    return columns
 
 
 def _decompressed(raw: io.BufferedReader, path: str) -> io.BufferedReader:

@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow.parquet
 
@@ -20,8 +20,17 @@ from rdlm.data.prepare.input_files import COMPRESSED, InputFile, Kind, kind_of, 
 
 Message = dict[str, Any]
 """One message of a conversation: role, content and other fields that a chat template may read."""
-Text = str | list[Message]
-"""A document before it is encoded: plain text, or the messages of a conversation."""
+
+
+class Pair(NamedTuple):
+    """A text of which only the second part is scored."""
+
+    prompt: str
+    completion: str
+
+
+Text = str | list[Message] | Pair
+"""A document before it is encoded: plain text, the messages of a conversation, or a prompt and its completion."""
 
 
 class Conversation(list[Message]):
@@ -82,24 +91,60 @@ def cut_files(files: Sequence[InputFile], reading: Reading, part_bytes: int) -> 
     return result
 
 
-def field_of(tree: Mapping[str, Any], field: str, where: str) -> Text:
-    """The document in a field of an example, by its name, or `meta.text` for a field within a field.
+def document_of(tree: Mapping[str, Any], reading: Reading, where: str) -> Text:
+    """The document of an example. A prompt and a completion that are messages are one conversation.
 
     Raises:
-      InputError: there is no such field, or `text_of` refuses its value.
+      InputError: there is no such field, `text_of` refuses its value, or prompt and completion do not go together.
     """
+    found = _field_of(tree, "--field", reading.field, where)
+    if not reading.prompt_field:
+        return found
+    prompt = _field_of(tree, "--prompt-field", reading.prompt_field, where)
+    if isinstance(prompt, str) and isinstance(found, str):
+        return Pair(prompt, found)
+    if isinstance(prompt, str) or isinstance(found, str):
+        kinds = ["text" if isinstance(x, str) else "messages" for x in (prompt, found)]
+        raise InputError(
+            f"{where}: {reading.prompt_field!r} is {kinds[0]}, but {reading.field!r} is {kinds[1]}; write both alike"
+        )
+    if any(message["role"] == "assistant" for message in prompt):
+        raise InputError(
+            f"{where}: {reading.prompt_field!r} holds words of the assistant, which would be scored; put all messages "
+            "into one field and leave out --prompt-field"
+        )
+    joined = Conversation([*prompt, *found])
+    joined.where = where
+    return joined
+
+
+def is_empty(document: Text) -> bool:
+    """Whether there is nothing to learn in a document."""
+    words = document.completion if isinstance(document, Pair) else document
+    return not words or (isinstance(words, str) and words.isspace())
+
+
+def texts_of(document: Text) -> list[str]:
+    """The texts that a document is made of."""
+    return [document] if isinstance(document, str) else [x if isinstance(x, str) else x["content"] for x in document]
+
+
+def _field_of(tree: Mapping[str, Any], flag: str, field: str, where: str) -> str | list[Message]:
+    """The value of a field by its name, or `meta.text` for a field within a field. Raises InputError."""
     value: Any = tree
     for name in [field] if field in tree else field.split("."):
         if not isinstance(value, Mapping) or name not in value:
             known = [f"{k}.{inner}" for k, v in tree.items() for inner in (v if isinstance(v, Mapping) else ())]
+            pairs = "; prompts and completions: --prompt-field prompt --field completion"
             raise InputError(
-                f"{where}: no field {field!r}; pass --field with one of: {', '.join(map(repr, [*tree, *known]))}"
+                f"{where}: no field {field!r}; pass {flag} with one of: {', '.join(map(repr, [*tree, *known]))}"
+                f"{pairs * ({'prompt', 'completion'} <= set(tree))}"
             )
         value = value[name]
     return text_of(value, field, where)
 
 
-def text_of(value: Any, field: str, where: str) -> Text:
+def text_of(value: Any, field: str, where: str) -> str | list[Message]:
     """The value of a field as a document.
 
     Conversations are returned with `role` and `content` in every message, both text: ShareGPT's `from` and `value` are
@@ -110,7 +155,7 @@ def text_of(value: Any, field: str, where: str) -> Text:
     """
     if isinstance(value, bytes):
         return utf8(value, where)
-    found: Text
+    found: str | list[Message]
     if isinstance(value, str):
         found = value
     elif isinstance(value, list) and all(isinstance(message, dict) for message in value):
@@ -128,7 +173,7 @@ def text_of(value: Any, field: str, where: str) -> Text:
 
 
 def utf8_of(text: Text) -> bytes:
-    """A document's bytes; those of a conversation are JSON with sorted keys."""
+    """A document's bytes; those of a conversation or a pair are JSON with sorted keys."""
     return (text if isinstance(text, str) else json.dumps(text, sort_keys=True, ensure_ascii=False)).encode()
 
 

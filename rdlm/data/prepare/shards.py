@@ -29,9 +29,9 @@ from rdlm.data.manifest import (
     file_entry,
     write_manifest,
 )
-from rdlm.data.packing import Document, Row, labels_in, pack
+from rdlm.data.packing import Document, Row, labels_by_chunk, pack
 from rdlm.data.prepare.input_files import Fingerprint
-from rdlm.data.prepare.parts import Conversation, Text, utf8_of
+from rdlm.data.prepare.parts import Conversation, Pair, Text, utf8_of
 from rdlm.data.records import token_dtype, write_rows
 from rdlm.tokenizer import Tokenizer
 
@@ -51,6 +51,8 @@ class ShardSplit:
     file: FileEntry | None
     labels: int | None = None
     """None: made before labels were counted."""
+    unscored_documents: int = 0
+    unscored_rows: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,12 +138,12 @@ def build_shard(
         for name, source in (("train", encoded()), ("validation", aside)):
             path = Path(local) / f"{name}-{number:05d}.array_record"
             seen = counts[name]
-            written = _counted(rows(source, recipe.sequence_length), seen)
+            learned: set[int] = set()
+            written = _counted(rows(_noted(source, masked := set[int]()), recipe.sequence_length), seen, learned)
             count = write_rows(path, written, token_dtype(tokenizer.vocab_size))
             entry = _publish(path, folder) if count else None
-            entries[name] = ShardSplit(
-                seen["documents"], seen["bytes"], seen["tokens"], count, entry, labels=seen["labels"]
-            )
+            sizes = seen["documents"], seen["bytes"], seen["tokens"], count
+            entries[name] = ShardSplit(*sizes, entry, seen["labels"], len(masked - learned), seen["unscored"])
     left_out = Skipped(skipped["empty"], skipped["bad"], skipped["duplicate"])
     return Shard(number, everything.hexdigest(), left_out, entries["train"], entries["validation"])
 
@@ -184,7 +186,8 @@ def finish(
     splits = {}
     for split in ("train", "validation"):
         parts: list[ShardSplit] = [getattr(shard, split) for shard in shards]
-        sums = {name: sum(getattr(part, name) for part in parts) for name in ("documents", "bytes", "tokens", "rows")}
+        summed = ("documents", "bytes", "tokens", "rows", "unscored_documents", "unscored_rows")
+        sums = {name: sum(getattr(part, name) for part in parts) for name in summed}
         files = tuple(ShardFile(part.file.name, part.rows) for part in parts if part.file)
         counted = [part.labels for part in parts if part.labels is not None]
         labels = sum(counted) if len(counted) == len(parts) else None
@@ -224,9 +227,21 @@ def finish(
     return manifest
 
 
-def _counted(rows: Iterable[Row], counts: Counter[str]) -> Iterator[Row]:
+def _noted(documents: Iterable[Document], masked: set[int]) -> Iterator[Document]:
+    """Documents, with the numbers of those of which only a part is scored put into `masked`."""
+    for document in documents:
+        if document.scored is not None:
+            masked.add(document.number)
+        yield document
+
+
+def _counted(rows: Iterable[Row], counts: Counter[str], learned: set[int]) -> Iterator[Row]:
+    """Rows, with labels and rows without any counted, and the numbers of documents with a label put into `learned`."""
     for row in rows:
-        counts["labels"] += labels_in(row)
+        labels = labels_by_chunk(row)
+        counts.update(labels=int(labels.sum()), unscored=int(not labels.any()))
+        if row.scored is not None:
+            learned.update(row.chunks[labels > 0, 0].tolist())
         yield row
 
 
@@ -267,7 +282,10 @@ def encode(
             yield next(plain), None
             continue
         try:
-            yield tokenizer.encode_conversation(text, reply=False)
+            if isinstance(text, Pair):
+                yield tokenizer.encode_completion(*text)
+            else:
+                yield tokenizer.encode_conversation(text, reply=False)
         except InputError as error:
             if reading.bad_documents == "refuse":
                 where = text.where if isinstance(text, Conversation) else "conversation"

@@ -13,8 +13,9 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 
 from rdlm.config import InputError, did_you_mean, local_path, one_line
+from rdlm.data.manifest import Reading
 from rdlm.data.prepare import factbook
-from rdlm.data.prepare.parts import Part, Text, field_of
+from rdlm.data.prepare.parts import Part, Text, document_of
 
 # TFDS knows the builders of these modules only after their import.
 _MODULES = ("text", "question_answering", "translate", "summarization")
@@ -86,7 +87,7 @@ def dataset_parts(builder: tfds.core.DatasetBuilder, split: str, field: str, par
     return [Part("tfds", (path,), share, a, b, split) for a, b in itertools.pairwise(edges)]
 
 
-def read(part: Part, field: str, advance: Callable[[int], None]) -> Iterator[Text | InputError]:
+def read(part: Part, reading: Reading, advance: Callable[[int], None]) -> Iterator[Text | InputError]:
     """The documents of a part of kind "tfds" or "factbook"; in place of one that cannot be read, the error.
 
     Raises:
@@ -101,7 +102,7 @@ def read(part: Part, field: str, advance: Callable[[int], None]) -> Iterator[Tex
         source = tfds.builder_from_directory(path).as_data_source(split=part.split)
         for i in range(part.start, len(source) if part.end is None else part.end):
             try:
-                document: Text | InputError = field_of(source[i], field, f"{path}, example {i}")
+                document: Text | InputError = document_of(source[i], reading, f"{path}, example {i}")
             except InputError as error:
                 document = error
             yield document

@@ -1,0 +1,53 @@
+"""Serve a model over HTTP, as OpenAI's API; every request chooses how many recurrences its tokens take.
+
+    python experiments/serve.py runs/quickstart
+    python experiments/serve.py runs/quickstart --port 8080 --lanes 32 --exit kl latent_diff --max-steps 32
+    python experiments/serve.py models/smollm2 --host 0.0.0.0 --api-key-file keys.txt
+
+    curl http://127.0.0.1:8000/v1/completions -H "Content-Type: application/json" \\
+      -d '{"prompt": "Geography", "max_tokens": 32, "num_steps": 8}'
+
+FOLDER is a run folder or a Hugging Face folder. Needs the extra `serve` (pip install 'rdlm[serve]'). Exit codes:
+0 stopped by SIGTERM or Ctrl-C, 2 wrong input.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from rdlm.config import require
+from rdlm.runtime import keep_compiled_programs, parse_arguments, run_command
+from rdlm.serve import ServeOptions
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Serve the model in FOLDER."""
+
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
+    """Run folder or Hugging Face folder."""
+    options: Annotated[ServeOptions, tyro.conf.arg(name="")] = dataclasses.field(default_factory=ServeOptions)
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 lets other machines in, so give keys then."""
+    port: int = 8000
+    """Port to listen on; 0 takes one that is free."""
+    ema: bool = False
+    """Use the moving average of the weights, if the run kept one (optimizer.ema_decay)."""
+
+
+def main() -> int:
+    args = parse_arguments(Args, prog="serve.py", description=__doc__)
+    require(0 <= args.port < 2**16, "--port", args.port, "must be in [0, 65535]")
+    from rdlm.run import find  # JAX takes seconds, so only now
+    from rdlm.serve import serve
+
+    keep_compiled_programs()
+    return serve(find(args.folder, ema=args.ema), args.options, args.host, args.port)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,282 @@
+"""The HTTP interface: OpenAI's paths, health, tokenization."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Callable, Iterable
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from rdlm.config import InputError
+from rdlm.serve.answers import Json, Writer
+from rdlm.serve.errors import APIError, from_input_error, from_validation, wrong
+from rdlm.serve.guard import Guard
+from rdlm.serve.protocol import (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    Generate,
+    TokenizeBody,
+    Wanted,
+    check_fields,
+    encode_chat,
+    encode_texts,
+    understand,
+)
+from rdlm.serve.service import Call, Service
+
+
+def make_app(service: Service) -> ASGIApp:
+    """The application that serves `service`; its lifespan starts and stops the engine."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        service.start()
+        yield
+        await service.stop()
+
+    app = FastAPI(title="rdlm", lifespan=lifespan, description=__doc__)
+    app.state.service = service
+    app.add_exception_handler(APIError, _on_api_error)
+    app.add_exception_handler(RequestValidationError, _on_validation)
+    app.add_exception_handler(HTTPException, _on_http)
+    app.add_exception_handler(Exception, _on_bug)
+    app.add_api_route("/health", health)
+    app.add_api_route("/ready", ready)
+    app.add_api_route("/v1/models", models)
+    app.add_api_route("/v1/models/{name:path}", model)
+    errors: Any = {status: {"description": "An error object"} for status in (400, 401, 404, 413, 429, 500, 503)}
+    for path, endpoint in _POSTS.items():
+        app.add_api_route(path, endpoint, methods=["POST"], responses={**errors, 422: {"description": "Never"}})
+    return Guard(app, service.keys, service.options)
+
+
+async def health(request: Request) -> Response:
+    """Status 200 while the engine works."""
+    return _state(_service(request).health())
+
+
+async def ready(request: Request) -> Response:
+    """Status 200 while requests are taken."""
+    service = _service(request)
+    return _state(service.health() or service.admission())
+
+
+async def models(request: Request) -> Json:
+    """The one model."""
+    return {"object": "list", "data": [_card(_service(request))]}
+
+
+async def model(name: str, request: Request) -> Json:
+    """The model of this name."""
+    service = _service(request)
+    if name != service.name:
+        raise APIError(404, f"model: there is no {name[:60]!r} here", "model", "model_not_found")
+    return _card(service)
+
+
+async def completions(body: CompletionBody, request: Request) -> Response:
+    """Continue a text."""
+    service = _service(request)
+    check_fields(body, service)
+    prompts = await asyncio.to_thread(encode_texts, service, body.prompt)
+    return _generate(service, body, understand(service, body, prompts))
+
+
+async def chat_completions(body: ChatBody, request: Request) -> Response:
+    """Reply to a chat."""
+    service = _service(request)
+    check_fields(body, service)
+    prompt = await asyncio.to_thread(encode_chat, service, body.messages)
+    return _generate(service, body, understand(service, body, [prompt]))
+
+
+async def tokenize(body: TokenizeBody, request: Request) -> Json:
+    """Token ids of a text or a chat."""
+    service = _service(request)
+    check_fields(body, service)
+    if (body.prompt is None) == (body.messages is None):
+        raise wrong("prompt", "give either a prompt or messages")
+    try:
+        if body.messages is not None:
+            ids = await asyncio.to_thread(encode_chat, service, body.messages)
+        else:
+            bos = None if body.add_special_tokens in (None, True) else False
+            ids = await asyncio.to_thread(service.tokenizer.encode, body.prompt or "", bos)
+    except InputError as error:
+        raise from_input_error(error, "prompt") from error
+    return {"tokens": ids.tolist(), "count": len(ids), "max_model_len": service.max_context}
+
+
+async def detokenize(body: DetokenizeBody, request: Request) -> Json:
+    """The text of token ids."""
+    service = _service(request)
+    check_fields(body, service)
+    return {"prompt": await asyncio.to_thread(service.tokenizer.decode, body.tokens, False)}
+
+
+_POSTS: dict[str, Callable[..., Any]] = {
+    "/v1/completions": completions,
+    "/v1/chat/completions": chat_completions,
+    "/v1/tokenize": tokenize,
+    "/v1/detokenize": detokenize,
+}
+
+
+def _service(request: Request) -> Service:
+    return request.app.state.service
+
+
+def _state(problem: APIError | None) -> Response:
+    if problem is None:
+        return JSONResponse({"status": "ok"})
+    return JSONResponse({"status": problem.code, **problem.body()}, problem.status, headers=problem.headers)
+
+
+def _card(service: Service) -> Json:
+    return {
+        "id": service.name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "rdlm",
+        "max_model_len": service.max_context,
+        "num_steps": service.depths.choose(None, None, None, None).num_steps,
+        "max_steps": service.options.max_steps,
+        "exits": list(service.depths.offered),
+    }
+
+
+def _generate(service: Service, body: Generate, ask: Any) -> Response:
+    call = service.open(ask)
+    writer = Writer(ask, Wanted.of(body), service.name, service.tokenizer)
+    return _Answer(service, call, writer, stream=bool(body.stream))
+
+
+class _Answer(Response):
+    """The answer to a request for tokens. Whatever ends it, the engine's lanes are freed."""
+
+    def __init__(self, service: Service, call: Call, writer: Writer, stream: bool):
+        super().__init__()
+        self._service, self._call, self._writer, self._stream = service, call, writer, stream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI: answer until done, the client leaves, or time is up."""
+        gone = asyncio.ensure_future(_left(receive))
+        work = asyncio.ensure_future(self._work(scope, receive, send))
+        try:
+            await asyncio.wait((gone, work), return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                work.result()
+        finally:
+            self._service.close(self._call)
+            for task in (gone, work):
+                task.cancel()
+            await asyncio.gather(gone, work, return_exceptions=True)
+            facts, writer = scope["rdlm"], self._writer
+            facts |= {"prompt_tokens": writer.prompt_tokens, "completion_tokens": writer.completion_tokens}
+            facts |= {"mean_steps": writer.usage()["mean_steps"]}
+
+    async def _work(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._stream:
+            await self._in_pieces(send)
+            return
+        try:
+            async with asyncio.timeout(self._service.options.request_timeout):
+                while not self._writer.done:
+                    for index, item in await self._call.take():
+                        self._writer.add(index, item)
+            response: Response = JSONResponse(self._writer.whole())
+        except TimeoutError:
+            response = _as_response(_too_late())
+        except APIError as error:
+            response = _as_response(error)
+        await self._write(response(scope, receive, send))
+
+    async def _in_pieces(self, send: Send) -> None:
+        call, writer = self._call, self._writer
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._service.options.request_timeout
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+        headers.append((b"x-accel-buffering", b"no"))
+        await self._write(send({"type": "http.response.start", "status": 200, "headers": headers}))
+        await self._events(send, writer.openings())
+        try:
+            while not writer.done:
+                async with asyncio.timeout_at(deadline):
+                    items = await call.take()
+                chunks = []
+                for index, item in items:
+                    writer.add(index, item)
+                    chunks.append(writer.chunk(index))
+                await self._events(send, [chunk for chunk in chunks if chunk is not None])
+            closing = writer.closing()
+            await self._events(send, [] if closing is None else [closing])
+        except TimeoutError:
+            await self._events(send, [_too_late().body()])
+        except APIError as error:
+            await self._events(send, [error.body()])
+        await self._write(send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False}))
+
+    async def _events(self, send: Send, events: Iterable[Json]) -> None:
+        """Server-sent events, all in one piece."""
+        data = "".join(f"data: {_json(event)}\n\n" for event in events).encode()
+        if data:
+            await self._write(send({"type": "http.response.body", "body": data, "more_body": True}))
+
+    async def _write(self, sending: Any) -> None:
+        """Wait until the client has taken it; a client that takes too long is left."""
+        try:
+            await asyncio.wait_for(sending, self._service.options.write_timeout)
+        except TimeoutError as error:
+            raise _Left from error
+
+
+class _Left(Exception):
+    """The client does not read any more."""
+
+
+def _too_late() -> APIError:
+    return APIError(504, "the request took too long", code="timeout")
+
+
+def _json(value: Json) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+async def _left(receive: Receive) -> None:
+    """Wait until the client hangs up."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _as_response(error: APIError) -> Response:
+    return JSONResponse(error.body(), error.status, headers=error.headers)
+
+
+async def _on_api_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, APIError)
+    return _as_response(error)
+
+
+async def _on_validation(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    return _as_response(from_validation(error))
+
+
+async def _on_http(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    known = {404: "there is nothing at this path", 405: "this path does not take this method", 400: "body: is not JSON"}
+    answer = APIError(error.status_code, known.get(error.status_code, "the request cannot be served"))
+    answer.headers |= dict(error.headers or {})
+    return _as_response(answer)
+
+
+async def _on_bug(_: Request, error: Exception) -> Response:
+    return _as_response(APIError(500, "the server has a bug; its log says more", code="internal_error"))

@@ -1,0 +1,89 @@
+"""How deep a request thinks: its fields, checked and completed."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import cast
+
+from rdlm import exits
+from rdlm.config import ExitName
+from rdlm.exits import ExitRule
+from rdlm.serve.errors import wrong
+from rdlm.serve.options import ServeOptions
+
+
+@dataclasses.dataclass(frozen=True)
+class DepthChoice:
+    """When the tokens of a request stop."""
+
+    kind: str  # of the engine that serves it
+    num_steps: int
+    rule: ExitRule | None
+    min_steps: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Depths:
+    """The choices that a server offers."""
+
+    options: ServeOptions  # resolved
+    trained: int  # recurrences, in the mean
+    vocab_size: int
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of exit rules: one engine each. Tokens without a rule run in the first."""
+        rules = tuple(name for name in self.options.exit or () if name != "none")
+        return rules or ("none",)
+
+    @property
+    def offered(self) -> tuple[str, ...]:
+        """What a request may say for `exit`, its default first."""
+        return tuple(dict.fromkeys((*(self.options.exit or ()), "none")))
+
+    def rule(self, kind: str, threshold: float | None = None) -> ExitRule | None:
+        """A rule of this kind; None for "none"."""
+        return exits.named(cast(ExitName, kind), threshold)
+
+    def choose(
+        self, num_steps: int | None, exit: str | None, threshold: float | None, min_steps: int | None
+    ) -> DepthChoice:
+        """What a request gets that says so much.
+
+        Raises:
+          APIError: something that this server does not offer.
+        """
+        options = self.options
+        name = self.offered[0] if exit is None else exit
+        if name not in self.offered:
+            raise wrong("exit", f"{name[:40]!r} is not served here; choose one of {', '.join(self.offered)}")
+        if name == "none" and threshold is not None:
+            raise wrong("threshold", "exit 'none' has none; leave it out, or choose another exit")
+        default = self.trained if name == "none" and self.offered[0] != "none" else options.steps or self.trained
+        most = options.max_steps or default
+        steps = min(default, most) if num_steps is None else num_steps
+        if not 1 <= steps <= most:
+            raise wrong("num_steps", f"{steps} is not in [1, {most}]")
+        least = min_steps or 0
+        if least < 0 or least >= 2**31:
+            raise wrong("min_steps", "must not be negative")
+        if name == "none":
+            return self.without_rule(steps)
+        if name == "argmax_stability" and threshold is not None and threshold >= 2**31:
+            raise wrong("threshold", "must be a number of recurrences")
+        if threshold is None and name == self.offered[0]:
+            threshold = options.threshold
+        rule = self.rule(name, threshold)
+        assert rule is not None
+        if rule.every_check and least:
+            raise wrong("min_steps", f"exit {name!r} is checked at every recurrence; leave it out")
+        return DepthChoice(name, steps, rule, least)
+
+    def without_rule(self, steps: int) -> DepthChoice:
+        """Exactly `steps` recurrences, in an engine whose rule is never checked."""
+        kind = self.kinds[0]
+        if kind == "none":
+            return DepthChoice(kind, steps, None)
+        if kind == "gate":  # from 1 on it never stops
+            return DepthChoice(kind, steps, self.rule(kind, 1.0))
+        return DepthChoice(kind, steps, self.rule(kind), steps)

@@ -1,0 +1,101 @@
+"""How a server serves: sizes, limits, default depth."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from rdlm.config import ExitName, InputError, ModelConfig, check_threshold, local_path, require
+
+
+@dataclasses.dataclass(frozen=True)
+class ServeOptions:
+    """Options of a server. None: chosen from the model, by `resolved`.
+
+    Raises:
+      InputError: an impossible value.
+    """
+
+    model_name: str | None = None
+    """Name of the model for clients; None: that of the folder."""
+    lanes: int = 16
+    """Requests in flight, for each kind of exit rule."""
+    max_context: int | None = None
+    """Tokens of prompt and answer together; None: the model's maximum, at most 2,048."""
+    steps: int | None = None
+    """Recurrences per token where a request does not say; the maximum, with an exit rule."""
+    max_steps: int | None = None
+    """Most recurrences that a request may ask for."""
+    exit: tuple[Literal["none"] | ExitName, ...] | None = None
+    """Exit rules that requests may choose; the first is the default. `none` can always be chosen."""
+    threshold: float | None = None
+    """Threshold of the default rule; None: the rule's own."""
+    cache_recurrences: int | None = None
+    """Recurrences whose keys and values are kept; None: all."""
+    max_queue: int = 64
+    """Answers that may wait for a lane; more are refused with status 429."""
+    max_body: int = 2**20
+    """Bytes of a request's body."""
+    max_buffer: int = 1024
+    """Tokens that a slow reader may fall behind before its request ends."""
+    request_timeout: float = 600.0
+    """Seconds that a request may take in all."""
+    write_timeout: float = 30.0
+    """Seconds that a client may take to accept what is sent."""
+    grace: float = 30.0
+    """Seconds that requests in flight may go on after a signal to stop."""
+    api_key_file: Path | None = None
+    """A file with one API key per line; clients send one as a bearer token."""
+    refuse_unknown: bool = False
+    """Refuse requests with fields that are not known, instead of ignoring these fields."""
+    access_log: bool = True
+    """Write one JSON line per request to stderr: no prompt, no answer."""
+
+    def __post_init__(self) -> None:
+        counts = ("lanes", "max_context", "steps", "max_steps", "cache_recurrences")
+        for name in (*counts, "max_queue", "max_body", "max_buffer"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"--{name.replace('_', '-')}", value, "must be at least 1")
+        for name in ("request_timeout", "write_timeout", "grace"):
+            value = getattr(self, name)
+            require(0 < value < 1e6, f"--{name.replace('_', '-')}", value, "must be a number of seconds above 0")
+        if self.exit is not None:
+            require(len(self.exit) > 0, "--exit", self.exit, "name at least one rule, or leave it out")
+            require(len(set(self.exit)) == len(self.exit), "--exit", self.exit, "names a rule twice")
+        check_threshold(self.exit[0] if self.exit else "kl", self.threshold)
+
+    def resolved(self, config: ModelConfig) -> ServeOptions:
+        """These options with everything chosen that follows from the model.
+
+        Raises:
+          InputError: the model cannot do it.
+        """
+        trained = config.mean_recurrence
+        rules = self.exit or (("none",) if trained == 1 else ("kl",))
+        fixed = trained == 1 or config.loop.close  # made for exactly so many
+        steps = self.steps or (trained if fixed or rules[0] == "none" else 2 * trained)
+        max_steps = self.max_steps or max(steps, trained if fixed else 2 * trained)
+        require(steps <= max_steps, "--steps", steps, f"must be at most --max-steps {max_steps}")
+        context = min(config.max_length, 2048) if self.max_context is None else self.max_context
+        fits = 2 <= context <= config.max_length
+        require(fits, "--max-context", context, f"must be from 2 to the model's maximum, {config.max_length}")
+        if "gate" in rules and not config.loop.gate:
+            raise InputError("--exit gate: this model has no exit gate; choose another rule")
+        return dataclasses.replace(self, exit=rules, steps=steps, max_steps=max_steps, max_context=context)
+
+    def read_keys(self) -> list[bytes]:
+        """The API keys; none: everybody is served.
+
+        Raises:
+          InputError: the file cannot be read or holds no key.
+        """
+        if self.api_key_file is None:
+            return []
+        try:
+            lines = local_path(self.api_key_file).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--api-key-file {self.api_key_file}: cannot be read ({error})") from error
+        keys = [line.strip().encode() for line in lines if line.strip()]
+        require(bool(keys), "--api-key-file", str(self.api_key_file), "holds no key; write one per line")
+        return keys

@@ -1,0 +1,290 @@
+"""Bodies of requests: OpenAI's fields, and those for depth. What they ask for, checked."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from rdlm.config import InputError, Sampling
+from rdlm.serve.errors import APIError, from_input_error, wrong
+from rdlm.serve.service import Service, new_seed
+from rdlm.serve.worker import Ask
+
+Id = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+def _prompt(value: object) -> object:
+    """A text, texts, token ids, or lists of those; anything else is refused in one sentence."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and value:
+        if all(isinstance(x, str) for x in value) or _are_ids(value):
+            return value
+        if all(isinstance(x, list) and x and _are_ids(x) for x in value):
+            return value
+    raise ValueError("must be a text, a list of texts, token ids, or lists of token ids, none of them empty")
+
+
+def _are_ids(value: list[object]) -> bool:
+    return all(isinstance(x, int) and not isinstance(x, bool) and 0 <= x < 2**31 for x in value)
+
+
+def _stop(value: object) -> object:
+    words = [value] if isinstance(value, str) else value
+    if words is None or (isinstance(words, list) and len(words) <= 16 and all(isinstance(s, str) and s for s in words)):
+        return value
+    raise ValueError("must be a text or a list of at most 16 texts, none of them empty")
+
+
+class StreamOptions(BaseModel):
+    """What a stream contains."""
+
+    model_config = ConfigDict(strict=True)
+
+    include_usage: bool | None = None
+
+
+class Body(BaseModel):
+    """Any request about the model. Null is as good as leaving a field out."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    model: str | None = None
+
+
+class Generate(Body):
+    """What completions and chats share."""
+
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    stop: Annotated[str | list[str] | None, BeforeValidator(_stop)] = None
+    stop_token_ids: Annotated[list[Id], Field(max_length=64)] | None = None
+    return_token_ids: bool | None = None
+    num_steps: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    exit: str | None = None
+    threshold: Annotated[float, Field(ge=0)] | None = None
+    min_steps: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+
+    @property
+    def limit(self) -> tuple[str, int | None]:
+        """The most new tokens, and the field that says so."""
+        return "max_tokens", self.max_tokens
+
+    @property
+    def log_probs(self) -> bool:
+        """Whether the answer says how likely its tokens were."""
+        return False
+
+
+class CompletionBody(Generate):
+    """POST /v1/completions."""
+
+    prompt: Annotated[str | list[str] | list[int] | list[list[int]], BeforeValidator(_prompt)]
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+
+    @property
+    def log_probs(self) -> bool:
+        """Whether the answer says how likely its tokens were."""
+        return self.logprobs is not None
+
+
+class Part(BaseModel):
+    """A part of a message. Only text can be read."""
+
+    model_config = ConfigDict(strict=True)
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    """A message of a chat."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    role: str
+    content: str | list[Part] | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """For a chat template."""
+        content = self.content or ""
+        text = content if isinstance(content, str) else "".join(part.text for part in content)
+        return {**(self.model_extra or {}), "role": self.role, "content": text}
+
+
+class ChatBody(Generate):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+
+    @property
+    def limit(self) -> tuple[str, int | None]:
+        """The most new tokens, and the field that says so."""
+        if self.max_completion_tokens is not None:
+            return "max_completion_tokens", self.max_completion_tokens
+        return "max_tokens", self.max_tokens
+
+    @property
+    def log_probs(self) -> bool:
+        """Whether the answer says how likely its tokens were."""
+        return bool(self.logprobs)
+
+
+class TokenizeBody(Body):
+    """POST /v1/tokenize: a text or a chat."""
+
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    add_special_tokens: bool | None = None
+
+
+class DetokenizeBody(Body):
+    """POST /v1/detokenize."""
+
+    tokens: list[Id]
+
+
+_WITHOUT_EFFECT = {
+    "metadata", "parallel_tool_calls", "prompt_cache_key", "safety_identifier", "service_tier", "store", "tool_choice",
+    "user",
+}  # fmt: skip
+_NOTHING: tuple[object, ...] = (None, False, 0, "", "none", "auto")
+_UNSERVED: dict[str, tuple[object, ...]] = {  # fields that would change the answer, and values that change nothing
+    "audio": (),
+    "best_of": (1,),
+    "echo": (),
+    "frequency_penalty": (),
+    "function_call": (),
+    "functions": ([],),
+    "ignore_eos": (),
+    "logit_bias": ({},),
+    "min_tokens": (),
+    "modalities": (["text"],),
+    "prediction": (),
+    "presence_penalty": (),
+    "response_format": ({"type": "text"},),
+    "suffix": (),
+    "tools": ([],),
+    "top_logprobs": (),
+}
+
+
+def check_fields(body: Body, service: Service) -> None:
+    """Refuse another model, what this server cannot do, and, if it shall, fields that it does not know.
+
+    Raises:
+      APIError: one of these.
+    """
+    if body.model is not None and body.model != service.name:
+        message = f"model: there is no {body.model[:60]!r} here, only {service.name!r}"
+        raise APIError(404, message, "model", "model_not_found")
+    for name, value in (body.model_extra or {}).items():
+        if name in _UNSERVED:
+            if value not in (*_NOTHING, *_UNSERVED[name]):
+                raise APIError(400, f"{name}: is not served here; leave it out", name, "unsupported_parameter")
+        elif service.options.refuse_unknown and name not in _WITHOUT_EFFECT:
+            raise APIError(400, f"{name[:40]!r}: is no field that this server knows", name[:40], "unknown_parameter")
+
+
+def encode_chat(service: Service, messages: Sequence[Message]) -> np.ndarray:
+    """The prompt of a chat.
+
+    Raises:
+      APIError: the chat template refuses it.
+    """
+    try:
+        return service.tokenizer.encode_chat([message.plain() for message in messages])
+    except InputError as error:
+        raise from_input_error(error, "messages") from error
+
+
+def encode_texts(service: Service, prompt: str | list[str] | list[int] | list[list[int]]) -> list[np.ndarray]:
+    """The prompts of a completion.
+
+    Raises:
+      APIError: not valid Unicode.
+    """
+    given: list[Any] = prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
+    try:
+        return [service.tokenizer.encode(p) if isinstance(p, str) else np.asarray(p, np.int32) for p in given]
+    except InputError as error:
+        raise from_input_error(error, "prompt") from error
+
+
+def understand(service: Service, body: Generate, prompts: list[np.ndarray]) -> Ask:
+    """What a body asks for.
+
+    Raises:
+      APIError: something that is not served.
+    """
+    field = "messages" if isinstance(body, ChatBody) else "prompt"
+    limits = []
+    name, wanted = body.limit
+    for prompt in prompts:
+        room = service.max_context - len(prompt)
+        if len(prompt) == 0:
+            raise wrong(field, "has no tokens")
+        if room < 1:
+            message = f"{len(prompt)} tokens, but the context of {service.max_context} needs room for one more"
+            raise APIError(400, f"{field}: {message}", field, "context_length_exceeded")
+        if wanted is not None and wanted > room:
+            message = f"{wanted} and {len(prompt)} tokens of the prompt exceed the context of {service.max_context}"
+            raise APIError(400, f"{name}: {message}", name, "context_length_exceeded")
+        if (largest := int(prompt.max())) >= service.run.config.vocab_size:
+            raise wrong(field, f"{largest} is no token; ids are below {service.run.config.vocab_size}")
+        limits.append(room if wanted is None else wanted)
+    if body.stream_options is not None and not body.stream:
+        raise wrong("stream_options", "needs stream = true")
+    depth = service.depths.choose(body.num_steps, body.exit, body.threshold, body.min_steps)
+    tokenizer, words = service.tokenizer, [body.stop] if isinstance(body.stop, str) else body.stop or []
+    special = [tokenizer.special_ids[word] for word in words if word in tokenizer.special_ids]
+    temperature = 1.0 if body.temperature is None else float(body.temperature)
+    seed = body.seed
+    if seed is None:
+        seed = new_seed() if temperature > 0 else 0
+    return Ask(
+        prompts=prompts,
+        limits=limits,
+        samples=body.n or 1,
+        depth=depth,
+        sampling=Sampling(
+            temperature=temperature,
+            top_k=max(body.top_k or 0, 0),
+            top_p=1.0 if body.top_p is None else float(body.top_p),
+            min_p=float(body.min_p or 0.0),
+            repetition_penalty=1.0 if body.repetition_penalty is None else float(body.repetition_penalty),
+        ),
+        seed=seed,
+        stop=tuple(word for word in words if word not in tokenizer.special_ids),
+        stop_ids=(*dict.fromkeys((*tokenizer.end_ids, *special, *(body.stop_token_ids or ()))),),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """How an answer is to be written down."""
+
+    chat: bool
+    log_probs: bool
+    token_ids: bool
+    usage: bool  # at the end of a stream
+
+    @classmethod
+    def of(cls, body: Generate) -> Wanted:
+        """As the body says."""
+        usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+        return cls(isinstance(body, ChatBody), body.log_probs, bool(body.return_token_ids), usage)

@@ -1,0 +1,108 @@
+"""A server as a process: its socket, its signals, its end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import sys
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from rdlm.config import InputError
+from rdlm.serve.options import ServeOptions
+
+if TYPE_CHECKING:
+    from rdlm.run import Run
+
+
+def serve(run: Run, options: ServeOptions | None = None, host: str = "127.0.0.1", port: int = 8000) -> int:
+    """Serve a model over HTTP until SIGTERM or Ctrl-C.
+
+    Args:
+      run: the model.
+      options: sizes, limits, default depth; None: all defaults.
+      host: the address to listen on; others than loopback can be reached by other machines.
+      port: 0: any that is free.
+
+    Returns:
+      0, after a signal.
+
+    Raises:
+      InputError: options that the model cannot serve, an address that cannot be listened on, or the extra `serve` is
+        not installed.
+    """
+    try:
+        import uvicorn
+
+        from rdlm.serve.app import make_app
+        from rdlm.serve.service import Service
+    except ModuleNotFoundError as error:
+        missing = f"{error.name}: not installed; a server needs the extra `serve` (pip install 'rdlm[serve]')"
+        raise InputError(missing) from error
+
+    service = Service(run, options or ServeOptions())
+    _ = run.params
+    listening = open_socket(host, port)
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            asyncio.get_running_loop().call_soon_threadsafe(service.drain)
+            super().handle_exit(sig, frame)
+
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    log = logging.getLogger("rdlm.serve")
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    plain = logging.StreamHandler(sys.stderr)
+    plain.setFormatter(logging.Formatter("%(message)s"))
+    log.handlers = [plain]
+    config = uvicorn.Config(
+        make_app(service),
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        ws="none",
+        timeout_graceful_shutdown=int(service.options.grace) + 5,
+        timeout_keep_alive=30,
+    )
+    server = Server(config)
+
+    def end() -> None:
+        server.should_exit = True
+
+    service.on_failure = end
+    name, bound = listening.getsockname()[:2]
+    place = f"[{name}]" if ":" in name else name
+    where = f"http://{place}:{bound}"
+    print(f"serving {service.name} at {where}; compiling, /ready answers 200 after that", file=sys.stderr)
+    # Otherwise uvicorn ends the process by the signal itself.
+    kept = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        server.run(sockets=[listening])
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+    if service.worker.failure is not None:
+        raise service.worker.failure
+    return 0
+
+
+def open_socket(host: str, port: int) -> socket.socket:
+    """A listening socket.
+
+    Raises:
+      InputError: no such address, or it is taken.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listening = socket.socket(family, kind, protocol)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+    except (OSError, OverflowError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"--host {host} --port {port}: cannot be listened on ({reason}); choose another") from error
+    return listening

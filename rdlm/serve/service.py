@@ -1,0 +1,203 @@
+"""What stands between HTTP and the worker: a bounded queue, requests and their answers, health."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import secrets
+import time
+from collections.abc import Callable
+
+from rdlm.config import InputError, one_line
+from rdlm.run import Run
+from rdlm.serve.depth import Depths
+from rdlm.serve.errors import APIError
+from rdlm.serve.options import ServeOptions
+from rdlm.serve.worker import Answer, Ask, End, Item, Token, Worker
+
+
+class Call:
+    """A request that is being answered: items of all its answers as they come, in the event loop's thread."""
+
+    def __init__(self, answers: int, max_buffer: int):
+        self.began = time.perf_counter()
+        self.first_token: float | None = None  # seconds after which the first token came
+        self.waiting = set(range(answers))  # answers without a token
+        self.running: set[int] = set()
+        self._max_buffer = max_buffer
+        self._buffer: collections.deque[tuple[int, Item]] = collections.deque()
+        self._fresh = asyncio.Event()
+        self._error: APIError | None = None
+
+    def put(self, index: int, items: list[Item]) -> None:
+        """Items of one answer."""
+        for item in items:
+            if isinstance(item, Token) and index in self.waiting:
+                self.waiting.discard(index)
+                self.running.add(index)
+                self.first_token = self.first_token or time.perf_counter() - self.began
+            elif isinstance(item, End):
+                self.waiting.discard(index)
+                self.running.discard(index)
+        self._buffer += [(index, item) for item in items]
+        if len(self._buffer) > self._max_buffer:
+            self.fail(APIError(503, "the client reads too slowly", code="slow_reader"))
+        self._fresh.set()
+
+    def fail(self, error: APIError) -> None:
+        """End all answers with this error."""
+        self._error = self._error or error
+        self._fresh.set()
+
+    async def take(self) -> list[tuple[int, Item]]:
+        """All items that are there; waits for one.
+
+        Raises:
+          APIError: the request has failed.
+        """
+        await self._fresh.wait()
+        if self._error is not None:
+            raise self._error
+        self._fresh.clear()
+        items = list(self._buffer)
+        self._buffer.clear()
+        for _, item in items:
+            if isinstance(item, End) and item.error is not None:
+                raise _as_answer(item.error)
+        return items
+
+
+def _as_answer(error: Exception) -> APIError:
+    """An engine's error for a client."""
+    if isinstance(error, InputError):
+        return APIError(500, one_line(error), code="engine_error")
+    return APIError(500, "the engine failed while it served this request", code="engine_error")
+
+
+class Service:
+    """A model and the requests for it. Everything here runs in the event loop's thread.
+
+    Args:
+      run: the model.
+      options: of the server.
+
+    Raises:
+      InputError: options that the model cannot serve, or no tokenizer.
+    """
+
+    def __init__(self, run: Run, options: ServeOptions):
+        self.run, self.tokenizer = run, run.require_tokenizer()
+        self.options = options.resolved(run.config)
+        self.keys = options.read_keys()
+        self.name = options.model_name or run.folder.resolve().name
+        self.created = int(time.time())
+        self.depths = Depths(self.options, run.config.mean_recurrence, run.config.vocab_size)
+        self.draining = False
+        self.on_failure: Callable[[], None] = lambda: None
+        self._calls: dict[Call, list[Answer]] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self.worker = Worker(run, self.depths, self._call_soon)
+        self.worker.on_change = self._changed
+
+    def _call_soon(self, function: Callable[[], None]) -> None:
+        assert self._loop is not None
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(function)
+
+    def start(self) -> None:
+        """Begin to compile; ready after that."""
+        self._loop = asyncio.get_running_loop()
+        self.worker.start()
+
+    async def stop(self) -> None:
+        """End the worker."""
+        await asyncio.to_thread(self.worker.stop)
+
+    def _changed(self) -> None:
+        if self.worker.failure is not None:
+            for call in self._calls:
+                call.fail(APIError(500, "the engine has failed; the server must be restarted", code="engine_error"))
+            self.on_failure()
+
+    @property
+    def max_context(self) -> int:
+        """Tokens of prompt and answer together."""
+        assert self.options.max_context is not None
+        return self.options.max_context
+
+    @property
+    def waiting(self) -> int:
+        """Answers without a token."""
+        return sum(len(call.waiting) for call in self._calls)
+
+    @property
+    def running(self) -> int:
+        """Answers with a token that are not done."""
+        return sum(len(call.running) for call in self._calls)
+
+    def health(self) -> APIError | None:
+        """What keeps the engine from serving; None: nothing."""
+        if self.worker.failure is not None or self.worker.sick:
+            return APIError(503, "the engine has failed", code="engine_error")
+        if not self.worker.ready:
+            return APIError(503, "the server is warming up", code="warming_up", retry_after=5)
+        return None
+
+    def admission(self) -> APIError | None:
+        """What keeps a request from being served; None: nothing."""
+        if self.draining:
+            return APIError(503, "the server is stopping", code="stopping", retry_after=5)
+        if self.worker.failure is not None or not self.worker.ready:
+            return self.health()
+        return None
+
+    def open(self, ask: Ask) -> Call:
+        """Queue a request; `close` it in any case.
+
+        Raises:
+          APIError: no room, or not ready.
+        """
+        if (refusal := self.admission()) is not None:
+            raise refusal
+        count, most = len(ask.prompts) * ask.samples, self.options.max_queue
+        if count > most:
+            field = "n" if ask.samples > 1 else "prompt"
+            raise APIError(400, f"{field}: {count} answers in one request, at most {most} may wait", field, "too_many")
+        if self._unplaced() + count > most:
+            raise APIError(429, "too many requests are waiting; try again later", code="queue_full", retry_after=1)
+        call = Call(count, self.options.max_buffer)
+        answers = []
+        for index in range(count):
+            prompt, sample = divmod(index, ask.samples)
+            answers.append(Answer(ask, prompt, sample, lambda items, index=index: call.put(index, items)))  # type: ignore[misc]
+        self._calls[call] = answers
+        for answer in answers:
+            self.worker.submit(answer)
+        return call
+
+    def _unplaced(self) -> int:
+        """Answers that wait although all lanes are taken."""
+        lanes = self.options.lanes
+        return max(self.waiting - max(lanes - self.running, 0), 0)
+
+    def close(self, call: Call) -> None:
+        """Free what the request still holds, within one step of the engine."""
+        for answer in self._calls.pop(call, []):
+            answer.cancelled = True
+
+    def drain(self) -> None:
+        """Take no more requests, and end those in flight after the grace period."""
+        if self.draining:
+            return
+        self.draining = True
+
+        def expire() -> None:
+            for call in self._calls:
+                call.fail(APIError(503, "the server is stopping", code="stopping"))
+
+        asyncio.get_running_loop().call_later(self.options.grace, expire)
+
+
+def new_seed() -> int:
+    """A seed for a request that names none."""
+    return secrets.randbits(31)

@@ -1,0 +1,248 @@
+"""The one thread that owns the engines. Answers to make go in, tokens come out; nobody else waits for the device."""
+
+from __future__ import annotations
+
+import dataclasses
+import queue
+import threading
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax
+import numpy as np
+
+from rdlm.config import CachePolicy, InputError, Sampling, one_line
+from rdlm.decode import Engine
+from rdlm.decode.engine import Served
+from rdlm.decode.passes import next_power
+from rdlm.decode.requests import sample_keys
+from rdlm.run import Run
+from rdlm.serve.depth import DepthChoice, Depths
+from rdlm.tokenizer import DecodeStream, Tokenizer
+
+_STOPS = 4  # stop tokens that an engine's lanes hold; more are looked for here
+
+
+class Token(NamedTuple):
+    """One more token of an answer."""
+
+    text: str  # that it completes, possibly empty
+    id: int
+    steps: int  # recurrences
+    log_prob: float
+
+
+class End(NamedTuple):
+    """No more tokens will come."""
+
+    reason: Literal["stop", "length"] | None  # None: an error
+    text: str = ""  # what was held back, because it could have become a stop string
+    error: Exception | None = None
+
+
+Item = Token | End
+
+
+@dataclasses.dataclass(frozen=True)
+class Ask:
+    """What all answers to a request share."""
+
+    prompts: list[np.ndarray]  # int32 token ids
+    limits: list[int]  # most new tokens for each prompt
+    samples: int  # answers to each prompt
+    depth: DepthChoice
+    sampling: Sampling  # without stop tokens
+    seed: int
+    stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(eq=False)
+class Answer:
+    """One answer in the making. Made by the service; everything but `cancelled` is the worker's."""
+
+    ask: Ask
+    prompt: int  # which of the prompts
+    sample: int  # which of its answers
+    put: Callable[[list[Item]], None]  # called in the thread of the event loop
+    cancelled: bool = False
+    served: Served | None = None
+    stream: DecodeStream | None = None
+    error: Exception | None = None
+    fresh: list[Item] = dataclasses.field(default_factory=list)  # not yet handed over
+
+
+class Worker:
+    """Runs the engines, one for each kind of exit rule, in a thread of its own.
+
+    Args:
+      run: the model.
+      depths: what requests may choose.
+      call_soon: hands a function to the thread of the event loop.
+    """
+
+    def __init__(self, run: Run, depths: Depths, call_soon: Callable[[Callable[[], None]], object]):
+        self._run, self._depths, self._call_soon = run, depths, call_soon
+        self._tokenizer: Tokenizer = run.require_tokenizer()
+        self._inbox: queue.SimpleQueue[Answer | None] = queue.SimpleQueue()
+        self._active: list[Answer] = []
+        self._engines: dict[str, Engine] = {}
+        self._stopping = False
+        self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
+        self.ready = False
+        """Whether everything is compiled."""
+        self.failure: BaseException | None = None
+        """Why there is no thread any more."""
+        self.sick = False
+        """Whether the engine has failed since it last made a token."""
+        self.on_change: Callable[[], None] = lambda: None
+        """Called in the event loop's thread after `ready` or `failure` has changed."""
+
+    def start(self) -> None:
+        """Compile, then serve."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread after the step that it is in; answers that are not done stay so."""
+        self._stopping = True
+        self._inbox.put(None)
+        self._thread.join()
+
+    def submit(self, answer: Answer) -> None:
+        """Make this answer."""
+        self._inbox.put(answer)
+
+    def _main(self) -> None:
+        try:
+            self._engines = {kind: self._engine(kind) for kind in self._depths.kinds}
+            for kind in self._engines:
+                self._warm_up(DepthChoice(kind, 1, self._depths.rule(kind)))
+            self.ready = True
+            self._call_soon(lambda: self.on_change())
+            while not self._stopping:
+                self._take()
+                self._round()
+        except BaseException as error:  # the engine answers for its own failures, so this one is the end
+            self.failure, self.ready = error, False
+            self._take(wait=False)
+            for answer in self._active:
+                answer.fresh.append(End(None, error=RuntimeError(one_line(error))))
+            self._hand_over()
+            self._call_soon(lambda: self.on_change())
+
+    def _engine(self, kind: str) -> Engine:
+        options, config = self._depths.options, self._run.config
+        steps, context = options.max_steps, options.max_context
+        assert steps is not None
+        assert context is not None
+        return Engine(
+            self._run.params,
+            config,
+            lanes=options.lanes,
+            max_new_tokens=context,
+            capacity=context,
+            num_steps=steps,
+            exit_rule=self._depths.rule(kind),
+            cache=CachePolicy(options.cache_recurrences),
+            max_queue=10**6,  # the service has counted
+            ticks_per_step=max(8, steps),
+        )
+
+    def _warm_up(self, depth: DepthChoice) -> None:
+        """Compile for prompts of every length, as requests will. Raises what the engine raises."""
+        context, length = self._depths.options.max_context, 16
+        assert context is not None
+        while not self._stopping:
+            prompt = np.zeros(max(min(length, context - 1), 1), np.int32)
+            limit = min(2, context - len(prompt))
+            ask = Ask([prompt], [limit], 1, depth, Sampling(temperature=1.0), seed=0)
+            answer = Answer(ask, 0, 0, lambda items: None)
+            self._active = [answer]
+            while self._active:
+                self._round()
+            if answer.error is not None:
+                raise answer.error
+            if length >= context - 1:
+                break
+            length = next_power(length + 1)
+
+    def _take(self, wait: bool = True) -> None:
+        """Answers that have come; waits for one if there is nothing else to do."""
+        wait = wait and not self._active
+        while True:  # whoever sets `_stopping` puts something in
+            try:
+                answer = self._inbox.get(block=wait)
+            except queue.Empty:
+                return
+            wait = False
+            if answer is None or answer.cancelled:
+                continue
+            self._active.append(answer)
+
+    def _round(self) -> None:
+        """One step of every engine that has something to do, and what comes of it to those who wait."""
+        for answer in self._active:
+            if answer.served is None and not answer.cancelled:
+                self._begin(answer)
+            if answer.served is not None and answer.cancelled:
+                answer.served.cancel()
+        for engine in self._engines.values():
+            engine.step()
+        for answer in self._active:
+            if answer.served is not None and answer.served.done and not answer.cancelled:
+                answer.fresh.append(self._end(answer, answer.served))
+        self._hand_over()
+
+    def _begin(self, answer: Answer) -> None:
+        ask = answer.ask
+        prompt, depth = ask.prompts[answer.prompt], ask.depth
+        key = sample_keys(jax.random.key(ask.seed)[None], ask.samples)[answer.sample]
+        answer.stream = self._tokenizer.decode_stream(after=prompt.tolist(), stop=ask.stop)
+        try:
+            answer.served = self._engines[depth.kind].submit(
+                prompt,
+                max_new_tokens=ask.limits[answer.prompt],
+                num_steps=depth.num_steps,
+                exit_rule=depth.rule,
+                min_steps=depth.min_steps,
+                sampling=dataclasses.replace(ask.sampling, stop_tokens=ask.stop_ids[:_STOPS]),
+                key=key,
+                on_token=lambda token, steps: self._heard(answer, token, steps),
+            )
+        except InputError as error:
+            answer.error = error
+            answer.fresh.append(End(None, error=error))
+
+    def _heard(self, answer: Answer, token: int, steps: int) -> None:
+        """A token that the engine has just delivered."""
+        assert answer.served is not None
+        assert answer.stream is not None
+        self.sick = False
+        text = answer.stream.push(token)
+        answer.fresh.append(Token(text, token, steps, answer.served.log_probs[-1]))
+        if answer.stream.stopped or token in answer.ask.stop_ids[_STOPS:]:
+            answer.served.cancel()
+
+    def _end(self, answer: Answer, served: Served) -> End:
+        assert answer.stream is not None
+        if served.error is not None:
+            self.sick = self.sick or not isinstance(served.error, InputError)
+            answer.error = served.error if isinstance(served.error, Exception) else RuntimeError("stopped")
+            return End(None, error=answer.error)
+        stopped = answer.stream.stopped or served.tokens[-1] in answer.ask.stop_ids
+        return End("stop" if stopped else "length", answer.stream.end())
+
+    def _hand_over(self) -> None:
+        """Give what has come to the event loop, all at once."""
+        batch = [(answer.put, answer.fresh) for answer in self._active if answer.fresh and not answer.cancelled]
+        ended = {answer for answer in self._active if answer.cancelled or any(isinstance(i, End) for i in answer.fresh)}
+        for answer in self._active:
+            answer.fresh = []
+        self._active = [answer for answer in self._active if answer not in ended]
+
+        def deliver() -> None:
+            for put, items in batch:
+                put(items)
+
+        if batch:
+            self._call_soon(deliver)

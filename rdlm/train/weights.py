@@ -1,0 +1,198 @@
+"""Where the first parameters of a run come from, if not from its seed: the folder `init` (docs/training.md, Start from
+weights).
+
+Once the run folder holds a checkpoint, `init` is not read again: the same command resumes without it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+from jaxtyping import PyTree
+
+from rdlm.checkpoint import StoredCheckpoint, open_checkpoint, read_config, saved_steps
+from rdlm.config import InputError, ModelConfig, RunConfig, differences, local_path, require
+from rdlm.hf import StoredModel, is_huggingface, open_huggingface
+from rdlm.model import Params, cast
+from rdlm.runtime import together
+from rdlm.tokenizer import Tokenizer
+
+FREE = (
+    "mean_recurrence",
+    "backprop_depth",
+    "max_length",
+    "rope_base",
+    "rope_scaling",
+    "window_rope_base",
+    "attention_window",
+    "full_attention_layers",
+    "param_dtype",
+    "compute_dtype",
+    "test_time_noise",
+    "loop.start_std",
+)
+"""Fields of the model that may differ from those of `init`: they change no tensor, and not what a tensor is."""
+
+
+class Weights:
+    """The folder `init` of a run: its model, tokenizer and parameters, each read when it is asked for."""
+
+    def __init__(self, run: RunConfig):
+        """Raises InputError: not a local path."""
+        self.folder, self.ema = local_path(run.init, "init"), run.init_ema
+        self.settled = _settled(run)
+        """The run's own config.json, once the run goes on without `init`."""
+
+    @functools.cached_property
+    def source(self) -> StoredModel | StoredCheckpoint:
+        """The stored parameters. Raises InputError: there are none, or what is there is damaged."""
+        if not self.folder.is_dir():
+            given = "is a file" if self.folder.exists() else "no such folder"
+            raise InputError(
+                f"init = '{self.folder}': {given}; give a run folder or a Hugging Face folder (convert_huggingface.py "
+                "makes one of a GGUF file or of a model on the hub)"
+            )
+        if not is_huggingface(self.folder):
+            return open_checkpoint(self.folder, ema=self.ema)
+        require(
+            not self.ema, "init_ema", self.ema, f"must be false: {self.folder}, a Hugging Face folder, has no average"
+        )
+        return open_huggingface(self.folder)
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Where the tokenizer of the parameters lies."""
+        return self.folder if isinstance(self.source, StoredModel) else self.folder / "tokenizer"
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the parameters.
+
+        Raises:
+          InputError: there is none, so that nobody knows which token a row of the embedding is; or another model's.
+        """
+        folder = self.tokenizer_folder
+        if not (folder / "tokenizer.json").exists():
+            raise InputError(f"init = '{self.folder}': has no tokenizer; put the model's tokenizer.json into {folder}")
+        tokenizer = Tokenizer.load(folder)
+        tokenizer.check_fits(self._stored_model.vocab_size, self.folder)
+        return tokenizer
+
+    @property
+    def _stored_model(self) -> ModelConfig:
+        return self.source.config if isinstance(self.source, StoredModel) else self.source.run.model
+
+    @functools.cached_property
+    def model(self) -> ModelConfig:
+        """What the run trains. Parameters are held in float32, in which small updates are not lost; it computes in the
+        dtype of the folder.
+        """
+        stored = self._stored_model.for_vocabulary(self.tokenizer.vocab_size)
+        held = self.source.dtype.name if isinstance(self.source, StoredModel) else stored.param_dtype
+        computed = stored.compute_dtype or held
+        return dataclasses.replace(
+            stored,
+            param_dtype="float32",
+            compute_dtype=None if computed == "float32" else computed,  # type: ignore[arg-type]
+        )
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """sha256 (hex) of the parameters."""
+        return self.source.digest()
+
+    def check(self, model: ModelConfig) -> None:
+        """Refuse to train these parameters as another model. Raises InputError."""
+        for name, (stored, given) in differences(self.model, model).items():
+            if not name.startswith(FREE):
+                raise InputError(
+                    f"model.{name} = {given!r}: {self.folder} has {stored!r}; leave it out (only {', '.join(FREE)} may "
+                    "differ)"
+                )
+
+    def load(self, target: PyTree[jax.ShapeDtypeStruct], digest: str) -> Params:
+        """The parameters in the dtypes and shardings of `target`.
+
+        Raises:
+          InputError: damaged files, or other parameters than those of `digest`.
+        """
+        source = together(lambda: self._unchanged(digest))
+        if isinstance(source, StoredModel):
+            return together(lambda: source.load(target))
+        shardings, dtype = jax.tree.map(lambda x: x.sharding, target), target["wte"].dtype
+        held = source.load(shardings)
+        return jax.jit(lambda params: cast(params, dtype), out_shardings=shardings, donate_argnums=0)(held)
+
+    def _unchanged(self, digest: str) -> StoredModel | StoredCheckpoint:
+        if self.digest != digest:
+            raise InputError(
+                f"init = '{self.folder}': holds other weights than those that this run began from; put them back, or "
+                "choose another --run-dir"
+            )
+        return self.source
+
+    def __str__(self) -> str:
+        if isinstance(self.source, StoredModel):
+            return str(self.folder)
+        return f"{self.folder}, step {self.source.step}{', their moving average' if self.ema else ''}"
+
+
+def _settled(run: RunConfig) -> RunConfig | None:
+    folder = local_path(run.folder, "run_dir")
+    if not saved_steps(folder):
+        return None
+    saved = read_config(folder)
+    return saved if (saved.init, saved.init_ema) == (run.init, run.init_ema) else None
+
+
+def begin_from(run: RunConfig) -> RunConfig:
+    """`run` with what follows from the folder `init`: the model, and the defaults of what must fit it.
+
+    Touches no device, so that it can be called before `runtime.start`.
+
+    Raises:
+      InputError: `init` is not a folder with weights and tokenizer.
+    """
+    weights = Weights(run)
+    if weights.settled is not None:
+        saved = weights.settled
+        return dataclasses.replace(
+            run,
+            model=saved.model,
+            recurrence=dataclasses.replace(run.recurrence, scheme=saved.recurrence.scheme),
+            data=dataclasses.replace(
+                run.data, tokenizer_size=saved.data.tokenizer_size, sequence_length=saved.data.sequence_length
+            ),
+            evaluation=dataclasses.replace(run.evaluation, depths=saved.evaluation.depths),
+        )
+    model, recurrence, evaluation = weights.model, run.recurrence, run.evaluation
+    if model.loop.injection == "none":
+        # Without injection only the draw n = 0 trains the embedding (docs/families.md, The loop).
+        recurrence = dataclasses.replace(recurrence, scheme="fixed")
+        within = [r for r in evaluation.depths if r < model.mean_recurrence]
+        evaluation = dataclasses.replace(evaluation, depths=(*within, model.mean_recurrence))
+    data = dataclasses.replace(
+        run.data,
+        tokenizer_size=weights.tokenizer.vocab_size,
+        sequence_length=min(run.data.sequence_length, model.max_length),
+    )
+    return dataclasses.replace(run, model=model, recurrence=recurrence, data=data, evaluation=evaluation)
+
+
+def identified(run: RunConfig, weights: Weights) -> RunConfig:
+    """`run` with the digest of the weights that it began, or begins, from.
+
+    Raises:
+      InputError: `run.model` is another model than that of the folder, or `run.weights_digest` is of other weights.
+    """
+    if weights.settled is not None:
+        digest = weights.settled.weights_digest
+    else:
+        weights.check(run.model)
+        digest = weights.digest
+    given = run.weights_digest
+    require(given in ("", digest), "weights_digest", given, f"'{run.init}' holds other weights; leave it out")
+    return dataclasses.replace(run, weights_digest=digest)

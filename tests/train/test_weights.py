@@ -1,0 +1,192 @@
+"""--init: a run starts from the weights of any folder, as its model, and goes on without the folder."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from foreign_tokenizers import save as save_tokenizer
+from golden_cases import GOLDEN
+from small_runs import saved
+from training_cases import losses
+
+import rdlm
+from rdlm import sharding
+from rdlm.checkpoint import Checkpoints, as_abstract, read_config, save_parameters, write_config
+from rdlm.config import PRESETS, InputError, MeshConfig, OptimizerConfig
+from rdlm.data import Recipe, open_data
+from rdlm.data.prepare import Corpus, build, cut_files, find_files
+from rdlm.evaluation.depth import depth_curve
+from rdlm.optim import optimizer
+from rdlm.run import find
+from rdlm.tokenizer import Tokenizer
+from rdlm.train import Trainer, begin_from, init_state, state_shardings
+from rdlm.train.weights import Weights, identified
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+PLAIN = ("llama", "olmo2", "qwen2", "qwen3", "gemma3")
+FAMILIES = (*PLAIN, "ouro", "nanbeige", "retro_llama", "retro_olmo")
+FOLDERS = (*(f"families/{name}" for name in FAMILIES), "A", "G_gqa")
+NANO = PRESETS["nano"]
+SHORT = dataclasses.replace(NANO.data, sequence_length=24, batch_size=8, tokenizer_size=40)
+ENTRIES = 40
+"""Of the tokenizer of `data`."""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A little text prepared with a tokenizer of few entries, which lies beside it in tokenizer/."""
+    base = tmp_path_factory.mktemp("data")
+    (base / "texts").mkdir()
+    for i in range(40):
+        (base / f"texts/{i}.txt").write_text(f"the cat number {i} sat on the mat by the old oak {i * i} times\n" * 3)
+    save_tokenizer("t5", base / "tokenizer")
+    prepare(base, base / "tokenizer", "prepared")
+    return base
+
+
+def prepare(base, tokenizer, name):
+    recipe = Recipe(24, validation_fraction=0.2)
+    corpus = Corpus("files", "texts", cut_files(find_files([str(base / "texts")]), recipe.reading, 10**6))
+    build(base / name, corpus, recipe, Tokenizer.load(tokenizer), processes=1, say=lambda line: None)
+
+
+@pytest.fixture(scope="module")
+def folders(data, tmp_path_factory):
+    """folders(NAME): a golden model with the tokenizer of `data`."""
+    base = tmp_path_factory.mktemp("models")
+
+    def folder(name):
+        target = base / name
+        if not target.exists():
+            target.mkdir(parents=True)
+            for file in ("config.json", "model.safetensors"):
+                shutil.copy(GOLDEN / name / file, target)
+            for file in (data / "tokenizer").iterdir():
+                shutil.copy(file, target)
+        return target
+
+    return folder
+
+
+def run_of(init, data, run_dir, **changes):
+    """A run of 4 steps from a folder."""
+    base = dataclasses.replace(
+        NANO,
+        data=dataclasses.replace(SHORT, prepared=(str(data / "prepared"),)),
+        checkpoint=dataclasses.replace(NANO.checkpoint, every=2),
+        evaluation=dataclasses.replace(NANO.evaluation, depths=(1,)),
+        run_dir=str(run_dir),
+        init=str(init),
+        steps=4,
+    )
+    return begin_from(dataclasses.replace(base, **changes))
+
+
+def first_parameters(run, devices):
+    """As the trainer places them on so many devices."""
+    mesh = sharding.make_mesh(MeshConfig(1, devices), run.model, jax.devices()[:devices])
+    shapes, shardings = state_shardings(run, optimizer(run.optimizer, run.steps), mesh)
+    weights = Weights(run)
+    return weights.load(as_abstract(shapes.params, shardings.params), identified(run, weights).weights_digest)
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_every_family_is_placed_as_it_is_stored(name, folders, data, tmp_path):
+    run = run_of(folders(name), data, tmp_path / "run")
+    stored, config = rdlm.load_huggingface(folders(name))
+    placed = first_parameters(run, 8)
+    jax.tree.map(np.testing.assert_array_equal, placed, stored)
+    assert any(len(x.sharding.device_set) == 8 and not x.is_fully_replicated for x in jax.tree.leaves(placed))
+    assert run.model == find(folders(name)).config, "the model that is evaluated and generates"
+    assert (run.model.vocab_size, run.model.rows) == (ENTRIES, config.rows)
+    looped = config.loop.injection == "none"
+    assert run.recurrence.scheme == ("fixed" if looped else NANO.recurrence.scheme)
+    assert run.evaluation.depths[-1] == (config.mean_recurrence if looped else 1)
+
+
+@pytest.fixture(scope="module")
+def whole(folders, data, tmp_path_factory):
+    """A run of four steps from a plain model on eight devices, and the folder that it began from."""
+    base = tmp_path_factory.mktemp("whole")
+    init = shutil.copytree(folders("families/llama"), base / "model")
+    assert Trainer(run_of(init, data, base / "run"), lambda line: None).run() == 0
+    return base / "run", init
+
+
+def evaluated(init, run, depth):
+    """The loss of the first batch as evaluation has it."""
+    model, batch = find(init), open_data(run.data, seed=run.seed).train.batch(0)
+    sizes = np.zeros(model.config.rows, np.int32)
+    return depth_curve(model.params, model.config, [batch], (depth,), sizes).nats[0]
+
+
+@pytest.mark.slow
+def test_the_first_loss_is_that_of_evaluation(whole, data):
+    folder, init = whole
+    assert losses(folder)[0][1] == pytest.approx(evaluated(init, read_config(folder), 1), abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ouro", "run"])
+def test_so_is_that_of_looped_models_and_runs_on_one_device(name, folders, data, tmp_path, monkeypatch):
+    if name == "run":
+        init = saved(tmp_path / "source", ENTRIES, {"data": SHORT}, Tokenizer.load(data / "tokenizer"))
+        # Evaluation starts from other noise.
+        monkeypatch.setattr("rdlm.train.step.step_keys", lambda seed, step: (jax.random.key(0), jax.random.key(0)))
+    else:
+        init = folders("families/ouro")
+    fixed = dataclasses.replace(NANO.recurrence, scheme="fixed")
+    run = run_of(init, data, tmp_path / "run", steps=1, recurrence=fixed)
+    monkeypatch.setattr(jax, "devices", lambda: jax.local_devices()[:1])
+    assert Trainer(run, lambda line: None).run() == 0
+    expected = evaluated(init, run, run.model.mean_recurrence)
+    assert losses(tmp_path / "run")[0][1] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_it_resumes_without_the_folder(whole, folders, data, tmp_path):
+    run, gone, says = shutil.copytree(whole[0], tmp_path / "run"), tmp_path / "gone", []
+    shutil.rmtree(run / "checkpoints" / "4")
+    (run / "loss_by_depth.json").unlink()
+    written = dataclasses.replace(read_config(run), init=str(gone))
+    write_config(run, written)  # as if it had begun there
+    assert Trainer(run_of(gone, data, run), says.append).run() == 0
+    np.testing.assert_allclose(losses(run), losses(whole[0]), atol=1e-5, rtol=0)
+    assert f"resuming {run} at step 2" in says[0]
+    curve = find(run).evaluate((1,)).nats[0]
+    assert curve == pytest.approx(json.loads((run / "loss_by_depth.json").read_text())["1"], abs=1e-5)
+
+
+def test_weights_are_known_by_their_bits(folders, data, tmp_path):
+    init, other = folders("families/llama"), folders("families/qwen3")
+    run = run_of(init, data, tmp_path / "run")
+    run = identified(run, Weights(run))
+    save_parameters(tmp_path / "run", rdlm.load_huggingface(init)[0], run, {"tokenizer": None}, step=1)
+    moved = shutil.copytree(init, tmp_path / "moved")
+    Trainer(run_of(moved, data, tmp_path / "run"))
+    with pytest.raises(InputError, match=rf"holds a run that began from the weights of {init}; give the same"):
+        Trainer(run_of(other, data, tmp_path / "run"))
+    with pytest.raises(InputError, match=rf"holds a run that began from the weights of {init}; give the same"):
+        Trainer(dataclasses.replace(run_of(init, data, tmp_path / "run"), init="", weights_digest=""))
+    assert Weights(run_of(moved, data, tmp_path / "new")).digest == run.weights_digest
+
+
+def test_the_average_of_a_run_is_where_another_begins(data, tmp_path):
+    source = dataclasses.replace(NANO, data=SHORT, optimizer=OptimizerConfig(ema_decay=0.5))
+    state = jax.jit(lambda: init_state(source, optimizer(source.optimizer, 9)))()
+    Tokenizer.load(data / "tokenizer").save(tmp_path / "tokenizer")
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        checkpoints.save(2, state.params, state.optimizer, {"tokenizer": None})
+    write_config(tmp_path, source)
+    digests = set()
+    for ema in (False, True):
+        run = run_of(tmp_path, data, tmp_path / "run", init_ema=ema)
+        placed = first_parameters(run, 8)
+        jax.tree.map(np.testing.assert_array_equal, placed, find(tmp_path, ema=ema).params)
+        assert bool(np.any(placed["wte"])) != ema, "the average is zero before the first step"
+        digests.add(Weights(run).digest)
+    assert len(digests) == 2
