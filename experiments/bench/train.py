@@ -31,7 +31,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rdlm.config import InputError, ModelConfig, Remat
 from rdlm.losses import loss
-from rdlm.model import context, core_step, embed, init_params, inject
+from rdlm.model import context, core_step, embed, init_params, inject, with_values
 from rdlm.perf import flops
 from rdlm.perf.flops import matmul_seconds, measured_matmul_peak
 from rdlm.runtime import parse_arguments, run_command
@@ -86,6 +86,7 @@ def sustained_matmul(repeats: int = 150) -> float:
 def core_seconds(config: ModelConfig, params: Any, tokens: jax.Array, repeats: int) -> dict[str, float]:
     """One recurrence by itself, forward, and forward and backward: what the two slopes of a step should be."""
     ctx = context(config, jnp.arange(tokens.shape[1]), None)._replace(training=True)
+    ctx = with_values(params, config, tokens, ctx)
     injected = inject(params, config, embed(params, config, tokens, ctx)[0])
 
     def core(params: Any, injected: jax.Array, s: jax.Array) -> jax.Array:

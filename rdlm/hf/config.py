@@ -1,8 +1,8 @@
 """config.json of the paper's models and of retrofits, in both directions: fields, defaults, and what is refused.
 
-`model_config` and `model_fields` serve the families of `rdlm.hf.plain` too. The paper's models have two forms: the one
-published with Huginn-0125 (`num_attention_heads`, few fields) and the one that the reference writes when it saves a
-model (`n_heads`, derived fields). Absent fields take the reference's defaults.
+`model_config` and `model_fields` serve the families of `rdlm.hf.plain` and `rdlm.hf.parcae` too. The paper's models
+have two forms: the one published with Huginn-0125 (`num_attention_heads`, few fields) and the one that the reference
+writes when it saves a model (`n_heads`, derived fields). Absent fields take the reference's defaults.
 Retrofits share every identifier with them; only their tensors tell them apart.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Collection
 
 from rdlm.config import InputError, Loop, ModelConfig, require
 from rdlm.config.model import NOISES
-from rdlm.hf import plain
+from rdlm.hf import parcae, plain
 from rdlm.hf.fields import Fields, Json, typed
 from rdlm.model.retrofit import START_STD
 
@@ -84,11 +84,13 @@ def is_reference(fields: Fields) -> bool:
 
 
 def check_kind(fields: Fields, where: str) -> str:
-    """The model_type of a folder.
+    """The model_type of a folder; "parcae" where its class is named instead.
 
     Raises:
       InputError: one that rdlm does not build.
     """
+    if parcae.is_parcae(fields):
+        return "parcae"
     kind = fields.get("model_type", FIXED["model_type"])
     if kind not in (FIXED["model_type"], *plain.FAMILIES):
         known = ", ".join((FIXED["model_type"], *plain.FAMILIES))
@@ -116,7 +118,10 @@ def model_config(
       InputError: an architecture that rdlm cannot build, a value of the wrong type or out of range, or fields that
         contradict each other. The message names the field as the reference does.
     """
-    if check_kind(fields, where) in plain.FAMILIES:
+    kind = check_kind(fields, where)
+    if kind == "parcae":
+        return parcae.model_config(fields, rows, dtype, where)
+    if kind in plain.FAMILIES:
         return plain.model_config(fields, rows, dtype, where)
     fields = dict(fields)
     retrofit = bool(tensors) and not any(name.endswith(SANDWICH) for name in tensors)
@@ -217,6 +222,8 @@ def _rows(fields: Fields, vocab: int, rows: int | None, where: str) -> int:
 
 def model_fields(config: ModelConfig, dtype: str) -> Fields:
     """config.json of a model, as its own code would write it. `dtype`: of the tensors."""
+    if parcae.holds(config):
+        return parcae.model_fields(config)
     if config.loop.injection == "none":
         return plain.model_fields(config, dtype)
     fields = reference_fields(config, dtype)

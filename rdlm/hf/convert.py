@@ -28,6 +28,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import PyTree
 
 from rdlm.config import InputError, ModelConfig, differences, local_path
+from rdlm.hf import parcae
 from rdlm.hf.config import FIXED, check_kind, is_reference, model_config, model_fields
 from rdlm.hf.fields import Fields, read_fields
 from rdlm.hf.files import (
@@ -265,8 +266,8 @@ def save_huggingface(
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-TRAINING = ("param_dtype", "compute_dtype", "backprop_depth")
-"""Fields of ModelConfig that no folder holds, beside those that only say where plain layers are cut."""
+TRAINING = ("param_dtype", "compute_dtype", "backprop_depth", "initial_output")
+"""Fields of ModelConfig that not every folder holds, beside those that only say where plain layers are cut."""
 
 
 def check_format(config: ModelConfig) -> None:
@@ -316,7 +317,9 @@ def _plan(params: Params, config: ModelConfig) -> dict[str, Planned]:
         planned[name] = Planned(np.dtype(x.dtype), entry.shape, functools.partial(_theirs, x, entry))
     for path in arrays.keys() - {entry.path for entry in entries.values()}:
         raise InputError(f"{_label(path)}: has no place in a model of this config")
-    if config.loop.injection == "linear" and is_sandwich(config):
+    if parcae.holds(config) and config.tie_embeddings:
+        planned[HEAD] = planned["transformer.wte.weight"]
+    if parcae.holds(config) or (config.loop.injection == "linear" and is_sandwich(config)):
         buffer = rotary_buffer(config)
         planned[ROTARY] = Planned(buffer.dtype, buffer.shape, lambda: buffer)
     return dict(sorted(planned.items()))

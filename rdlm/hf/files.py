@@ -1,4 +1,4 @@
-"""Tensors in a Hugging Face folder, one at a time: the safetensors format and its sharded index.
+"""Tensors in a Hugging Face folder, one at a time: the safetensors format and its sharded index; torch's is read too.
 
 A file is an 8-byte length, a JSON header (name -> dtype, shape, byte range) and the raw data. The package safetensors
 would map whole files into memory, or write from a complete dict of arrays; this holds one tensor at a time.
@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from rdlm.config import InputError
+from rdlm.hf.pickles import read_pickle
 
 Header = dict[str, Any]
 """Of a safetensors file: name -> {"dtype", "shape", "data_offsets"}."""
@@ -25,6 +26,7 @@ DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F1
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 MAX_HEADER = 100_000_000
 
 
@@ -41,6 +43,8 @@ class Stored(NamedTuple):
 def stored_tensors(folder: Path) -> dict[str, Stored]:
     """Every tensor of a model folder, from model.safetensors or from the files its index names.
 
+    Without either, from pytorch_model.bin or the files of its index.
+
     Raises:
       InputError: no weights, a corrupt, truncated or missing file, or an index that does not fit its files.
     """
@@ -49,14 +53,18 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
         if index.exists():
             raise InputError(f"{folder}: holds both {SINGLE} and {INDEX}; move the one that is not meant elsewhere")
         return read_header(folder / SINGLE)
+    read = read_header
+    if not index.is_file() and (folder / PICKLE).is_file():
+        return _read_pickle(folder / PICKLE)
+    if not index.is_file() and (folder / PICKLE_INDEX).is_file():
+        index, read = folder / PICKLE_INDEX, _read_pickle
     if not index.is_file():
-        hint = " (pytorch_model.bin is not read: save the model as safetensors first)" if _pickles(folder) else ""
-        raise InputError(f"{folder}: holds neither {SINGLE} nor {INDEX}{hint}")
+        raise InputError(f"{folder}: holds neither {SINGLE} nor {INDEX} nor {PICKLE}")
     try:
         placed = json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"]
         files = sorted(set(placed.values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{index}: not an index of safetensors files ({error!r})") from error
+        raise InputError(f"{index}: not an index of files with tensors ({error!r})") from error
     found: dict[str, Stored] = {}
     for name in files:
         if not isinstance(name, str) or Path(name).name != name:
@@ -64,19 +72,19 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
         if not (folder / name).is_file():
             lost = sorted(tensor for tensor, file in placed.items() if file == name)
             raise InputError(f"{folder / name}: missing; the index places {len(lost)} tensors there, first {lost[0]}")
-        header = read_header(folder / name)
+        header = read(folder / name)
         for tensor in header:
             if placed.get(tensor) != name:
-                raise InputError(f"{folder / name}: tensor {tensor} is not placed there by {INDEX}")
+                raise InputError(f"{folder / name}: tensor {tensor} is not placed there by {index.name}")
         found |= header
     for tensor, name in placed.items():
         if tensor not in found:
-            raise InputError(f"{folder / name}: tensor {tensor} is missing, though {INDEX} places it there")
+            raise InputError(f"{folder / name}: tensor {tensor} is missing, though {index.name} places it there")
     return found
 
 
-def _pickles(folder: Path) -> bool:
-    return any(folder.glob("pytorch_model*.bin"))
+def _read_pickle(file: Path) -> dict[str, Stored]:
+    return {name: Stored(file, *place) for name, place in read_pickle(file).items()}
 
 
 def read_header(file: Path) -> dict[str, Stored]:

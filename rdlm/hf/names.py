@@ -11,8 +11,9 @@ from typing import NamedTuple
 import numpy as np
 
 from rdlm.config import InputError, ModelConfig
+from rdlm.hf import parcae
 from rdlm.hf.plain import FAMILIES, family_of
-from rdlm.model.blocks import rotary_frequencies
+from rdlm.model.blocks import VALUE_CHANNELS, rotary_frequencies
 
 PREFIXES = ("_orig_mod.", "_original_module.", "module.", "model.")
 """What wrappers put before every name: compiling, the reference's training, data parallelism, a module that owns it."""
@@ -53,6 +54,8 @@ def table(config: ModelConfig) -> dict[str, Entry]:
     Raises:
       InputError: a config that no public format can hold.
     """
+    if parcae.holds(config):
+        return _parcae(config)
     if config.loop.injection == "linear":
         return _raven(config)
     if config.low_layers:
@@ -108,7 +111,7 @@ def _raven(config: ModelConfig) -> dict[str, Entry]:
     entries = {"transformer.wte.weight": plain("wte", shape=(V, D))}
     if not config.tie_embeddings:
         entries["lm_head.weight"] = plain("head", shape=(V, D))
-    entries["transformer.adapter.weight"] = Entry(("adapter",), (D, 2 * D), (2, D, D), (D, 2, D), (1, 2, 0))
+    entries["transformer.adapter.weight"] = _adapter(D)
     entries["transformer.ln_f.weight"] = plain("ln_f", "scale", shape=(D,))
     for theirs, ours in (("prelude", "prelude"), ("core_block", "core"), ("coda", "coda")):
         for i in range(getattr(config, f"{ours}_layers")):
@@ -130,6 +133,58 @@ def _raven(config: ModelConfig) -> dict[str, Entry]:
             entries[f"{name}mlp.fc.weight"] = Entry((block, "mlp", "fc"), (2 * F, D), (2, D, F), (2, F, D), (0, 2, 1))
             entries[f"{name}mlp.proj.weight"] = matrix(block, "mlp", "proj", out=D, inner=F)
     return entries
+
+
+def _parcae(config: ModelConfig) -> dict[str, Entry]:
+    """The format of Parcae: matrices of their own for queries, keys and values, and value embeddings."""
+    D, F, V = config.embed_dim, config.mlp_dim, config.rows
+    H, K, Q = config.num_heads, config.kv_heads, config.head_dim
+    entries = {"transformer.wte.weight": plain("wte", shape=(V, D))}
+    if not config.tie_embeddings:
+        entries["lm_head.weight"] = plain("head", shape=(V, D))
+    if config.loop.injection == "linear":
+        entries["transformer.adapter.adapter.weight"] = _adapter(D)
+    if config.loop.injection == "diagonal":
+        for name in ("A_log", "dt_bias"):
+            entries[f"transformer.adapter.{name}"] = plain("adapter", name, shape=(D,))
+        entries["transformer.adapter.B"] = matrix("adapter", "B", out=D, inner=D)
+    if config.loop.entry_norm:
+        entries["transformer.ln_prelude.weight"] = plain("ln_e", "scale", shape=(D,))
+    entries["transformer.C.weight"] = matrix("C", out=D, inner=D)
+    entries["transformer.ln_f.weight"] = plain("ln_f", "scale", shape=(D,))
+    for i, block in enumerate(config.layers):
+        part, _, j = block.partition("_")
+        name = f"transformer.{'core_block' if part == 'core' else part}.{j}."
+        for theirs, norm in (("norm_1", "norm_1"), ("norm_2", "norm_3")):
+            entries[f"{name}{theirs}.weight"] = plain(block, norm, "scale", shape=(D,))
+        for theirs, entry in zip(("c_q", "c_k", "c_v"), _split_qkv(config, block, halves=False), strict=True):
+            entries[f"{name}attn.{theirs}.weight"] = entry
+        if i in config.value_gates:
+            gate = matrix(f"values_{block}", "gate", out=K, inner=VALUE_CHANNELS)
+            entries[f"{name}attn.ve_gate.weight"] = gate
+        if i in config.value_tables:
+            entries[f"value_embeds.{i}.weight"] = plain(f"values_{block}", "table", shape=(V, K * Q))
+        entries[f"{name}attn.c_proj.weight"] = matrix(block, "attn", "proj", out=D, inner=H * Q)
+        entries[f"{name}mlp.fc.weight"] = matrix(block, "mlp", "fc", out=F, inner=D)
+        entries[f"{name}mlp.proj.weight"] = matrix(block, "mlp", "proj", out=D, inner=F)
+    return entries
+
+
+def _adapter(D: int) -> Entry:
+    """A matrix [D, 2 D] that reads the state first, then the embedded input."""
+    return Entry(("adapter",), (D, 2 * D), (2, D, D), (D, 2, D), (1, 2, 0))
+
+
+def _split_qkv(config: ModelConfig, block: str, halves: bool) -> list[Entry]:
+    """Their matrices of queries, keys and values, which are one of ours."""
+    H, K, Q = config.num_heads, config.kv_heads, config.head_dim
+    rows, first, made = _rows(config, halves), 0, []
+    for heads in (H, K, K):
+        columns = np.flatnonzero((rows >= first) & (rows < first + heads * Q))
+        entry = matrix(block, "attn", "qkv", out=columns.size, inner=config.embed_dim, order=rows[columns] - first)
+        made.append(entry._replace(whole=(config.embed_dim, rows.size), at=(slice(None), columns)))
+        first += heads * Q
+    return made
 
 
 def is_sandwich(config: ModelConfig) -> bool:
@@ -156,24 +211,18 @@ def _layers(config: ModelConfig, norms: dict[str, str]) -> dict[str, Entry]:
     if config.loop.gate:
         entries["model.early_exit_gate.weight"] = Entry(("gate", "w"), (1, D), (D,), (D,), (0,))
         entries["model.early_exit_gate.bias"] = Entry(("gate", "bias"), (1,), (), (1,), (0,))
-    rows = _rows(config, halves=True)
-    first = 0  # row of the stack of queries, keys and values
-    parts: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # our columns, and their rows for each
-    for name, heads in (("q_proj", H), ("k_proj", K), ("v_proj", K)):
-        columns = np.flatnonzero((rows >= first) & (rows < first + heads * Q))
-        parts[name] = columns, rows[columns] - first
-        first += heads * Q
     blocks = [f"{part}_{i}" for part in ("prelude", "core", "coda") for i in range(getattr(config, f"{part}_layers"))]
     for i, block in enumerate(blocks):
         name = f"model.layers.{i}."
         for norm, theirs in norms.items():
             entries[f"{name}{theirs}.weight"] = plain(block, norm, "scale", shape=(D,))
-        for part, (columns, order) in parts.items():
-            entry = matrix(block, "attn", "qkv", out=columns.size, inner=D, order=order)
-            entries[f"{name}self_attn.{part}.weight"] = entry._replace(whole=(D, rows.size), at=(slice(None), columns))
+        for part, entry in zip(("q_proj", "k_proj", "v_proj"), _split_qkv(config, block, halves=True), strict=True):
+            entries[f"{name}self_attn.{part}.weight"] = entry
             if config.block.qkv_bias:
-                bias = plain(block, "attn", "qkv_bias", shape=(columns.size,), order=order)
-                entries[f"{name}self_attn.{part}.bias"] = bias._replace(whole=(rows.size,), at=(columns,))
+                assert entry.whole is not None
+                assert entry.at is not None
+                bias = plain(block, "attn", "qkv_bias", shape=entry.shape[:1], order=entry.order)
+                entries[f"{name}self_attn.{part}.bias"] = bias._replace(whole=entry.whole[1:], at=entry.at[1:])
         if config.block.qk_norm != "none":
             for norm, heads in (("q_norm", H), ("k_norm", K)):
                 turned = _turned(heads if config.block.qk_norm == "width" else 1, Q, halves=True)

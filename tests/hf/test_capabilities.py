@@ -23,6 +23,7 @@ COLUMNS = {
     "Ouro": ("families/ouro",),
     "Nanbeige": ("families/nanbeige",),
     "HRM-Text": ("families/hrm_text",),
+    "Parcae": ("families/parcae",),
     "plain": ("families/qwen2",),
 }
 pytestmark = pytest.mark.usefixtures("quick_compile")
