@@ -36,7 +36,7 @@ from rdlm.model import (
 )
 from rdlm.model.blocks import Block
 from rdlm.model.network import core_names, gate_logit
-from rdlm.recurrence import checkpoints, initial_state, trajectory, unroll
+from rdlm.recurrence import checkpoints, initial_state, spectral_radius, trajectory, unroll
 from rdlm.remat import recomputed
 from rdlm.sharding import Layout
 
@@ -237,18 +237,17 @@ def token_losses(
     def read(s: Array) -> Array:
         return head_losses(vocabulary, config, latent(s), batch.labels, terms)
 
-    if terms.gate == "none" and not terms.depths:
-        return read(unroll(step, start, n, k, max_k, remat, learnt_start=config.loop.start == "embedding"))
-    slots = k if isinstance(k, int) else max_k
-    if (isinstance(n, int) and n) or slots < max(terms.depths, default=1):
-        asked = f"loss.depths = {terms.depths}" if terms.depths else f"loss.gate = {terms.gate!r}"
-        raise InputError(f"steps = {(n, k)}: {asked} needs (0, k), all with gradient")
-    states = trajectory(recomputed(step, remat), start, slots)[1:]
-    if terms.depths:
-        chosen = states[np.array(terms.depths) - 1]
+    def every_state() -> Array:
+        slots = k if isinstance(k, int) else max_k
+        if (isinstance(n, int) and n) or slots < max(terms.depths, default=1):
+            asked = f"loss.depths = {terms.depths}" if terms.depths else f"loss.gate = {terms.gate!r}"
+            raise InputError(f"steps = {(n, k)}: {asked} needs (0, k), all with gradient")
+        return trajectory(recomputed(step, remat), start, slots)[1:]
+
+    def several(states: Array) -> Array:
         if terms.teacher == "none":
-            return weighed(jax.lax.map(jax.checkpoint(read), chosen), terms)
-        ys = jax.lax.map(jax.checkpoint(latent), chosen)
+            return weighed(jax.lax.map(jax.checkpoint(read), states), terms)
+        ys = jax.lax.map(jax.checkpoint(latent), states)
         at = 0 if terms.teacher == "first" else len(ys) - 1
 
         def taught(y: Array, share: Array) -> Array:
@@ -256,13 +255,30 @@ def token_losses(
 
         shares = jnp.full(len(ys), terms.teacher_share).at[at].set(0.0)  # nobody is taught by itself
         return weighed(jax.lax.map(lambda one: jax.checkpoint(taught)(*one), (ys, shares)), terms)
-    if not config.loop.gate:
-        raise InputError(f"loss.gate = {terms.gate!r}: needs a model with an exit gate (loop.gate)")
-    gate = gate_logit(full("gate"), config, states if terms.gate == "exit" else jax.lax.stop_gradient(states))
-    assert gate is not None
-    combine = exit_loss if terms.gate == "exit" else improvement_loss
-    losses = combine(jax.lax.map(jax.checkpoint(read), states), gate, terms)
-    return jnp.where(batch.labels != IGNORED, losses, 0.0)
+
+    def gated(states: Array) -> Array:
+        gate = gate_logit(full("gate"), config, states if terms.gate == "exit" else jax.lax.stop_gradient(states))
+        if gate is None:
+            raise InputError(f"loss.gate = {terms.gate!r}: needs a model with an exit gate (loop.gate)")
+        combine = exit_loss if terms.gate == "exit" else improvement_loss
+        return combine(jax.lax.map(jax.checkpoint(read), states), gate, terms)
+
+    if terms.depths:
+        states = every_state()
+        last, losses = states[-1], several(states[np.array(terms.depths) - 1])
+    elif terms.gate != "none":
+        states = every_state()
+        last, losses = states[-1], gated(states)
+    else:
+        last = unroll(step, start, n, k, max_k, remat, learnt_start=config.loop.start == "embedding")
+        losses = read(last)
+    if terms.stability:
+        plain = context(config, batch.positions, batch.segment_ids)  # no kernel whose backward pass is written out
+        plain = with_values(full(*values), config, batch.tokens, plain)._replace(around=inner)
+        fed = jax.lax.stop_gradient(injected)
+        radius = spectral_radius(lambda s: core_step(weights(), config, s, fed, plain)[0], last, RADIUS_ROUNDS)
+        losses = (1 - terms.stability) * losses + terms.stability * radius[:, None]
+    return losses if terms == LossConfig() else jnp.where(batch.labels != IGNORED, losses, 0.0)
 
 
 def weighed(losses: Float32[Array, "T *tokens"], terms: LossConfig) -> Float32[Array, "*tokens"]:
@@ -311,6 +327,9 @@ def improvement_loss(
     stop = gate[1:]
     return (wish * jax.nn.softplus(stop) + (1 - wish) * jax.nn.softplus(-stop)).sum(0) / len(losses)
 
+
+RADIUS_ROUNDS = 4
+"""Power iterations of the stability penalty; each costs about a recurrence without gradient."""
 
 LOGITS_AT_ONCE = 2**26
 """Maximum number of logits held at a time in training (256 MiB); larger sets are computed, and recomputed, in parts."""

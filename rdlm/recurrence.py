@@ -7,6 +7,8 @@ Training, evaluation, decoding and analysis differ only in which of these functi
   unroll_until  until every token has stopped (decoding, exact scoring with exits)
   checkpoints   one unroll that is read at several depths (a whole loss-by-depth curve)
   trajectory    every state (analysis)
+
+`spectral_radius` says how fast a step forgets.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Float, Int, Int32, Key, PyTree
+from jaxtyping import Float, Float32, Int, Int32, Key, PyTree
 
 from rdlm.config import InputError, Remat, Scheme
 from rdlm.remat import STATE, recomputed
@@ -265,6 +267,29 @@ def trajectory(step: Step[State], s: State, r: int) -> State:
     )
     _, states = lax.scan(body, s, jnp.arange(r, dtype=jnp.int32))
     return jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), s, states)
+
+
+def spectral_radius(step: Callable[[Array], Array], s: Float[Array, "B *rest"], rounds: int = 8) -> Float32[Array, "B"]:
+    """Largest |eigenvalue| of the Jacobian of `step` at s, of every row by itself, as `rounds` power iterations see it.
+
+    Rows must not mix in `step`. All start from one fixed random direction. Where the largest eigenvalues are complex
+    or close to each other, the value is that of a typical direction. Gradients reach what `step` closes over, through
+    the last product alone, and not s.
+    """
+    s = lax.stop_gradient(s)
+    frozen = _without_gradient(lambda x, _: step(x), s)
+    _, product = jax.linearize(lambda x: frozen(x, jnp.int32(0)), s)
+
+    def unit(v: Array) -> Array:
+        return (v / jnp.maximum(_row_norms(v), 1e-30).reshape(-1, *(1,) * (v.ndim - 1))).astype(s.dtype)
+
+    start = unit(jnp.broadcast_to(jax.random.normal(jax.random.key(0), s.shape[1:], jnp.float32), s.shape))
+    v = lax.fori_loop(0, rounds - 1, lambda _, v: unit(product(v)), start)
+    return _row_norms(jax.jvp(step, (s,), (lax.stop_gradient(v),))[1])
+
+
+def _row_norms(v: Float[Array, "B *rest"]) -> Float32[Array, "B"]:
+    return jnp.sqrt(jnp.square(v.astype(jnp.float32)).reshape(len(v), -1).sum(-1))
 
 
 def _bytes(tree: PyTree) -> int:

@@ -11,10 +11,11 @@ import pytest
 
 import rdlm
 from rdlm import losses
+from rdlm.analysis import contraction
 from rdlm.config import InputError, LossConfig, preset
 from rdlm.losses import head_losses
 from rdlm.model import context, core_step, embed, head, init_params, inject, readout
-from rdlm.recurrence import initial_state
+from rdlm.recurrence import initial_state, spectral_radius, trajectory
 
 
 def test_loss_in_parts_never_holds_all_logits(monkeypatch):
@@ -86,6 +87,7 @@ def test_they_change_nothing_when_they_are_off():
         ({"depths": (1,), "teacher": "first"}, "needs two loss.depths"),
         ({"depths": (1, 2), "teacher": "first", "teacher_share": 0.0}, "must be in"),
         ({"temperature": 0.0}, "loss.temperature = 0.0: must be positive"),
+        ({"stability": 1.0}, r"loss.stability = 1.0: must be in \[0, 1\)"),
         ({"depths": (1, 2), "gate": "exit"}, "must be empty with loss.gate"),
     ],
 )
@@ -166,6 +168,50 @@ def test_what_several_depths_need():
     with pytest.raises(InputError, match=r"must end with model\.mean_recurrence = 3"):
         dataclasses.replace(nano, model=NANO, recurrence=fixed, loss=LossConfig(depths=(1, 2)))
     dataclasses.replace(nano, model=NANO, recurrence=fixed, loss=LossConfig(depths=(1, 3)))
+
+
+# Stability
+
+
+@pytest.mark.usefixtures("quick_compile")
+def test_the_penalty_is_the_radius_and_reaches_core_and_adapter_alone():
+    params = init_params(NANO, jax.random.key(3))
+    off, on = LossConfig(), LossConfig(stability=0.25)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def at(params, terms):
+        return jax.value_and_grad(lambda p: rdlm.loss(p, NANO, ROWS, steps=(0, 3), terms=terms))(params)
+
+    (value, grads), (without, plain) = at(params, on), at(params, off)
+    bound = rdlm.bind(params, NANO, ROWS[:, :-1], key=jax.random.key(0))
+    s = trajectory(bound.step, bound.s0, 3)[-1]
+    radius = spectral_radius(lambda s: bound.step(s, 0), s, losses.RADIUS_ROUNDS)
+    assert float(value) == pytest.approx(0.75 * float(without) + 0.25 * float(radius.mean()), rel=1e-4)
+    for name in params:
+        gap = apart(grads[name], jax.tree.map(lambda g: 0.75 * g, plain[name]))
+        assert (gap > 1e-3) if name.startswith(("core", "adapter")) else (gap < 1e-5), name
+
+
+@pytest.mark.usefixtures("quick_compile")
+def test_training_with_the_penalty_contracts():
+    """Of two runs of a few steps the one with the penalty ends with the smaller radius."""
+
+    def trained(terms):
+        params, step = (
+            init_params(NANO, jax.random.key(3)),
+            jax.jit(
+                lambda p: jax.tree.map(
+                    lambda w, g: w - 0.05 * g, p, jax.grad(rdlm.loss)(p, NANO, ROWS, steps=(0, 3), terms=terms)
+                )
+            ),
+        )
+        for _ in range(10):
+            params = step(params)
+        bound = rdlm.bind(params, NANO, ROWS[:1, :-1], key=jax.random.key(0))
+        s = trajectory(bound.step, bound.s0, 3)[-1]
+        return contraction(params, NANO, ROWS[:1, :-1], s, rounds=8, basis=8).radius[0]
+
+    assert trained(LossConfig(stability=0.5)) < 0.95 * trained(LossConfig())
 
 
 def jaxpr_of(f, *args):

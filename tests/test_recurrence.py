@@ -19,6 +19,7 @@ from rdlm.recurrence import (
     initial_state,
     max_gradient_steps,
     sample_steps,
+    spectral_radius,
     trajectory,
     unroll,
     unroll_until,
@@ -311,3 +312,21 @@ def test_truncated_poisson_draws():
 def test_draws_of_an_unknown_scheme_are_refused():
     with pytest.raises(InputError, match="scheme"):
         sample_steps(jax.random.key(0), 4, 2, "gaussian")
+
+
+def test_spectral_radius_and_its_gradient_are_those_of_linear_algebra():
+    """Of a symmetric map: |largest eigenvalue|, and the outer product of its vector as gradient; rows apart."""
+    random = np.random.default_rng(0)
+    q, _ = np.linalg.qr(random.normal(size=(6, 6)))
+    W = jnp.asarray(q * np.array([-1.7, 0.6, 0.5, 0.2, 0.1, -0.3]) @ q.T, jnp.float32)
+    scales = jnp.array([1.0, 0.5])
+
+    def radius(W):
+        return spectral_radius(lambda s: scales[:, None] * (s @ W), jnp.ones((2, 6)), 30)
+
+    np.testing.assert_allclose(radius(W), [1.7, 0.85], rtol=1e-4)
+    gradient = jax.grad(lambda W: radius(W)[0])(W)
+    np.testing.assert_allclose(gradient, -np.outer(q[:, 0], q[:, 0]), atol=1e-4)
+    assert abs(float(spectral_radius(lambda s: s @ W, jnp.ones((1, 6)), 1)[0]) - 1.7) > 0.1, "control: one is too few"
+    state = jax.grad(lambda s: spectral_radius(lambda x: x**2 @ W, s, 9).sum())(jnp.ones((1, 6)))
+    assert not np.any(state)

@@ -103,6 +103,9 @@ class LossConfig:
     """Share of that divergence in the loss of a taught depth; the rest is cross-entropy."""
     temperature: float = 1.0
     """T of the divergence: T^2 KL between softmax(logits / T) (arXiv 1503.02531)."""
+    stability: float = 0.0
+    """Share w of a penalty: (1 - w) loss + w radius, with the spectral radius of a recurrence's Jacobian at the last
+    state (arXiv 2605.26733), for example 0.1; 0 is off. It shapes core and adapter alone."""
 
     def __post_init__(self) -> None:
         increasing = list(self.depths) == sorted(set(self.depths)) and min(self.depths, default=1) >= 1
@@ -114,6 +117,7 @@ class LossConfig:
             "teacher": (self.teacher == "none" or several, "needs two loss.depths or more"),
             "teacher_share": (0 < self.teacher_share <= 1, "must be in (0, 1]"),
             "temperature": (self.temperature > 0, "must be positive"),
+            "stability": (0 <= self.stability < 1, "must be in [0, 1)"),
         }
         for name, (fulfilled, fix) in checks.items():
             require(fulfilled, f"loss.{name}", getattr(self, name), fix)
