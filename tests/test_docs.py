@@ -67,8 +67,14 @@ def name_of(block):
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory, nano_data):
-    """A folder in which runs/quickstart is a run of six steps of the smallest model, on invented text."""
+    """A folder in which runs/quickstart is a run of six steps of the smallest model, on invented text.
+
+    articles/ holds more text.
+    """
     folder = tmp_path_factory.mktemp("toy")
+    (folder / "articles").mkdir()
+    for i in range(80):
+        (folder / "articles" / f"{i}.txt").write_text(f"Article {i} is about the number {i * i}, and no other.\n" * 5)
     arguments = ["nano", "--steps", "6", "--data.batch-size", "8", "--data.folder", str(nano_data)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train.py", *arguments, "--run-dir", str(folder / "runs" / "quickstart")])

@@ -27,9 +27,7 @@ from rdlm.train.weights import Weights, identified
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
-PLAIN = ("llama", "olmo2", "qwen2", "qwen3", "gemma3")
-FAMILIES = (*PLAIN, "ouro", "nanbeige", "retro_llama", "retro_olmo")
-FOLDERS = (*(f"families/{name}" for name in FAMILIES), "A", "G_gqa")
+FOLDERS = [f"families/{path.name}" for path in sorted((GOLDEN / "families").iterdir())] + ["A", "G_gqa"]
 NANO = PRESETS["nano"]
 SHORT = dataclasses.replace(NANO.data, sequence_length=24, batch_size=8, tokenizer_size=40)
 ENTRIES = 40
@@ -44,7 +42,9 @@ def data(tmp_path_factory):
     for i in range(40):
         (base / f"texts/{i}.txt").write_text(f"the cat number {i} sat on the mat by the old oak {i * i} times\n" * 3)
     save_tokenizer("t5", base / "tokenizer")
+    save_tokenizer("bert", base / "other_tokenizer")
     prepare(base, base / "tokenizer", "prepared")
+    prepare(base, base / "other_tokenizer", "other")
     return base
 
 
@@ -190,3 +190,138 @@ def test_the_average_of_a_run_is_where_another_begins(data, tmp_path):
         assert bool(np.any(placed["wte"])) != ema, "the average is zero before the first step"
         digests.add(Weights(run).digest)
     assert len(digests) == 2
+
+
+# What does not fit is refused in one line, before anything is written.
+
+
+def damaged(case, source, tmp_path):
+    """A copy of a folder with one thing wrong; its path."""
+    folder = shutil.copytree(source, tmp_path / case)
+    config, weights = folder / "config.json", folder / "model.safetensors"
+    if case == "not_json":
+        config.write_text("{")
+    elif case == "other_kind":
+        config.write_text('{"model_type": "gpt2"}')
+    elif case == "wider":
+        config.write_text(config.read_text().replace('"hidden_size": 48', '"hidden_size": 64'))
+    elif case == "adapter":
+        config.rename(folder / "adapter_config.json")
+    elif case == "cut":
+        weights.write_bytes(weights.read_bytes()[:-8])
+    elif case == "missing_shard":
+        index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        weights.unlink()
+    elif case == "no_tokenizer":
+        (folder / "tokenizer.json").unlink()
+    elif case == "large_tokenizer":
+        save_tokenizer("llama2", folder)
+    else:
+        assert case == "file"
+        return weights
+    return folder
+
+
+DAMAGED = {
+    "not_json": "not JSON",
+    "other_kind": "model_type = 'gpt2': must be one of",
+    "wider": "but config.json asks for",
+    "adapter": "has no config.json, so it is not (yet) a run folder; it holds an adapter",
+    "cut": "cut off, ends at byte",
+    "missing_shard": "model-00001-of-00002.safetensors: missing; the index places 1 tensors there",
+    "no_tokenizer": "has no tokenizer; put the model's tokenizer.json into",
+    "large_tokenizer": "entries, the model only 160, so it is another model's",
+    "file": "is a file; give a run folder or a Hugging Face folder",
+}
+
+WORDS = {
+    "model.embed_dim = 64: {init} has 48; leave it out": ["--model.embed-dim", "64"],
+    "model.vocab_size = 41: {init} has 40; leave it out": ["--model.vocab-size", "41"],
+    "model.num_kv_heads = 1: {init} has 2": ["--model.num-kv-heads", "1"],
+    "model.norm_eps = 0.1: {init} has": ["--model.norm-eps", "0.1"],
+    "model.backprop_depth = 4: must be at most model.mean_recurrence = 1": ["--model.backprop-depth", "4"],
+    "data.sequence_length = 24: must be at most model.max_length = 16": ["--model.max-length", "16"],
+    "other: was prepared with another tokenizer than the model's; prepare the text again, with prepare_data.py "
+    "--tokenizer {init}": ["--data.prepared", "{data}/other"],
+    "init_ema = True: must be false: {init}, a Hugging Face folder, has no average": ["--init-ema", "True"],
+    "weights_digest = 'abc': '{init}' holds other weights": ["--weights-digest", "abc"],
+}
+
+
+@pytest.fixture
+def train(command, data, tmp_path):
+    """train(FOLDER, ...) -> what `train.py finetune --init FOLDER ...` says as it refuses."""
+
+    def refusal(init, *words):
+        given = [word.format(data=data) for word in map(str, words)]
+        given += [] if "--data.prepared" in given else ["--data.prepared", data / "prepared"]
+        start = ["--init", init] if init else []
+        code, out, err = command(
+            "train", "finetune", *start, "--data.sequence-length", 24, "--run-dir", tmp_path / "run", *given
+        )
+        assert (code, out, err.count("\n")) == (2, "", 1), err
+        assert not (tmp_path / "run").exists()
+        return err
+
+    return refusal
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_folder_that_is_damaged_or_of_another_kind_is_refused(case, train, folders, tmp_path):
+    assert DAMAGED[case] in train(damaged(case, folders("families/llama"), tmp_path))
+
+
+@pytest.mark.parametrize("message", WORDS)
+def test_what_does_not_fit_the_folder_is_refused(message, train, folders, data):
+    init = folders("families/llama")
+    assert message.format(init=init, data=data) in train(init, *WORDS[message])
+
+
+def test_other_starts_that_are_refused(train, folders, data, tmp_path):
+    assert f"init = '{tmp_path / 'nowhere'}': no such folder" in train(tmp_path / "nowhere")
+    assert "init = 'gs://bucket/model': is a URL" in train("gs://bucket/model")
+    assert "finetune: which model? Give its folder with --init FOLDER" in train("")
+    assert "--init-ema: only with --init FOLDER" in train("", "--init-ema", "True")
+    assert "it holds prepared data" in train(data / "prepared")
+    write_config(tmp_path, NANO)
+    assert "kept no moving average" in train(tmp_path, "--init-ema", "True")
+    assert "has no complete checkpoint yet" in train(tmp_path)
+
+
+def test_fields_that_change_no_tensor_may_differ(folders, data, tmp_path):
+    run = run_of(folders("families/retro_llama"), data, tmp_path / "run")
+    changed = {"mean_recurrence": 9, "backprop_depth": 3, "max_length": 200, "attention_window": 7,
+               "rope_base": 1e6, "compute_dtype": "bfloat16", "param_dtype": "bfloat16"}  # fmt: skip
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, **changed))
+    assert {str(x.dtype) for x in jax.tree.leaves(first_parameters(run, 1))} == {"bfloat16"}
+
+
+def test_a_rollback_to_the_start_begins_from_the_folder_again(folders, data, tmp_path):
+    init = shutil.copytree(folders("families/llama"), tmp_path / "model")
+    trainer, says = Trainer(run_of(init, data, tmp_path / "run"), None), []
+    trainer.say = says.append
+    with Checkpoints(tmp_path / "run", 1) as trainer.checkpoints:
+        state, _ = trainer.restore(rollback=True)
+        jax.tree.map(np.testing.assert_array_equal, state.params, rdlm.load_huggingface(init)[0])
+        assert (int(state.step), says) == (0, [f"starting with the parameters of {init}"])
+        shutil.rmtree(init)
+        with pytest.raises(InputError, match=r"model\.safetensors: cannot be read"):
+            trainer.restore(rollback=True)
+
+
+def test_weights_that_changed_before_the_first_checkpoint_are_refused(folders, data, tmp_path):
+    init = shutil.copytree(folders("families/llama"), tmp_path / "model")
+    run = run_of(init, data, tmp_path / "run")
+    run = identified(run, Weights(run))
+    shutil.copy(damaged("cut", init, tmp_path) / "model.safetensors", init)
+    with pytest.raises(InputError, match="cut off"):
+        run_of(init, data, tmp_path / "run")
+    shutil.copy(folders("families/llama") / "model.safetensors", init)
+    with (init / "model.safetensors").open("r+b") as file:
+        file.seek(-4, 2)
+        file.write(b"\0\0\0\1")
+    mesh = sharding.make_mesh(MeshConfig(1, 1), run.model, jax.devices()[:1])
+    shapes, shardings = state_shardings(run, optimizer(run.optimizer, run.steps), mesh)
+    with pytest.raises(InputError, match="holds other weights than those that this run began from"):
+        Weights(run).load(as_abstract(shapes.params, shardings.params), run.weights_digest)
