@@ -113,7 +113,10 @@ class StreamedData:
         """
         if step != self._next:
             raise ValueError(f"step = {step}: a stream continues at {self._next}; restore a state to move it")
-        examples = [next(self._rows) for _ in range(self._count)]
+        try:
+            examples = [next(self._rows) for _ in range(self._count)]
+        except InputError as error:
+            raise InputError(str(error).partition("\n")[0]) from error  # Grain adds lines of its own to the first one
         self._next = step + 1
         self._states[self._next] = self._position()
         self._states.pop(self._next - _STATES, None)

@@ -70,6 +70,7 @@ class Trainer:
     batches: Generator[Batch, None, None]
     state: TrainState
     step: int
+    bad_batch: InputError | None = None
 
     def __init__(self, config: RunConfig, say: Callable[[str], None] | None = None):
         """Check everything that the user may have got wrong, before anything expensive happens.
@@ -168,7 +169,8 @@ class Trainer:
         with contextlib.closing(self.reporter):
             self.reporter.writer = self.folder.open(self.tokenizer, self.step, self.say)
             self.say(f"{self._headline()}\ncompiled programs: {compiled_programs()}")
-            with contextlib.closing(prefetch(self.train.batch, self.step + faults.shift)) as self.batches:
+            batches = prefetch(self.train.batch, self.step + faults.shift, on_error=self._stop_before)
+            with contextlib.closing(batches) as self.batches:
                 return self._loop()
 
     def _loop(self) -> int:
@@ -184,7 +186,16 @@ class Trainer:
             if reporter.diverged:
                 self._roll_back()
                 continue
-            self.state, metrics = step_fn(self.state, self.place(next(self.batches)))
+            try:
+                batch = next(self.batches)
+            except InputError as error:
+                if jax.process_count() > 1 or not self.step or reporter.faults.streak:
+                    raise
+                self.bad_batch = error
+                reporter.flush()
+                self._save()
+                return self._leave(EXIT_PREEMPTED)
+            self.state, metrics = step_fn(self.state, self.place(batch))
             reporter.report(self.step, metrics)
             self.step += 1
             last = self.step == config.steps
@@ -241,10 +252,23 @@ class Trainer:
         self.checkpoints.save(self.step, self.state.params, self.state.optimizer, meta, known)
         self.reporter.sync()
 
+    def _stop_before(self, step: int, error: Exception) -> None:
+        """A batch could not be read. Several processes agree on a step before it, at which all can save."""
+        last = self.config.steps + self.reporter.faults.shift
+        if jax.process_count() > 1 and step < last and isinstance(error, InputError):
+            self.bad_batch = error
+            self.stop.preemption.requested = True
+
     def _leave(self, code: int) -> int:
-        """Wait for the checkpoint, say why the run ends early, and return `code`."""
+        """Wait for the checkpoint, say why the run ends early, and return `code`.
+
+        Raises:
+          InputError: a batch could not be read.
+        """
         self.checkpoints.wait()
         saved = f"saved step {self.step} in {self.folder.path}"
+        if self.bad_batch is not None:
+            raise InputError(f"{self.bad_batch}; {saved}") from self.bad_batch
         if code == EXIT_ALARM:
             self.say(
                 f"stopped by an alarm: {saved}; the same command continues, with --alarms.action warn also past the "

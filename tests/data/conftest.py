@@ -46,7 +46,7 @@ def one_line():
     @contextlib.contextmanager
     def expect(match):
         with pytest.raises(InputError, match=match) as caught:
-            yield
+            yield caught
         assert "\n" not in str(caught.value)
 
     return expect

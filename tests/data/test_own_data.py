@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import rdlm
+from rdlm.checkpoint import saved_steps
 from rdlm.config import PRESETS, DataConfig, InputError
 from rdlm.data import Document, PackedData, Reading, Recipe, StreamedData, best_fit, concatenate_and_split, open_data
 from rdlm.data.loader import Example, stack
@@ -17,6 +18,7 @@ from rdlm.data.packing import EMPTY
 from rdlm.data.prepare import Corpus, build, cut_files, find_files, held_out
 from rdlm.tokenizer import Tokenizer
 from rdlm.train import Trainer
+from rdlm.train.metrics import read_metrics
 
 TEXTS = [f"{i} The capital of land {i} is city {i % 7}; its river é flows {i * i} km.\n" * 3 for i in range(60)]
 BYTES = Tokenizer.bytes_only()
@@ -122,6 +124,37 @@ def test_a_run_keeps_its_place_in_a_stream_and_notices_other_data(tmp_path, sour
     manifest.write_text(manifest.read_text().replace('"validation_fraction": 0.3', '"validation_fraction": 0.2'))
     with one_line("a: has changed since the checkpoint: validation_fraction = 0.2, not 0.3; put the same data back"):
         Trainer(dataclasses.replace(config, steps=9), say=lambda line: None).run()
+
+
+class InOrder(StreamedData):
+    """A stream that is not shuffled."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options, window=1)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compile")
+def test_a_bad_document_in_a_stream_ends_a_run_that_has_saved_its_steps(tmp_path, sources, monkeypatch, one_line):
+    lines = (tmp_path / "a.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "c.jsonl").write_text("".join([*lines[:25], "{no JSON\n", *lines[25:]]))
+    monkeypatch.setattr("rdlm.data.from_config.StreamedData", InOrder)
+    config = settings_of(tmp_path, prepared=(sources[0][0],), stream=(str(tmp_path / "bad"),))
+    config = dataclasses.replace(config, steps=18, checkpoint=dataclasses.replace(config.checkpoint, every=100))
+    with one_line(r"c.jsonl, byte \d+: not JSON .*; saved step \d+ in .*run") as caught:
+        Trainer(config, say=lambda line: None).run()
+    [step] = saved_steps(tmp_path / "run")
+    assert step > 1
+    assert f"saved step {step} in" in str(caught.value)
+    assert [row["step"] for row in read_metrics(tmp_path / "run") if "loss" in row] == list(range(step))
+    recipe = Recipe(32, validation_fraction=0.3, reading=Reading(bad_documents="skip"))
+    corpus = Corpus("files", "a.jsonl", cut_files(find_files([str(tmp_path / "a.jsonl")]), recipe.reading, 2000))
+    build(tmp_path / "skips", corpus, recipe, BYTES, processes=1, say=print)
+    skipping = dataclasses.replace(config, data=dataclasses.replace(config.data, prepared=(str(tmp_path / "skips"),)))
+    said = []
+    assert Trainer(skipping, say=said.append).run() == 0
+    assert any(f"resuming {tmp_path / 'run'} at step {step}" in line for line in said)
 
 
 # The commands

@@ -51,10 +51,12 @@ def test_an_error_is_raised_at_its_own_step():
             raise ValueError("step 2 is broken")
         return step
 
-    iterator = prefetch(batch)
+    told = []
+    iterator = prefetch(batch, on_error=lambda step, error: told.append((step, str(error))))
     assert [next(iterator), next(iterator)] == [0, 1]
     with pytest.raises(ValueError, match="step 2 is broken"):
         next(iterator)
+    assert told == [(2, "step 2 is broken")]
     with pytest.raises(StopIteration):
         next(iterator)
     assert threads() == []
