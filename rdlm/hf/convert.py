@@ -16,8 +16,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,9 +45,9 @@ from rdlm.hf.names import ROTARY, Entry, bare, is_sandwich, rotary_buffer, table
 from rdlm.hf.plain import FAMILIES
 from rdlm.model import Params
 from rdlm.runtime import set_aside
+from rdlm.runtime.files import is_scratch, scratch_folder
 
 HEAD = "lm_head.weight"
-_WRITING = ".rdlm-writing-"  # begins the name of a folder that is being written
 
 
 def is_huggingface(folder: str | os.PathLike[str]) -> bool:
@@ -244,26 +242,23 @@ def save_huggingface(
         raise InputError(f"{target}: is a file, expected a folder")
     there = target.is_dir()
     try:
-        if there and any(not x.name.startswith(_WRITING) for x in target.iterdir()) and not _is_export(target):
+        if there and not all(is_scratch(x, target.name) for x in target.iterdir()) and not _is_export(target):
             raise InputError(f"{target}: is not empty and holds no earlier export; choose another folder")
     except OSError as error:
         raise InputError(f"{target}: cannot be read ({error.strerror or error})") from error
     check_format(config)
     planned = _plan(params, config)
     dtype = np.dtype(params["wte"].dtype).name
-    fresh = (target if there else target.parent) / f"{_WRITING}{uuid.uuid4().hex[:12]}"
     try:
-        fresh.mkdir(parents=True)
-        write_tensors(fresh, planned, shard_bytes)
-        (fresh / "config.json").write_text(_config_text(config, dtype))
-        if there:
-            _replace(fresh, target)
-        else:
-            fresh.rename(target)
+        with scratch_folder(target if there else target.parent, target.name) as fresh:
+            write_tensors(fresh, planned, shard_bytes)
+            (fresh / "config.json").write_text(_config_text(config, dtype))
+            if there:
+                _replace(fresh, target)
+            else:
+                fresh.rename(target)
     except OSError as error:
         raise InputError(f"{target}: cannot be written ({error.strerror or error})") from error
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
 
 
 TRAINING = ("param_dtype", "compute_dtype", "backprop_depth", "initial_output")

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import hashlib
 import os
+import re
 import shutil
+import socket
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,8 +65,8 @@ def complete_folder(final: Path, field: str = "", alike: bool = True) -> Iterato
     """Yield a new folder beside `final` to fill; it is renamed to `final` when the block ends without an error.
 
     So `final` is never seen half-written. Several processes may build the same folder at once: each fills its own, the
-    first to finish renames it, the others delete theirs. On an error the temporary folder is deleted; a killed process
-    leaves a hidden `.NAME.partial-*` behind, which nothing reads.
+    first to finish renames it, the others delete theirs. On an error the temporary folder is deleted; that of a killed
+    process, `.NAME.partial-*`, when the same folder is built again.
 
     Args:
       final: the folder.
@@ -74,24 +78,82 @@ def complete_folder(final: Path, field: str = "", alike: bool = True) -> Iterato
         have filled it otherwise was first.
     """
     final = Path(os.path.realpath(local_path(final, field)))  # a link is followed, not replaced
-    partial = _partial(final)
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        try:
-            partial.rename(final)
-        except OSError:
-            if not final.is_dir():
-                raise
-            if not alike:
-                raise InputError(f"{final}: another process made it meanwhile; choose another folder") from None
+        with scratch_folder(final.parent, final.name) as partial:
+            yield partial
+            try:
+                partial.rename(final)
+            except OSError:
+                if not final.is_dir():
+                    raise
+                if not alike:
+                    raise InputError(f"{final}: another process made it meanwhile; choose another folder") from None
     except OSError as error:
         where = f"set {field}" if field else "choose another folder"
         raise InputError(
             f"{final}: cannot be written ({error.strerror or error}); free space, fix permissions or {where}"
         ) from error
+
+
+@contextlib.contextmanager
+def scratch_folder(place: Path, name: str) -> Iterator[Path]:
+    """Yield a new hidden folder in `place` to write NAME in. At the end it is deleted, unless it has been renamed.
+
+    Those that killed processes of this machine left for the same name are deleted first. A lock, which ends with its
+    process, tells them from those that are being written.
+
+    Raises:
+      OSError: it cannot be made.
+    """
+    place.mkdir(parents=True, exist_ok=True)
+    mine = f".{name}.partial-{_machine()}-"
+    for left in place.iterdir():
+        if re.fullmatch(re.escape(mine) + "[0-9a-f]{12}", left.name) and not left.is_symlink():
+            with _locked(left) as dead:
+                if dead:
+                    shutil.rmtree(left, ignore_errors=True)
+    while True:
+        folder = place / f"{mine}{uuid.uuid4().hex[:12]}"
+        folder.mkdir()
+        with _locked(folder) as locked:
+            if locked is False:  # another process took it for one that was left, before it was locked
+                continue
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+            return
+
+
+def is_scratch(path: Path, name: str) -> bool:
+    """Whether `scratch_folder` made this path for NAME."""
+    return bool(re.fullmatch(re.escape(f".{name}.partial-") + "[0-9a-f]{8}-[0-9a-f]{12}", path.name))
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[bool | None]:
+    """Lock a folder; yields False if another process has locked or deleted it, None if it cannot be locked here."""
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked: bool | None = folder.exists() and os.path.samestat(folder.stat(), os.fstat(handle))
+        except BlockingIOError:
+            locked = False
+        except OSError:  # this file system has no locks
+            locked = None
+        yield locked
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        os.close(handle)
+
+
+def _machine() -> str:
+    """Of 8 hexadecimal digits: locks of other machines may not be seen here."""
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 
 
 def set_aside(path: Path) -> Path:

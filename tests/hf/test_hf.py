@@ -17,6 +17,7 @@ from rdlm.config import PRESETS, InputError, ModelConfig
 from rdlm.hf import load_huggingface, save_huggingface, table
 from rdlm.hf.names import to_ours, to_theirs
 from rdlm.model import cast, init_params
+from rdlm.runtime.files import scratch_folder
 
 WTE = "transformer.wte.weight"
 TINY = ModelConfig(
@@ -243,7 +244,19 @@ def test_only_the_files_of_an_earlier_export_are_replaced(bytes_per_file, tmp_pa
     found = contents(tmp_path)
     assert others.items() <= found.items()
     assert load_huggingface(tmp_path)[1] == model("G_gqa")[1]
-    assert not any(".replaced" in name or "writing" in name for name in found)
+    assert not any(".replaced" in name or "partial" in name for name in found)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_what_a_killed_export_left_is_gone_after_the_next(there, tmp_path):
+    with scratch_folder(tmp_path, "model") as folder:
+        name = folder.name[:-12] + "0123456789ab"
+    left = (tmp_path / "model" if there else tmp_path) / name
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half")
+    save_huggingface(tmp_path / "model", *model("A2"))
+    assert set(contents(tmp_path / "model")) == {"config.json", "model.safetensors"}
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_what_another_program_wrote_is_set_aside(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 
 from rdlm.config import InputError
 from rdlm.runtime import complete_folder, write_atomically, write_output
+from rdlm.runtime.files import scratch_folder
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
@@ -50,3 +51,35 @@ def test_an_output_makes_its_folder_and_is_named_when_it_cannot_be_written(tmp_p
     assert path.read_text() == "text"
     with pytest.raises(InputError, match=r"a/b/file/below: cannot be written \("):
         write_output(path / "below", "text")
+
+
+def test_what_a_killed_process_left_is_removed_when_the_same_is_written_again(tmp_path):
+    with scratch_folder(tmp_path, "model") as mine:
+        prefix = mine.name[:-12]
+    left, other, elsewhere, theirs = (
+        tmp_path / name
+        for name in (f"{prefix}0123456789ab", f"{prefix.replace('model', 'model2')}0123456789ab",
+                     ".model.partial-ffffffff-0123456789ab", f"{prefix}notes")
+    )  # fmt: skip
+    for folder in (left, other, elsewhere, theirs):
+        folder.mkdir()
+        (folder / "file").write_text("half")
+    with scratch_folder(tmp_path, "model") as living:  # whose lock is held
+        (living / "file").write_text("being written")
+        assert not left.exists()
+        with complete_folder(tmp_path / "model") as partial:
+            (partial / "file").write_text("complete")
+        assert (living / "file").exists()
+    assert (tmp_path / "model" / "file").read_text() == "complete"
+    assert {path.name for path in tmp_path.iterdir()} == {"model", other.name, elsewhere.name, theirs.name}
+
+
+def test_a_link_in_the_place_of_something_left_is_not_followed(tmp_path):
+    with scratch_folder(tmp_path, "model") as mine:
+        name = mine.name[:-12] + "0123456789ab"
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "file").write_text("x")
+    (tmp_path / name).symlink_to(tmp_path / "precious")
+    with scratch_folder(tmp_path, "model"):
+        pass
+    assert (tmp_path / "precious" / "file").exists()
