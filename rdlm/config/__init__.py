@@ -1,7 +1,7 @@
 """Frozen, validated configuration: no JAX, no defaults hidden elsewhere."""
 
 from rdlm.config.errors import InputError, did_you_mean, one_line, require
-from rdlm.config.json import differences, from_json, to_json
+from rdlm.config.json import check_types, differences, from_json, to_json
 from rdlm.config.model import (
     Block,
     CachePolicy,
@@ -66,6 +66,7 @@ __all__ = [
     "Speculative",
     "TuneConfig",
     "check_threshold",
+    "check_types",
     "did_you_mean",
     "differences",
     "from_json",

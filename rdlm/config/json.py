@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import numbers
+import re
 import types
 import typing
 from collections.abc import Hashable
@@ -34,8 +35,8 @@ def from_json(cls: type[C], text: str, where: str = "config.json") -> C:
     return _build(cls, tree, where)
 
 
-def check_types(config: Any) -> None:
-    """Refuse a field of a config dataclass whose value does not fit its annotation.
+def check_types(config: Any, section: str = "") -> None:
+    """Refuse a field of a config dataclass whose value does not fit its annotation; `section` precedes its name.
 
     Raises:
       InputError: naming the field.
@@ -43,8 +44,9 @@ def check_types(config: Any) -> None:
     for name, hint in _hints(config.__class__).items():
         value = getattr(config, name)
         if not _fits(hint, value):
-            words = getattr(hint, "__name__", str(hint)).replace("typing.", "")
-            raise InputError(f"{name} = {one_line(str(value))}: must be of type {words}, and finite")
+            words = hint.__name__ if isinstance(hint, type) else re.sub(r"\w+\.", "", str(hint))
+            finite = ", and finite" * bool(re.search(r"\b(int|float)\b", words))
+            raise InputError(f"{section}{name} = {one_line(repr(value))}: must be of type {words}{finite}")
 
 
 @functools.cache

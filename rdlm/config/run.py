@@ -8,6 +8,7 @@ import typing
 from typing import Literal
 
 from rdlm.config.errors import require
+from rdlm.config.json import check_types
 from rdlm.config.model import ModelConfig
 from rdlm.config.paths import local_path
 
@@ -65,6 +66,7 @@ class RecurrenceConfig:
     recurrences in host memory."""
 
     def __post_init__(self) -> None:
+        check_types(self, "recurrence.")
         for name, minimum in (("curriculum_steps", 0), ("least", 1)):
             value = getattr(self, name)
             require(value >= minimum, f"recurrence.{name}", value, f"must be at least {minimum}")
@@ -108,6 +110,7 @@ class LossConfig:
     state (arXiv 2605.26733), for example 0.1; 0 is off. It shapes core and adapter alone."""
 
     def __post_init__(self) -> None:
+        check_types(self, "loss.")
         increasing = list(self.depths) == sorted(set(self.depths)) and min(self.depths, default=1) >= 1
         weights, several = self.depth_weights, len(self.depths) > 1
         weighted = not weights or (len(weights) == len(self.depths) and min(weights) > 0)
@@ -162,6 +165,7 @@ class OptimizerConfig:
     """Decay of a moving average of the weights that is saved with every checkpoint, for example 0.999; 0 is off."""
 
     def __post_init__(self) -> None:
+        check_types(self, "optimizer.")
         require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "must be positive")
         rest = self.adamw_learning_rate
         require(rest is None or rest > 0, "optimizer.adamw_learning_rate", rest, "must be positive")
@@ -206,6 +210,7 @@ class DataConfig:
     """Size of the task's largest training instances: letters, digits, operators, hops or distance."""
 
     def __post_init__(self) -> None:
+        check_types(self, "data.")
         # Training a tokenizer needs at least 262 entries and checks that; a converted model may have any number.
         for name in ("sequence_length", "batch_size", "microbatches", "tokenizer_size"):
             require(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "must be at least 1")
@@ -245,6 +250,7 @@ class MeshConfig:
     """Dtype in which gradients are accumulated over recurrences and devices."""
 
     def __post_init__(self) -> None:
+        check_types(self, "mesh.")
         sizes = self.data, self.fsdp, self.tensor
         require(
             all(n == -1 or n >= 1 for n in sizes) and sizes.count(-1) <= 1,
@@ -269,6 +275,7 @@ class CheckpointConfig:
     model.mean_recurrence; 0 is off."""
 
     def __post_init__(self) -> None:
+        check_types(self, "checkpoint.")
         require(self.every >= 1, "checkpoint.every", self.every, "must be at least 1")
         require(self.keep >= 1, "checkpoint.keep", self.keep, "must be at least 1")
         kept = self.keep_every >= 0 and self.keep_every % self.every == 0
@@ -286,6 +293,7 @@ class FaultsConfig:
     after the bad batches. A second rollback to the same checkpoint stops the run instead."""
 
     def __post_init__(self) -> None:
+        check_types(self, "faults.")
         require(self.patience >= 1, "faults.patience", self.patience, "must be at least 1")
 
 
@@ -301,6 +309,7 @@ class EvaluationConfig:
     """Recurrences r at which the loss is measured, all in one unroll."""
 
     def __post_init__(self) -> None:
+        check_types(self, "evaluation.")
         require(self.every >= 1, "evaluation.every", self.every, "must be at least 1")
         require(self.batches >= 1, "evaluation.batches", self.batches, "must be at least 1")
         require(
@@ -322,6 +331,7 @@ class AlarmConfig:
     which depth is of no use."""
 
     def __post_init__(self) -> None:
+        check_types(self, "alarms.")
         require(self.start >= 0, "alarms.start", self.start, "must not be negative")
 
 
@@ -347,6 +357,7 @@ class TuneConfig:
         return self.lora_targets or typing.get_args(LoraTarget)
 
     def __post_init__(self) -> None:
+        check_types(self, "tune.")
         require(self.lora_rank >= 0, "tune.lora_rank", self.lora_rank, "must not be negative")
         require(self.lora_alpha > 0, "tune.lora_alpha", self.lora_alpha, "must be positive")
         needs = "needs tune.lora_rank, for example 16"
@@ -415,13 +426,7 @@ class RunConfig:
     """Also write TensorBoard events (extra `log`)."""
 
     def __post_init__(self) -> None:
-        for section in dataclasses.fields(self):
-            value = getattr(self, section.name)
-            for field in dataclasses.fields(value) if dataclasses.is_dataclass(value) else ():
-                number = getattr(value, field.name)
-                floats = [x for x in (number if isinstance(number, tuple) else (number,)) if isinstance(x, float)]
-                finite = all(map(math.isfinite, floats))
-                require(finite, f"{section.name}.{field.name}", number, "must be a finite number")
+        check_types(self)
         _ = self.folder  # must be local
         for name in ("init_ema", "weights_digest"):
             require(bool(self.init) or not getattr(self, name), name, getattr(self, name), "only with init")

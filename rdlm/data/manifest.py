@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from rdlm.config import InputError, Packing, from_json, local_path, require, to_json
+from rdlm.config import InputError, Packing, check_types, from_json, local_path, require, to_json
 
 FORMAT_VERSION = 2
 """Incremented when older folders can no longer be read."""
@@ -30,6 +30,9 @@ class Reading:
     prompt_field: str = ""
     """Field of what comes before the document and is not scored; empty: nothing does."""
 
+    def __post_init__(self) -> None:
+        check_types(self)
+
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
@@ -47,6 +50,7 @@ class Recipe:
     """How files became documents."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         require(self.sequence_length >= 1, "sequence_length", self.sequence_length, "must be at least 1")
         require(0 <= self.validation_fraction < 1, "validation_fraction", self.validation_fraction, "must be in [0, 1)")
 
