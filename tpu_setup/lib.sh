@@ -270,12 +270,12 @@ check_script() {
     die "$1: git tracks no such script; there are:" "$(git -C "$ROOT" ls-files 'experiments/*.py' | tr '\n' ' ')"
 }
 
-# Exits unless the script takes these arguments and writes in runs/ only: before anything is rented for them.
+# Exits unless the script takes these arguments, and with a bucket writes in runs/ only: before anything is rented.
 check_arguments() {
   local python code
   for python in "$ROOT/.venv/bin/python" python3; do
     code=0
-    (cd "$ROOT" && PYTHONPATH=$ROOT "$python" tpu_setup/check.py "$@") >"$WORK/check" 2>&1 || code=$?
+    (cd "$ROOT" && BUCKET=$BUCKET PYTHONPATH=$ROOT "$python" tpu_setup/check.py "$@") >"$WORK/check" 2>&1 || code=$?
     case $code in
       0) return ;;
       2) cat "$WORK/check" >&2 && exit 2 ;;

@@ -4,6 +4,7 @@
 settings
 check_script "$@"
 need_ready
+check_arguments "$@"
 id=$(run_id "$@")
 on_all rdlm/tpu_setup/worker.sh start "$id" "$PROFILER_PORT" "$@" ||
   fail "$id: did not start on every worker; tpu_setup/stop.sh stops it where it did"

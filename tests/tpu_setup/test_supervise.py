@@ -119,15 +119,25 @@ REFUSED = [
 ]
 
 
+@pytest.mark.parametrize("script", ["supervise.sh", "run.sh"])
 @pytest.mark.parametrize(
     ("arguments", "words"), REFUSED, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
 )
-def test_a_wrong_command_is_refused_before_anything_is_rented(arguments, words, place):
-    code, out, err = place.run("supervise.sh", *arguments)
+def test_a_wrong_command_is_refused_before_anything_is_rented_or_started(arguments, words, script, place):
+    if script == "run.sh":
+        place.cloud(queue="ACTIVE", node="READY")
+    code, out, err = place.run(script, *arguments)
     assert code == 2, err
     assert words in err
     assert "Traceback" not in out + err
     assert place.changes() == []
+
+
+def test_without_a_bucket_a_run_may_write_anywhere(place):
+    place.settings(**SETTINGS | {"BUCKET": "''"})
+    place.cloud(queue="ACTIVE", node="READY")
+    assert place.run("run.sh", "experiments/train.py", "nano", "--run-dir", "elsewhere/x")[0] == 0
+    assert place.run("run.sh", "experiments/train.py", "nano", "--stepz", "3")[0] == 2
 
 
 def test_every_start_is_the_same_command(place):
