@@ -14,13 +14,16 @@ counts their recurrences by category, each starting from its own noise ("default
 ("warm start"). The paper shows this histogram (KL below 5e-4) without saying which tokens it counts; here they are the
 new ones.
 
-Prints tables; writes RUN/analysis/questions_NAME.json, .csv, .png and questions_NAME_steps.png. Exit codes: 0 done,
+Prints tables; writes RUN/analysis/questions_NAME.json, .csv, .png and questions_NAME_steps.png (NAME with a suffix, if
+another file of that name was asked before). Exit codes: 0 done,
 2 wrong input. Hardware: any.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -162,7 +165,7 @@ def ask(args: Args, path: Path, questions: Questions) -> int:
         result["prompt_steps"] = steps_of(grouped(questions, stopped.steps, args.min_category))
     result["rows"] = rows
     show(f"{args.run_dir}, step {run.step}: {len(questions)} questions of {path.name}", rows, known)
-    base = args.run_dir / "analysis" / f"questions_{path.stem}.json"
+    base = result_file(args.run_dir / "analysis", path)
     new = None
     if args.steps_tokens:
         new = new_token_steps(args, params, config, tokenizer, questions, depths[-1])
@@ -172,6 +175,19 @@ def ask(args: Args, path: Path, questions: Questions) -> int:
     print(f"table:   {write_table(base.with_suffix('.csv'), flat(rows))}")
     pictures(args, base, f"{args.run_dir.resolve().name}, step {run.step}", questions, depths, rows, known, new)
     return 0
+
+
+def result_file(folder: Path, questions: Path) -> Path:
+    """Where the result goes; another file than usual where the usual one holds that of other questions."""
+    usual = folder / f"questions_{questions.stem}.json"
+    try:
+        known = json.loads(usual.read_text(encoding="utf-8"))["questions"]
+    except (OSError, ValueError, LookupError, TypeError):  # none there, or nothing to compare with
+        return usual
+    if not isinstance(known, str) or Path(known).resolve() == questions.resolve():
+        return usual
+    digest = hashlib.sha256(str(questions.resolve()).encode()).hexdigest()[:6]
+    return usual.with_stem(f"{usual.stem}_{digest}")
 
 
 def bar(total: int, what: str) -> Callable[[int], None]:

@@ -20,11 +20,13 @@ def local_path(path: str | os.PathLike[str], field: str = "") -> Path:
       field: where; named in the message.
 
     Raises:
-      InputError: a URL, the home of nobody, or a name that this process cannot encode.
+      InputError: empty, a URL, the home of nobody, or a name that this process cannot encode.
     """
     if not isinstance(path, (str, os.PathLike)):
         raise InputError(f"{field or 'path'} = {path!r}: must be a path")
     text = os.fspath(path)
+    if not text:
+        raise InputError(f"{field or 'path'} = '': is empty; name a file or folder, the current one as .")
     typed = _URL.sub(lambda scheme: scheme[0] + "/", text, count=1) if isinstance(path, Path) else text
     named = f"{field} = {typed!r}" if field else typed
     if _URL.match(text):

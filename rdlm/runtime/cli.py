@@ -21,6 +21,7 @@ from rdlm.runtime.processes import is_alone, leave
 EXIT_DONE, EXIT_FAILED, EXIT_WRONG_INPUT, EXIT_ALARM, EXIT_PREEMPTED = 0, 1, 2, 3, 75
 
 C = TypeVar("C")
+_EMPTY = Path("\0")  # an empty word where a path belongs
 
 
 def parse_arguments(
@@ -50,6 +51,20 @@ def parse_arguments(
     """
     import tyro  # here, so that importing this room costs nothing
 
+    paths = tyro.constructors.ConstructorRegistry()
+
+    @paths.primitive_rule
+    def _(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Path] | None:
+        if info.type is not Path:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="PATH",
+            instance_from_str=lambda words: Path(words[0]) if words[0] else _EMPTY,  # Path("") is the current folder
+            is_instance=lambda value: isinstance(value, Path),
+            str_from_instance=lambda path: [str(path)],
+        )
+
     words = sys.argv[1:] if args is None else args
     flags = Counter(word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--"))
     for flag, count in flags.items():
@@ -58,7 +73,7 @@ def parse_arguments(
     given = tyro.MISSING_NONPROP if default is None else default
     message = io.StringIO()
     try:
-        with contextlib.redirect_stderr(message):
+        with contextlib.redirect_stderr(message), paths:
             parsed = tyro.cli(cls, prog=prog, description=description, args=args, config=config, default=given)
     except SystemExit as stop:
         error = stop.__context__
@@ -74,7 +89,11 @@ def parse_arguments(
 def _with_local_paths(parsed: C) -> C:
     """Every field that is a `Path` as `local_path` gives it."""
     values = {field.name: getattr(parsed, field.name) for field in dataclasses.fields(parsed)}  # type: ignore[arg-type]
-    paths = {name: local_path(value, name) for name, value in values.items() if isinstance(value, Path)}
+    paths = {
+        name: local_path("" if value == _EMPTY else value, name)
+        for name, value in values.items()
+        if isinstance(value, Path)
+    }
     return dataclasses.replace(parsed, **paths)  # type: ignore[type-var]
 
 

@@ -94,6 +94,24 @@ def test_commands_refuse_a_url_at_the_start(arguments, command, tmp_path, monkey
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("arguments", [c for c in COMMANDS if "--run-dir" not in c], ids=" ".join)
+def test_commands_refuse_an_empty_path_at_the_start(arguments, command, tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text("{}")  # which a command could take for that of a folder
+    monkeypatch.chdir(tmp_path)
+    code, out, err = command(*["" if word == "URL" else word for word in arguments])
+    assert (code, out) == (2, ""), err
+    assert re.fullmatch(r"error: [^\n]*= '': [^\n]+\n", err), err
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_an_empty_path_is_refused_and_the_current_folder_is_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for door in set(DOORS) - {"run_dir"}:  # empty: runs/PRESET
+        with pytest.raises(InputError, match=r"= '': is empty; name a file or folder, the current one as \."):
+            DOORS[door]("")
+    assert local_path(".") == local_path(Path("")) == Path(".")
+
+
 @pytest.mark.parametrize("name", ["RDLM_COMPILE_CACHE", "XDG_CACHE_HOME"])
 def test_compiled_programs_are_kept_in_a_local_folder(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -9,6 +9,7 @@ import shutil
 
 import numpy as np
 import pytest
+from experiment_scripts import script
 from small_runs import SHAPE, prepared, saved
 
 from rdlm.config import DataConfig, InputError, ModelConfig
@@ -222,3 +223,17 @@ def test_results_are_plain_json_and_csv(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
         write_result(tmp_path / "file/below.json", {}, {})
+
+
+def test_results_of_two_question_files_of_one_name_are_both_kept(tmp_path):
+    name = script("questions").result_file
+    a, b = tmp_path / "a" / "mine.jsonl", tmp_path / "b" / "mine.jsonl"
+    usual = name(tmp_path, a)
+    assert usual == tmp_path / "questions_mine.json"
+    usual.write_text(json.dumps({"questions": str(a)}))
+    assert name(tmp_path, a) == usual
+    other = name(tmp_path, b)
+    assert other != usual
+    assert other.name.startswith("questions_mine_")
+    other.write_text(json.dumps({"questions": str(b)}))
+    assert (name(tmp_path, a), name(tmp_path, b)) == (usual, other)
