@@ -46,12 +46,20 @@ def main() -> int:
 
 
 @dataclasses.dataclass(frozen=True)
+class Prepared:
+    """As in `DataConfig`."""
+
+    prepared: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class Start:
     """The flags that decide the defaults of all others."""
 
     init: str = ""
     init_ema: bool = False
     run_dir: str = ""
+    data: Prepared = Prepared()
 
 
 def configured(words: list[str]) -> RunConfig:
@@ -67,7 +75,8 @@ def configured(words: list[str]) -> RunConfig:
     if start.init:
         from rdlm.train import begin_from
 
-        base = begin_from(dataclasses.replace(base, **dataclasses.asdict(start)))
+        data = dataclasses.replace(base.data, prepared=start.data.prepared)
+        base = begin_from(dataclasses.replace(base, **vars(start) | {"data": data}))
     elif start.init_ema:
         raise InputError("--init-ema: only with --init FOLDER")
     elif name == FINETUNE.preset and not {"-h", "--help"} & set(overrides):

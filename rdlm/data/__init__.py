@@ -3,7 +3,7 @@
 Only `from_config`, which makes the embedded corpus on first use, and `stream`, which encodes during training, use it.
 """
 
-from rdlm.data.from_config import RunData, open_data, open_validation
+from rdlm.data.from_config import RunData, open_data, open_validation, prepared_tokenizer
 from rdlm.data.loader import Batch, PackedData
 from rdlm.data.manifest import Manifest, Reading, Recipe, read_manifest
 from rdlm.data.mixture import Chain, Mixture
@@ -30,6 +30,7 @@ __all__ = [
     "open_data",
     "open_validation",
     "prefetch",
+    "prepared_tokenizer",
     "read_manifest",
     "sequence_ids",
 ]

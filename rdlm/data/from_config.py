@@ -51,7 +51,8 @@ def open_data(
       seed: decides the order of rows.
       process_index: which slice of every batch this process makes.
       process_count: slices of a batch.
-      tokenizer_folder: of the tokenizer that the data must have; None: any. The embedded corpus is prepared with it.
+      tokenizer_folder: of the tokenizer that the data must have, but for special tokens that were added to it; None:
+        any. The embedded corpus is prepared with it.
 
     Raises:
       InputError: something is missing, damaged, or does not fit the configuration.
@@ -68,7 +69,7 @@ def open_data(
             file=sys.stderr,
         )
     tokenizer = Tokenizer.load(folders[0] / "tokenizer")
-    if wanted is not None and wanted.hash != tokenizer.hash:
+    if wanted is not None and tokenizer.added_to(wanted) is None:
         raise InputError(
             f"{folders[0]}: was prepared with another tokenizer than the model's; prepare the text again, with "
             f"prepare_data.py --tokenizer {tokenizer_folder}"
@@ -96,6 +97,19 @@ def open_data(
     if isinstance(train, StreamedData):
         identity |= {f"data.stream: file {i}": str(file) for i, file in enumerate(train.files)}
     return RunData(train, _validation(folders, length, tokenizer, batches), tokenizer, folders[0], identity)
+
+
+def prepared_tokenizer(data: DataConfig) -> Tokenizer | None:
+    """The tokenizer of prepared data; None for the embedded corpus, which may be prepared with any.
+
+    Raises:
+      InputError: there are no such data.
+    """
+    if not data.prepared:
+        return None
+    folder = local_copy(data.prepared[0], data.folder)
+    read_manifest(folder)
+    return Tokenizer.load(folder / "tokenizer")
 
 
 def open_validation(

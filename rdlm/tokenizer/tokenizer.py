@@ -325,11 +325,31 @@ class Tokenizer:
 
         Padding, truncation and the post-processor, which `encode` never uses, are left out; so is the file's layout.
         """
-        tree = self._tree
-        for unused in ("padding", "truncation", "post_processor"):
-            tree.pop(unused, None)
-        canonical = json.dumps([tree, self.bos_id, self.eos_id, self.pad_id], sort_keys=True)
+        canonical = json.dumps([self._used, *self._roles], sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def added_to(self, other: Tokenizer) -> list[str] | None:
+        """Special tokens that this tokenizer has beyond those of `other`, by id; None if the two differ otherwise.
+
+        Texts begin, end and are padded as with `other`, or with such a token.
+        """
+        size = other.vocab_size
+        new = sorted((i, text) for text, i in self.special_ids.items() if i >= size)
+        mine, theirs = self._used, other._used
+        for tree in (mine, theirs):
+            tree["added_tokens"] = [token for token in tree["added_tokens"] if token["id"] < size]
+        roles = all(a == b or a >= size for a, b in zip(self._roles, other._roles, strict=True))
+        complete = [i for i, _ in new] == list(range(size, self.vocab_size))
+        return [text for _, text in new] if mine == theirs and roles and complete else None
+
+    @property
+    def _roles(self) -> tuple[int, int, int]:
+        return self.bos_id, self.eos_id, self.pad_id
+
+    @property
+    def _used(self) -> Config:
+        """What of tokenizer.json decides encoding and decoding here."""
+        return {name: x for name, x in self._tree.items() if name not in ("padding", "truncation", "post_processor")}
 
     @functools.cached_property
     def token_bytes(self) -> np.ndarray:

@@ -11,12 +11,16 @@ import functools
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+from jax import Array
 from jaxtyping import PyTree
 
-from rdlm.checkpoint import StoredCheckpoint, open_checkpoint, read_config, saved_steps
+from rdlm import sharding
+from rdlm.checkpoint import StoredCheckpoint, as_abstract, open_checkpoint, read_config, saved_steps
 from rdlm.config import InputError, ModelConfig, RunConfig, differences, local_path, require
+from rdlm.data import prepared_tokenizer
 from rdlm.hf import StoredModel, is_huggingface, open_huggingface
-from rdlm.model import Params, cast
+from rdlm.model import Params, init_params
 from rdlm.runtime import together
 from rdlm.tokenizer import Tokenizer
 
@@ -42,7 +46,7 @@ class Weights:
 
     def __init__(self, run: RunConfig):
         """Raises InputError: not a local path."""
-        self.folder, self.ema = local_path(run.init, "init"), run.init_ema
+        self.folder, self.ema, self.data = local_path(run.init, "init"), run.init_ema, run.data
         self.settled = _settled(run)
         """The run's own config.json, once the run goes on without `init`."""
 
@@ -68,18 +72,24 @@ class Weights:
         return self.folder if isinstance(self.source, StoredModel) else self.folder / "tokenizer"
 
     @functools.cached_property
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer of the parameters.
-
-        Raises:
-          InputError: there is none, so that nobody knows which token a row of the embedding is; or another model's.
-        """
+    def _own_tokenizer(self) -> Tokenizer:
         folder = self.tokenizer_folder
         if not (folder / "tokenizer.json").exists():
             raise InputError(f"init = '{self.folder}': has no tokenizer; put the model's tokenizer.json into {folder}")
         tokenizer = Tokenizer.load(folder)
         tokenizer.check_fits(self._stored_model.vocab_size, self.folder)
         return tokenizer
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the folder, or that of the data if it only has more special tokens.
+
+        Raises:
+          InputError: the folder has none, so that nobody knows which token a row of the embedding is; or another
+            model's. The data are missing.
+        """
+        given = prepared_tokenizer(self.data) or self._own_tokenizer
+        return self._own_tokenizer if given.added_to(self._own_tokenizer) is None else given
 
     @property
     def _stored_model(self) -> ModelConfig:
@@ -88,13 +98,15 @@ class Weights:
     @functools.cached_property
     def model(self) -> ModelConfig:
         """What the run trains. Parameters are held in float32, in which small updates are not lost; it computes in the
-        dtype of the folder.
+        dtype of the folder. Its tokens are those of the tokenizer, for which there may be more rows than in the folder.
         """
-        stored = self._stored_model.for_vocabulary(self.tokenizer.vocab_size)
+        stored, size = self._stored_model, self.tokenizer.vocab_size
         held = self.source.dtype.name if isinstance(self.source, StoredModel) else stored.param_dtype
         computed = stored.compute_dtype or held
         return dataclasses.replace(
             stored,
+            vocab_size=size,
+            padded_vocab_size=max(size, stored.rows),
             param_dtype="float32",
             compute_dtype=None if computed == "float32" else computed,  # type: ignore[arg-type]
         )
@@ -107,7 +119,8 @@ class Weights:
     def check(self, model: ModelConfig) -> None:
         """Refuse to train these parameters as another model. Raises InputError."""
         for name, (stored, given) in differences(self.model, model).items():
-            if not name.startswith(FREE):
+            more_rows = name == "padded_vocab_size" and model.rows >= self.model.rows
+            if not more_rows and not name.startswith(FREE):
                 raise InputError(
                     f"model.{name} = {given!r}: {self.folder} has {stored!r}; leave it out (only {', '.join(FREE)} may "
                     "differ)"
@@ -120,11 +133,25 @@ class Weights:
           InputError: damaged files, or other parameters than those of `digest`.
         """
         source = together(lambda: self._unchanged(digest))
+        dtype = target["wte"].dtype
+        stored = jax.eval_shape(lambda: init_params(self._stored_model, jax.random.key(0)))
+        # Rows that are still too few need not divide by the mesh.
+        held_in = jax.tree.map(
+            lambda x, to: to.sharding if x.shape == to.shape else sharding.replicated(to.sharding.mesh), stored, target
+        )
         if isinstance(source, StoredModel):
-            return together(lambda: source.load(target))
-        shardings, dtype = jax.tree.map(lambda x: x.sharding, target), target["wte"].dtype
-        held = source.load(shardings)
-        return jax.jit(lambda params: cast(params, dtype), out_shardings=shardings, donate_argnums=0)(held)
+            stored = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), stored)
+            held = together(lambda: source.load(as_abstract(stored, held_in)))
+        else:
+            held = source.load(held_in)
+        same = jax.tree.map(lambda x, to: (x.shape, x.dtype) == (to.shape, to.dtype), held, target)
+        if all(jax.tree.leaves(same)):
+            return held
+        fit = jax.jit(
+            lambda params: jax.tree.map(lambda x, to: _with_rows(x, to.shape).astype(dtype), params, target),
+            out_shardings=jax.tree.map(lambda to: to.sharding, target),
+        )
+        return fit(held)
 
     def _unchanged(self, digest: str) -> StoredModel | StoredCheckpoint:
         if self.digest != digest:
@@ -135,9 +162,23 @@ class Weights:
         return self.source
 
     def __str__(self) -> str:
-        if isinstance(self.source, StoredModel):
-            return str(self.folder)
-        return f"{self.folder}, step {self.source.step}{', their moving average' if self.ema else ''}"
+        """Where the parameters come from, and which rows are for tokens that were added."""
+        text = str(self.folder)
+        if not isinstance(self.source, StoredModel):
+            text += f", step {self.source.step}{', their moving average' if self.ema else ''}"
+        if added := self.tokenizer.added_to(self._own_tokenizer):
+            new = max(0, self.model.rows - self._stored_model.rows)
+            rows = f"{new} rows are added, each the mean of the others" if new else "they take rows that were padding"
+            text += f"; special tokens beyond the folder's: {', '.join(added)}: {rows}"
+        return text
+
+
+def _with_rows(x: Array, shape: tuple[int, ...]) -> Array:
+    """`x` with as many rows as `shape` has; new ones are the mean of those there."""
+    if x.shape == shape:
+        return x
+    mean = x.astype(jnp.float32).mean(0, keepdims=True).astype(x.dtype)
+    return jnp.concatenate([x, jnp.broadcast_to(mean, (shape[0] - len(x), *shape[1:]))])
 
 
 def _settled(run: RunConfig) -> RunConfig | None:

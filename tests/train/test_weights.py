@@ -7,6 +7,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import tokenizers
 from foreign_tokenizers import save as save_tokenizer
 from golden_cases import GOLDEN
 from small_runs import saved
@@ -190,6 +191,48 @@ def test_the_average_of_a_run_is_where_another_begins(data, tmp_path):
         assert bool(np.any(placed["wte"])) != ema, "the average is zero before the first step"
         digests.add(Weights(run).digest)
     assert len(digests) == 2
+
+
+def with_tokens(folder, target, special=True, **config):
+    """A copy of a tokenizer with two more tokens."""
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    (backend.add_special_tokens if special else backend.add_tokens)(["<|user|>", "<|end|>"])
+    target.mkdir()
+    backend.save(str(target / "tokenizer.json"))
+    given = json.loads((folder / "tokenizer_config.json").read_text())
+    (target / "tokenizer_config.json").write_text(json.dumps(given | config))
+    return Tokenizer.load(target)
+
+
+@pytest.mark.parametrize("name", ["families/llama", "run"])
+def test_special_tokens_that_are_added_get_rows(name, folders, data, tmp_path):
+    shutil.copytree(data / "texts", tmp_path / "texts")
+    added = with_tokens(data / "tokenizer", tmp_path / "tokenizer", eos_token="<|end|>")
+    prepare(tmp_path, tmp_path / "tokenizer", "prepared")
+    own = Tokenizer.load(data / "tokenizer")
+    init = saved(tmp_path / "source", ENTRIES, {"data": SHORT}, own) if name == "run" else folders(name)
+    run, stored = run_of(init, tmp_path, tmp_path / "run"), find(init).params
+    assert run.model.vocab_size == run.data.tokenizer_size == added.vocab_size == ENTRIES + 2
+    placed = first_parameters(run, 8)
+    rows = len(stored["wte"])
+    np.testing.assert_array_equal(placed["wte"][:rows], stored["wte"])
+    assert (len(placed["wte"]), len(placed["wte"]) - rows) == (run.model.rows, 2 if name == "run" else 0)
+    mean = np.broadcast_to(np.asarray(stored["wte"]).mean(0), (run.model.rows - rows, run.model.embed_dim))
+    np.testing.assert_allclose(placed["wte"][rows:], mean, atol=1e-6)
+    what = "2 rows are added, each the mean of the others" if name == "run" else "they take rows that were padding"
+    assert f"special tokens beyond the folder's: <|user|>, <|end|>: {what}" in str(Weights(run))
+    Trainer(run)
+
+
+def test_tokenizers_that_differ_otherwise_are_told_apart(data, tmp_path):
+    own, other = Tokenizer.load(data / "tokenizer"), Tokenizer.load(data / "other_tokenizer")
+    added = with_tokens(data / "tokenizer", tmp_path / "added")
+    assert added.added_to(own) == ["<|user|>", "<|end|>"]
+    assert own.added_to(own) == []
+    assert own.added_to(added) is None, "fewer tokens"
+    assert other.added_to(own) is None, "another vocabulary"
+    assert with_tokens(data / "tokenizer", tmp_path / "words", special=False).added_to(own) is None, "words"
+    assert with_tokens(data / "tokenizer", tmp_path / "end", eos_token="<s>").added_to(own) is None, "another end"
 
 
 # What does not fit is refused in one line, before anything is written.
