@@ -47,6 +47,8 @@ class Args:
     """Text to continue; may be empty."""
     chat: bool = False
     """Reply to the prompt as a message of a user, in the tokenizer's chat template."""
+    prefix: bool = False
+    """Let the tokens of the prompt see each other in both directions; only models with prefix_attention."""
     max_new_tokens: int = 64
     """Maximum number of new tokens.
 
@@ -128,6 +130,7 @@ def main() -> int:
             min_steps=args.min_steps,
             sampling=sampling(args),
             stop=args.stop,
+            prefix=args.prefix,
             key=jax.random.key(args.seed),
             on_token=stream.token,
         )

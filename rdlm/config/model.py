@@ -158,6 +158,8 @@ class ModelConfig:
     """Layers that see every earlier token though there is a window, counted from 0 through prelude, core and coda."""
     window_rope_base: float | None = None
     """Base of the rotary frequencies in layers with a window, where they are not scaled. None: rope_base."""
+    prefix_attention: bool = False
+    """The tokens of a prompt may see each other in both directions, where `prefix` asks for it."""
     norm_eps: float = 1e-6
     """Epsilon of every RMSNorm."""
     qk_bias: bool = True
@@ -235,11 +237,12 @@ class ModelConfig:
                 base is None or (base > 0 and window is not None),
                 "must be positive, and needs attention_window",
             ),
-            "value_tables": (set(self.value_tables) <= set(range(layers)), f"must be of 0 .. {layers - 1}"),
+            "value_tables": (all(i in range(layers) for i in self.value_tables), f"must be of 0 .. {layers - 1}"),
             "value_gates": (
-                set(self.value_gates) <= set(range(layers)) and (not self.value_gates or self.embed_dim >= 32),
+                all(i in range(layers) for i in self.value_gates) and (not self.value_gates or self.embed_dim >= 32),
                 f"must be of 0 .. {layers - 1}, and needs embed_dim of at least 32",
             ),
+            "prefix_attention": (not self.prefix_attention or window is None, "must be false with attention_window"),
             "norm_eps": (self.norm_eps > 0, "must be positive"),
             "test_time_noise": (self.test_time_noise >= 0, "must not be negative"),
             "test_time_noise_type": (self.test_time_noise_type in NOISES, f"must be one of {', '.join(NOISES)}"),

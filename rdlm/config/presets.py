@@ -179,6 +179,7 @@ HRM_TEXT_1B = RunConfig(
         rope_base=1e4,
         qk_bias=False,
         tie_embeddings=False,
+        prefix_attention=True,
         mean_recurrence=2,
         backprop_depth=2,
         compute_dtype="bfloat16",

@@ -195,6 +195,7 @@ class Engine:
         exit_rule: ExitRule | None = None,
         min_steps: int = 0,
         sampling: Sampling = Sampling(),
+        prefix: bool = False,
         key: ArrayLike | None = None,
         on_token: OnToken | None = None,
     ) -> Served:
@@ -217,6 +218,7 @@ class Engine:
             min_steps=min_steps,
             sampling=sampling,
             key=key,
+            prefix=prefix,
         )
         row, (prompt,) = as_requests(self.config, [prompt], limit, options)
         limit = int(limit)

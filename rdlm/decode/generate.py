@@ -46,6 +46,7 @@ def generate(
     warm_start: WarmStart = False,
     speculative: Speculative | None = None,
     init_scale: float = 1.0,
+    prefix: bool | Sequence[bool] = False,
     key: ArrayLike | None = None,
     samples: int = 1,
     on_token: Callable[[int, int, int], object] | None = None,
@@ -70,6 +71,7 @@ def generate(
         reference's plain decoding) or before ("raw", as its adaptive decoding).
       speculative: None, or Speculative(draft_steps, lookahead, threshold).
       init_scale: scale of the initial state; 0.0 is the zero state.
+      prefix: the tokens of a prompt see each other in both directions; only models with `prefix_attention`.
       key: one key for all prompts (equal prompts, equal samples) or one per prompt.
       samples: continuations of each prompt, with different randomness; those of a prompt follow each other in all
         results, and the first is the one of samples=1.
@@ -80,7 +82,7 @@ def generate(
         logits that are not finite (`rdlm.Engine` ends the request concerned and serves the others).
     """
     options = RequestOptions(
-        num_steps, exit_rule, prefill_exit, min_steps, check_every, sampling, warm_start, init_scale, key
+        num_steps, exit_rule, prefill_exit, min_steps, check_every, sampling, warm_start, init_scale, key, prefix
     )
     check_type("cache", cache, CachePolicy)
     check_callable("on_token", on_token)

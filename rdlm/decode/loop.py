@@ -60,7 +60,8 @@ def begin(
     """Prefill, and choose the first token: (progress, steps of each token of the prompt)."""
     B = len(tokens)
     empty = allocate(config, sizes.policy, sizes.sets, B, sizes.capacity, compute_dtype(params, config))
-    text = continuation(config, empty, tokens, lengths, first=True)
+    prefix = jnp.where(request.prefix, lengths, 0) if config.prefix_attention else None
+    text = continuation(config, empty, tokens, lengths, first=True, prefix=prefix)
     depth = request.depth._replace(rule=None) if prefill_exit == "never" else request.depth
     start = request_start(params, config, text, request)
     done, cache = run_pass(params, config, text, start, depth, empty, prefill_exit == "together", last_only=True)

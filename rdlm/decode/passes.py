@@ -26,7 +26,7 @@ from rdlm.model import (
     start_from,
 )
 from rdlm.model.cache import Cache, allocate, append, cache_bytes, cached_bias, grow
-from rdlm.model.inputs import Tokens, as_array, check_integers, check_numbers, check_type, depth_from
+from rdlm.model.inputs import Tokens, as_array, check_integers, check_numbers, check_type, depth_from, prefix_from
 from rdlm.runtime.memory import require_memory
 
 
@@ -42,14 +42,22 @@ def check_prefill_exit(prefill_exit: str) -> None:
 
 
 def continuation(
-    config: ModelConfig, cache: Cache, tokens: Int[Array, "B L"], count: Int[Array, "B"], first: bool = False
+    config: ModelConfig,
+    cache: Cache,
+    tokens: Int[Array, "B L"],
+    count: Int[Array, "B"],
+    first: bool = False,
+    prefix: Int[Array, "B"] | None = None,
 ) -> Text:
-    """The first `count` of a row's `tokens`, behind those in the cache. first: the cache is empty and is not read."""
+    """The first `count` of a row's `tokens`, behind those in the cache.
+
+    first: the cache is empty and is not read. prefix: as in `context`, then.
+    """
     L = tokens.shape[1]
     positions = cache.length[:, None] + jnp.arange(L)[None]
     valid = jnp.arange(L)[None] < count[:, None]
     bias = None if first else cached_bias(cache.capacity, cache.length)
-    return Text(tokens, positions, valid, context(config, positions, valid.astype(jnp.int32), bias))
+    return Text(tokens, positions, valid, context(config, positions, valid.astype(jnp.int32), bias, prefix=prefix))
 
 
 def run_pass(
@@ -116,6 +124,7 @@ def prefill(
     state: ArrayLike | None = None,
     key: ArrayLike | None = None,
     init_scale: ArrayLike = 1.0,
+    prefix: ArrayLike | None = None,
     exit_rule: ExitRule | None = None,
     prefill_exit: str = "per_token",
     min_steps: Counts = 0,
@@ -135,6 +144,7 @@ def prefill(
       state: [B, L, config.state_dim] initial states; wins over `key`.
       key: one key for all rows or one per row; None is `jax.random.key(0)`.
       init_scale: scale of the initial state; 0 is the zero state.
+      prefix: as in `rdlm.forward`.
       exit_rule, min_steps, check_every: see `rdlm.forward`.
       prefill_exit: "per_token"; "together" (one exit per prompt); "never" (the rule is for later tokens).
       cache: policy. capacity: positions to allocate, default config.max_length. max_steps: with a policy that keeps
@@ -177,7 +187,7 @@ def prefill(
         check_memory(params, config, B, L, (cache.sets(max_steps), capacity), depth, all_logits=True)
     empty = allocate(config, cache, cache.sets(max_steps), B, capacity, compute_dtype(params, config))
     count = jnp.full(B, L, jnp.int32) if lengths is None else jnp.asarray(lengths, jnp.int32)
-    text = continuation(config, empty, tokens, count, first=True)
+    text = continuation(config, empty, tokens, count, first=True, prefix=prefix_from(config, prefix, (B, L)))
     start = start_from(params, config, text, key, state, init_scale)
     done, full = run_pass(params, config, text, start, depth, empty, prefill_exit == "together")
     return Output(done.logits, done.latents, done.steps, done.state), full

@@ -39,6 +39,7 @@ class RequestOptions:
     warm_start: WarmStart = False
     init_scale: float = 1.0
     key: ArrayLike | None = None
+    prefix: bool | Sequence[bool] = False
 
 
 class Request(NamedTuple):
@@ -48,6 +49,7 @@ class Request(NamedTuple):
     init_scale: Array  # f32 [B]
     keys: Array  # [B]
     sampling: SamplingArrays
+    prefix: Array  # bool [B], whether the tokens of the prompt see each other in both directions
 
 
 def as_requests(
@@ -94,6 +96,12 @@ def as_requests(
     check_every = per_row(options.check_every, B, "check_every", np.int32)
     scale = per_row(options.init_scale, B, "init_scale", np.float32)
 
+    prefix = np.asarray(options.prefix)
+    if prefix.dtype != bool or prefix.shape not in ((), (B,)):
+        raise InputError(f"prefix = {shown(options.prefix)}: must be true or false, or one of them per prompt")
+    if prefix.any() and not config.prefix_attention:
+        raise InputError("prefix: every token of this model sees only those before it (prefix_attention is false)")
+
     def each(values: np.ndarray) -> Array:
         return jnp.asarray(np.repeat(values, samples, axis=0))
 
@@ -102,7 +110,8 @@ def as_requests(
     depth = Depth(each(num_steps), by_row, each(min_steps), each(check_every))
     keys = sample_keys(jnp.broadcast_to(keys, (B,)), samples)
     sampling = jax.tree.map(lambda x: each(np.asarray(x)), sampling)
-    return Request(depth, each(scale), keys, sampling), [row for row in rows for _ in range(samples)]
+    prefix = np.broadcast_to(prefix, (B,))
+    return Request(depth, each(scale), keys, sampling, each(prefix)), [row for row in rows for _ in range(samples)]
 
 
 def sample_keys(keys: Key[Array, "B"], samples: int) -> Key[Array, "B*{samples}"]:

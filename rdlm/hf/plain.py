@@ -157,6 +157,7 @@ def _read_stacks(fields: Fields, values: dict[str, Json], where: str) -> dict[st
     if scale <= 0:
         raise InputError(f"{where}: embedding_scale = {scale}: must be positive")
     return {
+        "prefix_attention": typed(fields, "prefix_lm", bool, True, where),
         "core_layers": found["num_layers_per_stack"],
         "embed_scale": scale,
         "loop": dataclasses.replace(values["loop"], low_cycles=found["L_cycles"], low_backprop=tuple(backprop) or (1,)),
@@ -169,7 +170,7 @@ def _write_stacks(config: ModelConfig) -> Fields:
         "L_bp_cycles": list(config.loop.low_backprop),
         "L_cycles": config.loop.low_cycles,
         "embedding_scale": scale,
-        "prefix_lm": True,
+        "prefix_lm": config.prefix_attention,
     }
 
 

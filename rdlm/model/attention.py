@@ -21,7 +21,10 @@ HIDDEN = -1e30
 
 
 def causal_bias(
-    segment_ids: Int[Array, "B L"] | None, length: int, window: int | None = None
+    segment_ids: Int[Array, "B L"] | None,
+    length: int,
+    window: int | None = None,
+    prefix: Int[Array, "B"] | None = None,
 ) -> Float32[Array, "#B {length} {length}"]:
     """A token sees itself and earlier tokens of its own segment.
 
@@ -30,10 +33,14 @@ def causal_bias(
         unused output stays finite).
       length: L.
       window: number of tokens that a token sees, itself included; None: all of them.
+      prefix: number of tokens at the start of each row that also see the later ones among them.
     """
     ones = jnp.tril(jnp.ones((length, length), bool))[None]
     if window is not None:
         ones = jnp.triu(ones, 1 - window)
+    if prefix is not None:
+        within = jnp.arange(length)[None] < prefix[:, None]
+        ones = ones | (within[:, :, None] & within[:, None])
     if segment_ids is None:
         visible = ones
     else:

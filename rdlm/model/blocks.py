@@ -37,6 +37,7 @@ class Context(NamedTuple):
     later: recurrences that follow this one in a training step; None: how far gradients go back does not depend on it.
     training: only reverse-mode gradients are asked for, so kernels whose backward pass is written out may run.
     window: for the fused kernel, tokens that a query sees; None: all before it.
+    causal: no token sees a later one.
     full: for `full_attention_layers`, the same without a window.
     values: for layers with value embeddings, by name: gate [32, K] and the tokens' rows [B, L, K, Q] of the table.
     value: those of one layer, see `of_layer`.
@@ -52,6 +53,7 @@ class Context(NamedTuple):
     training: bool = False
     later: Array | int | None = None
     window: int | None = None
+    causal: bool = True
     full: Context | None = None
     values: dict[str, tuple[Array, Array]] | None = None
     value: tuple[Array, Array] | None = None
@@ -265,7 +267,8 @@ class SelfAttention(nn.Module):
             assert ctx.segments is not None
             mixed = attend_flash(q, new_k, new_v, ctx.segments, ctx.window)
         elif cached_kv is None or ctx.cached_bias is None:
-            mixed = (attend_in_training if ctx.training else attend)(q, new_k, new_v, ctx.bias)
+            own = q, new_k, new_v, ctx.bias
+            mixed = attend_in_training(*own) if ctx.training else attend(*own, ctx.causal)
         else:
             T = cached_kv.k.shape[1]  # and the cache may be wider than what it holds
             cached_k = cached_kv.k[..., : new_kv.k.shape[-1]].reshape(B, T, -1, Q)

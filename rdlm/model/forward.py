@@ -108,6 +108,7 @@ def forward(
     key: ArrayLike | None = None,
     segment_ids: ArrayLike | None = None,
     positions: ArrayLike | None = None,
+    prefix: ArrayLike | None = None,
     exit_rule: ExitRule | None = None,
     min_steps: Counts = 0,
     check_every: Counts = 1,
@@ -128,6 +129,8 @@ def forward(
       key: one key (the same noise in every row) or keys [B]; None is `jax.random.key(0)`.
       segment_ids: int [B, L]; tokens attend within their segment, 0 is padding.
       positions: int [L] or [B, L]; default: restart at 0 in each segment.
+      prefix: int [] or [B], tokens at the start of each row that see each other in both directions; only models with
+        `prefix_attention`.
       exit_rule, min_steps, check_every: stop each token on its own; checks happen after recurrences min_steps + 1,
         min_steps + 1 + check_every, ... One parallel pass, see `rdlm.model.adaptive`.
       cache: which sets of keys and values later tokens see of ones that stopped; matters only with exits.
@@ -137,7 +140,7 @@ def forward(
     Raises:
       InputError: wrong shapes, ids out of range, a depth below 1.
     """
-    text = text_from(config, tokens, segment_ids, positions)
+    text = text_from(config, tokens, segment_ids, positions, prefix)
     check_type("cache", cache, CachePolicy)
     B, L = text.tokens.shape
     if not isinstance(text.tokens, jax.core.Tracer):

@@ -42,7 +42,11 @@ class Start(NamedTuple):
 
 
 def text_from(
-    config: ModelConfig, tokens: Tokens, segment_ids: ArrayLike | None = None, positions: ArrayLike | None = None
+    config: ModelConfig,
+    tokens: Tokens,
+    segment_ids: ArrayLike | None = None,
+    positions: ArrayLike | None = None,
+    prefix: ArrayLike | None = None,
 ) -> Text:
     """Check the arguments of `forward` that describe a text, and fill in defaults.
 
@@ -59,7 +63,27 @@ def text_from(
     segments = None if segment_ids is None else jnp.asarray(segment_ids)
     places = positions_of(tokens, segments) if positions is None else jnp.asarray(positions)
     valid = jnp.ones((B, L), bool) if segments is None else segments != 0
-    return Text(tokens, places, valid, context(config, places, segments))
+    if prefix is not None and segments is not None:
+        raise InputError("prefix: cannot be had with segment_ids; give one text a row")
+    return Text(tokens, places, valid, context(config, places, segments, prefix=prefix_from(config, prefix, (B, L))))
+
+
+def prefix_from(config: ModelConfig, prefix: ArrayLike | None, shape: tuple[int, int]) -> Int32[Array, "B"] | None:
+    """How many tokens of each row of `shape` [B, L] see each other: one number, or one for each row.
+
+    Raises:
+      InputError: a model that has no such attention, or counts outside [0, L].
+    """
+    if prefix is None:
+        return None
+    if not config.prefix_attention:
+        raise InputError("prefix: every token of this model sees only those before it (prefix_attention is false)")
+    B, L = shape
+    check_shape("prefix", prefix, (), (B,))
+    check_integers("prefix", prefix, 0)
+    if not isinstance(prefix, jax.core.Tracer) and np.max(np.asarray(prefix)) > L:
+        raise InputError(f"prefix = {shown(prefix)}: must be at most the length {L}")
+    return jnp.broadcast_to(jnp.asarray(prefix, jnp.int32), (B,))
 
 
 def start_from(

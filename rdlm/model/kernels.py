@@ -36,6 +36,7 @@ def attend(
     k: Float[Array, "B L Hk Q"],
     v: Float[Array, "B L K Q"],
     bias: Float32[Array, "#B L L"],
+    causal: bool = True,
 ) -> Float[Array, "B L H*Q"]:
     """`softmax_attention` of L tokens over themselves, without most of the masked half.
 
@@ -44,10 +45,10 @@ def attend(
 
     Args:
       q, k, v: as in `softmax_attention`.
-      bias: must hide every later token (as `causal_bias` does).
+      bias: must hide every later token (as `causal_bias` does without a prefix), unless `causal` is False.
     """
     q, k, v = heads_first(q, *harmless(k, v))
-    return heads_last(_forward(q, k, v, bias[:, None])[0])
+    return heads_last(_forward(q, k, v, bias[:, None], causal)[0])
 
 
 def attend_in_training(
@@ -69,15 +70,16 @@ def _blocks(length: int) -> list[tuple[int, int]]:
     return [(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def _forward(q: Array, k: Array, v: Array, bias: Array) -> tuple[Array, Array]:
+def _forward(q: Array, k: Array, v: Array, bias: Array, causal: bool = True) -> tuple[Array, Array]:
     """q, k, v [B, H, L, Q], bias [B or 1, 1, L, L] -> (output, log-sum-exp of the scores f32 [B, H, L, 1])."""
     outs, lses = [], []
     for start, end in _blocks(q.shape[2]):
-        scores = scaled_scores(q[:, :, start:end], k[:, :, :end], bias[:, :, start:end, :end])
+        seen = end if causal else k.shape[2]
+        scores = scaled_scores(q[:, :, start:end], k[:, :, :seen], bias[:, :, start:end, :seen])
         top = scores.max(-1, keepdims=True)
         p = jnp.exp(scores - top)
         total = p.sum(-1, keepdims=True)
-        outs.append((weighted_values(p, v[:, :, :end]) / total).astype(q.dtype))
+        outs.append((weighted_values(p, v[:, :, :seen]) / total).astype(q.dtype))
         lses.append(top + jnp.log(total))
     return jnp.concatenate(outs, axis=2), jnp.concatenate(lses, axis=2)
 

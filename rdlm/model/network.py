@@ -173,11 +173,13 @@ def context(
     segment_ids: Int[Array, "B L"] | None,
     cached_bias: Float32[Array, "B 1 T"] | None = None,
     flash: bool = False,
+    prefix: Int[Array, "B"] | None = None,
 ) -> Context:
     """What all layers of a pass share: rotary tables of positions, and who sees whom.
 
     cached_bias: f32 [B, 1, T], the cached tokens there are; token t of the cache has position t.
     flash: for the fused kernel, which takes the segments themselves; lengths it cannot serve get a bias all the same.
+    prefix: int [B], tokens at the start of each row that see each other; without windows and the fused kernel.
     """
     if config.full_attention_layers or config.window_rope_base is not None:
         base = config.window_rope_base
@@ -198,7 +200,8 @@ def context(
     if flash and fits_flash(L):
         segments = jnp.ones((1, L), jnp.int32) if segment_ids is None else segment_ids
         return Context(cos, sin, None, cached_bias, segments, window=window)
-    return Context(cos, sin, causal_bias(segment_ids, L, window), cached_bias)
+    bias = causal_bias(segment_ids, L, window, prefix)
+    return Context(cos, sin, bias, cached_bias, causal=prefix is None)
 
 
 def positions_of(

@@ -154,6 +154,59 @@ def test_generate_gives_the_same_tokens(name):
     np.testing.assert_array_equal(out.tokens[0], expected[n:])
 
 
+# Prompts whose tokens see each other.
+
+
+def test_a_prefix_in_forward():
+    params, config = family("hrm_text")
+    given = arrays("hrm_text", "forward_prefix")
+    counts = given["token_type_ids"].sum(1)
+    out = rdlm.forward(params, config, given["input_ids"], prefix=counts)
+    np.testing.assert_allclose(out.logits, given["logits"], **LOGITS)
+    assert np.abs(forward(params, config, given["input_ids"]).logits - given["logits"]).max() > 0.1  # control
+
+
+def test_a_prefix_in_cached_decoding():
+    params, config = family("hrm_text")
+    given = arrays("hrm_text", "decode_prefix")
+    prompt, sequence = given["input_ids"], given["sequences"][0]
+    n = prompt.shape[1]
+    out, cache = rdlm.prefill(params, config, prompt, prefix=n, capacity=len(sequence))
+    np.testing.assert_allclose(out.logits[0, -1], given["step_logits"][0], **LOGITS)
+    out, _ = rdlm.decode_step(params, config, cache, sequence[None, n:-1])
+    np.testing.assert_allclose(out.logits[0], given["step_logits"][1:], **LOGITS)
+
+
+def test_generate_and_the_engine_ask_for_a_prefix_by_prompt():
+    params, config = family("hrm_text")
+    kinds = {name: arrays("hrm_text", name) for name in ("decode", "decode_prefix")}
+    prompts, wanted = [x["input_ids"][0] for x in kinds.values()], [False, True]
+    new = 8
+    expected = [x["sequences"][0][7 : 7 + new].tolist() for x in kinds.values()]
+    assert expected[1] != rdlm.generate(params, config, prompts[1:], max_new_tokens=new).tokens[0].tolist()
+    out = rdlm.generate(params, config, [*prompts, [5] * 3], max_new_tokens=new, prefix=[*wanted, True])
+    assert [x.tolist() for x in out.tokens[:2]] == expected
+    engine = rdlm.Engine(params, config, lanes=2, max_new_tokens=new, capacity=64)
+    served = [engine.submit(p, prefix=w) for p, w in zip(prompts, wanted, strict=True)]
+    engine.run()
+    assert [s.tokens for s in served] == expected
+
+
+def test_what_a_prefix_needs():
+    params, config = family("hrm_text")
+    tokens = np.array([[1, 2, 3]])
+    with pytest.raises(InputError, match="prefix: every token of this model sees only"):
+        rdlm.forward(*family("llama"), tokens, prefix=2)
+    with pytest.raises(InputError, match="prefix: every token of this model sees only"):
+        rdlm.generate(*family("llama"), [[1, 2]], max_new_tokens=1, prefix=True)
+    with pytest.raises(InputError, match="prefix = 4: must be at most the length 3"):
+        rdlm.forward(params, config, tokens, prefix=4)
+    with pytest.raises(InputError, match="prefix: cannot be had with segment_ids"):
+        rdlm.forward(params, config, tokens, prefix=2, segment_ids=np.ones((1, 3), np.int32))
+    with pytest.raises(InputError, match="prefix = 3: must be true or false"):
+        rdlm.generate(params, config, [[1, 2]], max_new_tokens=1, prefix=3)
+
+
 @pytest.mark.parametrize("name", [*PLAIN, "nanbeige", "hrm_text", *NOISY])
 def test_loss_and_gradients(name):
     params, config = family(name)
@@ -223,6 +276,7 @@ def test_transformers_5_counts_all_blocks_that_run(tmp_path):
         ({"L_bp_cycles": []}, "loop.low_backprop", (1,)),
         ({"L_bp_cycles": [0, 3]}, "loop.low_backprop", (0, 3)),
         ({"embedding_scale": None, "initializer_range": 0.04}, "embed_scale", 25.0),
+        ({"prefix_lm": False}, "prefix_attention", False),
     ],
 )
 def test_fields_of_two_stacks_and_their_defaults(change, field, value, tmp_path):
