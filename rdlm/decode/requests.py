@@ -18,7 +18,7 @@ from rdlm.decode.passes import check_prefill_exit, next_power
 from rdlm.decode.sampling import SamplingArrays, as_arrays, per_row
 from rdlm.exits import Counts, Depth, ExitRule
 from rdlm.model import check_depth, check_ids, check_rule, check_shape, typed_key
-from rdlm.model.inputs import check_integers, check_type, shown
+from rdlm.model.inputs import as_array, check_integers, check_type, shown
 
 Prompt = Sequence[int] | np.ndarray
 _SAMPLES = 0x73616D70  # separates the samples of a prompt from the other uses of its key
@@ -96,7 +96,7 @@ def as_requests(
     check_every = per_row(options.check_every, B, "check_every", np.int32)
     scale = per_row(options.init_scale, B, "init_scale", np.float32)
 
-    prefix = np.asarray(options.prefix)
+    prefix = np.asarray(as_array(options.prefix))
     if prefix.dtype != bool or prefix.shape not in ((), (B,)):
         raise InputError(f"prefix = {shown(options.prefix)}: must be true or false, or one of them per prompt")
     if prefix.any() and not config.prefix_attention:

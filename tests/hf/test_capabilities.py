@@ -84,6 +84,12 @@ def warm_start(params, config):
     assert greedy(params, config, warm_start="normalized")[1] == greedy(params, config)[1]
 
 
+def prefix(params, config):
+    together = greedy(params, config, prefix=True)
+    assert together[0] != greedy(params, config)[0]
+    assert together[0] == [greedy(params, config, [p], prefix=True)[0][0] for p in PROMPTS]
+
+
 def engine(params, config):
     served = rdlm.Engine(params, config, lanes=2, max_new_tokens=5, num_steps=depth_of(config))
     requests = [served.submit(p, max_new_tokens=5) for p in PROMPTS]
@@ -150,6 +156,7 @@ ROWS = {
     "exit gate": gate,
     "cache policies": policies,
     "generate, warm start": warm_start,
+    "prompts that see themselves": prefix,
     "engine": engine,
     "speculative decoding": speculation,
     "training with depth draws": training,

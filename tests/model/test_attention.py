@@ -145,6 +145,17 @@ def test_control_a_wrong_mask_shows(later):
     assert np.abs(out - wrong).max() > 0.01
 
 
+@pytest.mark.parametrize("L", [20, 150])
+def test_a_prefix_whose_tokens_see_each_other(L):
+    """Beyond 64 tokens `attend` goes by blocks, whose keys end with them where no later token is seen."""
+    prefix = np.array([L // 2, L - 1])
+    t, p = np.arange(L)[:, None], np.arange(L)[None, :]
+    visible = (p <= t) | ((p < prefix[:, None, None]) & (t < prefix[:, None, None]))
+    bias = causal_bias(None, L, prefix=jnp.asarray(prefix))
+    out = jax.jit(attend, static_argnums=4)(*inputs(L), bias, False)
+    assert np.abs(out - softmax_attention(*inputs(L), visible)).max() < 1e-5
+
+
 @pytest.mark.parametrize("window", [1, 3, 8, 20])
 def test_a_window_of_tokens(window):
     L, ids = 20, segments(20)

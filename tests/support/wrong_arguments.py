@@ -97,7 +97,8 @@ WRONG = {
         "prompts": PROMPTS, "max_new_tokens": [None, "3", *SIZES, np.uint8(200)], "num_steps": DEPTHS,
         "exit_rule": RULES, "prefill_exit": [None, 3, [1], "no"], "cache": POLICIES, "sampling": SAMPLINGS,
         "warm_start": [1, None, [], "cold"], "speculative": [{}, (1, 2), 3], "init_scale": SCALES, "key": KEYS,
-        "on_token": [3, "print"], "samples": [None, *SIZES], **ANY_DEPTH,
+        "on_token": [3, "print"], "samples": [None, *SIZES], "prefix": [None, "a", 2, True, [True], RAGGED],
+        **ANY_DEPTH,
     },
     new_engine: {
         "capacity": SIZES, "lanes": [None, *SIZES], "max_new_tokens": SIZES, "num_steps": DEPTHS, "max_queue": SIZES,
@@ -107,12 +108,13 @@ WRONG = {
     submit: {
         "prompt": [None, 5, "ab", [], [2**40], RAGGED, [1.0]], "max_new_tokens": ["a", 2.5, True, 9], "key": KEYS,
         "num_steps": DEPTHS, "min_steps": COUNTS, "sampling": SAMPLINGS, "exit_rule": RULES, "on_token": [4],
+        "prefix": [True, [True, False]],
     },
     forward: {
         "tokens": [None, "ab", RAGGED, [[2**40]], [[1.5]], [1, 2]], "state": ["a", np.zeros((2, 3, 1)), RAGGED],
         "num_steps": ["a", 2.0, (1, 2, 3), (), 2**40, (2**31 - 1, 1), [[2]], np.array([2, 2, 2])], "key": KEYS,
         "segment_ids": ["a", RAGGED, np.array([[1, 1, 2**32 + 1]] * 2)], "positions": ["a", np.array([0, 1, 2**40])],
-        "exit_rule": RULES, "cache": POLICIES, **ANY_DEPTH,
+        "exit_rule": RULES, "cache": POLICIES, "prefix": [2, "a"], **ANY_DEPTH,
     },
     forward_with_exits: {
         "num_steps": [*DEPTHS, (1, 2)], "min_steps": [[[1, 2]], np.ones((3, 3), int)], "cache": POLICIES,
