@@ -281,7 +281,7 @@ def spectral_radius(step: Callable[[Array], Array], s: Float[Array, "B *rest"], 
     _, product = jax.linearize(lambda x: frozen(x, jnp.int32(0)), s)
 
     def unit(v: Array) -> Array:
-        return (v / jnp.maximum(_row_norms(v), 1e-30).reshape(-1, *(1,) * (v.ndim - 1))).astype(s.dtype)
+        return (v / _row_norms(v).reshape(-1, *(1,) * (v.ndim - 1))).astype(s.dtype)
 
     start = unit(jnp.broadcast_to(jax.random.normal(jax.random.key(0), s.shape[1:], jnp.float32), s.shape))
     v = lax.fori_loop(0, rounds - 1, lambda _, v: unit(product(v)), start)
@@ -289,7 +289,8 @@ def spectral_radius(step: Callable[[Array], Array], s: Float[Array, "B *rest"], 
 
 
 def _row_norms(v: Float[Array, "B *rest"]) -> Float32[Array, "B"]:
-    return jnp.sqrt(jnp.square(v.astype(jnp.float32)).reshape(len(v), -1).sum(-1))
+    squares = jnp.square(v.astype(jnp.float32)).reshape(len(v), -1).sum(-1)
+    return jnp.sqrt(jnp.maximum(squares, 1e-30))  # the root has no derivative at 0, where an adapter [0 I] begins
 
 
 def _bytes(tree: PyTree) -> int:

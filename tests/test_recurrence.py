@@ -330,3 +330,6 @@ def test_spectral_radius_and_its_gradient_are_those_of_linear_algebra():
     assert abs(float(spectral_radius(lambda s: s @ W, jnp.ones((1, 6)), 1)[0]) - 1.7) > 0.1, "control: one is too few"
     state = jax.grad(lambda s: spectral_radius(lambda x: x**2 @ W, s, 9).sum())(jnp.ones((1, 6)))
     assert not np.any(state)
+    value, gradient = jax.value_and_grad(lambda c: spectral_radius(lambda s: c * s, jnp.ones((1, 6)))[0])(0.0)
+    assert value < 1e-12
+    assert gradient == 0, "a step that forgets its state has nothing to lose"
