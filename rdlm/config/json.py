@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import json
 import numbers
-import re
 import types
 import typing
 from collections.abc import Hashable
@@ -44,9 +43,20 @@ def check_types(config: Any, section: str = "") -> None:
     for name, hint in _hints(config.__class__).items():
         value = getattr(config, name)
         if not _fits(hint, value):
-            words = hint.__name__ if isinstance(hint, type) else re.sub(r"\w+\.", "", str(hint))
-            finite = ", and finite" * bool(re.search(r"\b(int|float)\b", words))
-            raise InputError(f"{section}{name} = {one_line(repr(value))}: must be of type {words}{finite}")
+            raise InputError(f"{section}{name} = {one_line(repr(value))}: must be {_words(hint)}")
+
+
+def _words(hint: Any) -> str:
+    """What a value of this type is, as in `_fits`."""
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return f"one of {', '.join(options)}"
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(map(_words, options))
+    if origin is tuple:
+        return f"a tuple, each element {_words(options[0])}"
+    known = {int: "an integer", float: "a finite number", bool: "true or false", str: "text", types.NoneType: "None"}
+    return known.get(hint, f"of type {hint.__name__}")
 
 
 @functools.cache

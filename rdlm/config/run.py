@@ -32,7 +32,7 @@ Gather = Literal["once", "weights_once", "each"]
 
 Packing = Literal["concatenate_and_split", "best_fit", "document_start"]
 
-Part = Literal["embedding", "prelude", "adapter", "core", "coda", "head", "gate", "values", "norms"]
+Part = Literal["embedding", "prelude", "adapter", "low", "core", "coda", "head", "gate", "values", "norms"]
 
 LoraTarget = Literal["attn.qkv", "attn.proj", "mlp.fc", "mlp.proj", "adapter"]
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from rdlm.config import PRESETS, InputError
+from rdlm.config import PRESETS, Block, InputError, Loop
 from rdlm.data import Reading, Recipe
 
 NANO = PRESETS["nano"]
@@ -29,7 +29,23 @@ def test_a_value_of_another_type_is_named_in_one_line(section, wrong):
 
 @pytest.mark.parametrize("wrong", [None, 1.5, "x", True])
 def test_settings_of_preparation_are_checked_alike(wrong):
-    with pytest.raises(InputError, match=r"sequence_length = .*: must be of type int"):
+    with pytest.raises(InputError, match=r"sequence_length = .*: must be an integer"):
         Recipe(wrong)
-    with pytest.raises(InputError, match=r"bad_documents = .*: must be of type Literal"):
+    with pytest.raises(InputError, match=r"bad_documents = .*: must be one of \w+, \w+"):
         Reading(bad_documents=wrong)
+
+
+@pytest.mark.parametrize(
+    ("config", "field", "value", "words"),
+    [
+        (Block(), "activation", "gelu", "block.activation = 'gelu': must be one of silu, gelu_tanh, relu2"),
+        (Block(), "attention_scale", "x", "block.attention_scale = 'x': must be a finite number or None"),
+        (Loop(), "low_backprop", (1.5,), "loop.low_backprop = (1.5,): must be a tuple, each element an integer"),
+        (NANO.model, "compute_dtype", "f8", "compute_dtype = 'f8': must be one of float32, bfloat16, float16 or None"),
+        (NANO.model, "qk_bias", 1, "qk_bias = 1: must be true or false"),
+    ],
+)
+def test_what_a_field_takes_is_said_in_words(config, field, value, words):
+    with pytest.raises(InputError) as caught:
+        dataclasses.replace(config, **{field: value})
+    assert str(caught.value) == words
