@@ -78,6 +78,14 @@ PADDING = 4096
 """The reference's default padding_multiple."""
 
 
+UNSUPPORTED = {
+    "loopformer": "the time of a step modulates its blocks",
+    "iquestloopcoder": "the second pass reads keys of the first through a gate",
+    "inkling2_loop": "passes send each other messages by attention, between mixtures of experts",
+}
+"""What is different in published looped models that are refused."""
+
+
 def is_reference(fields: Fields) -> bool:
     """Whether these are fields of a Hugging Face folder, as opposed to a run folder's."""
     return "model_type" in fields or "n_embd" in fields
@@ -92,6 +100,8 @@ def check_kind(fields: Fields, where: str) -> str:
     if parcae.is_parcae(fields):
         return "parcae"
     kind = fields.get("model_type", FIXED["model_type"])
+    if reason := UNSUPPORTED.get(str(kind)):
+        raise InputError(f"{where}: model_type = {kind!r}: {reason}, which rdlm does not build")
     if kind not in (FIXED["model_type"], *plain.FAMILIES):
         known = ", ".join((FIXED["model_type"], *plain.FAMILIES))
         raise InputError(f"{where}: model_type = {kind!r}: must be one of {known}; see docs/families.md")

@@ -523,6 +523,8 @@ def test_what_a_gate_objective_needs():
     ("name", "change", "words"),
     [
         ("llama", {"model_type": "parcae"}, "model_type = 'parcae'"),
+        ("llama", {"model_type": "loopformer"}, "model_type = 'loopformer': the time of a step modulates its blocks"),
+        ("llama", {"model_type": "iquestloopcoder"}, "the second pass reads keys of the first through a gate"),
         ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type = 'yarn'"),
         ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor is missing"),
         ("llama", {"attention_bias": True}, "attention_bias = True"),
