@@ -1,6 +1,7 @@
 """--init: a run starts from the weights of any folder, as its model, and goes on without the folder."""
 
 import dataclasses
+import importlib
 import json
 import shutil
 
@@ -73,11 +74,11 @@ def folders(data, tmp_path_factory):
     return folder
 
 
-def run_of(init, data, run_dir, **changes):
+def run_of(init, texts, run_dir, **changes):
     """A run of 4 steps from a folder."""
     base = dataclasses.replace(
         NANO,
-        data=dataclasses.replace(SHORT, prepared=(str(data / "prepared"),)),
+        data=dataclasses.replace(SHORT, prepared=(str(texts / "prepared"),)),
         checkpoint=dataclasses.replace(NANO.checkpoint, every=2),
         evaluation=dataclasses.replace(NANO.evaluation, depths=(1,)),
         run_dir=str(run_dir),
@@ -334,10 +335,31 @@ def test_other_starts_that_are_refused(train, folders, data, tmp_path):
 
 def test_fields_that_change_no_tensor_may_differ(folders, data, tmp_path):
     run = run_of(folders("families/retro_llama"), data, tmp_path / "run")
-    changed = {"mean_recurrence": 9, "backprop_depth": 3, "max_length": 200, "attention_window": 7,
-               "rope_base": 1e6, "compute_dtype": "bfloat16", "param_dtype": "bfloat16"}  # fmt: skip
-    run = dataclasses.replace(run, model=dataclasses.replace(run.model, **changed))
-    assert {str(x.dtype) for x in jax.tree.leaves(first_parameters(run, 1))} == {"bfloat16"}
+    depth = {"mean_recurrence": 9, "backprop_depth": 3}
+    length = {"max_length": 200, "attention_window": 7, "rope_base": 1e6}
+    stored = {"padded_vocab_size": 176, "compute_dtype": "bfloat16", "param_dtype": "bfloat16"}
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, **depth, **length, **stored))
+    placed = first_parameters(run, 1)
+    assert {str(x.dtype) for x in jax.tree.leaves(placed)} == {"bfloat16"}
+    assert len(placed["wte"]) == len(placed["head"]) == 176
+    fewer = dataclasses.replace(run, model=dataclasses.replace(run.model, padded_vocab_size=48))
+    with pytest.raises(InputError, match=r"model.padded_vocab_size = 48: .* has 160"):
+        Trainer(fewer)
+
+
+def test_the_embedded_corpus_is_prepared_with_the_tokenizer_of_the_folder(folders, data, nano_data, tmp_path):
+    texts = importlib.import_module("rdlm.data.prepare.embedded")
+    own = {"data": dataclasses.replace(SHORT, folder=str(tmp_path / "data"))}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(texts, "_documents", lambda data: [f"the cat number {i} sat on the mat" * 9 for i in range(99)])
+        trainer = Trainer(run_of(folders("families/llama"), data, tmp_path / "run", **own))
+    assert trainer.tokenizer.hash == Tokenizer.load(data / "tokenizer").hash
+    # One that was trained on this corpus has been used to prepare it already.
+    (there,) = nano_data.glob("factbook-*")
+    init = saved(tmp_path / "source", 384, {"data": SHORT}, Tokenizer.load(there / "tokenizer"), max_length=64)
+    nano = dataclasses.replace(NANO.data, folder=str(nano_data), batch_size=8, validation_fraction=0.1)
+    Trainer(run_of(init, data, tmp_path / "other", data=nano))
+    assert list(nano_data.glob("factbook-*")) == [there]
 
 
 def test_a_rollback_to_the_start_begins_from_the_folder_again(folders, data, tmp_path):
