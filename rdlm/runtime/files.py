@@ -79,7 +79,9 @@ def complete_folder(final: Path, field: str = "", alike: bool = True) -> Iterato
     """
     final = Path(os.path.realpath(local_path(final, field)))  # a link is followed, not replaced
     try:
-        with scratch_folder(final.parent, final.name) as partial:
+        with scratch_folder(final.parent, final.name) as scratch:
+            partial = scratch / "new"  # a run folder that is written here has its own lock
+            partial.mkdir()
             yield partial
             try:
                 partial.rename(final)
