@@ -122,7 +122,7 @@ class ModelConfig:
     num_heads: int
     """Query heads H; must divide embed_dim, unless head_width is set."""
     mlp_dim: int
-    """Width F of the gated MLP."""
+    """Width F of the MLP."""
     prelude_layers: int = 2
     """Blocks of the prelude, run once."""
     core_layers: int = 4

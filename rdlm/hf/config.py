@@ -14,7 +14,7 @@ from collections.abc import Collection
 from rdlm.config import InputError, Loop, ModelConfig, require
 from rdlm.config.model import NOISES
 from rdlm.hf import parcae, plain
-from rdlm.hf.fields import Fields, Json, typed
+from rdlm.hf.fields import Fields, Json, named_by, typed
 from rdlm.model.retrofit import START_STD
 
 # Reference field -> (field of ModelConfig, type, the reference's default).
@@ -163,12 +163,8 @@ def model_config(
             param_dtype=dtype,  # type: ignore[arg-type]
         )
     except InputError as error:
-        message = str(error)
-        for name, ours in [*((n, field[0]) for n, field in FIELDS.items()), ("num_key_value_heads", "num_kv_heads")]:
-            if message.startswith(f"{ours} = "):
-                message = name + message[len(ours) :]
-                break
-        raise InputError(message if message.startswith(where) else f"{where}: {message}") from error
+        names = {name: (ours, None) for name, (ours, _, _) in FIELDS.items()}
+        raise named_by(names | {"num_key_value_heads": ("num_kv_heads", None)}, error, where) from error
 
 
 def _initial(fields: Fields, name: str, default: float, where: str) -> float:

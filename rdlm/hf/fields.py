@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,3 +58,14 @@ def typed(fields: Fields, name: str, kind: type, default: Json, where: str) -> J
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise InputError(f"{where}: {name} = {value!r}: must be of type {kind.__name__}")
     return value
+
+
+def named_by(names: Mapping[str, tuple[str, object]], error: InputError, where: str) -> InputError:
+    """An error about a field of ModelConfig, as one about the field of config.json behind it.
+
+    names: field of config.json -> (field of ModelConfig, anything).
+    """
+    message = str(error).removeprefix(f"{where}: ")
+    ours = message.partition(" = ")[0]
+    theirs = next((name for name, (found, _) in names.items() if found == ours), ours)
+    return InputError(f"{where}: {theirs}{message[len(ours) :]}")

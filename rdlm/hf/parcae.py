@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from rdlm.config import Block, InputError, Loop, ModelConfig
-from rdlm.hf.fields import Fields, Json, typed
+from rdlm.hf.fields import Fields, Json, named_by, typed
 from rdlm.hf.plain import LARGEST_COUNT
 
 CLASS = "ParcaeConfig"
@@ -164,12 +164,7 @@ def model_config(fields: Fields, rows: int | None, dtype: str, where: str) -> Mo
         tables, gates = value_layers(plain)
         return dataclasses.replace(plain, value_tables=tables, value_gates=gates)
     except InputError as error:
-        named = str(error)
-        for name, (ours, _) in SHAPE.items():
-            if named.startswith(f"{ours} = "):
-                named = name + named[len(ours) :]
-                break
-        raise InputError(f"{where}: {named.removeprefix(f'{where}: ')}") from error
+        raise named_by(SHAPE, error, where) from error
 
 
 def _rope_base(fields: Fields, where: str) -> float:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from rdlm.config import Block, InputError, Loop, ModelConfig, RotaryScaling, differences
-from rdlm.hf.fields import Fields, Json, typed
+from rdlm.hf.fields import Fields, Json, named_by, typed
 from rdlm.model.retrofit import ONCE
 
 CLOSED = dataclasses.replace(ONCE, close=True)
@@ -333,13 +333,8 @@ def model_config(fields: Fields, rows: int | None, dtype: str, where: str) -> Mo
             param_dtype=dtype,  # type: ignore[arg-type]
         )
     except InputError as error:
-        named = str(error)
         others = {"rope_theta": ("rope_base", float), family.loops or "": ("mean_recurrence", int)}
-        for name, (ours, _) in (SHAPE | others).items():
-            if named.startswith(f"{ours} = "):
-                named = name + named[len(ours) :]
-                break
-        raise InputError(f"{where}: {named}") from error
+        raise named_by(SHAPE | others, error, where) from error
 
 
 def rotary_fields(config: ModelConfig) -> Fields:
