@@ -32,9 +32,10 @@ from rdlm.model import (
     positions_of,
     split_steps,
     typed_key,
+    vectors,
     with_values,
 )
-from rdlm.model.blocks import Block
+from rdlm.model.blocks import Block, Context
 from rdlm.model.network import core_names, gate_logit
 from rdlm.recurrence import checkpoints, initial_state, spectral_radius, trajectory, unroll
 from rdlm.remat import recomputed
@@ -213,13 +214,23 @@ def token_losses(
         run = layout.block(name, run) if layout is not None and layout.gather == "each" else run
         return jax.checkpoint(run) if remat in ("layer", "offload") else run
 
-    values = [f"values_{name}" for name in config.value_layers]
-    ctx = with_values(full(*values), config, batch.tokens, ctx)
+    def real(x: Array) -> Array:
+        # Without padding: whatever was there, such as NaN, would reach gradients of weights and of other tokens.
+        seen = batch.segment_ids
+        return x if seen is None else jnp.where(jnp.expand_dims(seen != 0, range(2, x.ndim)), x, 0)
+
+    def valued(ctx: Context) -> Context:
+        tables = full(*(f"values_{name}" for name in config.value_layers))
+        ctx = with_values(tables, config, batch.tokens, ctx)
+        return ctx._replace(values=ctx.values and {name: (gate, real(x)) for name, (gate, x) in ctx.values.items()})
+
+    ctx = valued(ctx)
     core = {name: params[name] for name in core_names(config) if name in params}
     weights = (lambda: core) if layout is None else layout.for_recurrences(core)
-    e, _ = embed(full("wte"), config, batch.tokens, ctx._replace(around=outer))
+    embedding = full("wte")
+    e, _ = embed(embedding, config, real(vectors(embedding, config, batch.tokens)), ctx._replace(around=outer))
     injected = inject(weights(), config, e)
-    start = begin(params, config, e) if state is None else state
+    start = begin(params, config, e) if state is None else real(state)
 
     def step(s: Array, i: Array) -> Array:
         new, _ = core_step(weights(), config, s, injected, ctx._replace(around=inner, later=n + k - 1 - i))
@@ -274,7 +285,7 @@ def token_losses(
         losses = read(last)
     if terms.stability:
         plain = context(config, batch.positions, batch.segment_ids)  # no kernel whose backward pass is written out
-        plain = with_values(full(*values), config, batch.tokens, plain)._replace(around=inner)
+        plain = valued(plain)._replace(around=inner)
         fed = jax.lax.stop_gradient(injected)
         radius = spectral_radius(lambda s: core_step(weights(), config, s, fed, plain)[0], last, RADIUS_ROUNDS)
         losses = (1 - terms.stability) * losses + terms.stability * radius[:, None]

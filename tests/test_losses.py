@@ -14,7 +14,8 @@ from rdlm import losses
 from rdlm.analysis import contraction
 from rdlm.config import InputError, LossConfig, preset
 from rdlm.losses import head_losses
-from rdlm.model import context, core_step, embed, head, init_params, inject, readout
+from rdlm.model import blocks, context, core_step, embed, head, init_params, inject, readout
+from rdlm.model.kernels import attend_flash
 from rdlm.recurrence import initial_state, spectral_radius, trajectory
 
 
@@ -226,3 +227,42 @@ def jaxpr_of(f, *args):
                     if hasattr(inner, "eqns"):
                         todo.append(inner)
     return found
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compile")
+@pytest.mark.parametrize("kernel", ["in blocks", "fused"])
+@pytest.mark.parametrize("tables", [(), (0,)])
+def test_what_stands_at_padding_reaches_no_loss_and_no_gradient(kernel, tables, monkeypatch):
+    """NaN in the embedding of the padding token and in the state there: losses and gradients are as without."""
+    sizes = {"vocab_size": 12, "embed_dim": 64, "num_heads": 1, "tie_embeddings": False}
+    config = dataclasses.replace(preset("nano").model, **sizes, value_tables=tables)
+    if kernel == "fused":  # on TPUs; interpreted
+        monkeypatch.setattr(losses, "context", functools.partial(context, flash=True))
+        monkeypatch.setattr(blocks, "attend_flash", functools.partial(attend_flash, interpret=True))
+    clean = init_params(config, jax.random.key(0))
+    L = 128
+    tokens = jax.random.randint(jax.random.key(1), (1, L), 0, 11).at[0, 90:].set(11)
+    segments = jnp.where(jnp.arange(L) < 40, 1, jnp.where(jnp.arange(L) < 90, 2, 0))[None]
+    batch = {"tokens": tokens, "labels": jnp.roll(tokens, -1, axis=1), "segment_ids": segments}
+    state = jax.random.normal(jax.random.key(2), (1, L, config.embed_dim))
+
+    @jax.jit
+    def both(params, state, batch):
+        return jax.value_and_grad(lambda p, s: rdlm.loss(p, config, batch, steps=(1, 2), state=s), (0, 1))(
+            params, state
+        )
+
+    def broken(where):
+        """NaN for token 11, and in the state from `where` on."""
+        params = {**clean, "wte": clean["wte"].at[11].set(jnp.nan)}
+        for name in [f"values_prelude_{i}" for i in tables]:
+            params[name] = {**clean[name], "table": clean[name]["table"].at[11].set(jnp.nan)}
+        return both(params, state.at[0, where:].set(jnp.nan), batch)
+
+    expected = both(clean, state, batch)
+    found = broken(90)
+    assert math.isfinite(expected[0])
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert math.isnan(broken(80)[0])  # control: where something is scored, it shows
