@@ -261,8 +261,9 @@ def save_huggingface(
         raise InputError(f"{target}: cannot be written ({error.strerror or error})") from error
 
 
-TRAINING = ("param_dtype", "compute_dtype", "backprop_depth", "initial_output")
-"""Fields of ModelConfig that not every folder holds, beside those that only say where plain layers are cut."""
+TRAINING = ("param_dtype", "compute_dtype", "backprop_depth", "initial_output", "loop.low_backprop")
+"""Fields of ModelConfig that not every folder holds, or not in these words, beside those that only say where plain
+layers are cut."""
 
 
 def check_format(config: ModelConfig) -> None:

@@ -167,7 +167,7 @@ def _read_stacks(fields: Fields, values: dict[str, Json], where: str) -> dict[st
 def _write_stacks(config: ModelConfig) -> Fields:
     scale = config.embed_dim**0.5 if config.embed_scale is None else config.embed_scale
     return {
-        "L_bp_cycles": list(config.loop.low_backprop),
+        "L_bp_cycles": list(config.loop.low_backprop) or [config.loop.low_cycles] * config.mean_recurrence,
         "L_cycles": config.loop.low_cycles,
         "embedding_scale": scale,
         "prefix_lm": config.prefix_attention,

@@ -286,6 +286,14 @@ def test_fields_of_two_stacks_and_their_defaults(change, field, value, tmp_path)
     assert config == value
 
 
+def test_gradients_through_all_low_calls_are_written_as_counts(tmp_path):
+    params, config = family("hrm_text")
+    config = dataclasses.replace(config, loop=dataclasses.replace(config.loop, low_backprop=()))
+    save_huggingface(tmp_path / "out", params, config)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["L_bp_cycles"] == [3, 3]
+    assert load_huggingface(tmp_path / "out")[1].loop.low_backprop == (3, 3)
+
+
 # Controls: each of these is another function, and the vectors notice it.
 
 
