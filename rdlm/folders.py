@@ -11,12 +11,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from rdlm.checkpoint import load_checkpoint, save_parameters
+from rdlm.checkpoint import save_parameters
 from rdlm.config import DataConfig, InputError, ModelConfig, RunConfig, local_path, one_line
 from rdlm.hf import is_huggingface, load_huggingface, save_huggingface
 from rdlm.model import Params, cast
 from rdlm.runtime import complete_folder, require_empty, set_aside
 from rdlm.tokenizer import Tokenizer
+from rdlm.train import read_run
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -64,8 +65,8 @@ def check_model_folder(folder: Path) -> None:
 
 
 def read_model(folder: Path, step: int | None = None) -> tuple[Params, ModelConfig]:
-    """(params, config) of either kind of folder."""
-    return load_huggingface(folder) if is_huggingface(folder) else load_checkpoint(folder, step)
+    """(params, config) of either kind of folder; what a run learnt is merged with its base."""
+    return load_huggingface(folder) if is_huggingface(folder) else read_run(folder, step)
 
 
 def describe(params: Params) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from rdlm.checkpoint import load_checkpoint, load_tokenizer, read_config, read_meta, saved_steps
+from rdlm.checkpoint import load_tokenizer, read_config, read_meta, saved_steps
 from rdlm.config import InputError, ModelConfig, RunConfig, Sampling, local_path, require
 from rdlm.data import Batch, Chain
 from rdlm.decode import Generation, generate
@@ -20,6 +20,7 @@ from rdlm.evaluation.held_out import validation
 from rdlm.hf import is_huggingface, load_huggingface
 from rdlm.model import Params
 from rdlm.tokenizer import Tokenizer
+from rdlm.train import read_run
 
 Chat = Sequence[Mapping[str, str]]
 """Messages {"role": ..., "content": ...}."""
@@ -47,7 +48,7 @@ class Run:
         if self.run_config is None:
             params, config = load_huggingface(self.folder)
         else:
-            params, config = load_checkpoint(self.folder, self.step, self.ema)
+            params, config = read_run(self.folder, self.step, self.ema)
         return params, self._masked(config)
 
     def _masked(self, config: ModelConfig) -> ModelConfig:

@@ -13,9 +13,8 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
-from jaxtyping import Key, PyTree, UInt32
+from jaxtyping import Key, PyTree
 
 from rdlm.config import TuneConfig
 
@@ -24,13 +23,14 @@ Path = tuple[str, ...]
 T = TypeVar("T")
 
 LORA_A, LORA_B = "_lora_a", "_lora_b"
-NAMES = {"wte": "embedding", "ln_e": "norms", "ln_f": "norms", "C": "coda"}
-"""Parts that are not called as their entry of the parameters."""
+NAMES = {"wte": "embedding", "ln": "norms", "C": "coda"}
+"""Parts that are not called as their entries of the parameters begin."""
 
 
 def part_of(entry: str) -> str:
     """The part that a top-level entry of the parameters belongs to: core_3 to core, wte to embedding."""
-    return NAMES.get(entry, entry.split("_")[0])
+    first = entry.split("_")[0]
+    return NAMES.get(first, first)
 
 
 def matrix_of(name: str) -> str:
@@ -83,19 +83,20 @@ def pairs(params: Params, tune: TuneConfig, make: Callable[[Path, Any], tuple[T,
     return _nested(made)
 
 
-def fresh_pairs(shapes: Params, tune: TuneConfig, key: Key[Array, ""]) -> Params:
-    """The low-rank pairs before the first step, f32, of parameters of these shapes.
+def begin(params: Params, tune: TuneConfig, key: Key[Array, ""]) -> Params:
+    """What learns, before the first step of a run that begins with `params`: parts of them, and low-rank pairs.
 
-    A is uniform in +-1/sqrt(inputs), drawn from the key and its path, and B zero, so that the model is still its base.
+    A is uniform in +-1/sqrt(inputs), drawn from the key and its path, and B zero, so that the model is still that of
+    `params`. Both are float32.
     """
 
-    def pair(path: Path, x: jax.ShapeDtypeStruct) -> tuple[Array, Array]:
+    def pair(path: Path, x: Array) -> tuple[Array, Array]:
         *stacked, rows, columns = x.shape
         own = jax.random.fold_in(key, zlib.crc32("/".join(path).encode()))
         a = jax.random.uniform(own, (*stacked, rows, tune.lora_rank), jnp.float32, -1, 1) / rows**0.5
         return a, jnp.zeros((*stacked, tune.lora_rank, columns), jnp.float32)
 
-    return pairs(shapes, tune, pair)
+    return join(divide(params, tune)[0], pairs(params, tune, pair))
 
 
 def combine(learnt: Params, frozen: Params, tune: TuneConfig) -> Params:
@@ -123,34 +124,6 @@ def merge(params: Params) -> Params:
 def _added(w: Array, a: Array, b: Array) -> Array:
     wide = jnp.promote_types(w.dtype, jnp.float32)
     return (w.astype(wide) + jnp.matmul(a.astype(wide), b.astype(wide), precision="highest")).astype(w.dtype)
-
-
-def digest(params: Params) -> str:
-    """16 hexadecimal digits that tell parameters apart by every bit, their places and names; the same on any mesh."""
-    return "".join(f"{int(word):08x}" for word in np.asarray(_digest(params)))
-
-
-@jax.jit
-def _digest(params: Params) -> UInt32[Array, "2"]:
-    words = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
-    total = jnp.zeros(2, jnp.uint32)
-    for path, x in _leaves(params):
-        bits = jax.lax.bitcast_convert_type(x, words[x.dtype.itemsize]).astype(jnp.uint32)
-        place = jnp.zeros(x.shape, jnp.uint32)  # by dimension: a flat view of a sharded array would assemble it
-        for dim, size in enumerate(x.shape):
-            place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, dim)
-        salt = zlib.crc32(f"{'/'.join(path)} {x.shape} {x.dtype}".encode())
-        for i in range(2):
-            mixed = _mixed(bits + _mixed(place + jnp.uint32(zlib.crc32(bytes([i]), salt))))
-            total = total.at[i].add(jnp.sum(mixed, dtype=jnp.uint32))
-    return total
-
-
-def _mixed(x: Array) -> Array:
-    """A one-to-one map of 32-bit words whose every output bit depends on all input bits (MurmurHash3's last step)."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-    return x ^ (x >> 16)
 
 
 def _leaves(tree: Params, path: Path = ()) -> Iterator[tuple[Path, Any]]:

@@ -18,7 +18,7 @@ from rdlm.model import forward, init_params
 from rdlm.optim import module_norms, optimizer
 from rdlm.train import frozen_shardings, gradients, init_state, layout_of, state_shardings, train_step
 from rdlm.train.faults import modules
-from rdlm.tune import combine, digest, divide, fresh_pairs, join, merge, pick
+from rdlm.tune import begin, combine, divide, join, merge, pick
 
 NANO = preset("nano")
 RUN = dataclasses.replace(
@@ -44,8 +44,7 @@ def base():
 def parts(tune, params=None, noise=0.05):
     """(what learns, what is frozen) after some training: no pair is zero."""
     params = base() if params is None else params
-    learnt, frozen = divide(params, tune)
-    learnt = join(learnt, fresh_pairs(params, tune, jax.random.key(1)))
+    learnt, frozen = begin(params, tune, jax.random.key(1)), divide(params, tune)[1]
     leaves, structure = jax.tree.flatten(learnt)
     keys = jax.random.split(jax.random.key(2), len(leaves))
     moved = [x + noise * jax.random.normal(key, x.shape, x.dtype) for key, x in zip(keys, leaves, strict=True)]
@@ -270,22 +269,6 @@ def test_eight_devices_equal_one(config):
     params = combine(learnt, frozen, BOTH)
     ours = depth_curve(params, run.model, [rows], (1, 3), np.ones(RUN.model.vocab_size), layout=layout)
     np.testing.assert_allclose(ours.nats, curve.nats, atol=1e-5)
-
-
-def test_the_digest_tells_parameters_apart_on_any_mesh():
-    params = base()
-    mesh = sharding.make_mesh(MeshConfig(2, 4), RUN.model)
-    places = sharding.named(mesh, layout_of(dataclasses.replace(RUN, mesh=MeshConfig(2, 4)), mesh).specs)
-    digests = {
-        "as it is": digest(params),
-        "rows in another order": digest(params | {"wte": params["wte"][::-1]}),
-        "two parameters exchanged": digest(params | {"core_0": params["coda_0"], "coda_0": params["core_0"]}),
-        "one bit": digest(params | {"wte": params["wte"].at[3, 5].multiply(1 + 2**-23)}),
-        "a part": digest({"wte": params["wte"]}),
-        "other dtype": digest(jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)),
-    }
-    assert len(set(digests.values())) == len(digests)
-    assert digest(jax.device_put(params, places)) == digests["as it is"]
 
 
 # What is refused

@@ -18,6 +18,7 @@ from rdlm.model import Params, init_params
 from rdlm.optim import AverageState, average_of, optimizer
 from rdlm.runtime import together, write_atomically
 from rdlm.tokenizer import Tokenizer
+from rdlm.tune import begin
 
 
 def write_config(folder: Path, run: RunConfig) -> None:
@@ -95,6 +96,7 @@ def load_checkpoint(run_folder: str | Path, step: int | None = None, ema: bool =
         names another step that can be loaded).
     """
     stored = open_checkpoint(run_folder, step, ema)
+    stored.require_whole()
     return stored.load(), stored.run.model
 
 
@@ -110,14 +112,15 @@ class StoredCheckpoint:
     def load(self, shardings: PyTree = None) -> Params:
         """The parameters in their stored dtype, the average in that of the parameters; every process reads its shards.
 
+        Of a run whose base is frozen, those that learn.
+
         Args:
           shardings: of every parameter; None: the first device.
 
         Raises:
           InputError: as `load_checkpoint`.
         """
-        config = self.run.model
-        shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+        shapes = jax.eval_shape(self._fresh, jax.random.key(0))
         if shardings is None:
             one = SingleDeviceSharding(jax.local_devices()[0])
             shardings = jax.tree.map(lambda _: one, shapes)
@@ -127,6 +130,18 @@ class StoredCheckpoint:
         if not self.ema and (problem := wrong_sum(self.meta(), params=params)):
             raise InputError(f"checkpoint {self._path}: {problem}; {_way_out(self.folder, self.step)}")
         return params
+
+    def require_whole(self) -> None:
+        """Refuse a checkpoint that holds only what learns beside a frozen base. Raises InputError."""
+        if self.run.tune.freezes:
+            raise InputError(
+                f"run folder {self.folder}: holds only what it learnt beside the weights of {self.run.init}; read both "
+                "with rdlm.load, or write them as one with experiments/merge_adapter.py"
+            )
+
+    def _fresh(self, key: jax.Array) -> Params:
+        """What the run learns, before its first step."""
+        return begin(init_params(self.run.model, key), self.run.tune, key)
 
     @property
     def _path(self) -> Path:
@@ -145,7 +160,7 @@ class StoredCheckpoint:
         run = self.run
 
         def fresh(key: jax.Array) -> PyTree:
-            return optimizer(run.optimizer, run.steps).init(init_params(run.model, key))
+            return optimizer(run.optimizer, run.steps).init(self._fresh(key))
 
         def wanted(x: PyTree) -> PyTree:
             return AverageState(ocp.PLACEHOLDER, target) if isinstance(x, AverageState) else ocp.PLACEHOLDER

@@ -341,7 +341,7 @@ class TuneConfig:
 
     only: tuple[Part, ...] = ()
     """Parts that learn; empty: all, or with lora_rank none. norms: every norm weight, also those inside of blocks;
-    values: value embeddings and their gates."""
+    low: the inner one of two stacks; values: value embeddings and their gates."""
     lora_rank: int = 0
     """Rank r of the pairs A, B that learn in place of a matrix W: y = x W + (alpha / r) (x A) B; 0: no pairs. Parts in
     `only` still learn in full."""
@@ -350,6 +350,11 @@ class TuneConfig:
     mlp.fc: gate and up."""
     lora_alpha: float = 16.0
     """alpha."""
+
+    @property
+    def freezes(self) -> bool:
+        """Whether some parameters are frozen: those of the model that the run begins with, its base."""
+        return bool(self.only or self.lora_rank)
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -374,6 +379,7 @@ class TuneConfig:
             ),
             "head": (not model.tie_embeddings, "this model reads its head from the embedding; say embedding"),
             "gate": (model.loop.gate, "this model has no exit gate (model.loop.gate)"),
+            "low": (model.low_layers > 0, "this model has one stack (model.loop.low_cycles)"),
             "prelude": (model.prelude_layers > 0, "this model has no prelude"),
             "coda": (model.coda_layers > 0, "this model has no coda"),
         }
@@ -384,7 +390,7 @@ class TuneConfig:
         smallest = min(model.embed_dim, model.mlp_dim)
         fix = f"must be below {smallest}, the smallest side of a matrix"
         require(self.lora_rank < smallest, "tune.lora_rank", self.lora_rank, fix)
-        layers = [part for part in ("prelude", "core", "coda") if getattr(model, f"{part}_layers")]
+        layers = [part for part in ("prelude", "low", "core", "coda") if getattr(model, f"{part}_layers")]
         blocks = [part for part in layers if part not in self.only]
         adapter = adapter and "adapter" not in self.only and "adapter" in self.targets
         fix = f"no matrix is left for a pair: {', '.join(self.only)} learn in full; name fewer parts in tune.only"

@@ -22,11 +22,12 @@ from rdlm.train.step import (
     gradients,
     init_state,
     layout_of,
+    parameter_shardings,
     state_shardings,
     step_keys,
     train_step,
 )
-from rdlm.train.weights import begin_from
+from rdlm.train.weights import begin_from, read_run
 
 __all__ = [
     "TrainState",
@@ -39,6 +40,8 @@ __all__ = [
     "gradients",
     "init_state",
     "layout_of",
+    "parameter_shardings",
+    "read_run",
     "state_shardings",
     "step_keys",
     "train",

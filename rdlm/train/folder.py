@@ -63,9 +63,15 @@ class RunFolder:
         free = MAY_CHANGE if own_depths else (*MAY_CHANGE, "data.microbatches")
         saved = read_config(self.path)
         if saved.weights_digest != self.config.weights_digest:
-            began = f"the weights of {saved.init}" if saved.init else "its seed, without --init"
+            began, given = (
+                f"the weights of {run.init} (digest {run.weights_digest[:16]})"
+                if run.init
+                else "its seed, without --init"
+                for run in (saved, self.config)
+            )
             raise InputError(
-                f"run folder {self.path}: holds a run that began from {began}; give the same, or another --run-dir"
+                f"run folder {self.path}: holds a run that began from {began}, not from {given}; give the same, or "
+                "another --run-dir"
             )
         for name, (old, new) in differences(saved, self.config).items():
             if not name.startswith(free):

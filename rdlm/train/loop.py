@@ -24,7 +24,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import PyTree
 
 from rdlm import sharding
 from rdlm.analysis.vitals import alarms, vitals
@@ -50,8 +49,9 @@ from rdlm.train.faults import Faults, modules, saved_faults
 from rdlm.train.folder import RunFolder, write_curve
 from rdlm.train.preemption import Preemption, Stop
 from rdlm.train.reporter import Reporter
-from rdlm.train.step import TrainState, init_state, layout_of, state_shardings, train_step
+from rdlm.train.step import TrainState, init_state, layout_of, parameter_shardings, state_shardings, train_step
 from rdlm.train.weights import Weights, identified
+from rdlm.tune import combine, divide, join
 
 Batch = dict[str, np.ndarray]
 
@@ -70,6 +70,8 @@ class Trainer:
     batches: Generator[Batch, None, None]
     state: TrainState
     step: int
+    frozen: Params
+    """Parameters that stay those of `init`."""
     bad_batch: InputError | None = None
 
     def __init__(self, config: RunConfig, say: Callable[[str], None] | None = None):
@@ -96,6 +98,7 @@ class Trainer:
         if self.weights is not None:
             config = identified(config, self.weights)
         self.config = config
+        self.frozen = {}
         self.validated = -1, math.nan  # step and validation loss
         self.progress = Progress(config.steps, quiet=not is_first())
         self.say = say or self.progress.say
@@ -195,7 +198,7 @@ class Trainer:
                 reporter.flush()
                 self._save()
                 return self._leave(EXIT_PREEMPTED)
-            self.state, metrics = step_fn(self.state, self.place(batch))
+            self.state, metrics = step_fn(self.state, self.place(batch), frozen=self.frozen)
             reporter.report(self.step, metrics)
             self.step += 1
             last = self.step == config.steps
@@ -219,10 +222,10 @@ class Trainer:
 
     def _validate(self) -> bool:
         """Write and show the loss by depth and the vitals; whether an alarm stops the run."""
-        curve = self.evaluate(self.state.params, self.config.evaluation.batches)
+        curve = self.evaluate(self.params, self.config.evaluation.batches)
         if curve is None:
             return False
-        found, lines = self.examine(self.state.params)
+        found, lines = self.examine(self.params)
         usual = min(range(len(curve.depths)), key=lambda i: abs(curve.depths[i] - self.config.model.mean_recurrence))
         self.validated = self.step, curve.nats[usual]
         losses = zip(curve.depths, curve.nats, strict=True)
@@ -233,6 +236,11 @@ class Trainer:
             self._save()
             return True
         return False
+
+    @property
+    def params(self) -> Params:
+        """All parameters as the model takes them now."""
+        return combine(self.state.params, self.frozen, self.config.tune)
 
     def _save(self) -> None:
         """Save the state in the background, with all that a resumed run needs."""
@@ -280,12 +288,12 @@ class Trainer:
 
     def _finish(self) -> int:
         """The last evaluation, over all validation batches."""
-        curve = self.evaluate(self.state.params, None)
+        curve = self.evaluate(self.params, None)
         self.checkpoints.wait()  # `RunFolder.is_finished`: the curve is newer than the checkpoint
         if curve is None:
             self.say(f"preempted in the last evaluation: {self.folder.path} holds step {self.config.steps}")
             return EXIT_PREEMPTED
-        found, lines = self.examine(self.state.params)
+        found, lines = self.examine(self.params)
         if found:
             self.reporter.write(self.config.steps - 1, found)
         self._alarm(lines)
@@ -333,12 +341,14 @@ class Trainer:
             target.params, target.optimizer, self.say, lambda meta: not (rollback and saved_faults(meta).streak)
         )
         if found is None:
-            return self._first_state(target.params), Faults()
+            return self._first_state(), Faults()
         step, params, opt, meta = found
         if step > self.config.steps:
             raise InputError(f"steps = {self.config.steps}: {path} is already at step {step}; ask for more")
         if meta["tokenizer"] != self.tokenizer.hash:
             raise InputError(f"{path}: checkpoint {step} belongs to another tokenizer than the prepared data")
+        if self.weights is not None and self.config.tune.freezes and not rollback:
+            self.frozen = divide(self._loaded(self.weights), self.config.tune)[1]
         faults = saved_faults(meta)
         if not rollback:
             if "data" in meta:  # older checkpoints, which are of the embedded corpus, have no such entry
@@ -347,14 +357,23 @@ class Trainer:
             self._warn_if_the_rate_rises(step, meta["config"]["steps"])
         return TrainState(jax.device_put(jnp.int32(step), self.shardings.step), params, opt), faults
 
-    def _first_state(self, target: PyTree[jax.ShapeDtypeStruct]) -> TrainState:
-        """Step 0: random parameters, or those of `init` in dtypes and shardings of `target`; a fresh optimizer."""
-        begin = functools.partial(init_state, self.config, self.tx)
+    def _first_state(self) -> TrainState:
+        """Step 0: random parameters, or those of `init`; a fresh optimizer."""
+
+        def begin(learn: Params, rest: Params) -> TrainState:
+            return init_state(self.config, self.tx, join(learn, rest))
+
         if self.weights is None:
-            return jax.jit(begin, out_shardings=self.shardings)()
-        params = self.weights.load(target, self.config.weights_digest)
-        self.say(f"starting with the parameters of {self.weights}")
-        return jax.jit(begin, out_shardings=self.shardings, donate_argnames="params")(params=params)
+            return jax.jit(functools.partial(init_state, self.config, self.tx), out_shardings=self.shardings)()
+        learn, self.frozen = divide(self._loaded(self.weights), self.config.tune)
+        return jax.jit(begin, donate_argnums=0, out_shardings=self.shardings)(learn, self.frozen)
+
+    def _loaded(self, weights: Weights) -> Params:
+        """The parameters of `init` on the mesh."""
+        target = as_abstract(*parameter_shardings(self.config, self.mesh))
+        params = weights.load(target, self.config.weights_digest)
+        self.say(f"{'resting on' if self.config.tune.freezes else 'starting with'} the parameters of {weights}")
+        return params
 
     def _warn_if_the_rate_rises(self, step: int, steps: int) -> None:
         """After a change of `steps`, which were `steps` before."""
@@ -411,6 +430,9 @@ class Trainer:
             f"run {model.mean_recurrence} times on average; {data.batch_size} x {data.sequence_length} tokens a step "
             f"on {self.mesh.size} {jax.devices()[0].device_kind}; {self.train.steps_per_epoch} steps an epoch"
         ]
+        if self.config.tune.freezes:
+            learn = sum(x.size for x in jax.tree.leaves(self.state.params))
+            lines.append(f"  {learn:,} numbers learn; the parameters of {self.config.init} stay as they are")
         lines += [
             f"  {name} = {new!r} (preset: {old!r})"
             for name, (old, new) in changed.items()

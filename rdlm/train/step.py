@@ -21,7 +21,7 @@ from rdlm.optim import module_norms, schedule
 from rdlm.recurrence import max_gradient_steps, sample_steps
 from rdlm.sharding import SPLIT, Layout
 from rdlm.train.faults import first_bad, unless
-from rdlm.tune import Path, combine, divide, fresh_pairs, join, pairs, pick
+from rdlm.tune import Path, begin, combine, divide, join, pairs, pick
 
 
 class TrainState(NamedTuple):
@@ -280,17 +280,22 @@ def _specs(model: ModelConfig, tune: TuneConfig, mesh: Mesh) -> dict[str, PyTree
 
 
 def init_state(run: RunConfig, tx: optax.GradientTransformation, params: Params | None = None) -> TrainState:
-    """The state before the first step: of `params`, or of fresh ones (a function of the seed), those that learn."""
+    """The state before the first step of a run that begins with `params`; None: fresh ones, a function of the seed."""
     key = jax.random.key(run.seed)
-    params = init_params(run.model, key) if params is None else params
-    learnt = join(divide(params, run.tune)[0], fresh_pairs(_shapes(run.model), run.tune, key))
+    learnt = begin(init_params(run.model, key) if params is None else params, run.tune, key)
     return TrainState(jnp.int32(0), learnt, tx.init(learnt))
+
+
+def parameter_shardings(run: RunConfig, mesh: Mesh) -> tuple[Params, Params]:
+    """(shapes, shardings) of all parameters of the model, without low-rank pairs."""
+    shapes = _shapes(run.model)
+    return shapes, sharding.named(mesh, pick(_specs(run.model, run.tune, mesh), shapes))
 
 
 def frozen_shardings(run: RunConfig, mesh: Mesh) -> tuple[Params, Params]:
     """(shapes, shardings) of the parameters that are frozen; {} where all learn."""
-    frozen = divide(_shapes(run.model), run.tune)[1]
-    return frozen, sharding.named(mesh, pick(_specs(run.model, run.tune, mesh), frozen))
+    shapes, shardings = parameter_shardings(run, mesh)
+    return divide(shapes, run.tune)[1], divide(shardings, run.tune)[1]
 
 
 def state_shardings(run: RunConfig, tx: optax.GradientTransformation, mesh: Mesh) -> tuple[TrainState, TrainState]:

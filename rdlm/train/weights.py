@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import SingleDeviceSharding
 from jaxtyping import PyTree
 
 from rdlm import sharding
@@ -23,6 +24,7 @@ from rdlm.hf import StoredModel, is_huggingface, open_huggingface
 from rdlm.model import Params, init_params
 from rdlm.runtime import together
 from rdlm.tokenizer import Tokenizer
+from rdlm.tune import combine, divide, merge
 
 FREE = (
     "mean_recurrence",
@@ -60,7 +62,9 @@ class Weights:
                 "makes one of a GGUF file or of a model on the hub)"
             )
         if not is_huggingface(self.folder):
-            return open_checkpoint(self.folder, ema=self.ema)
+            stored = open_checkpoint(self.folder, ema=self.ema)
+            stored.require_whole()
+            return stored
         require(
             not self.ema, "init_ema", self.ema, f"must be false: {self.folder}, a Hugging Face folder, has no average"
         )
@@ -156,8 +160,8 @@ class Weights:
     def _unchanged(self, digest: str) -> StoredModel | StoredCheckpoint:
         if self.digest != digest:
             raise InputError(
-                f"init = '{self.folder}': holds other weights than those that this run began from; put them back, or "
-                "choose another --run-dir"
+                f"init = '{self.folder}': holds other weights (digest {self.digest[:16]}) than those that this run "
+                f"began from ({digest[:16]}); put them back, or choose another --run-dir"
             )
         return self.source
 
@@ -186,7 +190,12 @@ def _settled(run: RunConfig) -> RunConfig | None:
     if not saved_steps(folder):
         return None
     saved = read_config(folder)
-    return saved if (saved.init, saved.init_ema) == (run.init, run.init_ema) else None
+    same = saved.init_ema == run.init_ema and _absolute(saved.init) == _absolute(run.init)
+    return saved if same else None
+
+
+def _absolute(init: str) -> Path:
+    return local_path(init, "init").absolute()
 
 
 def begin_from(run: RunConfig) -> RunConfig:
@@ -236,4 +245,24 @@ def identified(run: RunConfig, weights: Weights) -> RunConfig:
         digest = weights.digest
     given = run.weights_digest
     require(given in ("", digest), "weights_digest", given, f"'{run.init}' holds other weights; leave it out")
-    return dataclasses.replace(run, weights_digest=digest)
+    # A run that keeps them is read from anywhere.
+    init = str(_absolute(run.init)) if run.tune.freezes else run.init
+    return dataclasses.replace(run, weights_digest=digest, init=init)
+
+
+def read_run(folder: str | Path, step: int | None = None, ema: bool = False) -> tuple[Params, ModelConfig]:
+    """(params, config) of a run folder, as `rdlm.load_checkpoint`; also of one that holds only what it learnt.
+
+    Then its base is read from where the run says (`init` in config.json), and low-rank pairs are merged.
+
+    Raises:
+      InputError: as `load_checkpoint`; no such base, or one with other weights.
+    """
+    stored = open_checkpoint(folder, step, ema)
+    run, learnt = stored.run, stored.load()
+    if not run.tune.freezes:
+        return learnt, run.model
+    here = SingleDeviceSharding(jax.local_devices()[0])
+    shapes = jax.eval_shape(lambda: init_params(run.model, jax.random.key(0)))
+    base = Weights(run).load(as_abstract(shapes, jax.tree.map(lambda _: here, shapes)), run.weights_digest)
+    return merge(combine(learnt, divide(base, run.tune)[1], run.tune)), run.model
