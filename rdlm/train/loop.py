@@ -28,7 +28,7 @@ from jax import Array
 from rdlm import sharding
 from rdlm.analysis.vitals import alarms, vitals
 from rdlm.checkpoint import Checkpoints, SaveError, as_abstract, read_meta
-from rdlm.config import PRESETS, InputError, RunConfig, TuneConfig, differences, require
+from rdlm.config import PRESETS, InputError, RunConfig, differences, require
 from rdlm.data import open_data, prefetch
 from rdlm.evaluation.depth import DepthCurve, depth_curve
 from rdlm.model import Params
@@ -89,10 +89,10 @@ class Trainer:
             "--model.compute-dtype float16",
         )
         require(
-            config.tune == TuneConfig(),
+            bool(config.init) or not config.tune.freezes,
             "tune",
             config.tune,
-            "needs a model to begin with; train.py has only random ones",
+            "needs --init FOLDER, or what does not learn would stay random",
         )
         self.weights = Weights(config) if config.init else None
         if self.weights is not None:
@@ -372,7 +372,7 @@ class Trainer:
         """The parameters of `init` on the mesh."""
         target = as_abstract(*parameter_shardings(self.config, self.mesh))
         params = weights.load(target, self.config.weights_digest)
-        self.say(f"{'resting on' if self.config.tune.freezes else 'starting with'} the parameters of {weights}")
+        self.say(f"{'training beside' if self.config.tune.freezes else 'starting with'} the parameters of {weights}")
         return params
 
     def _warn_if_the_rate_rises(self, step: int, steps: int) -> None:
