@@ -13,12 +13,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import SingleDeviceSharding
 from jaxtyping import PyTree
 
 from rdlm import sharding
 from rdlm.checkpoint import StoredCheckpoint, as_abstract, open_checkpoint, read_config, saved_steps
-from rdlm.config import InputError, ModelConfig, RunConfig, differences, local_path, require
+from rdlm.config import InputError, MeshConfig, ModelConfig, RunConfig, differences, local_path, require
 from rdlm.data import prepared_tokenizer
 from rdlm.hf import StoredModel, is_huggingface, open_huggingface
 from rdlm.model import Params, init_params
@@ -262,7 +261,7 @@ def read_run(folder: str | Path, step: int | None = None, ema: bool = False) -> 
     run, learnt = stored.run, stored.load()
     if not run.tune.freezes:
         return learnt, run.model
-    here = SingleDeviceSharding(jax.local_devices()[0])
+    here = sharding.replicated(sharding.make_mesh(MeshConfig(1, 1), run.model, jax.local_devices()[:1]))
     shapes = jax.eval_shape(lambda: init_params(run.model, jax.random.key(0)))
     base = Weights(run).load(as_abstract(shapes, jax.tree.map(lambda _: here, shapes)), run.weights_digest)
     return merge(combine(learnt, divide(base, run.tune)[1], run.tune)), run.model
