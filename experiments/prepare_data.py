@@ -170,6 +170,10 @@ def report(out: str, manifest: Manifest) -> None:
     if not is_url(out) and (example := marked_example(out)):
         print("example of what is scored (>) and what is not:")
         print("\n".join(example))
+        print(
+            f"fine-tune on it: python experiments/train.py finetune --init FOLDER --data.prepared {out} "
+            f"--data.sequence-length {length}"
+        )
     if not manifest.validation.rows:
         print(f"{out} holds no validation rows: train on it beside a folder that holds some (--data.prepared A B)")
         return

@@ -161,6 +161,10 @@ def test_chats_and_rows_without_a_label_are_counted(tmp_path, command, packing):
                              tmp_path / "out" / "tokenizer", "--packing", packing, "--sequence-length", 110,
                              "--validation-fraction", 0, "--out", tmp_path / "again")  # fmt: skip
     assert code == 0, err
+    assert "  > " in out
+    assert (
+        f"fine-tune on it: python experiments/train.py finetune --init FOLDER --data.prepared {tmp_path}/again" in out
+    )
     assert f"{manifest.train.unscored_documents} documents and {manifest.train.unscored_rows} rows have no label" in out
 
 

@@ -85,6 +85,30 @@ def test_the_assistants_words_are_those_marked_by_hand(tokenizer, alone, with_sy
     assert "[[" not in marked(tokenizer, [SYSTEM, TURNS[0]])
 
 
+@pytest.mark.parametrize(
+    ("template", "special", "expected"),
+    [
+        (published.MISTRAL, ["[INST]", "[/INST]"],
+         "<|begin_text|>[INST] 1+1? [/INST][[It is 2. <|end_text|>]][INST] Sure? [/INST][[Yes: é.<|end_text|>]]"),
+        (published.GEMMA, ["<start_of_turn>", "<end_of_turn>"],
+         "<|begin_text|><start_of_turn>user\n1+1?<end_of_turn>\n<start_of_turn>model\n[[It is 2.<end_of_turn>]]\n"
+         "<start_of_turn>user\nSure?<end_of_turn>\n<start_of_turn>model\n[[Yes: é.<end_of_turn>]]\n"),
+        (published.PHI3, ["<|user|>", "<|assistant|>", "<|end|>"],
+         "<|user|>\n1+1?<|end|>\n<|assistant|>\n[[It is 2. <|end|>]]\n"
+         "<|user|>\nSure?<|end|>\n<|assistant|>\n[[Yes: é.<|end|>]]\n<|end_text|>"),
+        (published.VICUNA, [],
+         "USER: 1+1? ASSISTANT:[[ It is 2. <|end_text|>]]USER: Sure? ASSISTANT:[[ Yes: é.<|end_text|>]]"),
+    ],
+    ids=["mistral", "gemma", "phi3", "vicuna"],
+)  # fmt: skip
+def test_so_are_those_of_other_forms(template, special, expected):
+    tokenizer = published.by_bytes(template, *special)
+    assert marked(tokenizer, TURNS) == expected
+    assert marked(tokenizer, TURNS[:2]) == expected.partition("]]")[0] + "]]" + (
+        "\n" * (template is published.GEMMA) or "\n<|end_text|>" * (template is published.PHI3)
+    )
+
+
 def think(thoughts, words, **more):
     return {"role": "assistant", "content": f"<think>\n{thoughts}\n</think>\n\n{words}", **more}
 
