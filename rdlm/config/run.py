@@ -363,6 +363,7 @@ class TuneConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "tune.")
+        check_types(self, "tune.")
         require(self.lora_rank >= 0, "tune.lora_rank", self.lora_rank, "must not be negative")
         require(self.lora_alpha > 0, "tune.lora_alpha", self.lora_alpha, "must be positive")
         needs = "needs tune.lora_rank, for example 16"
