@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +12,7 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Float32, Int, Int32
 
-from rdlm.config import IGNORED, InputError, LossConfig, ModelConfig, Remat
+from rdlm.config import IGNORED, InputError, LossConfig, ModelConfig, Remat, TuneConfig
 from rdlm.exits import exit_probabilities
 from rdlm.model import (
     Bound,
@@ -245,8 +246,10 @@ def token_losses(
     def latent(s: Array) -> Array:
         return coda(behind, config, s, ctx._replace(around=outer))[0][0]
 
+    outside = start_teacher(params, config, batch, state, terms, layout) if terms.teacher == "start" else None
+
     def read(s: Array) -> Array:
-        return head_losses(vocabulary, config, latent(s), batch.labels, terms)
+        return head_losses(vocabulary, config, latent(s), batch.labels, terms, outside)
 
     def every_state() -> Array:
         slots = k if isinstance(k, int) else max_k
@@ -256,13 +259,13 @@ def token_losses(
         return trajectory(recomputed(step, remat), start, slots)[1:]
 
     def several(states: Array) -> Array:
-        if terms.teacher == "none":
+        if terms.teacher in ("none", "start"):
             return weighed(jax.lax.map(jax.checkpoint(read), states), terms)
         ys = jax.lax.map(jax.checkpoint(latent), states)
         at = 0 if terms.teacher == "first" else len(ys) - 1
 
         def taught(y: Array, share: Array) -> Array:
-            return head_losses(vocabulary, config, y, batch.labels, terms, Teacher(ys[at], share))
+            return head_losses(vocabulary, config, y, batch.labels, terms, Teacher(vocabulary, ys[at], share))
 
         shares = jnp.full(len(ys), terms.teacher_share).at[at].set(0.0)  # nobody is taught by itself
         return weighed(jax.lax.map(lambda one: jax.checkpoint(taught)(*one), (ys, shares)), terms)
@@ -299,10 +302,45 @@ def weighed(losses: Float32[Array, "T *tokens"], terms: LossConfig) -> Float32[A
 
 
 class Teacher(NamedTuple):
-    """Where a student's loss comes from besides labels. y: what the head reads, [B, L, D]; share: of the divergence."""
+    """Whose predictions a student learns: the head, what it reads, and the share of the divergence in the loss."""
 
+    vocabulary: Params
     y: Float[Array, "*tokens D"]
-    share: Float32[Array, ""]
+    share: Float32[Array, ""] | float
+
+
+def start_teacher(
+    params: Params,
+    config: ModelConfig,
+    batch: Batch,
+    state: Float[Array, "B L D"] | None,
+    terms: LossConfig,
+    layout: Layout | None,
+) -> Teacher:
+    """The weights that the run began from, `params["teacher"]`, after `terms.teacher_depth` recurrences.
+
+    Raises:
+      InputError: they are not there.
+    """
+    if "teacher" not in params:
+        raise InputError("loss.teacher = 'start': needs params['teacher'], the weights that teach")
+    own: Params = jax.lax.stop_gradient(params["teacher"])
+    if layout is not None:
+        layout = dataclasses.replace(layout, specs=layout.specs["teacher"], tune=TuneConfig())
+
+    def full(*names: str) -> Params:
+        return own if layout is None else own | layout.full({name: own[name] for name in names})
+
+    ctx = context(config, batch.positions, batch.segment_ids, flash=layout is not None and layout.flash)
+    values = full(*[f"values_{name}" for name in config.value_layers])
+    ctx = with_values(values, config, batch.tokens, ctx)._replace(around=None if layout is None else layout.block)
+    core = full(*[name for name in core_names(config) if not name.startswith("core_")])
+    e, _ = embed(full("wte"), config, batch.tokens, ctx)
+    injected = inject(core, config, e)
+    s = begin(own, config, e) if state is None else state
+    s = jax.lax.fori_loop(0, terms.teacher_depth, lambda _, s: core_step(core, config, s, injected, ctx)[0], s)
+    (y, _), _ = coda(full(*(["C"] if config.loop.linear_bridge else [])), config, s, ctx)
+    return Teacher(full("wte" if config.tie_embeddings else "head"), jax.lax.stop_gradient(y), terms.teacher_share)
 
 
 def divergence(
@@ -363,7 +401,7 @@ def head_losses(
         losses = training_loss(logits, labels, config.vocab_size, terms)
         if teacher is None or guide is None:
             return losses
-        guided = known(config, jax.lax.stop_gradient(head(params, config, guide)))
+        guided = known(config, jax.lax.stop_gradient(head(teacher.vocabulary, config, guide)))
         apart = divergence(guided, known(config, logits), terms.temperature)
         return jnp.where(labels != IGNORED, (1 - teacher.share) * losses + teacher.share * apart, 0.0)
 

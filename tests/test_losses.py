@@ -88,6 +88,8 @@ def test_they_change_nothing_when_they_are_off():
         ({"depths": (1,), "teacher": "first"}, "needs two loss.depths"),
         ({"depths": (1, 2), "teacher": "first", "teacher_share": 0.0}, "must be in"),
         ({"temperature": 0.0}, "loss.temperature = 0.0: must be positive"),
+        ({"teacher": "start", "teacher_depth": 0}, "loss.teacher_depth = 0"),
+        ({"teacher": "start", "gate": "exit"}, "must be 'none' with loss.gate"),
         ({"stability": 1.0}, r"loss.stability = 1.0: must be in \[0, 1\)"),
         ({"depths": (1, 2), "gate": "exit"}, "must be empty with loss.gate"),
     ],
@@ -155,6 +157,35 @@ def test_the_loss_at_several_depths(name):
 def apart(found, wanted):
     gap = jnp.sqrt(sum(jnp.sum((a - b) ** 2) for a, b in zip(*map(jax.tree.leaves, (found, wanted)), strict=True)))
     return float(gap / jnp.sqrt(sum(jnp.sum(b**2) for b in jax.tree.leaves(wanted))))
+
+
+@pytest.mark.usefixtures("quick_compile")
+@pytest.mark.parametrize("depths", [(), (2, 3)])
+def test_the_weights_of_the_start_teach_every_depth(depths):
+    params, start = (init_params(NANO, jax.random.key(i)) for i in (3, 4))
+    terms = LossConfig(depths=depths, teacher="start", teacher_depth=2, teacher_share=0.75, temperature=2.0)
+
+    def logits(params, depths):
+        bound = rdlm.bind(params, NANO, ROWS[:, :-1], key=jax.random.key(0))
+        return [np.asarray(bound.read(s)[0], np.float64) for s in trajectory(bound.step, bound.s0, 3)[np.array(depths)]]
+
+    def log_softmax(x):
+        return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+    (guide,), expected = logits(start, [2]), []
+    log_p = log_softmax(guide / 2)
+    for student in logits(params, depths or [3]):
+        nll = -np.take_along_axis(log_softmax(student), ROWS[:, 1:, None], -1).mean()
+        kl = (np.exp(log_p) * (log_p - log_softmax(student / 2))).sum(-1).mean()
+        expected.append(0.25 * nll + 0.75 * 4 * kl)
+    value, grads = jax.jit(jax.value_and_grad(lambda params: rdlm.loss(params, NANO, ROWS, steps=(0, 3), terms=terms)))(
+        params | {"teacher": start}
+    )
+    assert float(value) == pytest.approx(np.mean(expected), rel=1e-4)
+    assert not any(np.any(g) for g in jax.tree.leaves(grads.pop("teacher"))), "the teacher stays as it is"
+    assert all(np.any(g) for g in jax.tree.leaves(grads))
+    with pytest.raises(InputError, match=r"needs params\['teacher'\]"):
+        rdlm.loss(params, NANO, ROWS, steps=(0, 3), terms=terms)
 
 
 def test_what_several_depths_need():

@@ -98,9 +98,11 @@ class LossConfig:
     """Recurrences after which the model predicts and is scored, all in one unroll; empty: only after the last."""
     depth_weights: tuple[float, ...] = ()
     """Weight of the loss at each of `depths`, relative to their sum; empty: equal weights."""
-    teacher: Literal["none", "first", "deepest"] = "none"
-    """Which of `depths` the others are taught by, through the divergence KL(teacher || student) of predictions. The
-    teacher gets no gradient from it."""
+    teacher: Literal["none", "first", "deepest", "start"] = "none"
+    """Who teaches, through the divergence KL(teacher || student) of predictions. first, deepest: one of `depths`, the
+    others, without a gradient of its own from it; start: the weights of --init, as they were."""
+    teacher_depth: int = 1
+    """With teacher = "start", the recurrences that the teacher runs. One is all that a new retrofit needs."""
     teacher_share: float = 0.5
     """Share of that divergence in the loss of a taught depth; the rest is cross-entropy."""
     temperature: float = 1.0
@@ -117,7 +119,8 @@ class LossConfig:
         checks = {
             "depths": (increasing, "must be increasing recurrences, each at least 1"),
             "depth_weights": (weighted, "must be empty, or a positive number for each of loss.depths"),
-            "teacher": (self.teacher == "none" or several, "needs two loss.depths or more"),
+            "teacher": (several or self.teacher in ("none", "start"), "needs two loss.depths or more"),
+            "teacher_depth": (self.teacher_depth >= 1, "must be at least 1"),
             "teacher_share": (0 < self.teacher_share <= 1, "must be in (0, 1]"),
             "temperature": (self.temperature > 0, "must be positive"),
             "stability": (0 <= self.stability < 1, "must be in [0, 1)"),
@@ -126,6 +129,8 @@ class LossConfig:
             require(fulfilled, f"loss.{name}", getattr(self, name), fix)
         alone = self.gate == "none" or not self.depths
         require(alone, "loss.depths", self.depths, "must be empty with loss.gate, which reads every recurrence")
+        untaught = self.gate == "none" or self.teacher == "none"
+        require(untaught, "loss.teacher", self.teacher, "must be 'none' with loss.gate")
         require(self.gate_entropy >= 0, "loss.gate_entropy", self.gate_entropy, "must not be negative")
         require(self.z_loss >= 0, "loss.z_loss", self.z_loss, "must not be negative")
         require(0 <= self.label_smoothing < 1, "loss.label_smoothing", self.label_smoothing, "must be in [0, 1)")
@@ -468,6 +473,8 @@ class RunConfig:
             fix = "needs recurrence.scheme = 'fixed', no curriculum and model.backprop_depth = model.mean_recurrence"
             why = "it reads the loss of every recurrence" if name == "gate" else "all of them get a gradient"
             require(all_of_them, f"loss.{name}", value, f"{fix}: {why}")
+        if self.loss.teacher == "start":
+            require(bool(self.init), "loss.teacher", "start", "needs --init FOLDER, whose weights teach")
         if self.loss.depths:
             last, mean = self.loss.depths[-1], self.model.mean_recurrence
             fix = f"must end with model.mean_recurrence = {mean}, up to which the model is unrolled"
