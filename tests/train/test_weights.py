@@ -17,7 +17,7 @@ from training_cases import losses
 import rdlm
 from rdlm import sharding
 from rdlm.checkpoint import Checkpoints, as_abstract, read_config, save_parameters, write_config
-from rdlm.config import PRESETS, InputError, MeshConfig, OptimizerConfig
+from rdlm.config import PRESETS, InputError, LossConfig, MeshConfig, OptimizerConfig
 from rdlm.data import Recipe, open_data
 from rdlm.data.prepare import Corpus, build, cut_files, find_files
 from rdlm.evaluation.depth import depth_curve
@@ -390,3 +390,29 @@ def test_weights_that_changed_before_the_first_checkpoint_are_refused(folders, d
     shapes, shardings = state_shardings(run, optimizer(run.optimizer, run.steps), mesh)
     with pytest.raises(InputError, match="holds other weights than those that this run began from"):
         Weights(run).load(as_abstract(shapes.params, shardings.params), run.weights_digest)
+
+
+@pytest.mark.slow
+def test_the_weights_of_the_start_teach_a_run_and_a_resumed_one(folders, data, tmp_path):
+    """A new retrofit says at every depth what it says at one: its first loss against itself is zero."""
+    source, init = folders("families/olmo2"), tmp_path / "deep"
+    params, config = rdlm.retrofit(*rdlm.load_huggingface(source), prelude=1, core=1, coda=1)
+    rdlm.save_huggingface(init, params, config)
+    for file in (data / "tokenizer").iterdir():
+        shutil.copy(file, init)
+    run = run_of(init, data, tmp_path / "run", mesh=MeshConfig(2, 4))
+    run = dataclasses.replace(
+        run,
+        model=dataclasses.replace(run.model, mean_recurrence=2, backprop_depth=2),
+        loss=LossConfig(teacher="start", teacher_share=1.0),
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=0),
+    )
+    assert Trainer(run, lambda line: None).run() == 0
+    before = losses(tmp_path / "run")
+    assert before[0][1] < 1e-5
+    # Adam divides even a gradient of rounding errors by its own size: the student has moved, the teacher has not.
+    assert before[1][1] > 1e-4
+    shutil.rmtree(tmp_path / "run/checkpoints/4")
+    (tmp_path / "run/loss_by_depth.json").unlink()
+    assert Trainer(run, lambda line: None).run() == 0
+    np.testing.assert_allclose(losses(tmp_path / "run"), before, atol=1e-5, rtol=0)
