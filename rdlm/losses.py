@@ -326,7 +326,7 @@ def start_teacher(
         raise InputError("loss.teacher = 'start': needs params['teacher'], the weights that teach")
     own: Params = jax.lax.stop_gradient(params["teacher"])
     if layout is not None:
-        layout = dataclasses.replace(layout, specs=layout.specs["teacher"], tune=TuneConfig())
+        layout = dataclasses.replace(layout, tune=TuneConfig())  # which has no low-rank pairs
 
     def full(*names: str) -> Params:
         return own if layout is None else own | layout.full({name: own[name] for name in names})
@@ -334,7 +334,7 @@ def start_teacher(
     ctx = context(config, batch.positions, batch.segment_ids, flash=layout is not None and layout.flash)
     values = full(*[f"values_{name}" for name in config.value_layers])
     ctx = with_values(values, config, batch.tokens, ctx)._replace(around=None if layout is None else layout.block)
-    core = full(*[name for name in core_names(config) if not name.startswith("core_")])
+    core = full(*[name for name in core_names(config) if name in own and not name.startswith("core_")])
     e, _ = embed(full("wte"), config, batch.tokens, ctx)
     injected = inject(core, config, e)
     s = begin(own, config, e) if state is None else state
