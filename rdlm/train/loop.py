@@ -72,6 +72,8 @@ class Trainer:
     step: int
     frozen: Params
     """Parameters that stay those of `init`."""
+    teacher: Params
+    """{"teacher": all of them}, where they teach."""
     bad_batch: InputError | None = None
 
     def __init__(self, config: RunConfig, say: Callable[[str], None] | None = None):
@@ -98,7 +100,7 @@ class Trainer:
         if self.weights is not None:
             config = identified(config, self.weights)
         self.config = config
-        self.frozen = {}
+        self.frozen, self.teacher = {}, {}
         self.validated = -1, math.nan  # step and validation loss
         self.progress = Progress(config.steps, quiet=not is_first())
         self.say = say or self.progress.say
@@ -198,7 +200,7 @@ class Trainer:
                 reporter.flush()
                 self._save()
                 return self._leave(EXIT_PREEMPTED)
-            self.state, metrics = step_fn(self.state, self.place(batch), frozen=self.frozen)
+            self.state, metrics = step_fn(self.state, self.place(batch), frozen=self.frozen | self.teacher)
             reporter.report(self.step, metrics)
             self.step += 1
             last = self.step == config.steps
@@ -347,8 +349,10 @@ class Trainer:
             raise InputError(f"steps = {self.config.steps}: {path} is already at step {step}; ask for more")
         if meta["tokenizer"] != self.tokenizer.hash:
             raise InputError(f"{path}: checkpoint {step} belongs to another tokenizer than the prepared data")
-        if self.weights is not None and self.config.tune.freezes and not rollback:
-            self.frozen = divide(self._loaded(self.weights), self.config.tune)[1]
+        if self.weights is not None and (self.config.tune.freezes or self._taught) and not rollback:
+            loaded = self._loaded(self.weights)
+            self.frozen = divide(loaded, self.config.tune)[1]
+            self.teacher = {"teacher": loaded} if self._taught else {}
         faults = saved_faults(meta)
         if not rollback:
             if "data" in meta:  # older checkpoints, which are of the embedded corpus, have no such entry
@@ -366,13 +370,21 @@ class Trainer:
         if self.weights is None:
             return jax.jit(functools.partial(init_state, self.config, self.tx), out_shardings=self.shardings)()
         learn, self.frozen = divide(self._loaded(self.weights), self.config.tune)
+        if self._taught:  # what learns moves on, so the teacher has copies of it
+            copies = jax.jit(lambda params: jax.tree.map(jnp.copy, params))(learn)
+            self.teacher = {"teacher": join(copies, self.frozen)}
         return jax.jit(begin, donate_argnums=0, out_shardings=self.shardings)(learn, self.frozen)
+
+    @property
+    def _taught(self) -> bool:
+        return self.config.loss.teacher == "start"
 
     def _loaded(self, weights: Weights) -> Params:
         """The parameters of `init` on the mesh."""
         target = as_abstract(*parameter_shardings(self.config, self.mesh))
         params = weights.load(target, self.config.weights_digest)
-        self.say(f"{'training beside' if self.config.tune.freezes else 'starting with'} the parameters of {weights}")
+        role = "training beside" if self.config.tune.freezes else "taught by" if self._taught else "starting with"
+        self.say(f"{role} the parameters of {weights}")
         return params
 
     def _warn_if_the_rate_rises(self, step: int, steps: int) -> None:

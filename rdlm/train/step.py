@@ -109,6 +109,7 @@ def gradients(
     Args:
       layout: how parameters and rows are split over a mesh; None: one device (or left to the compiler).
       frozen: the other parameters, if `run.tune` leaves some; no gradient of theirs is formed (`rdlm.tune.divide`).
+        With `loss.teacher` = "start" its entry "teacher" holds all parameters that teach.
     """
     frozen = frozen or {}
     draws = _draws(run, batch, step)
@@ -116,7 +117,8 @@ def gradients(
     if layout is None:
         return *_gradients(run, (params, frozen), batch, step, draws, layout=None), ran
     every, rows = PartitionSpec(), PartitionSpec(SPLIT)
-    inside, fixed = (pick(layout.parameter_parts, part) for part in (params, frozen))
+    every_part = layout.parameter_parts
+    inside, fixed = pick(every_part, params), pick(every_part | {"teacher": every_part}, frozen)
     placed = _Draws(every, every, rows if run.recurrence.draw == "sequence" else every)
     spread = jax.shard_map(
         functools.partial(_gradients, run, layout=layout),
@@ -293,9 +295,11 @@ def parameter_shardings(run: RunConfig, mesh: Mesh) -> tuple[Params, Params]:
 
 
 def frozen_shardings(run: RunConfig, mesh: Mesh) -> tuple[Params, Params]:
-    """(shapes, shardings) of the parameters that are frozen; {} where all learn."""
-    shapes, shardings = parameter_shardings(run, mesh)
-    return divide(shapes, run.tune)[1], divide(shardings, run.tune)[1]
+    """(shapes, shardings) of the parameters that are frozen, those of a teacher too; {} where all learn."""
+    every = parameter_shardings(run, mesh)
+    teaches = run.loss.teacher == "start"
+    shapes, shardings = (divide(x, run.tune)[1] | ({"teacher": x} if teaches else {}) for x in every)
+    return shapes, shardings
 
 
 def state_shardings(run: RunConfig, tx: optax.GradientTransformation, mesh: Mesh) -> tuple[TrainState, TrainState]:
