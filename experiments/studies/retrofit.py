@@ -1,6 +1,6 @@
 """Does it pay to turn a pretrained plain model into a recurrent-depth one? The same fine-tuning, with and without.
 
-    python experiments/studies/retrofit.py                       # everything: 9 to 10 hours on two quiet CPU cores
+    python experiments/studies/retrofit.py                       # everything: 9 to 10 hours on two quiet cores
     python experiments/studies/retrofit.py --methods plain plain_flops retrofit              # the comparison alone
     python experiments/studies/retrofit.py --quick               # only shows that everything works, about a minute
 
@@ -11,7 +11,7 @@ Plain: the model as it is. Recurrent: all layers kept, adapter [0 I] (`rdlm.retr
   plain             the same steps, so equal tokens
   plain_flops       as many steps as have the training FLOPs of `retrofit`
   retrofit          core of layers 8 to 15, everything learns, loss at the drawn depth alone
-  pilot             the same in half of the steps, and what the other pilots are compared with
+  pilot             the same in 130 steps instead of 350, and what the other pilots are compared with
   pilot_cut         core of layers 7 to 22
   pilot_curriculum  the full mean depth from the first step
   pilot_core        only core and adapter learn
@@ -107,7 +107,7 @@ class Method:
     supervised: tuple[int, ...] = ()
     """Recurrences after which the loss is taken, at a fixed depth; (): after the last of a random number."""
     pilot: bool = False
-    """Half of the steps, one seed, no question sets."""
+    """Fewer steps, one seed, no question sets."""
     flops_of: Name | None = None
     """Train for the FLOPs of that method instead of its steps."""
 
@@ -147,7 +147,9 @@ class Setting:
     """What all runs share."""
 
     steps: int = 350
-    """Optimizer steps of a method; pilots have half."""
+    """Optimizer steps of a method."""
+    pilot_steps: int = 130
+    """Of a pilot."""
     batch_size: int = 8
     length: int = 128
     learning_rate: float = 3e-4
@@ -170,8 +172,8 @@ class Setting:
     def quick(self) -> Setting:
         """A few steps and problems, to see that everything works."""
         return dataclasses.replace(
-            self, steps=4, length=96, trained=(1, 2), tested=(1, 3), problems=4, tests=10, depths=(1, 4),
-            text_batches=1, questions=4,
+            self, steps=4, pilot_steps=2, length=96, trained=(1,), tested=(1, 2), problems=4, tests=10, depths=(1, 4),
+            text_batches=1,
         )  # fmt: skip
 
 
@@ -231,12 +233,12 @@ def packed(folder: Path, lines: Path, recipe: Recipe, tokenizer: Tokenizer) -> P
 
 
 def toy(folder: Path) -> Path:
-    """A random plain model of four layers, as a Hugging Face folder."""
+    """A random plain model of three layers, as a Hugging Face folder."""
     if not folder.exists():
-        text = [story.prompt + story.completion for story in stories(2, 4, (1, 3), TRAINING_NAMES + TEST_NAMES)]
-        tokenizer = Tokenizer.train(text, 400)
+        told = stories(2, 40, (1, 3), TRAINING_NAMES + TEST_NAMES)
+        tokenizer = Tokenizer.train([story.prompt + story.completion for story in told], 640)
         model = ModelConfig(
-            tokenizer.vocab_size, embed_dim=16, num_heads=2, mlp_dim=24, prelude_layers=0, core_layers=4, coda_layers=0,
+            tokenizer.vocab_size, embed_dim=16, num_heads=2, mlp_dim=24, prelude_layers=0, core_layers=3, coda_layers=0,
             max_length=512, rope_base=1e4, qk_bias=False, embed_scale=1.0, mean_recurrence=1, backprop_depth=1,
             block=Block(norm_output="none"), loop=ONCE,
         )  # fmt: skip
@@ -251,7 +253,7 @@ def beginning(method: Method, places: Places) -> Path:
         return places.source
     plain = open_huggingface(places.source).config
     layers = plain.prelude_layers + plain.core_layers + plain.coda_layers
-    prelude, core = method.cut if layers > sum(method.cut) else (1, 2)
+    prelude, core = method.cut if layers > sum(method.cut) else (1, layers - 2)
     coda = layers - prelude - core
     folder = places.runs / f"models/{prelude}-{core}-{coda}-{places.digest[:8]}"
     if not folder.exists():
@@ -263,7 +265,7 @@ def beginning(method: Method, places: Places) -> Path:
 def run_config(name: Name, setting: Setting, places: Places, seed: int) -> RunConfig:
     """The training run of a method."""
     method, depth = METHODS[name], setting.mean_depth
-    steps = setting.steps // 2 if method.pilot else setting.steps
+    steps = setting.pilot_steps if method.pilot else setting.steps
     base = preset("finetune")
     run = begin_from(
         dataclasses.replace(
@@ -315,7 +317,8 @@ def training_flops(run: RunConfig) -> float:
 
     Forward once; backward once for the activations wherever something before learns, and once for weights that learn.
     """
-    draws = jax.vmap(functools.partial(draw_depth, dataclasses.replace(run, seed=0)))(jnp.arange(run.steps))
+    draw = functools.partial(draw_depth, dataclasses.replace(run, seed=0))
+    draws = jax.jit(jax.vmap(draw))(jnp.arange(run.steps))
     n, k = (float(x.mean()) for x in draws)
     model, L, everything = run.model, run.data.sequence_length, not run.tune.only
     read = flops.check_flops(model, L)  # coda and head
@@ -522,7 +525,7 @@ def picture(path: Path, methods: Mapping[str, Json], trained_to: int) -> None:
             (pilots if pilot else main).errorbar(
                 steps, mean, bars, color=colour, marker="o", markersize=4, capsize=2, label=found["label"] + r
             )
-    for axes, title in ((main, "comparison"), (pilots, "pilots, half of the steps, one seed")):
+    for axes, title in ((main, "comparison"), (pilots, "pilots, fewer steps, one seed")):
         axes.axvline(trained_to + 0.5, color="#999999", linestyle=":", linewidth=1)
         axes.axhline(chance(), color="#999999", linestyle="--", linewidth=1, label="chance")
         axes.set(title=title, xlabel="dependent steps (trained left of the dotted line)", ylim=(0, 1.03))
