@@ -12,7 +12,7 @@ import tokenizers
 from foreign_tokenizers import save as save_tokenizer
 from golden_cases import GOLDEN
 from small_runs import saved
-from training_cases import losses
+from training_cases import cut_short, losses
 
 import rdlm
 from rdlm import sharding
@@ -192,6 +192,9 @@ def test_the_average_of_a_run_is_where_another_begins(data, tmp_path):
         assert bool(np.any(placed["wte"])) != ema, "the average is zero before the first step"
         digests.add(Weights(run).digest)
     assert len(digests) == 2
+    cut_short(tmp_path / "checkpoints" / "2", "params")
+    with pytest.raises(InputError, match=r"checkpoint .*/2: damaged .*there is no other: restore it from a copy"):
+        first_parameters(run_of(tmp_path, data, tmp_path / "run"), 8)
 
 
 def with_tokens(folder, target, special=True, **config):
