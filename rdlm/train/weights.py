@@ -190,7 +190,7 @@ def _settled(run: RunConfig) -> RunConfig | None:
         return None
     saved = read_config(folder)
     same = saved.init_ema == run.init_ema and _absolute(saved.init) == _absolute(run.init)
-    return saved if same else None
+    return saved if saved.init and same else None
 
 
 def _absolute(init: str) -> Path:
