@@ -18,6 +18,7 @@ from rdlm.model import forward, init_params
 from rdlm.optim import module_norms, optimizer
 from rdlm.train import frozen_shardings, gradients, init_state, layout_of, state_shardings, train_step
 from rdlm.train.faults import modules
+from rdlm.train.roofline import state_bytes
 from rdlm.tune import begin, combine, divide, join, merge, pick
 
 NANO = preset("nano")
@@ -298,3 +299,13 @@ def test_targets_need_a_rank_and_an_adapter():
     assert dataclasses.replace(RUN, model=ouro, tune=LORA).tune == LORA
     with pytest.raises(InputError, match=r"tune.lora_targets = .* has no adapter"):
         dataclasses.replace(RUN, model=ouro, tune=TuneConfig(lora_rank=2, lora_targets=("adapter",)))
+
+
+def test_what_is_kept_over_steps_is_counted():
+    run = dataclasses.replace(RUN, mesh=MeshConfig(1, 8))
+    size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))  # noqa: E731
+    thin = TuneConfig(lora_rank=1)
+    full, pairs = (state_bytes(tuned(tune, run), jax.devices()) for tune in (TuneConfig(), thin))
+    # Weights, two moments and an average, an eighth of each but for the norms; of pairs, halves are not split.
+    assert size(base()) / 2 <= full < 1.1 * size(base()) / 2
+    assert size(base()) / 8 + size(begin(base(), thin, jax.random.key(0))) / 2 <= pairs < full - size(base()) / 8
