@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -32,6 +33,9 @@ from rdlm.serve.protocol import (
 )
 from rdlm.serve.service import Call, Service
 
+_PAGE = Path(__file__).with_name("page.html")
+_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+
 
 def make_app(service: Service) -> ASGIApp:
     """The application that serves `service`; its lifespan starts and stops the engine."""
@@ -48,14 +52,26 @@ def make_app(service: Service) -> ASGIApp:
     app.add_exception_handler(RequestValidationError, _on_validation)
     app.add_exception_handler(HTTPException, _on_http)
     app.add_exception_handler(Exception, _on_bug)
+    app.add_api_route("/", page, include_in_schema=False)
     app.add_api_route("/health", health)
+    app.add_api_route("/metrics", metrics)
     app.add_api_route("/ready", ready)
     app.add_api_route("/v1/models", models)
     app.add_api_route("/v1/models/{name:path}", model)
     errors: Any = {status: {"description": "An error object"} for status in (400, 401, 404, 413, 429, 500, 503)}
     for path, endpoint in _POSTS.items():
         app.add_api_route(path, endpoint, methods=["POST"], responses={**errors, 422: {"description": "Never"}})
-    return Guard(app, service.keys, service.options)
+    return Guard(app, service.keys, service.options, service.metrics.http)
+
+
+async def page(request: Request) -> Response:
+    """A chat in the browser: one file that asks for nothing from elsewhere."""
+    return HTMLResponse(_PAGE.read_bytes(), headers={"Content-Security-Policy": _POLICY})
+
+
+async def metrics(request: Request) -> Response:
+    """Counters and histograms for Prometheus."""
+    return Response(_service(request).metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 async def health(request: Request) -> Response:
@@ -194,9 +210,9 @@ class _Answer(Response):
                         self._writer.add(index, item)
             response: Response = JSONResponse(self._writer.whole())
         except TimeoutError:
-            response = _as_response(_too_late())
+            response = self._failed(_too_late())
         except APIError as error:
-            response = _as_response(error)
+            response = self._failed(error)
         await self._write(response(scope, receive, send))
 
     async def _in_pieces(self, send: Send) -> None:
@@ -219,10 +235,18 @@ class _Answer(Response):
             closing = writer.closing()
             await self._events(send, [] if closing is None else [closing])
         except TimeoutError:
-            await self._events(send, [_too_late().body()])
+            await self._fail(send, _too_late())
         except APIError as error:
-            await self._events(send, [error.body()])
+            await self._fail(send, error)
         await self._write(send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False}))
+
+    def _failed(self, error: APIError) -> Response:
+        self._service.metrics.failed.labels(error.code).inc()
+        return _as_response(error)
+
+    async def _fail(self, send: Send, error: APIError) -> None:
+        self._service.metrics.failed.labels(error.code).inc()
+        await self._events(send, [error.body()])
 
     async def _events(self, send: Send, events: Iterable[Json]) -> None:
         """Server-sent events, all in one piece."""

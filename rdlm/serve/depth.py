@@ -16,6 +16,7 @@ from rdlm.serve.options import ServeOptions
 class DepthChoice:
     """When the tokens of a request stop."""
 
+    name: str  # of the rule, as requests say it
     kind: str  # of the engine that serves it
     num_steps: int
     rule: ExitRule | None
@@ -77,13 +78,13 @@ class Depths:
         assert rule is not None
         if rule.every_check and least:
             raise wrong("min_steps", f"exit {name!r} is checked at every recurrence; leave it out")
-        return DepthChoice(name, steps, rule, least)
+        return DepthChoice(name, name, steps, rule, least)
 
     def without_rule(self, steps: int) -> DepthChoice:
         """Exactly `steps` recurrences, in an engine whose rule is never checked."""
         kind = self.kinds[0]
         if kind == "none":
-            return DepthChoice(kind, steps, None)
+            return DepthChoice("none", kind, steps, None)
         if kind == "gate":  # from 1 on it never stops
-            return DepthChoice(kind, steps, self.rule(kind, 1.0))
-        return DepthChoice(kind, steps, self.rule(kind), steps)
+            return DepthChoice("none", kind, steps, self.rule(kind, 1.0))
+        return DepthChoice("none", kind, steps, self.rule(kind), steps)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from prometheus_client import Counter
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -19,6 +20,7 @@ from rdlm.serve.options import ServeOptions
 
 LOG = logging.getLogger("rdlm.serve")
 _PROBES = ("/health", "/ready", "/metrics")  # asked every few seconds, so not in the log
+_COUNTED = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/v1/tokenize", "/v1/detokenize")
 _BODY_SECONDS = 60  # in which a body must have come
 
 
@@ -29,10 +31,11 @@ class Guard:
       app: what it protects.
       keys: API keys, one of which paths below /v1 need; none: everybody is served.
       options: limits of the server.
+      counter: of requests, by path and status.
     """
 
-    def __init__(self, app: ASGIApp, keys: Sequence[bytes], options: ServeOptions):
-        self._app, self._keys, self._options = app, keys, options
+    def __init__(self, app: ASGIApp, keys: Sequence[bytes], options: ServeOptions, counter: Counter):
+        self._app, self._keys, self._options, self._counter = app, keys, options, counter
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -65,6 +68,8 @@ class Guard:
             elif body is not None:
                 await self._app(scope, _replay(body, receive), answer)
         finally:
+            known = scope["path"] in _COUNTED
+            self._counter.labels(scope["path"] if known else "other", str(status)).inc()
             if self._options.access_log and scope["path"] not in _PROBES:
                 seconds = round(time.perf_counter() - began, 4)
                 line = {"request": request_id, "method": scope["method"], "path": _path(scope), "status": status}

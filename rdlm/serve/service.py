@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import functools
 import secrets
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from rdlm.config import InputError, one_line
 from rdlm.run import Run
 from rdlm.serve.depth import Depths
 from rdlm.serve.errors import APIError
+from rdlm.serve.metrics import AnswerClock, Metrics
 from rdlm.serve.options import ServeOptions
 from rdlm.serve.worker import Answer, Ask, End, Item, Token, Worker
 
@@ -20,8 +22,6 @@ class Call:
     """A request that is being answered: items of all its answers as they come, in the event loop's thread."""
 
     def __init__(self, answers: int, max_buffer: int):
-        self.began = time.perf_counter()
-        self.first_token: float | None = None  # seconds after which the first token came
         self.waiting = set(range(answers))  # answers without a token
         self.running: set[int] = set()
         self._max_buffer = max_buffer
@@ -35,7 +35,6 @@ class Call:
             if isinstance(item, Token) and index in self.waiting:
                 self.waiting.discard(index)
                 self.running.add(index)
-                self.first_token = self.first_token or time.perf_counter() - self.began
             elif isinstance(item, End):
                 self.waiting.discard(index)
                 self.running.discard(index)
@@ -67,6 +66,12 @@ class Call:
         return items
 
 
+def _deliver(call: Call, index: int, clock: AnswerClock, items: list[Item]) -> None:
+    """Items of one answer, from the worker to those who wait."""
+    clock.count(items)
+    call.put(index, items)
+
+
 def _as_answer(error: Exception) -> APIError:
     """An engine's error for a client."""
     if isinstance(error, InputError):
@@ -96,6 +101,13 @@ class Service:
         self.on_failure: Callable[[], None] = lambda: None
         self._calls: dict[Call, list[Answer]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
+        self.metrics = Metrics(
+            {
+                ("num_requests_running", "Answers that have a token and are not done"): lambda: self.running,
+                ("num_requests_waiting", "Answers without a token"): lambda: self.waiting,
+                ("kv_cache_usage_perc", "Share of the lanes' positions in use"): lambda: self.worker.cache_usage,
+            }
+        )
         self.worker = Worker(run, self.depths, self._call_soon)
         self.worker.on_change = self._changed
 
@@ -169,8 +181,12 @@ class Service:
         answers = []
         for index in range(count):
             prompt, sample = divmod(index, ask.samples)
-            answers.append(Answer(ask, prompt, sample, lambda items, index=index: call.put(index, items)))  # type: ignore[misc]
+            clock = AnswerClock(self.metrics, ask.depth.name)
+            answers.append(Answer(ask, prompt, sample, functools.partial(_deliver, call, index, clock)))
         self._calls[call] = answers
+        for tokens in ask.prompts:
+            self.metrics.prompt_sizes.observe(len(tokens))
+            self.metrics.prompt_tokens.inc(len(tokens))
         for answer in answers:
             self.worker.submit(answer)
         return call

@@ -103,16 +103,16 @@ def client(server):
 
 
 @pytest.fixture
-def paused(server, monkeypatch):
-    """The engine stands still until the event that this gives is set."""
-    gate, go_on = threading.Event(), server.service.worker._round
+def rounds(server, monkeypatch):
+    """The engine stands still; `rounds.release(n)` lets it take n more steps."""
+    allowed, go_on = threading.Semaphore(0), server.service.worker._round
 
     def wait():
-        gate.wait(60)
+        allowed.acquire(timeout=60)
         go_on()
 
     monkeypatch.setattr(server.service.worker, "_round", wait)
-    yield gate
-    gate.set()
+    yield allowed
     monkeypatch.undo()
+    allowed.release(1000)
     server.settle()

@@ -1,0 +1,85 @@
+"""What Prometheus reads at /metrics. Names are vLLM's after the colon, so that dashboards need another prefix only."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from rdlm.serve.worker import Item, Token
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+_FAST = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
+_DEPTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128)
+_TOKENS = tuple(2**i for i in range(16))
+
+
+class Metrics:
+    """Counters of one server, in a registry of their own.
+
+    Args:
+      gauges: name and meaning of each number that is read when Prometheus asks, and how to read it.
+    """
+
+    def __init__(self, gauges: dict[tuple[str, str], Callable[[], float]]):
+        self._registry = CollectorRegistry()
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"rdlm:{name}", text, labels, registry=self._registry)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+            return Histogram(f"rdlm:{name}", text, labels, buckets=buckets, registry=self._registry)
+
+        for (name, text), read in gauges.items():
+            Gauge(f"rdlm:{name}", text, registry=self._registry).set_function(read)
+        self.http = counter("http_requests", "Requests by path and status; 499: the client left", "path", "status")
+        self.ended = counter("request_success", "Answers that are complete", "finished_reason")
+        self.failed = counter("request_failure", "Requests that began and failed", "code")
+        self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts")
+        self.new_tokens = counter("generation_tokens", "New tokens")
+        self.steps = histogram("recurrences_per_token", "Recurrences of new tokens", _DEPTHS, "exit")
+        self.first = histogram("time_to_first_token_seconds", "From the request to its first token", _SECONDS)
+        self.between = histogram("inter_token_latency_seconds", "From one token of an answer to the next", _FAST)
+        self.whole = histogram("e2e_request_latency_seconds", "From the request to its last token", _SECONDS)
+        self.prompt_sizes = histogram("request_prompt_tokens", "Tokens of a prompt", _TOKENS)
+        self.new_sizes = histogram("request_generation_tokens", "New tokens of an answer", _TOKENS)
+
+    def text(self) -> bytes:
+        """In Prometheus' format."""
+        return generate_latest(self._registry)
+
+
+class AnswerClock:
+    """Measures one answer, from when it is asked for.
+
+    Args:
+      metrics: where it is counted.
+      exit: name of its exit rule.
+    """
+
+    def __init__(self, metrics: Metrics, exit: str):
+        self._metrics, self._steps = metrics, metrics.steps.labels(exit)
+        self._began = self._last = time.perf_counter()
+        self._count = 0
+
+    def count(self, items: Sequence[Item]) -> None:
+        """Items that have just come; those that come together share the time since the last ones."""
+        metrics, now = self._metrics, time.perf_counter()
+        tokens = [item for item in items if isinstance(item, Token)]
+        for token in tokens:
+            self._steps.observe(token.steps)
+            if self._count == 0:
+                metrics.first.observe(now - self._began)
+            else:
+                metrics.between.observe((now - self._last) / len(tokens))
+            self._count += 1
+        if tokens:
+            self._last = now
+            metrics.new_tokens.inc(len(tokens))
+        for item in items:
+            if not isinstance(item, Token):
+                metrics.whole.observe(now - self._began)
+                metrics.new_sizes.observe(self._count)
+                if item.reason is not None:
+                    metrics.ended.labels(item.reason).inc()

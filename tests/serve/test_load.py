@@ -1,0 +1,300 @@
+"""Full queues, clients that leave or do not read, failures, and the end."""
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import socket
+import threading
+
+import httpx
+import pytest
+from conftest import serving, until
+
+import rdlm.decode.engine
+from rdlm.serve.app import make_app
+from rdlm.serve.errors import APIError
+from rdlm.serve.options import ServeOptions
+from rdlm.serve.server import open_socket
+from rdlm.serve.service import Call, Service
+from rdlm.serve.worker import End, Token, Worker
+
+pytestmark = pytest.mark.slow
+
+LONG = {"prompt": "ab", "max_tokens": 24, "temperature": 1, "seed": 3}
+
+
+def options(server, monkeypatch, **changed):
+    monkeypatch.setattr(server.service, "options", dataclasses.replace(server.service.options, **changed))
+
+
+@contextlib.contextmanager
+def streams(server, count, **fields):
+    """So many requests whose answers have begun."""
+    with contextlib.ExitStack() as stack:
+        client = stack.enter_context(httpx.Client(timeout=60))
+        body = LONG | {"stream": True} | fields
+        yield [
+            stack.enter_context(client.stream("POST", f"{server.url}/v1/completions", json=body)) for _ in range(count)
+        ]
+
+
+def events(response):
+    return [line.removeprefix("data: ") for line in response.iter_lines() if line]
+
+
+def busy_lanes(server):
+    return sum(
+        s is not None and not s.done for engine in server.service.worker._engines.values() for s in engine._serving
+    )
+
+
+def test_a_full_queue_refuses_until_there_is_room(server, rounds, monkeypatch):
+    options(server, monkeypatch, max_queue=2)
+    with streams(server, 6) as waiting:  # four lanes, two in the queue
+        assert [response.status_code for response in waiting] == [200] * 6
+        response = httpx.post(f"{server.url}/v1/completions", json=LONG)
+        assert response.status_code == 429
+        assert int(response.headers["Retry-After"]) >= 1
+        assert response.json()["error"]["type"] == "rate_limit_error"
+        rounds.release(1000)
+        assert [events(response)[-1] for response in waiting] == ["[DONE]"] * 6
+    until(lambda: not server.service._calls)
+    assert httpx.post(f"{server.url}/v1/completions", json=LONG, timeout=60).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_hangs_up_frees_its_lanes_within_one_step(server, rounds, stream):
+    body = json.dumps(LONG | {"n": 2, "stream": stream})
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(f"{head}\r\n\r\n{body}".encode())
+        until(lambda: server.service._calls)
+        rounds.release(2)
+        until(lambda: busy_lanes(server) == 2)
+    until(lambda: not server.service._calls)
+    rounds.release(2)  # one may be under way
+    until(lambda: busy_lanes(server) == 0, 5)
+
+
+def test_requests_come_and_hang_up_and_no_lane_is_lost(server):
+    expected = server.post("completions", **LONG)[1]["choices"]
+    for i in range(12):
+        with streams(server, 3, n=1 + i % 3) as responses:
+            for response in responses[: i % 3]:
+                next(response.iter_lines())
+    server.settle()
+    assert busy_lanes(server) == 0
+    assert server.post("completions", **LONG)[1]["choices"] == expected
+
+
+def test_a_slow_reader_loses_its_request_alone():
+    async def main():
+        call = Call(2, max_buffer=3)
+        call.put(0, [Token("a", 1, 2, -1.0)] * 3)
+        assert len(await call.take()) == 3  # it has caught up
+        call.put(0, [Token("a", 1, 2, -1.0)] * 2)
+        call.put(1, [Token("a", 1, 2, -1.0), End("stop")])
+        with pytest.raises(APIError, match="too slowly"):
+            await call.take()
+
+    asyncio.run(main())
+
+
+def test_a_client_that_takes_nothing_is_left(server, monkeypatch):
+    options(server, monkeypatch, write_timeout=0.2)
+    body = json.dumps(LONG | {"stream": True}).encode()
+    given = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive():
+        if given:
+            return given.pop()
+        await asyncio.Event().wait()
+
+    async def send(message):
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()
+
+    scope = {
+        "type": "http", "method": "POST", "path": "/v1/completions", "raw_path": b"/v1/completions", "root_path": "",
+        "query_string": b"", "headers": [(b"content-type", b"application/json")], "scheme": "http",
+        "server": ("x", 1), "client": ("x", 1), "http_version": "1.1", "asgi": {"version": "3.0"},
+    }  # fmt: skip
+    coroutine = make_app(server.service)(scope, receive, send)
+    with contextlib.suppress(Exception):
+        asyncio.run_coroutine_threadsafe(coroutine, server.loop).result(20)
+    server.settle()
+
+
+def test_a_request_that_takes_too_long_ends(server, rounds, monkeypatch):
+    options(server, monkeypatch, request_timeout=0.3)
+    response = httpx.post(f"{server.url}/v1/completions", json=LONG)
+    assert (response.status_code, response.json()["error"]["code"]) == (504, "timeout")
+    with streams(server, 1) as (response,):
+        error, done = events(response)
+        assert json.loads(error)["error"]["code"] == "timeout"
+        assert done == "[DONE]"
+
+
+def test_a_failure_of_the_engine_is_told_and_shows_in_health_until_it_works_again(server, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("/secret/path: the device is on fire")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rdlm.decode.engine, "advance", fail)
+        status, answer = server.post("completions", **LONG)
+        assert (status, answer["error"]["code"], answer["error"]["type"]) == (500, "engine_error", "server_error")
+        assert "secret" not in str(answer)
+        with streams(server, 1) as (response,):
+            error, done = events(response)[-2:]
+            assert json.loads(error)["error"]["code"] == "engine_error"
+            assert done == "[DONE]"
+        assert httpx.get(f"{server.url}/health").status_code == 503
+    assert server.post("completions", **LONG)[0] == 200
+    assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+
+
+def test_logits_that_are_not_finite_end_their_request_alone(server, rounds, monkeypatch):
+    worker, begin = server.service.worker, Worker._begin
+
+    def poisoned(self, answer):
+        begin(self, answer)
+        if answer.sample == 1:  # as the engine does it for such a row
+            answer.served._end(rdlm.decode.engine.not_finite("request", 0))
+
+    monkeypatch.setattr(worker, "_begin", poisoned.__get__(worker))
+    with streams(server, 1, n=1) as (good,), streams(server, 1, n=2) as (bad,):
+        rounds.release(1000)
+        assert "not finite" in json.loads(events(bad)[-2])["error"]["message"]
+        assert events(good)[-1] == "[DONE]"
+    assert httpx.get(f"{server.url}/health").status_code == 200
+
+
+def test_a_server_that_stops_ends_its_streams(server, rounds, monkeypatch):
+    options(server, monkeypatch, grace=0.5)
+    monkeypatch.setattr(server.service, "draining", False)
+    with streams(server, 1) as (response,):
+        server.loop.call_soon_threadsafe(server.service.drain)
+        until(lambda: httpx.get(f"{server.url}/ready").status_code == 503)
+        assert httpx.get(f"{server.url}/health").status_code == 200
+        refused = httpx.post(f"{server.url}/v1/completions", json=LONG)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "stopping")
+        error, done = events(response)
+        assert json.loads(error)["error"]["code"] == "stopping"
+        assert done == "[DONE]"
+
+
+def test_before_everything_is_compiled_nothing_is_served(toy_run, monkeypatch):
+    go_on = threading.Event()
+    monkeypatch.setattr(Worker, "_warm_up", lambda self, depth: go_on.wait(60))
+    with serving(Service(toy_run, ServeOptions(lanes=4, exit=("kl",), access_log=False))) as server:
+        for path in ("health", "ready"):
+            response = httpx.get(f"{server.url}/{path}")
+            assert (response.status_code, response.json()["status"]) == (503, "warming_up")
+        assert server.post("completions", **LONG)[0] == 503
+        go_on.set()
+        until(lambda: httpx.get(f"{server.url}/ready").status_code == 200)
+
+
+@contextlib.contextmanager
+def beside(work):
+    """A thread that works while the main thread does something else; its errors are raised at the end."""
+    errors = []
+
+    def guarded():
+        try:
+            work()
+        except BaseException as error:
+            errors.append(error)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=guarded)
+    thread.start()
+    yield
+    thread.join()
+    assert not errors, errors
+
+
+def free_port():
+    with contextlib.closing(open_socket("127.0.0.1", 0)) as listening:
+        return listening.getsockname()[1]
+
+
+def ready(url):
+    with contextlib.suppress(httpx.TransportError):
+        return httpx.get(f"{url}/ready").status_code == 200
+    return False
+
+
+def test_the_command_serves_until_a_signal_and_ends_what_it_has_begun(toy_run, server, command):
+    url, seen = f"http://127.0.0.1:{(port := free_port())}", []
+
+    def client():
+        until(lambda: ready(url), 120)
+        with httpx.stream("POST", f"{url}/v1/completions", json=LONG | {"stream": True}, timeout=60) as response:
+            os.kill(os.getpid(), signal.SIGTERM)
+            seen.extend(events(response))
+
+    with beside(client):
+        flags = ("--lanes", "4", "--exit", "kl", "latent_diff", "--port", port)
+        code, _out, err = command("serve", toy_run.folder, *flags)
+    assert code == 0
+    assert seen[-1] == "[DONE]"
+    assert json.loads(seen[-2])["choices"][0]["finish_reason"] in ("length", "stop")
+    line = json.loads(err.splitlines()[-1])
+    assert (line["path"], line["status"], line["prompt_tokens"]) == ("/v1/completions", 200, 3)
+    assert line["completion_tokens"] == sum(len(json.loads(e)["choices"][0]["steps"]) for e in seen[:-1])
+    assert "ab" not in {*line.values()}
+
+
+def test_the_command_ends_when_the_engine_cannot_go_on(toy_run, server, command, monkeypatch):
+    url, seen = f"http://127.0.0.1:{(port := free_port())}", []
+
+    def client():
+        until(lambda: ready(url), 120)
+        monkeypatch.setattr(Worker, "_round", lambda self: 1 / 0)
+        seen.append(httpx.post(f"{url}/v1/completions", json=LONG, timeout=60))
+
+    with beside(client), pytest.raises(ZeroDivisionError):
+        command("serve", toy_run.folder, "--lanes", "4", "--exit", "kl", "latent_diff", "--port", port)
+    assert seen[0].status_code == 500
+    assert seen[0].json()["error"]["code"] == "engine_error"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--exit", "gate"], ["--exit gate", "no exit gate"]),
+        (["--exit", "kl", "kl"], ["--exit", "twice"]),
+        (["--lanes", "0"], ["--lanes", "at least 1"]),
+        (["--max-context", "33"], ["--max-context", "32"]),
+        (["--steps", "9", "--max-steps", "8"], ["--steps", "--max-steps 8"]),
+        (["--threshold", "-1"], ["--threshold"]),
+        (["--api-key-file", "/no/such/file"], ["--api-key-file", "cannot be read"]),
+        (["--port", "70000"], ["--port", "65535"]),
+        (["--host", "256.1.1.1"], ["--host 256.1.1.1", "choose another"]),
+        (["--grace", "0"], ["--grace", "above 0"]),
+    ],
+)
+def test_wrong_flags_are_named_in_one_line(toy_run, command, flags, words):
+    code, out, err = command("serve", toy_run.folder, *flags)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    for word in words:
+        assert word in err
+
+
+def test_a_port_that_is_taken_is_named(toy_run, server, command):
+    port = server.url.rpartition(":")[2]
+    code, _, err = command("serve", toy_run.folder, "--port", port)
+    assert code == 2
+    assert f"--port {port}" in err
+
+
+def test_an_empty_key_file_is_refused(toy_run, command, tmp_path):
+    (tmp_path / "keys").write_text("\n")
+    code, _, err = command("serve", toy_run.folder, "--api-key-file", tmp_path / "keys")
+    assert code == 2
+    assert "holds no key" in err

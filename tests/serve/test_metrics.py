@@ -1,0 +1,57 @@
+"""What Prometheus reads adds up."""
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+pytestmark = pytest.mark.slow
+
+
+def read(server):
+    """Every sample by name and labels."""
+    text = httpx.get(f"{server.url}/metrics").text
+    return {
+        (sample.name.removeprefix("rdlm:"), *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def test_counters_are_those_of_the_answers(server):
+    server.settle()
+    before = read(server)
+    body = {"prompt": ["ab", "c"], "n": 2, "max_tokens": 6, "seed": 1, "exit": "latent_diff", "threshold": 0.4}
+    answer = server.post("completions", **body)[1]
+    server.post("completions", prompt="a", temperature=9)
+    server.settle()
+    after = read(server)
+
+    def grown(*key):
+        return after.get(key, 0) - before.get(key, 0)
+
+    new = answer["usage"]["completion_tokens"]
+    assert grown("prompt_tokens_total") == answer["usage"]["prompt_tokens"]
+    assert grown("generation_tokens_total") == new
+    assert grown("recurrences_per_token_count", "latent_diff") == new
+    assert grown("recurrences_per_token_sum", "latent_diff") == sum(sum(c["steps"]) for c in answer["choices"])
+    assert grown("time_to_first_token_seconds_count") == grown("e2e_request_latency_seconds_count") == 4
+    assert grown("inter_token_latency_seconds_count") == new - 4
+    assert grown("request_generation_tokens_sum") == new
+    reasons = [choice["finish_reason"] for choice in answer["choices"]]
+    for reason in ("stop", "length"):
+        assert grown("request_success_total", reason) == reasons.count(reason)
+    assert grown("http_requests_total", "/v1/completions", "200") == 1
+    assert grown("http_requests_total", "/v1/completions", "400") == 1
+    assert (after[("num_requests_running",)], after[("num_requests_waiting",)]) == (0, 0)
+    assert after[("kv_cache_usage_perc",)] == 0
+
+
+def test_gauges_show_what_is_in_flight(server, rounds):
+    with httpx.stream("POST", f"{server.url}/v1/completions", json={"prompt": "ab", "n": 2, "stream": True}):
+        assert read(server)[("num_requests_waiting",)] == 2
+        rounds.release(1)
+        for _ in range(2000):
+            if (now := read(server))[("num_requests_running",)] == 2:
+                break
+        assert now[("num_requests_waiting",)] == 0
+        assert 0 < now[("kv_cache_usage_perc",)] < 1
