@@ -359,8 +359,10 @@ class CachePolicy:
 class Sampling:
     """How the next token is chosen (docs/semantics.md, Generate). Every field: a value, or one per prompt.
 
-    temperature 0 is greedy; top_k 0, top_p 1.0, min_p 0.0, repetition_penalty 1.0 and stop_tokens () are off.
-    `stop_tokens`: a tuple of ids, or one tuple per prompt.
+    temperature 0 is greedy; top_k 0, top_p 1.0, min_p 0.0, repetition_penalty 1.0, presence_penalty 0.0,
+    frequency_penalty 0.0, min_tokens 0, logit_bias () and stop_tokens () are off.
+    `stop_tokens`: a tuple of ids, or one tuple per prompt. `logit_bias`: a tuple of pairs (id, number to add to its
+    logit), or one tuple per prompt. `min_tokens`: new tokens before which none of `stop_tokens` is chosen.
     """
 
     temperature: float | Sequence[float] = 0.0
@@ -369,6 +371,10 @@ class Sampling:
     min_p: float | Sequence[float] = 0.0
     repetition_penalty: float | Sequence[float] = 1.0
     stop_tokens: Sequence[Any] = ()
+    presence_penalty: float | Sequence[float] = 0.0
+    frequency_penalty: float | Sequence[float] = 0.0
+    min_tokens: int | Sequence[int] = 0
+    logit_bias: Sequence[Any] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from rdlm.config import CachePolicy, InputError, ModelConfig, Sampling
-from rdlm.decode.lanes import Flush, Lanes, advance, empty_lanes, insert
+from rdlm.decode.lanes import RECENT, Flush, Lanes, advance, empty_lanes, insert
 from rdlm.decode.loop import Sizes, begin
 from rdlm.decode.passes import check_memory, next_power
 from rdlm.decode.requests import (
@@ -60,6 +60,9 @@ class Served:
     cancelled: bool = False
     error: BaseException | None = None  # why the request ended early
     log_probs: list[float] = dataclasses.field(default_factory=list)  # of each token, as in `generate`
+    likeliest: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
+    """(token, log-probability) of the likeliest at each new position, the first one first, if they were asked for."""
+    _wants_likeliest: bool = dataclasses.field(default=False, repr=False)
     _on_token: OnToken | None = dataclasses.field(default=None, repr=False)
     _consumers: int = dataclasses.field(default=0, repr=False)
 
@@ -198,8 +201,11 @@ class Engine:
         prefix: bool = False,
         key: ArrayLike | None = None,
         on_token: OnToken | None = None,
+        likeliest: bool = False,
     ) -> Served:
         """Queue a request. Arguments as in `generate`; exit_rule: the engine's kind with thresholds of its own.
+
+        likeliest: also find the 20 likeliest tokens at every new position.
 
         on_token(token, steps) is called as tokens are made; if it raises, the request ends with that `error` and the
         others continue.
@@ -219,6 +225,7 @@ class Engine:
             sampling=sampling,
             key=key,
             prefix=prefix,
+            likeliest=likeliest,
         )
         row, (prompt,) = as_requests(self.config, [prompt], limit, options)
         limit = int(limit)
@@ -247,7 +254,7 @@ class Engine:
             raise InputError(f"Sampling.stop_tokens: the engine serves at most {width} per request")
         if row.keys.dtype != self._idle.keys.dtype:
             raise InputError(f"key: {row.keys.dtype}, but this engine's are {self._idle.keys.dtype}")
-        served = Served(prompt, limit, row, self, _on_token=on_token)
+        served = Served(prompt, limit, row, self, _on_token=on_token, _wants_likeliest=bool(likeliest))
         with self._queue_lock:
             if sum(not s.done for s in self._queue) >= self.max_queue:
                 raise InputError(f"Engine: max_queue = {self.max_queue} requests are waiting; run the engine first")
@@ -313,7 +320,8 @@ class Engine:
         # Stop as soon as the next group finds its lanes: some may be free already.
         queued = min(len(self._queue), self._group)
         wake = max(queued - int((~alive).sum()), 1) if queued else len(alive) + 1
-        ticks = jnp.int32(self._ticks), jnp.int32(wake)
+        most = min(self._ticks, RECENT) if self._wanted else self._ticks
+        ticks = jnp.int32(most), jnp.int32(wake)
         try:
             self._lanes = advance(
                 self.params, self.config, self._lanes, jnp.asarray(alive), *ticks, self._flush, self._options.warm_start
@@ -401,8 +409,14 @@ class Engine:
         self._lanes = insert(self.params, self.config, self._lanes, progress, lengths, request, max_tokens, lane)
         return _Made.read(self._lanes), depth
 
+    @property
+    def _wanted(self) -> bool:
+        """Whether a request in flight wants the likeliest tokens."""
+        return any(s is not None and s._wants_likeliest for s in self._serving)
+
     def _deliver(self, made: _Made) -> None:
         """Hand out new tokens, and free the lanes of requests that have ended."""
+        top = jax.device_get(self._lanes.likeliest) if self._wanted else None
         for lane, served in enumerate(self._serving):
             if served is None or served.done:
                 continue
@@ -410,6 +424,9 @@ class Engine:
                 served.tokens.append(int(made.tokens[lane, j]))
                 served.steps.append(int(made.steps[lane, j]))
                 served.log_probs.append(float(made.log_probs[lane, j]))
+                if top is not None and served._wants_likeliest:
+                    ids, scores = (x[lane, j % x.shape[1]].tolist() for x in top)
+                    served.likeliest.append([(i, p) for i, p in zip(ids, scores, strict=True) if i >= 0])
                 if served._on_token is not None:
                     try:
                         served._on_token(served.tokens[-1], served.steps[-1])

@@ -23,7 +23,7 @@ from rdlm import exits
 from rdlm.config import ModelConfig
 from rdlm.decode.loop import Progress, Sizes, token_keys
 from rdlm.decode.requests import Request, WarmStart
-from rdlm.decode.sampling import choose, finite, log_probability, stops
+from rdlm.decode.sampling import Likeliest, adjusted, choose, finite, likeliest, log_probability, no_likeliest, stops
 from rdlm.exits import Observation
 from rdlm.model import Params, begin, coda, context, core_step, embed, head, inject, known, noisy, with_values
 from rdlm.model.blocks import Context
@@ -31,6 +31,9 @@ from rdlm.model.cache import Cache, allocate, cached_bias, skip_bias, write
 from rdlm.model.kernels import after
 from rdlm.model.network import Layers, gate_logit
 from rdlm.recurrence import initial_state
+
+RECENT = 128
+"""Positions of which lanes remember the likeliest tokens; they are read before as many ticks have passed."""
 
 
 class Lanes(NamedTuple):
@@ -49,6 +52,7 @@ class Lanes(NamedTuple):
     tokens: Array  # int32 [B, N], output so far
     steps: Array  # int32 [B, N], recurrences of each
     log_probs: Array  # f32 [B, N], see `log_probability`
+    likeliest: Likeliest  # [B, W, .], at the last W positions: that of token j is at j modulo W
     count: Array  # type: ignore[assignment]  # int32, how many; hides tuple.count, which nobody needs
     present: Array  # bool [B, V], tokens of prompt and output; V = vocab_size
     ticks: Array  # int32 scalar, recurrences of all lanes together
@@ -87,6 +91,7 @@ class _Exit(NamedTuple):
     depth: Array  # int32 [W]
     token: Array  # int32 [W], the one chosen
     log_prob: Array  # f32 [W]
+    likeliest: Likeliest  # [W, .]
     done: Array  # bool [W], whether it ends the request
     failed: Array  # bool [W], whether there is none, because logits were not finite
 
@@ -112,6 +117,7 @@ def empty_lanes(config: ModelConfig, request: Request, sizes: Sizes, dtype: DTyp
         tokens=table,
         steps=table,
         log_probs=table.astype(jnp.float32),
+        likeliest=no_likeliest(B, min(sizes.tokens, RECENT)),
         count=zero,
         present=jnp.zeros((B, config.vocab_size), bool),
         ticks=scalar,
@@ -237,7 +243,8 @@ def _flush(
     (y, z), coda_kv = coda(params, config, s, ctx, jax.tree.map(lambda x: x[row], p.cache.coda))
     logits = known(config, head(params, config, y)[:, 0])
     request, count = jax.tree.map(lambda x: x[row], p.request), p.count[row]
-    token = choose(logits, p.present[row], request.sampling, token_keys(request, count))
+    wanted = adjusted(logits, p.tokens[row], count, request.sampling)
+    token = choose(wanted, p.present[row], request.sampling, token_keys(request, count))
     # Sets that the token never reached get a copy of its last.
     wrote = jnp.minimum(jnp.arange(p.cache.sets)[:, None], ran[None] - 1)
     index = (wrote * B + row[None]) * p.cache.capacity + position[None]
@@ -245,7 +252,8 @@ def _flush(
     failed = ~finite(logits)
     done = failed | stops(token, request.sampling) | (count + 1 >= p.max_tokens[row])
     coda_kv = jax.tree.map(lambda x: x[:, 0], coda_kv)
-    left = _Exit(core_kv, coda_kv, ran, token, log_probability(logits, token), done, failed)
+    top = likeliest(logits, request.likeliest)
+    left = _Exit(core_kv, coda_kv, ran, token, log_probability(logits, token), top, done, failed)
     normed = z if config.loop.bridge else s
     warm = {"normalized": normed, "raw": s}.get(warm_start or "")
     return lane, left, _enter(params, config, p.cache, row, request, token, position + 1, warm)
@@ -290,12 +298,18 @@ def _apply(p: Lanes, lane: Array, left: _Exit, entry: _Entry) -> Lanes:
         tokens=p.tokens.at[made, count].set(left.token, mode="drop"),
         steps=p.steps.at[made, count].set(left.depth, mode="drop"),
         log_probs=p.log_probs.at[made, count].set(left.log_prob, mode="drop"),
+        likeliest=_recent(p.likeliest, made, count, left.likeliest),
         count=p.count.at[made].add(1, mode="drop"),
         present=p.present.at[made, left.token].set(True, mode="drop"),
         busy=_put(p.busy, lane, ~left.done),
         failed=_put(p.failed, lane, left.failed),
     )
     return _begin(p, lane, entry)
+
+
+def _recent(table: Likeliest, lane: Array, count: Array, new: Likeliest) -> Likeliest:
+    """Write down the likeliest tokens beside token `count` of lanes."""
+    return jax.tree.map(lambda x, y: x.at[lane, count % x.shape[1]].set(y, mode="drop"), table, new)
 
 
 def _begin(p: Lanes, lane: Array, entry: _Entry) -> Lanes:
@@ -351,6 +365,7 @@ def insert(
         tokens=lanes.tokens.at[lane, 0].set(progress.tokens[:, 0], mode="drop"),
         steps=lanes.steps.at[lane, 0].set(progress.steps[:, 0], mode="drop"),
         log_probs=lanes.log_probs.at[lane, 0].set(progress.log_probs[:, 0], mode="drop"),
+        likeliest=_recent(lanes.likeliest, lane, jnp.zeros_like(lane), progress.likeliest),
         count=_put(lanes.count, lane, progress.count),
         present=_put(lanes.present, lane, progress.present),
     )

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int, Int32, Key
 from rdlm.config import CachePolicy, ModelConfig
 from rdlm.decode.passes import continuation, run_pass
 from rdlm.decode.requests import Request, WarmStart
-from rdlm.decode.sampling import choose, finite, log_probability, stops
+from rdlm.decode.sampling import Likeliest, adjusted, choose, finite, likeliest, log_probability, no_likeliest, stops
 from rdlm.model import Params, Pass, Start, Text, compute_dtype, known, start_from
 from rdlm.model.cache import Cache, allocate
 
@@ -30,6 +30,7 @@ class Progress(NamedTuple):
     tokens: Array  # int32 [B, N], made so far
     steps: Array  # int32 [B, N], recurrences of the pass that gave each of them
     log_probs: Array  # f32 [B, N], see `log_probability`
+    likeliest: Likeliest  # at the position of `token`, if a row wants it
     count: Array  # type: ignore[assignment]  # int32 [B], how many; hides tuple.count, which nobody needs
     done: Array  # bool [B]
     failed: Array  # bool [B], done because the logits of its next token were not finite
@@ -77,6 +78,7 @@ def begin(
         tokens=table,
         steps=table,
         log_probs=jnp.zeros((B, sizes.tokens), jnp.float32),
+        likeliest=no_likeliest(B),
         count=jnp.zeros(B, jnp.int32),
         done=jnp.zeros(B, bool),
         failed=jnp.zeros(B, bool),
@@ -120,7 +122,8 @@ def token_keys(request: Request, index: Int[Array, "B"]) -> Key[Array, "B"]:
 
 def emit(p: Progress, request: Request, logits: Float[Array, "B V"], steps: Int[Array, "B"]) -> Progress:
     """Choose a token for every row that is not done, and write it down; a row without finite logits is done."""
-    token = choose(logits, p.present, request.sampling, token_keys(request, p.count))
+    wanted = adjusted(logits, p.tokens, p.count, request.sampling)
+    token = choose(wanted, p.present, request.sampling, token_keys(request, p.count))
     rows, failed = jnp.arange(len(token)), ~p.done & ~finite(logits)
     done = p.done | failed
     where = jnp.where(done, p.tokens.shape[1], p.count)
@@ -129,6 +132,7 @@ def emit(p: Progress, request: Request, logits: Float[Array, "B V"], steps: Int[
         tokens=p.tokens.at[rows, where].set(token, mode="drop"),
         steps=p.steps.at[rows, where].set(steps, mode="drop"),
         log_probs=p.log_probs.at[rows, where].set(log_probability(logits, token), mode="drop"),
+        likeliest=likeliest(logits, request.likeliest),
         count=p.count + ~done,
         present=p.present.at[rows, token].set(True),
         done=done | stops(token, request.sampling),

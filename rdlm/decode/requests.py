@@ -40,6 +40,7 @@ class RequestOptions:
     init_scale: float = 1.0
     key: ArrayLike | None = None
     prefix: bool | Sequence[bool] = False
+    likeliest: bool = False  # also find the likeliest tokens at every position; the engine alone gives them
 
 
 class Request(NamedTuple):
@@ -50,6 +51,7 @@ class Request(NamedTuple):
     keys: Array  # [B]
     sampling: SamplingArrays
     prefix: Array  # bool [B], whether the tokens of the prompt see each other in both directions
+    likeliest: Array  # bool [B], see `RequestOptions`
 
 
 def as_requests(
@@ -86,6 +88,8 @@ def as_requests(
     num_steps = per_row(num_steps, B, "num_steps", np.int32)
     min_steps = per_row(options.min_steps, B, "min_steps", np.int32)
     sampling = as_arrays(options.sampling, B)
+    if (largest := int(np.max(sampling.bias_tokens))) >= config.vocab_size:
+        raise InputError(f"Sampling.logit_bias: {largest} is no token; ids are below {config.vocab_size}")
     if options.key is None and np.any(np.asarray(options.sampling.temperature) > 0):
         raise InputError("Sampling.temperature > 0 needs key=jax.random.key(seed)")
     keys = typed_key(options.key)
@@ -111,7 +115,9 @@ def as_requests(
     keys = sample_keys(jnp.broadcast_to(keys, (B,)), samples)
     sampling = jax.tree.map(lambda x: each(np.asarray(x)), sampling)
     prefix = np.broadcast_to(prefix, (B,))
-    return Request(depth, each(scale), keys, sampling, each(prefix)), [row for row in rows for _ in range(samples)]
+    likeliest = each(np.full(B, options.likeliest))
+    arrays = each(scale), keys, sampling, each(prefix), likeliest
+    return Request(depth, *arrays), [row for row in rows for _ in range(samples)]
 
 
 def sample_keys(keys: Key[Array, "B"], samples: int) -> Key[Array, "B*{samples}"]:

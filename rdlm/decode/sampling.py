@@ -17,6 +17,15 @@ from rdlm.model.inputs import check_integers, check_numbers, check_shape
 
 GREEDY = 1e-5
 """Temperatures below are greedy."""
+MAX_BIASES = 320
+"""Most tokens that `Sampling.logit_bias` can name."""
+TOP = 20
+"""How many of the likeliest tokens a request may ask for."""
+_INTEGERS = ("top_k", "min_tokens")
+_NUMBERS = (
+    "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+    "min_tokens",
+)  # fmt: skip
 
 
 class SamplingArrays(NamedTuple):
@@ -28,6 +37,11 @@ class SamplingArrays(NamedTuple):
     min_p: Array  # f32 [B]
     repetition_penalty: Array  # f32 [B]
     stop_tokens: Array  # int32 [B, S], padded with -1
+    presence_penalty: Array  # f32 [B]
+    frequency_penalty: Array  # f32 [B]
+    min_tokens: Array  # int32 [B]
+    bias_tokens: Array  # int32 [B, MAX_BIASES], padded with -1
+    biases: Array  # f32 [B, MAX_BIASES]
 
 
 def per_row(value: object, rows: int, name: str, dtype: DTypeLike) -> Shaped[np.ndarray, "{rows}"]:
@@ -53,8 +67,8 @@ def as_arrays(sampling: Sampling, rows: int) -> SamplingArrays:
       InputError: a field out of its range, or with the wrong number of values.
     """
     fields = {
-        name: per_row(getattr(sampling, name), rows, f"Sampling.{name}", np.int32 if name == "top_k" else np.float32)
-        for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        name: per_row(getattr(sampling, name), rows, f"Sampling.{name}", np.int32 if name in _INTEGERS else np.float32)
+        for name in _NUMBERS
     }
     allowed = {
         "temperature": (fields["temperature"] >= 0, "must not be negative"),
@@ -65,6 +79,9 @@ def as_arrays(sampling: Sampling, rows: int) -> SamplingArrays:
             (fields["repetition_penalty"] > 1e-6) & (fields["repetition_penalty"] < 1e6),
             "must be positive, from 1e-6 to 1e6 (1.0 is off)",
         ),
+        "presence_penalty": (np.abs(fields["presence_penalty"]) < 1e6, "must be a number between -1e6 and 1e6"),
+        "frequency_penalty": (np.abs(fields["frequency_penalty"]) < 1e6, "must be a number between -1e6 and 1e6"),
+        "min_tokens": (fields["min_tokens"] >= 0, "must not be negative (0 is off)"),
     }
     for name, (good, fix) in allowed.items():
         if not np.all(good):
@@ -74,7 +91,40 @@ def as_arrays(sampling: Sampling, rows: int) -> SamplingArrays:
     each = _stop_rows(sampling.stop_tokens, rows)
     width = max(4, *(len(s) for s in each))
     table = np.asarray([s + [-1] * (width - len(s)) for s in each], np.int32).reshape(rows, width)
-    return SamplingArrays(**{k: jnp.asarray(v) for k, v in fields.items()}, stop_tokens=jnp.asarray(table))
+    biased, biases = _bias_rows(sampling.logit_bias, rows)
+    return SamplingArrays(
+        **{k: jnp.asarray(v) for k, v in fields.items()},
+        stop_tokens=jnp.asarray(table),
+        bias_tokens=jnp.asarray(biased),
+        biases=jnp.asarray(biases),
+    )
+
+
+def _bias_rows(given: object, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """(Tokens int32, what is added to their logits f32) [rows, MAX_BIASES], from pairs or one tuple of pairs per row.
+
+    Raises:
+      InputError: neither of these, an id twice, or too many.
+    """
+    name, form = "Sampling.logit_bias", "must be a tuple of pairs of an id and a number, such as ((2, -100.0),)"
+    if not isinstance(given, (Sequence, np.ndarray)) or isinstance(given, (str, bytes)):
+        raise InputError(f"{name} = {given!r}: {form}")
+    pairs = len(given) > 0 and all(np.shape(x) == (2,) for x in given)
+    if len(given) and not pairs and len(given) != rows:
+        raise InputError(f"{name}: expected one tuple of pairs or {rows}, got {len(given)}; it {form}")
+    tokens, biases = np.full((rows, MAX_BIASES), -1, np.int32), np.zeros((rows, MAX_BIASES), np.float32)
+    for row, each in enumerate([given] * rows if pairs or not len(given) else given):
+        if np.size(each) == 0:
+            continue
+        if np.shape(each) != (len(each), 2) or len(each) > MAX_BIASES:
+            raise InputError(f"{name}: {form}, at most {MAX_BIASES} of them")
+        ids, added = zip(*each, strict=True)
+        check_integers(f"{name}: ids", ids, 0)
+        check_numbers(name, added)
+        if len(set(ids)) < len(ids) or not np.all(np.abs(np.asarray(added, float)) < 1e6):
+            raise InputError(f"{name}: an id may be named once, with a number between -1e6 and 1e6")
+        tokens[row, : len(ids)], biases[row, : len(ids)] = ids, added
+    return tokens, biases
 
 
 def _stop_rows(given: object, rows: int) -> list[list[int]]:
@@ -99,6 +149,25 @@ def penalise(
     """Divide positive and multiply negative logits of tokens that are `present` by the row's penalty."""
     factor = jnp.where(present, penalty[:, None], 1.0)
     return jnp.where(logits >= 0, logits / factor, logits * factor)
+
+
+def adjusted(
+    logits: Float[Array, "B V"], made: Int[Array, "B N"], count: Int[Array, "B"], s: SamplingArrays
+) -> Float[Array, "B V"]:
+    """Logits with the row's biases and penalties for its new tokens, made[:, :count]; no stop token comes too early."""
+    used = (s.presence_penalty != 0) | (s.frequency_penalty != 0) | (s.bias_tokens >= 0).any(-1)
+
+    def adjust(logits: Array) -> Array:
+        V, rows = logits.shape[1], jnp.arange(len(logits))[:, None]
+        new = jnp.where(jnp.arange(made.shape[1])[None] < count[:, None], made, V)
+        times = jnp.zeros_like(logits).at[rows, new].add(1, mode="drop")
+        logits = logits - s.frequency_penalty[:, None] * times - s.presence_penalty[:, None] * (times > 0)
+        logits = logits.at[rows, jnp.where(s.bias_tokens < 0, V, s.bias_tokens)].add(s.biases, mode="drop")
+        early = (count < s.min_tokens)[:, None] & (s.stop_tokens >= 0)
+        return logits.at[rows, jnp.where(early, s.stop_tokens, V)].set(-jnp.inf, mode="drop")
+
+    # Most requests use none of it, and a pass over the vocabulary is not free.
+    return jax.lax.cond(jnp.any(used | (count < s.min_tokens)), adjust, lambda x: x, logits)
 
 
 def probabilities(logits: Float[Array, "B V"], present: Bool[Array, "B V"], s: SamplingArrays) -> Float32[Array, "B V"]:
@@ -151,6 +220,30 @@ def log_probability(logits: Float[Array, "*tokens V"], token: Int[Array, "*token
     """ln p(token) by the model itself: without penalty, temperature or filters."""
     chosen = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+class Likeliest(NamedTuple):
+    """The likeliest tokens at a position, by the model itself."""
+
+    tokens: Array  # int32 [..., TOP]; -1 where the vocabulary has no more
+    log_probs: Array  # f32 [..., TOP]
+
+
+def no_likeliest(*shape: int) -> Likeliest:
+    """Places for those of `shape` positions."""
+    return Likeliest(jnp.full((*shape, TOP), -1, jnp.int32), jnp.zeros((*shape, TOP), jnp.float32))
+
+
+def likeliest(logits: Float[Array, "B V"], wanted: Bool[Array, "B"]) -> Likeliest:
+    """Of every row, if any is `wanted`: sorting the vocabulary is not free."""
+
+    def find(logits: Array) -> Likeliest:
+        values, tokens = jax.lax.top_k(logits, min(TOP, logits.shape[-1]))
+        values = (values - jax.nn.logsumexp(logits, axis=-1, keepdims=True)).astype(jnp.float32)
+        missing = ((0, 0), (0, TOP - values.shape[-1]))
+        return Likeliest(jnp.pad(tokens.astype(jnp.int32), missing, constant_values=-1), jnp.pad(values, missing))
+
+    return jax.lax.cond(jnp.any(wanted), find, lambda logits: no_likeliest(len(logits)), logits)
 
 
 def stops(token: Int[Array, "B"], s: SamplingArrays) -> Bool[Array, "B"]:

@@ -17,7 +17,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Float32, Int, Int32
 
-from rdlm.config import CachePolicy, InputError, ModelConfig, Speculative
+from rdlm.config import CachePolicy, InputError, ModelConfig, Sampling, Speculative
 from rdlm.decode.loop import Progress, request_start, token_keys, until
 from rdlm.decode.passes import continuation, run_pass
 from rdlm.decode.requests import Request, RequestOptions
@@ -46,6 +46,10 @@ def check_speculation(
         raise InputError("speculative: cannot be combined with exit_rule; drafts already take fewer recurrences")
     if options.warm_start:
         raise InputError("speculative: cannot be combined with warm_start; drafts start before their predecessor ends")
+    off = Sampling()
+    for name in ("presence_penalty", "frequency_penalty", "min_tokens", "logit_bias"):
+        if np.any(np.asarray(getattr(options.sampling, name), object) != np.asarray(getattr(off, name), object)):
+            raise InputError(f"speculative: cannot be combined with Sampling.{name}; leave one of them out")
     if speculative.draft_steps > min_steps:
         raise InputError(
             f"Speculative.draft_steps = {speculative.draft_steps}: must be at most num_steps = {min_steps}"

@@ -81,7 +81,7 @@ class Writer:
         if not choice.text and choice.reason is None:
             return None
         body = self._choice(index, choice, "delta")
-        choice.offset += sum(len(self._name(token.id)) for token in choice.tokens) if self._wanted.log_probs else 0
+        choice.offset += sum(self._length(token.id) for token in choice.tokens) if self._wanted.log_probs else 0
         choice.text, choice.tokens = "", []
         return self._chunk([body])
 
@@ -133,31 +133,41 @@ class Writer:
         return body
 
     def _log_probs(self, choice: _Choice) -> Json:
-        tokens, names = choice.tokens, [self._name(token.id) for token in choice.tokens]
+        tokens = choice.tokens
         if self._wanted.chat:
-            return {
-                "content": [
-                    {
-                        "token": name,
-                        "logprob": token.log_prob,
-                        "bytes": list(self._tokenizer.bytes_of(token.id)),
-                        "top_logprobs": [],
-                    }
-                    for name, token in zip(names, tokens, strict=True)
-                ],
-                "refusal": None,
-            }
+            content = [
+                {
+                    **self._chat_entry(token.id, token.log_prob),
+                    "top_logprobs": [self._chat_entry(*other) for other in token.likeliest],
+                }
+                for token in tokens
+            ]
+            return {"content": content, "refusal": None}
         offsets, at = [], choice.offset
-        for name in names:
+        for token in tokens:
             offsets.append(at)
-            at += len(name)
+            at += self._length(token.id)
         return {
-            "tokens": names,
+            "tokens": [self._name(token.id) for token in tokens],
             "token_logprobs": [token.log_prob for token in tokens],
-            "top_logprobs": [{} for _ in tokens],
+            # The chosen token too, where others were asked for.
+            "top_logprobs": [
+                {self._name(i): p for i, p in (*t.likeliest, (t.id, t.log_prob))} if t.likeliest else {} for t in tokens
+            ],
             "text_offset": offsets,
         }
 
+    def _chat_entry(self, token: int, log_prob: float) -> Json:
+        return {"token": self._name(token), "logprob": log_prob, "bytes": list(self._tokenizer.bytes_of(token))}
+
     def _name(self, token: int) -> str:
-        """A token by itself, as text."""
-        return self._tokenizer.bytes_of(token).decode("utf-8", "replace")
+        """A token by itself: its text, or its bytes where they are no text, as OpenAI writes them."""
+        data = self._tokenizer.bytes_of(token)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+    def _length(self, token: int) -> int:
+        """Characters of a token by itself."""
+        return len(self._tokenizer.bytes_of(token).decode("utf-8", "replace"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -10,9 +11,10 @@ import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from rdlm.config import InputError, Sampling
+from rdlm.decode.sampling import MAX_BIASES
 from rdlm.serve.errors import APIError, from_input_error, wrong
 from rdlm.serve.service import Service, new_seed
-from rdlm.serve.worker import Ask
+from rdlm.serve.worker import STOPS, Ask
 
 Id = Annotated[int, Field(ge=0, lt=2**31)]
 
@@ -38,6 +40,16 @@ def _stop(value: object) -> object:
     if words is None or (isinstance(words, list) and len(words) <= 16 and all(isinstance(s, str) and s for s in words)):
         return value
     raise ValueError("must be a text or a list of at most 16 texts, none of them empty")
+
+
+def _bias(value: object) -> object:
+    if value is None:
+        return None
+    if isinstance(value, dict) and len(value) <= MAX_BIASES:
+        ids = all(isinstance(i, str) and re.fullmatch("[0-9]{1,9}", i) for i in value)
+        if ids and all(type(x) in (int, float) and abs(x) <= 100 for x in value.values()):
+            return {str(int(i)): float(x) for i, x in value.items()}
+    raise ValueError(f"must be an object of at most {MAX_BIASES} token ids with numbers from -100 to 100")
 
 
 class StreamOptions(BaseModel):
@@ -69,6 +81,11 @@ class Generate(Body):
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: Annotated[dict[str, float] | None, BeforeValidator(_bias)] = None
+    min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    ignore_eos: bool | None = None
     stop: Annotated[str | list[str] | None, BeforeValidator(_stop)] = None
     stop_token_ids: Annotated[list[Id], Field(max_length=64)] | None = None
     return_token_ids: bool | None = None
@@ -87,6 +104,11 @@ class Generate(Body):
         """Whether the answer says how likely its tokens were."""
         return False
 
+    @property
+    def likeliest(self) -> int:
+        """How many other tokens it says that of."""
+        return 0
+
 
 class CompletionBody(Generate):
     """POST /v1/completions."""
@@ -98,6 +120,11 @@ class CompletionBody(Generate):
     def log_probs(self) -> bool:
         """Whether the answer says how likely its tokens were."""
         return self.logprobs is not None
+
+    @property
+    def likeliest(self) -> int:
+        """How many other tokens it says that of."""
+        return self.logprobs or 0
 
 
 class Part(BaseModel):
@@ -130,6 +157,7 @@ class ChatBody(Generate):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
     @property
     def limit(self) -> tuple[str, int | None]:
@@ -142,6 +170,11 @@ class ChatBody(Generate):
     def log_probs(self) -> bool:
         """Whether the answer says how likely its tokens were."""
         return bool(self.logprobs)
+
+    @property
+    def likeliest(self) -> int:
+        """How many other tokens it says that of."""
+        return self.top_logprobs or 0
 
 
 class TokenizeBody(Body):
@@ -167,19 +200,13 @@ _UNSERVED: dict[str, tuple[object, ...]] = {  # fields that would change the ans
     "audio": (),
     "best_of": (1,),
     "echo": (),
-    "frequency_penalty": (),
     "function_call": (),
     "functions": ([],),
-    "ignore_eos": (),
-    "logit_bias": ({},),
-    "min_tokens": (),
     "modalities": (["text"],),
     "prediction": (),
-    "presence_penalty": (),
     "response_format": ({"type": "text"},),
     "suffix": (),
     "tools": ([],),
-    "top_logprobs": (),
 }
 
 
@@ -249,10 +276,23 @@ def understand(service: Service, body: Generate, prompts: list[np.ndarray]) -> A
         limits.append(room if wanted is None else wanted)
     if body.stream_options is not None and not body.stream:
         raise wrong("stream_options", "needs stream = true")
+    if body.likeliest and not body.log_probs:
+        raise wrong("top_logprobs", "needs logprobs = true")
     depth = service.depths.choose(body.num_steps, body.exit, body.threshold, body.min_steps)
     tokenizer, words = service.tokenizer, [body.stop] if isinstance(body.stop, str) else body.stop or []
     special = [tokenizer.special_ids[word] for word in words if word in tokenizer.special_ids]
     temperature = 1.0 if body.temperature is None else float(body.temperature)
+    ends = () if body.ignore_eos else tokenizer.end_ids
+    stop_ids = tuple(dict.fromkeys((*ends, *special, *(body.stop_token_ids or ()))))
+    if body.min_tokens and len(stop_ids) > STOPS:
+        raise wrong("min_tokens", f"is served with at most {STOPS} tokens that stop, and here are {len(stop_ids)}")
+    for prompt_limit in limits:
+        if (body.min_tokens or 0) > prompt_limit:
+            raise wrong("min_tokens", f"{body.min_tokens} is more than the {prompt_limit} tokens that may be made")
+    biases = tuple((int(i), x) for i, x in (body.logit_bias or {}).items())
+    for token, _ in biases:
+        if token >= service.run.config.vocab_size:
+            raise wrong("logit_bias", f"{token} is no token; ids are below {service.run.config.vocab_size}")
     seed = body.seed
     if seed is None:
         seed = new_seed() if temperature > 0 else 0
@@ -267,10 +307,15 @@ def understand(service: Service, body: Generate, prompts: list[np.ndarray]) -> A
             top_p=1.0 if body.top_p is None else float(body.top_p),
             min_p=float(body.min_p or 0.0),
             repetition_penalty=1.0 if body.repetition_penalty is None else float(body.repetition_penalty),
+            presence_penalty=float(body.presence_penalty or 0.0),
+            frequency_penalty=float(body.frequency_penalty or 0.0),
+            min_tokens=body.min_tokens or 0,
+            logit_bias=biases,
         ),
         seed=seed,
         stop=tuple(word for word in words if word not in tokenizer.special_ids),
-        stop_ids=(*dict.fromkeys((*tokenizer.end_ids, *special, *(body.stop_token_ids or ()))),),
+        stop_ids=stop_ids,
+        likeliest=body.likeliest,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -20,7 +20,7 @@ from rdlm.run import Run
 from rdlm.serve.depth import DepthChoice, Depths
 from rdlm.tokenizer import DecodeStream, Tokenizer
 
-_STOPS = 4  # stop tokens that an engine's lanes hold; more are looked for here
+STOPS = 4  # stop tokens that an engine's lanes hold; more are looked for here
 
 
 class Token(NamedTuple):
@@ -30,6 +30,7 @@ class Token(NamedTuple):
     id: int
     steps: int  # recurrences
     log_prob: float
+    likeliest: Sequence[tuple[int, float]] = ()  # tokens and log-probabilities, as many as are wanted
 
 
 class End(NamedTuple):
@@ -55,6 +56,7 @@ class Ask:
     seed: int
     stop: tuple[str, ...] = ()
     stop_ids: tuple[int, ...] = ()
+    likeliest: int = 0  # tokens wanted beside every one, with log-probabilities
 
 
 @dataclasses.dataclass(eq=False)
@@ -98,6 +100,14 @@ class Worker:
         self.on_change: Callable[[], None] = lambda: None
         """Called in the event loop's thread after `ready` or `failure` has changed."""
 
+    @property
+    def cache_usage(self) -> float:
+        """Share of all lanes' positions that is in use."""
+        options = self._depths.options
+        room = options.lanes * (options.max_context or 1) * max(len(self._engines), 1)
+        used = [answer.served for answer in list(self._active) if answer.served is not None]
+        return min(sum(len(s.prompt) + len(s.tokens) for s in used if s.tokens) / room, 1.0)
+
     def start(self) -> None:
         """Compile, then serve."""
         self._thread.start()
@@ -116,7 +126,7 @@ class Worker:
         try:
             self._engines = {kind: self._engine(kind) for kind in self._depths.kinds}
             for kind in self._engines:
-                self._warm_up(DepthChoice(kind, 1, self._depths.rule(kind)))
+                self._warm_up(DepthChoice(kind, kind, 1, self._depths.rule(kind)))
             self.ready = True
             self._call_soon(lambda: self.on_change())
             while not self._stopping:
@@ -184,12 +194,10 @@ class Worker:
         for answer in self._active:
             if answer.served is None and not answer.cancelled:
                 self._begin(answer)
-            if answer.served is not None and answer.cancelled:
-                answer.served.cancel()
         for engine in self._engines.values():
             engine.step()
         for answer in self._active:
-            if answer.served is not None and answer.served.done and not answer.cancelled:
+            if answer.served is not None and answer.served.done:
                 answer.fresh.append(self._end(answer, answer.served))
         self._hand_over()
 
@@ -205,8 +213,9 @@ class Worker:
                 num_steps=depth.num_steps,
                 exit_rule=depth.rule,
                 min_steps=depth.min_steps,
-                sampling=dataclasses.replace(ask.sampling, stop_tokens=ask.stop_ids[:_STOPS]),
+                sampling=dataclasses.replace(ask.sampling, stop_tokens=ask.stop_ids[:STOPS]),
                 key=key,
+                likeliest=ask.likeliest > 0,
                 on_token=lambda token, steps: self._heard(answer, token, steps),
             )
         except InputError as error:
@@ -219,8 +228,9 @@ class Worker:
         assert answer.stream is not None
         self.sick = False
         text = answer.stream.push(token)
-        answer.fresh.append(Token(text, token, steps, answer.served.log_probs[-1]))
-        if answer.stream.stopped or token in answer.ask.stop_ids[_STOPS:]:
+        top = answer.served.likeliest[-1][: answer.ask.likeliest] if answer.ask.likeliest else ()
+        answer.fresh.append(Token(text, token, steps, answer.served.log_probs[-1], top))
+        if answer.stream.stopped or token in answer.ask.stop_ids[STOPS:]:
             answer.served.cancel()
 
     def _end(self, answer: Answer, served: Served) -> End:
@@ -234,11 +244,18 @@ class Worker:
 
     def _hand_over(self) -> None:
         """Give what has come to the event loop, all at once."""
-        batch = [(answer.put, answer.fresh) for answer in self._active if answer.fresh and not answer.cancelled]
-        ended = {answer for answer in self._active if answer.cancelled or any(isinstance(i, End) for i in answer.fresh)}
+        batch, going_on = [], []
         for answer in self._active:
+            if answer.cancelled:
+                if answer.served is not None:
+                    answer.served.cancel()
+                continue
+            if answer.fresh:
+                batch.append((answer.put, answer.fresh))
+            if not answer.fresh or not isinstance(answer.fresh[-1], End):
+                going_on.append(answer)
             answer.fresh = []
-        self._active = [answer for answer in self._active if answer not in ended]
+        self._active = going_on
 
         def deliver() -> None:
             for put, items in batch:

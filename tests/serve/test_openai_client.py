@@ -131,6 +131,21 @@ def test_tokens_that_stop_are_the_last(client):
     assert choice.finish_reason == "stop"
 
 
+def test_a_bias_decides_and_early_ends_are_put_off(client, server):
+    bias, end = {"65": 100}, server.run.tokenizer.eos_id
+    biased = client.completions.create(model="toy", prompt=PROMPT, **GREEDY, logit_bias=bias)
+    assert biased.choices[0].text == "A" * 8
+    ending = {"model": "toy", "prompt": PROMPT, **GREEDY, "logit_bias": {str(end): 100}}
+    first = client.completions.create(**ending)
+    assert (first.choices[0].finish_reason, first.usage.completion_tokens) == ("stop", 1)
+    later = client.completions.create(**ending, extra_body={"min_tokens": 3})
+    assert (later.choices[0].finish_reason, later.usage.completion_tokens) == ("stop", 4)
+    never = client.completions.create(**ending, extra_body={"ignore_eos": True})
+    assert (never.choices[0].finish_reason, never.usage.completion_tokens) == ("length", 8)
+    tired = client.completions.create(**ending, frequency_penalty=2, extra_body={"ignore_eos": True})
+    assert tired.usage.completion_tokens == 8
+
+
 def test_without_a_limit_the_context_is_filled(client, server):
     answer = client.completions.create(model="toy", prompt="ab", temperature=0)
     ended = answer.choices[0].finish_reason == "stop"
@@ -148,6 +163,29 @@ def test_log_probabilities_are_those_of_the_library(client, server):
     assert [t.logprob for t in choice.logprobs.content] == pytest.approx(out.log_probs[0].tolist(), rel=1e-4)
     plain = bytes(b for t, i in zip(choice.logprobs.content, out.tokens[0], strict=True) if i < 256 for b in t.bytes)
     assert plain.decode("utf-8", "replace") == choice.message.content
+
+
+def test_the_likeliest_tokens_stand_beside_the_chosen_one(client, server):
+    chat = [{"role": "user", "content": "hi"}]
+    ask = {"model": "toy", "messages": chat, "max_tokens": 8, "seed": 2, "temperature": 1.5, "logprobs": True}
+    for stream in (False, True):
+        answer = client.chat.completions.create(**ask, top_logprobs=20, stream=stream)
+        parts = [c.choices[0] for c in answer] if stream else answer.choices
+        entries = [entry for part in parts if part.logprobs for entry in part.logprobs.content]
+        assert len(entries) == 8
+        for entry in entries:
+            scores = [other.logprob for other in entry.top_logprobs]
+            assert len(scores) == 20
+            assert scores == sorted(scores, reverse=True)
+            assert entry.logprob <= scores[0] + 1e-6
+            same = [other.logprob for other in entry.top_logprobs if other.token == entry.token]
+            assert same in ([], [pytest.approx(entry.logprob, abs=1e-5)])
+        assert any(entry.logprob < entry.top_logprobs[0].logprob for entry in entries)  # sampled, so not always first
+    greedy = client.completions.create(model="toy", prompt=PROMPT, **GREEDY, logprobs=3).choices[0].logprobs
+    for token, score, others in zip(greedy.tokens, greedy.token_logprobs, greedy.top_logprobs, strict=True):
+        assert max(others, key=others.get) == token
+        assert others[token] == pytest.approx(score, abs=1e-5)
+        assert len(others) == 3
 
 
 @pytest.mark.parametrize(
