@@ -17,7 +17,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Float32, Int, Int32
 
-from rdlm.config import CachePolicy, InputError, ModelConfig, Sampling, Speculative
+from rdlm.config import CachePolicy, InputError, ModelConfig, Speculative
 from rdlm.decode.loop import Progress, request_start, token_keys, until
 from rdlm.decode.passes import continuation, run_pass
 from rdlm.decode.requests import Request, RequestOptions
@@ -26,6 +26,9 @@ from rdlm.exits import Depth
 from rdlm.model import Params, known
 from rdlm.model.cache import Cache, KeyValue
 from rdlm.model.network import Layers
+
+
+_PLAIN_ONLY = ("presence_penalty", "frequency_penalty", "min_tokens")  # of Sampling
 
 
 def check_speculation(
@@ -46,10 +49,11 @@ def check_speculation(
         raise InputError("speculative: cannot be combined with exit_rule; drafts already take fewer recurrences")
     if options.warm_start:
         raise InputError("speculative: cannot be combined with warm_start; drafts start before their predecessor ends")
-    off = Sampling()
-    for name in ("presence_penalty", "frequency_penalty", "min_tokens", "logit_bias"):
-        if np.any(np.asarray(getattr(options.sampling, name), object) != np.asarray(getattr(off, name), object)):
-            raise InputError(f"speculative: cannot be combined with Sampling.{name}; leave one of them out")
+    sampling = options.sampling
+    used = {name: bool(np.any(np.asarray(getattr(sampling, name)) != 0)) for name in _PLAIN_ONLY}
+    used["logit_bias"] = any(len(x) for x in sampling.logit_bias)
+    for name in (name for name, is_used in used.items() if is_used):
+        raise InputError(f"speculative: cannot be combined with Sampling.{name}; leave one of them out")
     if speculative.draft_steps > min_steps:
         raise InputError(
             f"Speculative.draft_steps = {speculative.draft_steps}: must be at most num_steps = {min_steps}"
