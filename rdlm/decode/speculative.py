@@ -27,7 +27,6 @@ from rdlm.model import Params, known
 from rdlm.model.cache import Cache, KeyValue
 from rdlm.model.network import Layers
 
-
 _PLAIN_ONLY = ("presence_penalty", "frequency_penalty", "min_tokens")  # of Sampling
 
 

@@ -5,13 +5,23 @@ from __future__ import annotations
 import dataclasses
 import secrets
 import time
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from rdlm.serve.protocol import Wanted
-from rdlm.serve.worker import Ask, End, Token
+from rdlm.serve.scores import PromptScores
+from rdlm.serve.worker import Ask, End, Item, Token
 from rdlm.tokenizer import Tokenizer
 
 Json = dict[str, Any]
+
+
+class _Scored(NamedTuple):
+    """A token with its log-probability and those of the likeliest; None for the first of a prompt."""
+
+    id: int
+    log_prob: float | None
+    likeliest: Sequence[tuple[int, float]] | None
 
 
 @dataclasses.dataclass
@@ -20,6 +30,7 @@ class _Choice:
 
     text: str = ""
     tokens: list[Token] = dataclasses.field(default_factory=list)
+    prompt: list[_Scored] = dataclasses.field(default_factory=list)  # its tokens, if they are wanted
     reason: str | None = None
     count: int = 0
     offset: int = 0  # characters of all tokens before `tokens`
@@ -46,6 +57,9 @@ class Writer:
             "model": model,
         }
         self._choices = [_Choice() for _ in range(len(ask.prompts) * ask.samples)]
+        if wanted.echo:
+            for i, choice in enumerate(self._choices):
+                choice.text = tokenizer.decode(ask.prompts[i // ask.samples])
         self.steps_total = self.completion_tokens = 0
 
     @property
@@ -58,9 +72,14 @@ class Writer:
         """Whether every answer has ended."""
         return all(choice.reason is not None for choice in self._choices)
 
-    def add(self, index: int, item: Token | End) -> None:
+    def add(self, index: int, item: Item) -> None:
         """One more item of an answer."""
         choice = self._choices[index]
+        if isinstance(item, PromptScores):
+            ids, most = self._ask.prompts[index // self._ask.samples].tolist(), self._ask.likeliest
+            scores = zip(ids[1:], item.log_probs, (top[:most] for top in item.likeliest), strict=True)
+            choice.prompt = [_Scored(ids[0], None, None), *(_Scored(*score) for score in scores)]
+            return
         choice.text += item.text
         if isinstance(item, End):
             choice.reason = item.reason
@@ -81,8 +100,10 @@ class Writer:
         if not choice.text and choice.reason is None:
             return None
         body = self._choice(index, choice, "delta")
-        choice.offset += sum(self._length(token.id) for token in choice.tokens) if self._wanted.log_probs else 0
-        choice.text, choice.tokens = "", []
+        if self._wanted.log_probs:
+            ids = [scored.id for scored in choice.prompt] + [token.id for token in choice.tokens]
+            choice.offset += sum(map(self._length, ids))
+        choice.text, choice.tokens, choice.prompt = "", [], []
         return self._chunk([body])
 
     def openings(self) -> list[Json]:
@@ -143,19 +164,24 @@ class Writer:
                 for token in tokens
             ]
             return {"content": content, "refusal": None}
+        every = [*choice.prompt, *(_Scored(token.id, token.log_prob, token.likeliest) for token in tokens)]
         offsets, at = [], choice.offset
-        for token in tokens:
+        for scored in every:
             offsets.append(at)
-            at += self._length(token.id)
+            at += self._length(scored.id)
         return {
-            "tokens": [self._name(token.id) for token in tokens],
-            "token_logprobs": [token.log_prob for token in tokens],
-            # The chosen token too, where others were asked for.
-            "top_logprobs": [
-                {self._name(i): p for i, p in (*t.likeliest, (t.id, t.log_prob))} if t.likeliest else {} for t in tokens
-            ],
+            "tokens": [self._name(scored.id) for scored in every],
+            "token_logprobs": [scored.log_prob for scored in every],
+            "top_logprobs": [self._top(scored) for scored in every],
             "text_offset": offsets,
         }
+
+    def _top(self, scored: _Scored) -> dict[str, float] | None:
+        """The likeliest tokens at a position, and the one that is there."""
+        if scored.likeliest is None or scored.log_prob is None:
+            return None
+        pairs = (*scored.likeliest, (scored.id, scored.log_prob)) if scored.likeliest else ()
+        return {self._name(i): p for i, p in pairs}
 
     def _chat_entry(self, token: int, log_prob: float) -> Json:
         return {"token": self._name(token), "logprob": log_prob, "bytes": list(self._tokenizer.bytes_of(token))}

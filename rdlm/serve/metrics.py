@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from rdlm.serve.worker import Item, Token
+from rdlm.serve.worker import End, Item, Token
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _FAST = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
@@ -78,7 +78,7 @@ class AnswerClock:
             self._last = now
             metrics.new_tokens.inc(len(tokens))
         for item in items:
-            if not isinstance(item, Token):
+            if isinstance(item, End):
                 metrics.whole.observe(now - self._began)
                 metrics.new_sizes.observe(self._count)
                 if item.reason is not None:

@@ -115,6 +115,8 @@ class CompletionBody(Generate):
 
     prompt: Annotated[str | list[str] | list[int] | list[list[int]], BeforeValidator(_prompt)]
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    echo: bool | None = None
 
     @property
     def log_probs(self) -> bool:
@@ -199,7 +201,6 @@ _NOTHING: tuple[object, ...] = (None, False, 0, "", "none", "auto")
 _UNSERVED: dict[str, tuple[object, ...]] = {  # fields that would change the answer, and values that change nothing
     "audio": (),
     "best_of": (1,),
-    "echo": (),
     "function_call": (),
     "functions": ([],),
     "modalities": (["text"],),
@@ -261,11 +262,14 @@ def understand(service: Service, body: Generate, prompts: list[np.ndarray]) -> A
     field = "messages" if isinstance(body, ChatBody) else "prompt"
     limits = []
     name, wanted = body.limit
+    echo = isinstance(body, CompletionBody) and bool(body.echo)
+    if wanted == 0 and not echo:
+        raise wrong(name, "must be at least 1; only with echo = true it may be 0")
     for prompt in prompts:
         room = service.max_context - len(prompt)
         if len(prompt) == 0:
             raise wrong(field, "has no tokens")
-        if room < 1:
+        if room < (wanted != 0):
             message = f"{len(prompt)} tokens, but the context of {service.max_context} needs room for one more"
             raise APIError(400, f"{field}: {message}", field, "context_length_exceeded")
         if wanted is not None and wanted > room:
@@ -316,6 +320,7 @@ def understand(service: Service, body: Generate, prompts: list[np.ndarray]) -> A
         stop=tuple(word for word in words if word not in tokenizer.special_ids),
         stop_ids=stop_ids,
         likeliest=body.likeliest,
+        scores=echo and body.log_probs,
     )
 
 
@@ -327,9 +332,11 @@ class Wanted:
     log_probs: bool
     token_ids: bool
     usage: bool  # at the end of a stream
+    echo: bool  # the prompt comes first
 
     @classmethod
     def of(cls, body: Generate) -> Wanted:
         """As the body says."""
         usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-        return cls(isinstance(body, ChatBody), body.log_probs, bool(body.return_token_ids), usage)
+        echo = isinstance(body, CompletionBody) and bool(body.echo)
+        return cls(isinstance(body, ChatBody), body.log_probs, bool(body.return_token_ids), usage, echo)

@@ -18,6 +18,7 @@ from rdlm.decode.passes import next_power
 from rdlm.decode.requests import sample_keys
 from rdlm.run import Run
 from rdlm.serve.depth import DepthChoice, Depths
+from rdlm.serve.scores import PromptScores, score_prompt
 from rdlm.tokenizer import DecodeStream, Tokenizer
 
 STOPS = 4  # stop tokens that an engine's lanes hold; more are looked for here
@@ -41,7 +42,7 @@ class End(NamedTuple):
     error: Exception | None = None
 
 
-Item = Token | End
+Item = Token | End | PromptScores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Ask:
     """What all answers to a request share."""
 
     prompts: list[np.ndarray]  # int32 token ids
-    limits: list[int]  # most new tokens for each prompt
+    limits: list[int]  # most new tokens for each prompt; 0: only its scores
     samples: int  # answers to each prompt
     depth: DepthChoice
     sampling: Sampling  # without stop tokens
@@ -57,6 +58,7 @@ class Ask:
     stop: tuple[str, ...] = ()
     stop_ids: tuple[int, ...] = ()
     likeliest: int = 0  # tokens wanted beside every one, with log-probabilities
+    scores: bool = False  # also of the prompts' tokens
 
 
 @dataclasses.dataclass(eq=False)
@@ -206,6 +208,15 @@ class Worker:
         prompt, depth = ask.prompts[answer.prompt], ask.depth
         key = sample_keys(jax.random.key(ask.seed)[None], ask.samples)[answer.sample]
         answer.stream = self._tokenizer.decode_stream(after=prompt.tolist(), stop=ask.stop)
+        if ask.scores:
+            try:
+                answer.fresh.append(score_prompt(self._run.params, self._run.config, prompt, depth))
+            except Exception as error:
+                answer.fresh.append(End(None, error=error))
+                return
+        if ask.limits[answer.prompt] == 0:
+            answer.fresh.append(End("length"))
+            return
         try:
             answer.served = self._engines[depth.kind].submit(
                 prompt,

@@ -1,0 +1,63 @@
+"""How likely the tokens of a prompt are, each after those before it: one parallel pass, as in evaluation."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from rdlm.config import ModelConfig
+from rdlm.decode.passes import next_power
+from rdlm.decode.sampling import Likeliest, likeliest, log_probability
+from rdlm.exits import ExitRule
+from rdlm.model import Params, forward, known
+from rdlm.serve.depth import DepthChoice
+
+
+class PromptScores(NamedTuple):
+    """Of all tokens of a prompt but the first."""
+
+    log_probs: list[float]
+    likeliest: list[list[tuple[int, float]]]  # (token, log-probability) of the 20 likeliest at each
+
+
+def score_prompt(params: Params, config: ModelConfig, prompt: np.ndarray, depth: DepthChoice) -> PromptScores:
+    """The scores of a prompt at a depth. The initial states are those of evaluation, whatever the request's seed.
+
+    Args:
+      params, config: the model.
+      prompt: int32 [L].
+      depth: when its tokens stop.
+    """
+    size, n = min(next_power(len(prompt), 16), config.max_length), len(prompt)
+    tokens = np.zeros((1, size), np.int32)
+    tokens[0, :n] = prompt
+    rule = None if depth.name == "none" else depth.rule
+    steps = jnp.int32(depth.num_steps), jnp.int32(depth.min_steps)
+    out = _scores(params, config, jnp.asarray(tokens), jnp.int32(n), rule, *steps)
+    log_probs, top = jax.device_get(out)
+    pairs = [list(zip(*row, strict=True)) for row in zip(*(x[: n - 1].tolist() for x in top), strict=True)]
+    return PromptScores(log_probs[: n - 1].tolist(), [[(i, p) for i, p in row if i >= 0] for row in pairs])
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _scores(
+    params: Params,
+    config: ModelConfig,
+    tokens: Array,
+    length: Array,
+    rule: ExitRule | None,
+    num_steps: Array,
+    min_steps: Array,
+) -> tuple[Array, Likeliest]:
+    """(ln p of the next token f32 [L], the likeliest next tokens [L, .])."""
+    L = tokens.shape[1]
+    segments = (jnp.arange(L) < length)[None].astype(jnp.int32)
+    least = 0 if rule is None or rule.every_check else min_steps  # such a rule must be known to see every recurrence
+    out = forward(params, config, tokens, num_steps, segment_ids=segments, exit_rule=rule, min_steps=least)
+    logits = known(config, out.logits)[0]
+    return log_probability(logits, jnp.roll(tokens[0], -1)), likeliest(logits, jnp.ones(L, bool))

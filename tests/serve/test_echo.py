@@ -1,0 +1,52 @@
+"""Scores of prompts, as lm-eval reads them."""
+
+import pytest
+from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+from rdlm import exits
+from rdlm.evaluation.scoring import score
+
+pytestmark = pytest.mark.slow
+
+CASES = [("The cap", "ital"), ("A", " river is"), ("Land 3", " ")]
+
+
+def asked(server, **fields):
+    """What lm-eval's local-completions sends, and how it reads the answers: (log-likelihoods, greedy?)."""
+    tokens = server.run.tokenizer
+    pairs = [(tokens.encode(before).tolist(), tokens.encode(after, bos=False).tolist()) for before, after in CASES]
+    prompts, lengths = [before + after for before, after in pairs], [len(before) for before, _ in pairs]
+    body = {"prompt": prompts, "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True}
+    status, answer = server.post("completions", **body, **fields)
+    assert status == 200, answer
+    return pairs, answer, LocalCompletionsAPI.parse_logprobs(answer, prompts, lengths)
+
+
+@pytest.mark.parametrize(
+    ("fields", "rule", "depth"),
+    [({"exit": "none", "num_steps": 3}, None, 3), ({"threshold": 0.3}, exits.kl(0.3), 8)],
+)
+def test_lm_eval_reads_the_likelihoods_that_evaluation_finds(server, fields, rule, depth):
+    pairs, answer, found = asked(server, **fields)
+    expected = score(server.run.params, server.run.config, pairs, [depth], exit_rule=rule)
+    assert [value for value, _ in found] == pytest.approx(expected.log_likelihood[0].tolist(), rel=1e-5)
+    assert [greedy for _, greedy in found] == expected.greedy[0].tolist()
+    for choice, (before, after), text in zip(answer["choices"], pairs, CASES, strict=True):
+        scores = choice["logprobs"]
+        assert choice["text"].startswith("".join(text))
+        assert scores["token_logprobs"][0] is scores["top_logprobs"][0] is None
+        assert len(scores["tokens"]) == len(before) + len(after) + 1
+        assert len(choice["steps"]) == 1
+
+
+def test_a_prompt_alone(server):
+    body = {"prompt": "The capital", "max_tokens": 0, "echo": True, "logprobs": 2}
+    status, answer = server.post("completions", **body)
+    (choice,) = answer["choices"]
+    assert (status, choice["text"], choice["finish_reason"]) == (200, "The capital", "length")
+    assert (choice["steps"], answer["usage"]["completion_tokens"]) == ([], 0)
+    assert len(choice["logprobs"]["tokens"]) == answer["usage"]["prompt_tokens"]
+    plain = server.post("completions", prompt="The capital", max_tokens=2, echo=True, temperature=0)[1]
+    bare = server.post("completions", prompt="The capital", max_tokens=2, temperature=0)[1]
+    assert plain["choices"][0]["text"] == "The capital" + bare["choices"][0]["text"]
+    assert plain["choices"][0]["logprobs"] is None
