@@ -169,6 +169,7 @@ class Engine:
             check_every=check_every,
             warm_start=warm_start,
             init_scale=init_scale,
+            any_bias=True,
         )
         self._group = max(1, lanes // 4)  # requests that are prefilled together, lanes that are flushed together
         self._flush, self._ticks = Flush(self._group, flush_every), ticks_per_step

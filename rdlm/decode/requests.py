@@ -40,6 +40,7 @@ class RequestOptions:
     init_scale: float = 1.0
     key: ArrayLike | None = None
     prefix: bool | Sequence[bool] = False
+    any_bias: bool = False  # one shape for requests with and without biases
     likeliest: bool = False  # also find the likeliest tokens at every position; the engine alone gives them
 
 
@@ -87,8 +88,8 @@ def as_requests(
     check_depth(num_steps)
     num_steps = per_row(num_steps, B, "num_steps", np.int32)
     min_steps = per_row(options.min_steps, B, "min_steps", np.int32)
-    sampling = as_arrays(options.sampling, B)
-    if (largest := int(np.max(sampling.bias_tokens))) >= config.vocab_size:
+    sampling = as_arrays(options.sampling, B, options.any_bias)
+    if (largest := int(np.max(sampling.bias_tokens, initial=-1))) >= config.vocab_size:
         raise InputError(f"Sampling.logit_bias: {largest} is no token; ids are below {config.vocab_size}")
     if options.key is None and np.any(np.asarray(options.sampling.temperature) > 0):
         raise InputError("Sampling.temperature > 0 needs key=jax.random.key(seed)")

@@ -40,8 +40,8 @@ class SamplingArrays(NamedTuple):
     presence_penalty: Array  # f32 [B]
     frequency_penalty: Array  # f32 [B]
     min_tokens: Array  # int32 [B]
-    bias_tokens: Array  # int32 [B, MAX_BIASES], padded with -1
-    biases: Array  # f32 [B, MAX_BIASES]
+    bias_tokens: Array  # int32 [B, MAX_BIASES], padded with -1; [B, 0] where nobody has any
+    biases: Array  # f32, of the same shape
 
 
 def per_row(value: object, rows: int, name: str, dtype: DTypeLike) -> Shaped[np.ndarray, "{rows}"]:
@@ -60,8 +60,10 @@ def per_row(value: object, rows: int, name: str, dtype: DTypeLike) -> Shaped[np.
     return np.broadcast_to(array, (rows,))
 
 
-def as_arrays(sampling: Sampling, rows: int) -> SamplingArrays:
+def as_arrays(sampling: Sampling, rows: int, any_bias: bool = False) -> SamplingArrays:
     """Spread `sampling` over `rows` prompts.
+
+    any_bias: with room for biases though there are none, so that all requests of an engine have the same shapes.
 
     Raises:
       InputError: a field out of its range, or with the wrong number of values.
@@ -91,7 +93,7 @@ def as_arrays(sampling: Sampling, rows: int) -> SamplingArrays:
     each = _stop_rows(sampling.stop_tokens, rows)
     width = max(4, *(len(s) for s in each))
     table = np.asarray([s + [-1] * (width - len(s)) for s in each], np.int32).reshape(rows, width)
-    biased, biases = _bias_rows(sampling.logit_bias, rows)
+    biased, biases = _bias_rows(sampling.logit_bias, rows, any_bias)
     return SamplingArrays(
         **{k: jnp.asarray(v) for k, v in fields.items()},
         stop_tokens=jnp.asarray(table),
@@ -100,8 +102,8 @@ def as_arrays(sampling: Sampling, rows: int) -> SamplingArrays:
     )
 
 
-def _bias_rows(given: object, rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """(Tokens int32, what is added to their logits f32) [rows, MAX_BIASES], from pairs or one tuple of pairs per row.
+def _bias_rows(given: object, rows: int, any_bias: bool) -> tuple[np.ndarray, np.ndarray]:
+    """(Tokens int32, what is added to their logits f32) [rows, .], from pairs or one tuple of pairs per row.
 
     Raises:
       InputError: neither of these, an id twice, or too many.
@@ -109,10 +111,14 @@ def _bias_rows(given: object, rows: int) -> tuple[np.ndarray, np.ndarray]:
     name, form = "Sampling.logit_bias", "must be a tuple of pairs of an id and a number, such as ((2, -100.0),)"
     if not isinstance(given, (Sequence, np.ndarray)) or isinstance(given, (str, bytes)):
         raise InputError(f"{name} = {given!r}: {form}")
-    pairs = len(given) > 0 and all(np.shape(x) == (2,) for x in given)
+    try:
+        pairs = len(given) > 0 and all(np.shape(x) == (2,) for x in given)
+    except ValueError as error:  # pairs of other things than numbers
+        raise InputError(f"{name}: {form}") from error
     if len(given) and not pairs and len(given) != rows:
         raise InputError(f"{name}: expected one tuple of pairs or {rows}, got {len(given)}; it {form}")
-    tokens, biases = np.full((rows, MAX_BIASES), -1, np.int32), np.zeros((rows, MAX_BIASES), np.float32)
+    width = MAX_BIASES if any_bias or any(np.size(x) for x in given) else 0
+    tokens, biases = np.full((rows, width), -1, np.int32), np.zeros((rows, width), np.float32)
     for row, each in enumerate([given] * rows if pairs or not len(given) else given):
         if np.size(each) == 0:
             continue

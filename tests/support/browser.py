@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -41,9 +42,11 @@ class Page:
         return result["result"].get("value")
 
     def until(self, condition):
-        """Wait until an expression is true, for at most a minute."""
-        loop = f"for (let i = 0; i < 2400 && !({condition}); i++) await new Promise(go => setTimeout(go, 25));"
-        assert self.run(f"(async () => {{ {loop} return !!({condition}); }})()"), condition
+        """Wait until an expression is true, for at most a minute; until then it may fail."""
+        end = time.monotonic() + 60
+        while self.call("Runtime.evaluate", expression=f"!!({condition})")["result"].get("value") is not True:
+            assert time.monotonic() < end, condition
+            time.sleep(0.02)
 
     def click(self, selector):
         """With the mouse, in the middle of an element."""
