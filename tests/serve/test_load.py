@@ -11,7 +11,7 @@ import threading
 
 import httpx
 import pytest
-from conftest import serving, until
+from served import serving, until
 
 import rdlm.decode.engine
 from rdlm.serve.app import make_app
