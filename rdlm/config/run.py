@@ -468,9 +468,13 @@ class RunConfig:
             name = "depths" if self.loss.depths else "gate"
             value = getattr(self.loss, name)
             grows = self.recurrence.curriculum_steps or self.recurrence.curriculum_share
-            fixed = self.recurrence.scheme == "fixed" and not grows
+            deeper = self.recurrence.least > self.model.mean_recurrence
+            fixed = self.recurrence.scheme == "fixed" and not grows and not deeper
             all_of_them = fixed and self.model.backprop_depth == self.model.mean_recurrence
-            fix = "needs recurrence.scheme = 'fixed', no curriculum and model.backprop_depth = model.mean_recurrence"
+            fix = (
+                "needs recurrence.scheme = 'fixed', no curriculum, no larger recurrence.least and "
+                "model.backprop_depth = model.mean_recurrence"
+            )
             why = "it reads the loss of every recurrence" if name == "gate" else "all of them get a gradient"
             require(all_of_them, f"loss.{name}", value, f"{fix}: {why}")
         if self.loss.teacher == "start":
