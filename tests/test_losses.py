@@ -199,8 +199,8 @@ def test_what_several_depths_need():
         dataclasses.replace(nano, model=NANO, loss=LossConfig(depths=(1, 3)))
     with pytest.raises(InputError, match=r"must end with model\.mean_recurrence = 3"):
         dataclasses.replace(nano, model=NANO, recurrence=fixed, loss=LossConfig(depths=(1, 2)))
+    deeper = dataclasses.replace(fixed, least=4)
     with pytest.raises(InputError, match=r"no larger recurrence\.least"):
-        deeper = dataclasses.replace(fixed, least=4)
         dataclasses.replace(nano, model=NANO, recurrence=deeper, loss=LossConfig(depths=(1, 3)))
     dataclasses.replace(nano, model=NANO, recurrence=fixed, loss=LossConfig(depths=(1, 3)))
 
