@@ -90,10 +90,11 @@ class Trainer:
             "its range is too small for gradients and moments; train in float32 or bfloat16, if you like with "
             "--model.compute-dtype float16",
         )
+        field = "lora_rank" if config.tune.lora_rank else "only"
         require(
             bool(config.init) or not config.tune.freezes,
-            "tune",
-            config.tune,
+            f"tune.{field}",
+            getattr(config.tune, field),
             "needs --init FOLDER, or what does not learn would stay random",
         )
         self.weights = Weights(config) if config.init else None
