@@ -2,7 +2,7 @@
 
     python experiments/studies/retrofit.py                       # everything: 9 to 10 hours on two quiet cores
     python experiments/studies/retrofit.py --methods plain plain_flops retrofit              # the comparison alone
-    python experiments/studies/retrofit.py --quick               # only shows that everything works, about a minute
+    python experiments/studies/retrofit.py --quick               # only shows that everything works, a minute or two
 
 Every run begins with SmolLM2-135M (`fetch_model.py smollm2`) and learns the same problems in words, of 1 to 4 dependent
 steps (`shared/stories.py`), with a row of text to fifteen of problems: 8 rows of 128 tokens a step, AdamW at one rate.
@@ -22,7 +22,7 @@ and more) and depth, on people who are not in training; loss of held-out text by
 damage; FLOPs of training and of an answer. Finished runs stay in runs/retrofit and are not made again; a run that was
 stopped goes on with the same command. Prints the hours that are left.
 
-Exit codes: 0 done; 75 stopped by a signal and saved; 2 wrong input. Memory: 12 GiB; disk: 2 GB a run.
+Exit codes: 0 done; 75 stopped by a signal and saved; 2 wrong input. Memory: 12 GiB (estimated); disk: 2 GB a run.
 Found: nothing yet, the long runs have not been made. Setting and open parts: docs/studies/retrofit.md.
 """
 
@@ -484,7 +484,7 @@ def table(methods: Mapping[str, Json]) -> str:
     """A row for every method and depth, in Markdown."""
     first = next(iter(methods.values()))
     steps, sets = list(first["accuracy"]), list(first["questions"])
-    heads = ["", "r", "training FLOPs", "FLOPs an answer", *(f"{n} steps" for n in steps), "text, nats", *sets]
+    heads = ["", "r", "training FLOPs", "FLOPs an answer", *(f"steps: {n}" for n in steps), "text, nats", *sets]
     out = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for found in methods.values():
         for i, r in enumerate(found["depths"]):
