@@ -153,11 +153,14 @@ params = jax.jit(lambda: init_params(MODEL, jax.random.key(0)), out_shardings=pl
 split = sharding.batch_sharding(mesh)
 rows = {name: jax.make_array_from_callback(x.shape, split, numpy.asarray(x).__getitem__) for name, x in batch().items()}
 right, found = Layout.reduce_scatter, {}
-for name, scale in (("right", 1), ("wrong", 2)):
+
+def scaled(params, rows, scale):
     Layout.reduce_scatter = lambda self, *a: jax.tree.map(lambda g: g / scale, right(self, *a))
-    whole = sharding.replicated(mesh)
-    step = jax.jit(lambda p, b: gradients(run, p, b, jax.numpy.int32(1), layout), out_shardings=whole)
-    for i, x in enumerate(jax.tree.leaves(step(params, rows))):
+    return gradients(run, params, rows, jax.numpy.int32(1), layout)
+
+step = jax.jit(scaled, out_shardings=sharding.replicated(mesh))  # one program for both
+for name, scale in (("right", 1.0), ("wrong", 2.0)):
+    for i, x in enumerate(jax.tree.leaves(step(params, rows, scale))):
         found[f"{name} {i}"] = numpy.asarray(x.addressable_data(0))
 if jax.process_index() == 0:
     numpy.savez(sys.argv[1], **found)
@@ -315,7 +318,7 @@ def test_weights_by_depth_are_one_on_average():
 
 
 def test_the_loss_that_is_reported_is_not_weighed():
-    [(plain, gradient, depth)] = of_steps(run_of(), 1, steps=(1,))
+    plain, gradient, depth = on_one_device()[1]
     run = run_of(loss_power=0.5)
     [(value, weighed, _)] = of_steps(run, 1, steps=(1,))
     weight = float(depth_weight(run, *(jnp.asarray(x) for x in depth)))
