@@ -24,7 +24,7 @@ OTHER_PROGRAMS = {
     "source", "cp", "pip", "python3", "pytest", "pre-commit", "make", "gcloud", "curl", "lm_eval", "${EDITOR:-vi}",
 }  # fmt: skip
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
+pytestmark = pytest.mark.usefixtures("quick_module")
 mpl.use("Agg")
 
 

@@ -19,7 +19,7 @@ from rdlm.evaluation.depth import depth_curve
 from rdlm.exits import fixed
 from rdlm.tokenizer import Tokenizer
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
+pytestmark = pytest.mark.usefixtures("quick_module")
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ def batch(seed):
 
 BATCHES = [batch(0), batch(1)]
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
+pytestmark = pytest.mark.usefixtures("quick_module")
 
 
 @pytest.fixture(scope="module")

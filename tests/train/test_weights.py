@@ -27,7 +27,7 @@ from rdlm.tokenizer import Tokenizer
 from rdlm.train import Trainer, begin_from, init_state, state_shardings
 from rdlm.train.weights import Weights, identified
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
+pytestmark = pytest.mark.usefixtures("quick_module")
 
 FOLDERS = [f"families/{path.name}" for path in sorted((GOLDEN / "families").iterdir())] + ["A", "G_gqa"]
 NANO = PRESETS["nano"]
