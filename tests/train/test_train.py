@@ -59,16 +59,24 @@ def test_the_depth_draw_is_a_function_of_seed_and_step():
 
 
 @functools.cache
-def losses_on(mesh_config, devices, scale=1.0):
-    """Losses of four steps on a mesh of so many devices."""
+def programs_on(mesh_config, devices):
+    """(mesh, a function that makes the first state, the train step) on so many devices."""
     mesh = sharding.make_mesh(mesh_config, NANO.model, jax.devices()[:devices])
     tx = optimizer(NANO.optimizer, NANO.steps)
     _, shardings = state_shardings(NANO, tx, mesh)
-    state = jax.jit(functools.partial(init_state, NANO, tx), out_shardings=shardings)()
+    init_fn = jax.jit(functools.partial(init_state, NANO, tx), out_shardings=shardings)
+    run = dataclasses.replace(NANO, mesh=mesh_config)
+    step_fn = jax.jit(functools.partial(train_step, run, tx, layout=layout_of(run, mesh)), donate_argnums=0)
+    return mesh, init_fn, step_fn
+
+
+@functools.cache
+def losses_on(mesh_config, devices, scale=1.0):
+    """Losses of four steps on a mesh of so many devices."""
+    (mesh, init_fn, step_fn), losses = programs_on(mesh_config, devices), []
+    state = init_fn()
     if scale != 1.0:
         state = state._replace(params=jax.tree.map(lambda x: x * scale, state.params))
-    run, losses = dataclasses.replace(NANO, mesh=mesh_config), []
-    step_fn = jax.jit(functools.partial(train_step, run, tx, layout=layout_of(run, mesh)), donate_argnums=0)
     for step in range(4):
         state, metrics = step_fn(state, jax.device_put(rows(step), sharding.batch_sharding(mesh)))
         losses.append(float(metrics["loss"]))
