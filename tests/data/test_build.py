@@ -274,7 +274,7 @@ def test_killed_at_random_moments_and_run_again_it_gives_the_same_bytes(tmp_path
     assert whole.returncode == 0
     draw, kills, kept = random.Random(1), 0, 0
     work = tmp_path / ".killed.unfinished" / "work"
-    for _ in range(4):
+    for _ in range(2):
         process = start(tmp_path / "killed")
         while process.poll() is None and not list(work.glob("shard-*")) and not list(work.glob("digests-*")):
             time.sleep(0.01)  # the first seconds only start Python
