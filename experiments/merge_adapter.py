@@ -43,7 +43,7 @@ def main() -> int:
     from rdlm.checkpoint import read_config
     from rdlm.folders import describe, write_huggingface, write_run
     from rdlm.hf import is_exportable
-    from rdlm.train import read_run
+    from rdlm.weights import read_run
 
     run = read_config(source)
     if not run.tune.freezes:

@@ -73,7 +73,7 @@ def configured(words: list[str]) -> RunConfig:
     start, _ = tyro.cli(Start, prog=prog, args=overrides, return_unknown_args=True, add_help=False, config=options)
     base = preset(name)
     if start.init:
-        from rdlm.train import begin_from
+        from rdlm.weights import begin_from
 
         data = dataclasses.replace(base.data, prepared=start.data.prepared)
         base = begin_from(dataclasses.replace(base, **vars(start) | {"data": data}))

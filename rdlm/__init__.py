@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         tasks,
         tokenizer,
         train,
+        weights,
     )
     from rdlm.checkpoint import load_checkpoint
     from rdlm.config import CachePolicy, InputError, ModelConfig, Sampling, Speculative

@@ -17,7 +17,7 @@ from rdlm.hf import is_huggingface, load_huggingface, save_huggingface
 from rdlm.model import Params, cast
 from rdlm.runtime import complete_folder, require_empty, set_aside
 from rdlm.tokenizer import Tokenizer
-from rdlm.train import read_run
+from rdlm.weights import read_run
 
 TOKENIZER_FILES = (
     "tokenizer.json",

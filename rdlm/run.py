@@ -20,7 +20,7 @@ from rdlm.evaluation.held_out import validation
 from rdlm.hf import is_huggingface, load_huggingface
 from rdlm.model import Params
 from rdlm.tokenizer import Tokenizer
-from rdlm.train import read_run
+from rdlm.weights import read_run
 
 Chat = Sequence[Mapping[str, str]]
 """Messages {"role": ..., "content": ...}."""

@@ -80,8 +80,9 @@ from rdlm.report.results import commit
 from rdlm.run import Run
 from rdlm.runtime import EXIT_DONE, parse_arguments, reuse_freed_memory, run_command, write_output
 from rdlm.tokenizer import Tokenizer
-from rdlm.train import begin_from, draw_depth, train
+from rdlm.train import draw_depth, train
 from rdlm.train.metrics import read_metrics
+from rdlm.weights import begin_from
 
 Name = Literal[
     "plain", "plain_flops", "retrofit", "pilot", "pilot_cut", "pilot_curriculum", "pilot_core", "pilot_depths"

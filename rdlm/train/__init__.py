@@ -3,7 +3,6 @@
 step         one optimizer step, compiled once for every depth
 loop         `Trainer`: the loop, checkpoints, validation, resume and rollback
 folder       the run folder
-weights      the parameters that a run starts from, of another folder
 reporter     metrics, progress line and skipped updates of every step
 metrics      metrics.jsonl and speed
 faults       updates that are not finite
@@ -27,13 +26,11 @@ from rdlm.train.step import (
     step_keys,
     train_step,
 )
-from rdlm.train.weights import begin_from, read_run
 
 __all__ = [
     "TrainState",
     "Trainer",
     "apply_gradients",
-    "begin_from",
     "depth_weight",
     "draw_depth",
     "frozen_shardings",
@@ -41,7 +38,6 @@ __all__ = [
     "init_state",
     "layout_of",
     "parameter_shardings",
-    "read_run",
     "state_shardings",
     "step_keys",
     "train",

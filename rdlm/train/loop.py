@@ -50,8 +50,8 @@ from rdlm.train.folder import RunFolder, write_curve
 from rdlm.train.preemption import Preemption, Stop
 from rdlm.train.reporter import Reporter
 from rdlm.train.step import TrainState, init_state, layout_of, parameter_shardings, state_shardings, train_step
-from rdlm.train.weights import Weights, identified
 from rdlm.tune import combine, divide, join
+from rdlm.weights import Weights, identified
 
 Batch = dict[str, np.ndarray]
 

@@ -14,7 +14,8 @@ from training_cases import losses
 import rdlm
 from rdlm.checkpoint import load_checkpoint, read_config, save_parameters
 from rdlm.config import PRESETS, InputError, MeshConfig, TuneConfig
-from rdlm.train import Trainer, begin_from
+from rdlm.train import Trainer
+from rdlm.weights import begin_from
 
 pytestmark = pytest.mark.usefixtures("quick_module")
 

@@ -24,8 +24,8 @@ from rdlm.evaluation.depth import depth_curve
 from rdlm.optim import optimizer
 from rdlm.run import find
 from rdlm.tokenizer import Tokenizer
-from rdlm.train import Trainer, begin_from, init_state, state_shardings
-from rdlm.train.weights import Weights, identified
+from rdlm.train import Trainer, init_state, state_shardings
+from rdlm.weights import Weights, begin_from, identified
 
 pytestmark = pytest.mark.usefixtures("quick_module")
 
