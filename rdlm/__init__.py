@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         tasks,
         tokenizer,
         train,
+        tune,
         weights,
     )
     from rdlm.checkpoint import load_checkpoint
