@@ -17,6 +17,7 @@ from rdlm.serve.service import Service, new_seed
 from rdlm.serve.worker import STOPS, Ask
 
 Id = Annotated[int, Field(ge=0, lt=2**31)]
+LONGEST_STOP = 256  # characters
 
 
 def _prompt(value: object) -> object:
@@ -37,9 +38,14 @@ def _are_ids(value: list[object]) -> bool:
 
 def _stop(value: object) -> object:
     words = [value] if isinstance(value, str) else value
-    if words is None or (isinstance(words, list) and len(words) <= 16 and all(isinstance(s, str) and s for s in words)):
-        return value
-    raise ValueError("must be a text or a list of at most 16 texts, none of them empty")
+    if words is None:
+        return None
+    if isinstance(words, list) and len(words) <= 16:
+        if all(isinstance(s, str) and 0 < len(s) <= LONGEST_STOP for s in words):
+            return value
+    raise ValueError(
+        f"must be a text or a list of at most 16 texts, none of them empty or longer than {LONGEST_STOP} characters"
+    )
 
 
 def _bias(value: object) -> object:

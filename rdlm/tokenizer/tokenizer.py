@@ -558,6 +558,28 @@ def _content(token: object) -> object:
     return token.get("content") if isinstance(token, dict) else token
 
 
+class _Search:
+    """Looks for a text in characters that arrive one at a time: all of them cost a constant each, in the mean.
+
+    Knuth, Morris and Pratt, "Fast pattern matching in strings" (1977). After the text has come, nothing may be pushed.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text, self.matched = text, 0  # characters of `text` that what has come ends with
+        self._shorter = [0]  # of the first n + 1 characters: the longest proper beginning that is also their end
+        for character in text[1:]:
+            self.push(character)
+            self._shorter.append(self.matched)
+        self.matched = 0
+
+    def push(self, character: str) -> bool:
+        """Whether the text is complete now."""
+        while self.matched and self.text[self.matched] != character:
+            self.matched = self._shorter[self.matched - 1]
+        self.matched += self.text[self.matched] == character
+        return self.matched == len(self.text)
+
+
 class DecodeStream:
     """Turns ids into text as they arrive; a character split over several tokens is returned with its last token.
 
@@ -570,7 +592,8 @@ class DecodeStream:
     ) -> None:
         if not isinstance(stop, list | tuple) or not all(isinstance(s, str) and s for s in stop):
             raise InputError(f"stop = {stop!r}: must be a list of texts, none of them empty")
-        self._tokenizer, self._skip_special, self._stop = tokenizer, skip_special, tuple(stop)
+        self._tokenizer, self._skip_special = tokenizer, skip_special
+        self._stop = [_Search(s) for s in stop]
         self._held = ""  # may be the beginning of a stop string
         self.stopped = False
         """Whether a stop string has come."""
@@ -582,16 +605,16 @@ class DecodeStream:
 
     def push(self, *tokens: int) -> str:
         """Text completed by these tokens, possibly empty."""
-        text = self._held + self._decoded(tokens)
-        self._held = ""
+        fresh = self._decoded(tokens)
         if self.stopped or not self._stop:
-            return "" if self.stopped else text
-        found = [(at + len(s), at) for s in self._stop if (at := text.find(s)) >= 0]
-        if found:  # the first that is complete, however the text arrives
-            self.stopped = True
-            return text[: min(found)[1]]
-        possible = [n for s in self._stop for n in range(1, len(s)) if text.endswith(s[:n])]
-        shown = len(text) - max(possible, default=0)
+            return "" if self.stopped else fresh
+        text = self._held + fresh
+        for end, character in enumerate(fresh, len(self._held) + 1):
+            found = [len(search.text) for search in self._stop if search.push(character)]
+            if found:  # the first that is complete, however the text arrives
+                self.stopped, self._held = True, ""
+                return text[: end - max(found)]
+        shown = len(text) - max(search.matched for search in self._stop)
         self._held = text[shown:]
         return text[:shown]
 

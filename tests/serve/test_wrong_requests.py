@@ -57,6 +57,7 @@ WRONG_TEXTS = [
     ({"stop": [""]}, "stop", "none of them empty"),
     ({"stop": 3}, "stop", "must be a text"),
     ({"stop": ["x"] * 17}, "stop", "at most 16"),
+    ({"stop": ["x", "y" * 257]}, "stop", "longer than 256"),
     ({"stop_token_ids": [-1]}, "stop_token_ids[0]", "greater than or equal to 0"),
     ({"logprobs": 6}, "logprobs", "less than or equal to 5"),
     ({"logprobs": True}, "logprobs", "valid integer"),

@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 
 import numpy as np
 import pytest
@@ -146,6 +147,26 @@ def test_a_stop_string_ends_the_text_and_nothing_of_it_is_shown(text, stop):
     assert stream.stopped == bool(found)
     assert "".join(pieces) + stream.end() == text[: min(found, default=(0, len(text)))[1]]
     assert TOKENIZER.decode(ids, stop=stop) == "".join(pieces) + stream.end()
+
+
+@given(st.text("ab", max_size=40), st.lists(st.text("ab", min_size=1, max_size=12), min_size=1, max_size=3))
+def test_no_more_is_held_back_than_could_become_a_stop_string(text, stop):
+    stream, shown = TOKENIZER.decode_stream(stop=stop), ""
+    for end, character in enumerate(text, 1):
+        shown += stream.push(*TOKENIZER.encode(character, bos=False).tolist())
+        if stream.stopped:
+            break
+        before = text[:end]
+        held = max(n for s in stop for n in range(len(s)) if before.endswith(s[:n]))
+        assert shown == before[: end - held]
+
+
+def test_a_long_stop_string_costs_each_token_next_to_nothing():
+    stream, start = TOKENIZER.decode_stream(stop=["ab" * 50_000]), time.perf_counter()
+    (a,), (b,), (c,) = (TOKENIZER.encode(x, bos=False).tolist() for x in "abc")
+    pieces = [stream.push(i) for i in (a, b, c) * 300]
+    assert time.perf_counter() - start < 5  # minutes, where every beginning of it is tried
+    assert "".join(pieces) == "abc" * 300
 
 
 @pytest.mark.parametrize("stop", ["", [""], ["a", ""], "a", [7]])
