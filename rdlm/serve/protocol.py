@@ -37,12 +37,10 @@ def _are_ids(value: list[object]) -> bool:
 
 
 def _stop(value: object) -> object:
-    words = [value] if isinstance(value, str) else value
-    if words is None:
-        return None
-    if isinstance(words, list) and len(words) <= 16:
-        if all(isinstance(s, str) and 0 < len(s) <= LONGEST_STOP for s in words):
-            return value
+    words: Any = [value] if isinstance(value, str) else value
+    few = isinstance(words, list) and len(words) <= 16
+    if words is None or (few and all(isinstance(s, str) and 0 < len(s) <= LONGEST_STOP for s in words)):
+        return value
     raise ValueError(
         f"must be a text or a list of at most 16 texts, none of them empty or longer than {LONGEST_STOP} characters"
     )
