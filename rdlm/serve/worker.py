@@ -59,6 +59,7 @@ class Ask:
     stop_ids: tuple[int, ...] = ()
     likeliest: int = 0  # tokens wanted beside every one, with log-probabilities
     scores: bool = False  # also of the prompts' tokens
+    made: dict[int, PromptScores] = dataclasses.field(default_factory=dict)  # the worker's: scores by prompt
 
 
 @dataclasses.dataclass(eq=False)
@@ -193,9 +194,17 @@ class Worker:
 
     def _round(self) -> None:
         """One step of every engine that has something to do, and what comes of it to those who wait."""
+        scored = False  # one prompt in each round, so that tokens of others come in between
         for answer in self._active:
-            if answer.served is None and not answer.cancelled:
-                self._begin(answer)
+            if answer.served is not None or answer.cancelled:
+                continue
+            if answer.ask.scores and answer.prompt not in answer.ask.made:
+                if scored or self._stopping:
+                    continue
+                scored = True
+                if not self._score(answer):
+                    continue
+            self._begin(answer)
         for engine in self._engines.values():
             engine.step()
         for answer in self._active:
@@ -203,17 +212,23 @@ class Worker:
                 answer.fresh.append(self._end(answer, answer.served))
         self._hand_over()
 
+    def _score(self, answer: Answer) -> bool:
+        """Score the prompt, for all of its answers; False: that failed, and so does this answer."""
+        ask, n = answer.ask, answer.prompt
+        try:
+            ask.made[n] = score_prompt(self._run.params, self._run.config, ask.prompts[n], ask.depth)
+        except Exception as error:
+            answer.fresh.append(End(None, error=error))
+            return False
+        return True
+
     def _begin(self, answer: Answer) -> None:
         ask = answer.ask
         prompt, depth = ask.prompts[answer.prompt], ask.depth
         key = sample_keys(jax.random.key(ask.seed)[None], ask.samples)[answer.sample]
         answer.stream = self._tokenizer.decode_stream(after=prompt.tolist(), stop=ask.stop)
         if ask.scores:
-            try:
-                answer.fresh.append(score_prompt(self._run.params, self._run.config, prompt, depth))
-            except Exception as error:
-                answer.fresh.append(End(None, error=error))
-                return
+            answer.fresh.append(ask.made[answer.prompt])
         if ask.limits[answer.prompt] == 0:
             answer.fresh.append(End("length"))
             return

@@ -5,6 +5,8 @@ from lm_eval.models.openai_completions import LocalCompletionsAPI
 
 from rdlm import exits
 from rdlm.evaluation.scoring import score
+from rdlm.serve import worker
+from rdlm.serve.scores import PromptScores
 
 pytestmark = pytest.mark.slow
 
@@ -50,3 +52,29 @@ def test_a_prompt_alone(server):
     bare = server.post("completions", prompt="The capital", max_tokens=2, temperature=0)[1]
     assert plain["choices"][0]["text"] == "The capital" + bare["choices"][0]["text"]
     assert plain["choices"][0]["logprobs"] is None
+
+
+def test_every_prompt_is_scored_once_and_never_two_in_one_round(server, monkeypatch):
+    """So that requests of others get their tokens in between."""
+    rounds, scored, go_on = [0], [], server.service.worker._round
+
+    def count():
+        rounds[0] += 1
+        go_on()
+
+    def made(_params, _config, prompt, _depth):
+        scored.append((rounds[0], prompt.tolist()))
+        return PromptScores([-float(len(prompt))] * (len(prompt) - 1), [[]] * (len(prompt) - 1))
+
+    monkeypatch.setattr(server.service.worker, "_round", count)
+    monkeypatch.setattr(worker, "score_prompt", made)
+    prompts = [[5, 6], [5, 6, 7], [8, 9, 8, 9]]
+    body = {"prompt": prompts, "n": 3, "max_tokens": 2, "echo": True, "logprobs": 0}
+    status, answer = server.post("completions", **body)
+    assert status == 200, answer
+    assert [prompt for _, prompt in scored] == prompts
+    assert len({at for at, _ in scored}) == len(prompts)
+    for i, choice in enumerate(answer["choices"]):
+        n = len(prompts[i // 3])
+        assert choice["logprobs"]["token_logprobs"][:n] == [None] + [-float(n)] * (n - 1)
+        assert len(choice["steps"]) == 2
