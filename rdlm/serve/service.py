@@ -175,7 +175,7 @@ class Service:
         if count > most:
             field = "n" if ask.samples > 1 else "prompt"
             raise APIError(400, f"{field}: {count} answers in one request, at most {most} may wait", field, "too_many")
-        if self._unplaced() + count > most:
+        if self._unplaced(ask.depth.kind, count) > most:
             raise APIError(429, "too many requests are waiting; try again later", code="queue_full", retry_after=1)
         call = Call(count, self.options.max_buffer)
         answers = []
@@ -191,10 +191,14 @@ class Service:
             self.worker.submit(answer)
         return call
 
-    def _unplaced(self) -> int:
-        """Answers that wait although all lanes are taken."""
+    def _unplaced(self, kind: str, more: int) -> int:
+        """Answers that wait although all lanes of their kind of rule are taken, with so many more of one kind."""
+        waiting, running = collections.Counter({kind: more}), collections.Counter[str]()
+        for call, answers in self._calls.items():
+            waiting[answers[0].ask.depth.kind] += len(call.waiting)
+            running[answers[0].ask.depth.kind] += len(call.running)
         lanes = self.options.lanes
-        return max(self.waiting - max(lanes - self.running, 0), 0)
+        return sum(max(waiting[each] - max(lanes - running[each], 0), 0) for each in waiting)
 
     def close(self, call: Call) -> None:
         """Free what the request still holds, within one step of the engine."""

@@ -65,6 +65,15 @@ def test_a_full_queue_refuses_until_there_is_room(server, rounds, monkeypatch):
     assert httpx.post(f"{server.url}/v1/completions", json=LONG, timeout=60).status_code == 200
 
 
+def test_a_full_queue_of_one_rule_refuses_nobody_of_another(server, rounds, monkeypatch):
+    options(server, monkeypatch, max_queue=2)
+    with streams(server, 6, exit="kl") as waiting, streams(server, 6, exit="latent_diff") as others:
+        # six of each: four lanes, and two in the queue that both share
+        assert [response.status_code for response in waiting] == [200] * 6
+        assert [response.status_code for response in others] == [200] * 4 + [429] * 2
+        rounds.release(1000)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_hangs_up_frees_its_lanes_within_one_step(server, rounds, stream):
     body = json.dumps(LONG | {"n": 2, "stream": stream})
