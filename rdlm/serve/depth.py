@@ -6,9 +6,9 @@ import dataclasses
 from typing import cast
 
 from rdlm import exits
-from rdlm.config import ExitName
+from rdlm.config import ExitName, InputError
 from rdlm.exits import ExitRule
-from rdlm.serve.errors import wrong
+from rdlm.serve.errors import from_input_error, wrong
 from rdlm.serve.options import ServeOptions
 
 
@@ -57,9 +57,9 @@ class Depths:
         options = self.options
         name = self.offered[0] if exit is None else exit
         if name not in self.offered:
-            raise wrong("exit", f"{name[:40]!r} is not served here; choose one of {', '.join(self.offered)}")
+            raise wrong("exit", f"{name[:40]!r} is not served here; this server offers: {', '.join(self.offered)}")
         if name == "none" and threshold is not None:
-            raise wrong("threshold", "exit 'none' has none; leave it out, or choose another exit")
+            raise wrong("threshold", "exit 'none' takes no threshold; leave it out, or choose another exit")
         default = self.trained if name == "none" and self.offered[0] != "none" else options.steps or self.trained
         most = options.max_steps or default
         steps = min(default, most) if num_steps is None else num_steps
@@ -74,7 +74,10 @@ class Depths:
             raise wrong("threshold", "must be a number of recurrences")
         if threshold is None and name == self.offered[0]:
             threshold = options.threshold
-        rule = self.rule(name, threshold)
+        try:
+            rule = self.rule(name, threshold)
+        except InputError as error:
+            raise from_input_error(error, "threshold") from error
         assert rule is not None
         if rule.every_check and least:
             raise wrong("min_steps", f"exit {name!r} is checked at every recurrence; leave it out")

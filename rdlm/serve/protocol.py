@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from rdlm.config import InputError, Sampling
-from rdlm.decode.sampling import MAX_BIASES
+from rdlm.decode.sampling import MAX_BIASES, as_arrays
 from rdlm.serve.errors import APIError, from_input_error, wrong
 from rdlm.serve.service import Service, new_seed
 from rdlm.serve.worker import STOPS, Ask
@@ -229,7 +229,12 @@ def check_fields(body: Body, service: Service) -> None:
             if value not in (*_NOTHING, *_UNSERVED[name]):
                 raise APIError(400, f"{name}: is not served here; leave it out", name, "unsupported_parameter")
         elif service.options.refuse_unknown and name not in _WITHOUT_EFFECT:
-            raise APIError(400, f"{name[:40]!r}: is no field that this server knows", name[:40], "unknown_parameter")
+            raise APIError(
+                400,
+                f"{name[:40]!r}: this server does not know this field; leave it out",
+                name[:40],
+                "unknown_parameter",
+            )
 
 
 def encode_chat(service: Service, messages: Sequence[Message]) -> np.ndarray:
@@ -242,6 +247,8 @@ def encode_chat(service: Service, messages: Sequence[Message]) -> np.ndarray:
         return service.tokenizer.encode_chat([message.plain() for message in messages])
     except InputError as error:
         raise from_input_error(error, "messages") from error
+    except RecursionError as error:
+        raise wrong("messages", "lists or objects in them are nested too deeply") from error
 
 
 def encode_texts(service: Service, prompt: str | list[str] | list[int] | list[list[int]]) -> list[np.ndarray]:
@@ -270,14 +277,15 @@ def understand(service: Service, body: Generate, prompts: list[np.ndarray]) -> A
     if wanted == 0 and not echo:
         raise wrong(name, "must be at least 1; only with echo = true it may be 0")
     for prompt in prompts:
-        room = service.max_context - len(prompt)
+        most, room = service.max_context, service.max_context - len(prompt)
         if len(prompt) == 0:
             raise wrong(field, "has no tokens")
         if room < (wanted != 0):
-            message = f"{len(prompt)} tokens, but the context of {service.max_context} needs room for one more"
+            message = f"has {len(prompt)} tokens, but at most {most - (wanted != 0)} fit into the context of {most}"
+            message += "" if wanted == 0 else " with one new token"
             raise APIError(400, f"{field}: {message}", field, "context_length_exceeded")
         if wanted is not None and wanted > room:
-            message = f"{wanted} and {len(prompt)} tokens of the prompt exceed the context of {service.max_context}"
+            message = f"{wanted} and {len(prompt)} tokens of the prompt exceed the context of {most}"
             raise APIError(400, f"{name}: {message}", name, "context_length_exceeded")
         if (largest := int(prompt.max())) >= service.run.config.vocab_size:
             raise wrong(field, f"{largest} is no token; ids are below {service.run.config.vocab_size}")
@@ -304,28 +312,39 @@ def understand(service: Service, body: Generate, prompts: list[np.ndarray]) -> A
     seed = body.seed
     if seed is None:
         seed = new_seed() if temperature > 0 else 0
+    sampling = Sampling(
+        temperature=temperature,
+        top_k=max(body.top_k or 0, 0),
+        top_p=1.0 if body.top_p is None else float(body.top_p),
+        min_p=float(body.min_p or 0.0),
+        repetition_penalty=1.0 if body.repetition_penalty is None else float(body.repetition_penalty),
+        presence_penalty=float(body.presence_penalty or 0.0),
+        frequency_penalty=float(body.frequency_penalty or 0.0),
+        min_tokens=body.min_tokens or 0,
+        logit_bias=biases,
+    )
+    _check_sampling(sampling)
     return Ask(
         prompts=prompts,
         limits=limits,
         samples=body.n or 1,
         depth=depth,
-        sampling=Sampling(
-            temperature=temperature,
-            top_k=max(body.top_k or 0, 0),
-            top_p=1.0 if body.top_p is None else float(body.top_p),
-            min_p=float(body.min_p or 0.0),
-            repetition_penalty=1.0 if body.repetition_penalty is None else float(body.repetition_penalty),
-            presence_penalty=float(body.presence_penalty or 0.0),
-            frequency_penalty=float(body.frequency_penalty or 0.0),
-            min_tokens=body.min_tokens or 0,
-            logit_bias=biases,
-        ),
+        sampling=sampling,
         seed=seed,
         stop=tuple(word for word in words if word not in tokenizer.special_ids),
         stop_ids=stop_ids,
         likeliest=body.likeliest,
         scores=echo and body.log_probs,
     )
+
+
+def _check_sampling(sampling: Sampling) -> None:
+    """Refuse now what the engine would, such as numbers that its float32 cannot tell from 0."""
+    try:
+        as_arrays(sampling, 1)
+    except InputError as error:
+        message = str(error).removeprefix("Sampling.")
+        raise from_input_error(InputError(message), message.split(" ")[0]) from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ pytestmark = pytest.mark.slow
 TEXT = {"prompt": "a", "max_tokens": 2}
 CHAT = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2}
 LONG = "a" * 40
+NESTED = json.loads("[" * 900 + "]" * 900)
 
 # (fields, the one that is named, words of the message)
 WRONG_TEXTS = [
@@ -26,7 +27,7 @@ WRONG_TEXTS = [
     ({"prompt": [9999]}, "prompt", "9999 is no token"),
     ({"prompt": {"text": "a"}}, "prompt", "must be a text"),
     ({"prompt": "\ud800"}, "prompt", "Unicode"),
-    ({"prompt": LONG, "max_tokens": None}, "prompt", "41 tokens, but the context of 32"),
+    ({"prompt": LONG, "max_tokens": None}, "prompt", "has 41 tokens, but at most 31 fit"),
     ({"max_tokens": 0}, "max_tokens", "at least 1"),
     ({"max_tokens": -1, "echo": True}, "max_tokens", "greater than or equal to 0"),
     ({"echo": 1}, "echo", "valid boolean"),
@@ -52,6 +53,9 @@ WRONG_TEXTS = [
     ({"top_p": 1.5}, "top_p", "less than or equal to 1"),
     ({"top_k": -2}, "top_k", "greater than or equal to -1"),
     ({"min_p": 2}, "min_p", "less than or equal to 1"),
+    ({"top_p": 1e-310}, "top_p", "in (0, 1]"),
+    ({"repetition_penalty": 1e-310}, "repetition_penalty", "from 1e-6"),
+    ({"repetition_penalty": 1e-45}, "repetition_penalty", "from 1e-6"),
     ({"repetition_penalty": 0}, "repetition_penalty", "greater than 0"),
     ({"stop": ""}, "stop", "none of them empty"),
     ({"stop": [""]}, "stop", "none of them empty"),
@@ -89,6 +93,7 @@ WRONG_CHATS = [
     ({"messages": [{"role": "user", "content": 1}]}, "messages[0].content", "valid"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages[0].content[0].type", "text"),  # noqa: E501
     ({"messages": [{"role": "user", "content": "\ufdd0"}]}, "messages", "U+FDD0"),
+    ({"messages": [{"role": "user", "content": "a", "extra": NESTED}]}, "messages", "nested too deeply"),
     ({"messages": [{"role": "user", "content": LONG}]}, "messages", "tokens"),
     ({"max_completion_tokens": 0}, "max_completion_tokens", "greater than or equal to 1"),
     ({"max_completion_tokens": 99}, "max_completion_tokens", "exceed the context"),
@@ -148,7 +153,7 @@ def test_unknown_fields_are_ignored_or_refused(server, monkeypatch):
     assert httpx.post(f"{server.url}/v1/completions", json=extra).status_code == 200
     with_flag = dataclasses.replace(server.service.options, refuse_unknown=True)
     monkeypatch.setattr(server.service, "options", with_flag)
-    refused(httpx.post(f"{server.url}/v1/completions", json=extra), 400, "frequency_penaltee", "no field")
+    refused(httpx.post(f"{server.url}/v1/completions", json=extra), 400, "frequency_penaltee", "does not know")
     assert httpx.post(f"{server.url}/v1/completions", json=TEXT | {"user": "me"}).status_code == 200
 
 
