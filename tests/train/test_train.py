@@ -166,7 +166,7 @@ def test_a_preempted_run_goes_on_on_another_mesh(small, monkeypatch, tmp_path):
 @pytest.mark.parametrize("reads", range(2, 6))
 def test_exit_75_means_saved_whenever_the_signal_comes(reads, small, monkeypatch, tmp_path):
     # Between any two looks at the flag. The step itself is a stand-in: this is about the loop.
-    def step(config, tx, state, batch, layout):
+    def step(config, tx, state, batch, layout, frozen):
         metrics = {name: jnp.float32(1) for name in ("loss", "grad_norm", "learning_rate")}
         metrics |= {"n": jnp.int32(1), "k": jnp.int32(1), "skipped": jnp.int32(0), "first_bad": jnp.int32(-1)}
         return state._replace(step=state.step + 1), metrics
