@@ -100,7 +100,7 @@ class LossConfig:
     """Weight of the loss at each of `depths`, relative to their sum; empty: equal weights."""
     teacher: Literal["none", "first", "deepest", "start"] = "none"
     """Who teaches, through the divergence KL(teacher || student) of predictions. first, deepest: one of `depths`, the
-    others, without a gradient of its own from it; start: the weights of --init, as they were."""
+    others, without a gradient of its own from it; start: the weights that the run begins with."""
     teacher_depth: int = 1
     """With teacher = "start", the recurrences that the teacher runs. One is all that a new retrofit needs."""
     teacher_share: float = 0.5

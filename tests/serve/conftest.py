@@ -1,7 +1,9 @@
 """A server of a toy model in this process, on a port of its own; one for all tests."""
 
+import functools
 import threading
 
+import httpx
 import jax
 import openai
 import pytest
@@ -35,6 +37,13 @@ def server(toy_run):
         jax.config.update("jax_disable_most_optimizations", False)
         assert server.service.worker.failure is None
         yield server
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch):
+    """A busy machine may answer late: httpx itself gives up after 5 seconds."""
+    for name in ("get", "post", "stream"):
+        monkeypatch.setattr(httpx, name, functools.partial(getattr(httpx, name), timeout=120))
 
 
 @pytest.fixture
