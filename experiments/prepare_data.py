@@ -160,10 +160,13 @@ def report(out: str, manifest: Manifest) -> None:
             f"{split.rows:,} rows of {length}{labels}"
         )
         if split.unscored_documents or split.unscored_rows:
+            rows = f" and {split.unscored_rows:,} rows" * bool(split.unscored_rows)
             print(
-                f"            {split.unscored_documents:,} documents and {split.unscored_rows:,} rows have no label: "
+                f"            {split.unscored_documents:,} documents{rows} have no label: "
                 "nothing is scored there, or what is was cut off (--sequence-length, --packing)"
             )
+        if split.dropped_rows:
+            print(f"            {split.dropped_rows:,} rows more had no label and were left out")
     left = {what: n for what, n in dataclasses.asdict(manifest.skipped).items() if n}
     if left:
         print("skipped     " + ", ".join(f"{n:,} {what}" for what, n in left.items()))

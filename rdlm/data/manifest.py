@@ -109,7 +109,9 @@ class SplitEntry:
     unscored_documents: int = 0
     """Chats and pairs of which no token is a label: nothing is scored in them, or what is was cut off."""
     unscored_rows: int = 0
-    """Rows without a label: a prompt fills them."""
+    """Of `rows`, those without a label; only in folders prepared before such rows were left out."""
+    dropped_rows: int = 0
+    """Rows left out because they had no label: a prompt filled them. Training on them would learn nothing."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ from grain.experimental import WindowShuffleIterDataset
 from rdlm.config import InputError
 from rdlm.data.loader import Batch, DataState, Example, PackedData, Share, check_sources, shuffled, stack
 from rdlm.data.manifest import Manifest
-from rdlm.data.packing import Document, Piece, row_of
+from rdlm.data.packing import Document, Piece, labels_in, row_of
 from rdlm.data.prepare.documents import read_documents
 from rdlm.data.prepare.input_files import Fingerprint, changed, described, find_files, fingerprint
 from rdlm.data.prepare.parts import Part, cut_files
@@ -198,7 +198,10 @@ class _Rows(grain.IterDataset):
         return _RowIterator(self)
 
     def since(self, state: _RowPosition) -> Generator[tuple[_RowPosition, Example], None, None]:
-        """Rows as by `packing.concatenate_and_split` from a position on, each with the position after it."""
+        """Rows as by `packing.concatenate_and_split` from a position on, each with the position after it.
+
+        Rows without a label are left out.
+        """
         before, offset = state["documents"], state["offset"]
         with contextlib.closing(self._documents(before)) as documents:
             after, document, epoch = next(documents)
@@ -213,7 +216,9 @@ class _Rows(grain.IterDataset):
                         before, offset = after, 0
                         after, document, epoch = next(documents)
                 offset -= 1  # the last label is the first input of the next row
-                yield _RowPosition(documents=before, offset=offset), Example(row_of(pieces), row_epoch)
+                row = row_of(pieces)
+                if labels_in(row):
+                    yield _RowPosition(documents=before, offset=offset), Example(row, row_epoch)
 
     def _documents(self, state: _Position) -> Generator[tuple[_Position, Document, int], None, None]:
         """Documents from a position on, each with the position after it and its epoch."""

@@ -62,7 +62,8 @@ def render(
       bos_token: for the template.
       eos_token: for the template.
       special: all special tokens of the tokenizer.
-      find_spans: mark what the assistant says also where the template has no `{% generation %}` blocks.
+      find_spans: mark what the assistant says also where the template has no `{% generation %}` blocks, and remove the
+        marks around replies that say nothing.
 
     Raises:
       InputError: no messages, one without role or content, a template that is invalid or refuses them, or spans that
@@ -87,11 +88,13 @@ def render(
 
     written = _writer(chosen, bos_token, eos_token, tuple(special))
     text = written.text(guarded, add_generation_prompt)
-    if not find_spans or _GENERATION.search(chosen):
+    if not find_spans:
         return text + _REST
+    if _GENERATION.search(chosen):
+        return _without_empty_spans(text, special) + _REST
     pieces, done = [], 0
     for i, message in enumerate(guarded):
-        if message["role"] == "assistant":
+        if message["role"] == "assistant" and _says_something(message):
             begin, end = _turn(text, guarded, i, written)
             if not done <= begin <= end:
                 raise InputError(
@@ -101,7 +104,17 @@ def render(
                 )
             pieces += [text[done:begin], _BEGIN, text[begin:end], _END]
             done = end
-    return "".join([*pieces, text[done:], _REST])
+    return _without_empty_spans("".join([*pieces, text[done:]]), special) + _REST
+
+
+def _says_something(message: Mapping[str, Any]) -> bool:
+    """Whether a reply has words, or other content that a template may write (tool calls, thoughts)."""
+    return any(value.strip() if isinstance(value, str) else value for name, value in message.items() if name != "role")
+
+
+def _without_empty_spans(text: str, special: Sequence[str]) -> str:
+    """`text` without the marks around replies of white space and special tokens alone: an empty reply is no lesson."""
+    return re.sub(f"{_BEGIN}((?:\\s|{_pattern(tuple(special)).pattern})*){_END}", r"\1", text)
 
 
 def end_of_turn(template: Template, bos_token: str, eos_token: str, special: Sequence[str]) -> str | None:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rdlm.config import DataConfig
+from rdlm.config import IGNORED, DataConfig
 from rdlm.data import PackedData, Reading, Recipe, StreamedData, open_data, prefetch
 from rdlm.data.prepare import Corpus, build, cut_files, find_files, held_out
 from rdlm.tokenizer import Tokenizer
@@ -246,6 +246,20 @@ def test_a_chat_that_the_template_refuses_is_left_out(chats, one_line, capsys):
     assert "data.stream: 1 bad documents left out so far" in capsys.readouterr().err
     with one_line("the files hold no train document, or none with a label"):  # and does not search for ever
         StreamedData([bad], sample, batch_size=4).batch(0)
+
+
+def test_rows_without_a_label_are_left_out(chats):
+    sample, _, _ = chats("sample", "refuse")
+    long = sample.folder.parent / "long.jsonl"
+    pair = [{"role": "user", "content": "x" * 100}, {"role": "assistant", "content": "y"}]
+    long.write_text("".join(json.dumps({"messages": [*pair, {**pair[0], "n": i}]}) + "\n" for i in range(30)))
+    with contextlib.closing(StreamedData([str(long)], sample, batch_size=1, window=1)) as data:
+        labels = np.concatenate([data.batch(step)["labels"] for step in range(40)])
+        state = saved([data], 40)
+        after = data.batch(40)
+        data.restore(40, state)
+        np.testing.assert_array_equal(data.batch(40)["tokens"], after["tokens"])
+    assert (labels != IGNORED).any(1).all()
 
 
 def test_a_stream_stopped_by_a_bad_document_goes_on_with_a_sample_that_skips_them(chats, one_line):

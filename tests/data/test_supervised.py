@@ -156,7 +156,9 @@ def test_chats_and_rows_without_a_label_are_counted(tmp_path, command, packing):
         assert manifest.train.unscored_documents == len(chats) - said.count("<|im_end|>")
     else:
         assert manifest.train.unscored_documents == 1  # the one without an answer
-    assert manifest.train.unscored_rows == (labels == IGNORED).all(1).sum() > 0
+    assert manifest.train.dropped_rows > 0
+    assert manifest.train.rows == len(labels)
+    assert (labels != IGNORED).any(1).all()
     code, out, err = command("prepare_data", tmp_path / "records.jsonl", "--field", "messages", "--tokenizer",
                              tmp_path / "out" / "tokenizer", "--packing", packing, "--sequence-length", 110,
                              "--validation-fraction", 0, "--out", tmp_path / "again")  # fmt: skip
@@ -165,7 +167,48 @@ def test_chats_and_rows_without_a_label_are_counted(tmp_path, command, packing):
     assert (
         f"fine-tune on it: python experiments/train.py finetune --init FOLDER --data.prepared {tmp_path}/again" in out
     )
-    assert f"{manifest.train.unscored_documents} documents and {manifest.train.unscored_rows} rows have no label" in out
+    assert f"{manifest.train.unscored_documents} documents have no label" in out
+    assert f"{manifest.train.dropped_rows} rows more had no label and were left out" in out
+
+
+@pytest.mark.parametrize("tokenizer", [published.ouro, published.smollm2, Tokenizer.bytes_only])
+def test_empty_replies_are_context_and_not_scored(tmp_path, tokenizer):
+    ask, silent = {"role": "user", "content": "x"}, {"role": "assistant", "content": " \n"}
+    said = {"role": "assistant", "content": "y"}
+    tokens, scored = tokenizer().encode_conversation([ask, silent, ask, said], reply=False)
+    assert tokenizer().decode(tokens[scored]).strip() == "y"
+    assert scored.sum() == tokenizer().encode_conversation([ask, said], reply=False)[1].sum()  # y and its end of turn
+    chats = [{"messages": [ask, silent]}, {"messages": [ask, said]}]
+    manifest = prepared(tmp_path, chats, tokenizer(), Reading("messages"), validation_fraction=0)
+    assert (manifest.train.documents, manifest.train.unscored_documents) == (2, 1)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.parquet"])
+def test_chats_written_as_text_are_chats(tmp_path, name, one_line):
+    texts = [json.dumps(CHATS[0]), f"  {json.dumps(CHATS[1], indent=1)}\n", json.dumps([{"id": 3}]), "[{'role': 1}"]
+
+    def write(texts):
+        if name == "a.csv":
+            with (tmp_path / name).open("w", newline="") as file:
+                csv.writer(file).writerows([["messages"], *([text] for text in texts)])
+        elif name == "a.jsonl":
+            (tmp_path / name).write_text("".join(json.dumps({"messages": text}) + "\n" for text in texts))
+        else:
+            pyarrow.parquet.write_table(pyarrow.table({"messages": texts}), tmp_path / name)
+
+    write(texts)
+    assert documents(tmp_path / name, Reading("messages")) == [CHATS[0], CHATS[1], *texts[2:]]
+    write([str(CHATS[0])])  # as Python prints it
+    with one_line("field 'messages' holds chat messages as text that is not JSON; write them with json.dumps"):
+        documents(tmp_path / name, Reading("messages"))
+
+
+def test_chats_without_a_label_name_their_roles_and_empty_documents_their_field(tmp_path, one_line):
+    chats = [{"messages": [{"role": "user", "content": "x"}, {"role": "model", "content": f"{i}"}]} for i in range(9)]
+    with one_line(r"counts as a label; .*role 'assistant' say counts \(found roles: model, user\)"):
+        prepared(tmp_path, chats, published.ouro(), Reading("messages"))
+    with one_line("field = 'text': no document is left, 60 empty; name the field .* with --field"):
+        prepared(tmp_path, [{"text": " "}] * 60, BYTES, Reading())
 
 
 def test_an_example_is_shown_with_what_is_scored(tmp_path, capsys):

@@ -174,9 +174,10 @@ def test_a_call_is_what_the_assistant_says_and_its_result_is_not():
 @pytest.mark.parametrize("words", ["<|im_end|>", "x<|im_end|>\n<|im_start|>assistant\ny", "", "user"])
 def test_words_that_spell_the_template_do_not_move_what_is_scored(words):
     messages = [{"role": "user", "content": words}, {"role": "assistant", "content": words}, *TURNS[2:]]
+    said = f"[[{words}<|im_end|>]]" if words else "<|im_end|>"  # an empty reply is not scored
     tokenizer = published.smollm2()
     assert marked(tokenizer, messages) == (
-        f"{SMOL}<|im_start|>user\n{words}<|im_end|>\n<|im_start|>assistant\n[[{words}<|im_end|>]]\n"
+        f"{SMOL}<|im_start|>user\n{words}<|im_end|>\n<|im_start|>assistant\n{said}\n"
         "<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\n[[Yes: é.<|im_end|>]]\n"
     )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -148,14 +149,17 @@ def text_of(value: Any, field: str, where: str) -> str | list[Message]:
     """The value of a field as a document.
 
     Conversations are returned with `role` and `content` in every message, both text: ShareGPT's `from` and `value` are
-    read as these, text in parts is joined, and a message that only calls tools has no words.
+    read as these, text in parts is joined, and a message that only calls tools has no words. Text that is a JSON list
+    of messages, as tables often hold them, is that list.
 
     Raises:
-      InputError: it is neither text nor a list of messages, or not valid Unicode.
+      InputError: it is neither text nor a list of messages, messages written as text but not as JSON, or not valid
+        Unicode.
     """
-    if isinstance(value, bytes):
-        return utf8(value, where)
+    value = utf8(value, where) if isinstance(value, bytes) else value
     found: str | list[Message]
+    if isinstance(value, str):
+        value = _spelled_out(value, f"{where}: field {field!r}")
     if isinstance(value, str):
         found = value
     elif isinstance(value, list) and all(isinstance(message, dict) for message in value):
@@ -170,6 +174,27 @@ def text_of(value: Any, field: str, where: str) -> str | list[Message]:
             f"{where}: not valid Unicode ({error.reason}); correct it, or pass --bad-documents skip"
         ) from error
     return found
+
+
+def _spelled_out(text: str, where: str) -> str | list[Message]:
+    """The messages that a text spells out as JSON; another text as it is. Raises InputError."""
+    if not _LIST_OF_OBJECTS.match(text):
+        return text
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if not _PYTHON_MESSAGES.match(text):
+            return text
+        raise InputError(
+            f"{where} holds chat messages as text that is not JSON; write them with json.dumps, or pass "
+            "--bad-documents skip"
+        ) from error
+    is_chat = all(isinstance(message, dict) and {"role", "from"} & set(message) for message in found)
+    return found if is_chat else text
+
+
+_LIST_OF_OBJECTS = re.compile(r"\s*\[\s*\{.*\}\s*\]\s*\Z", re.DOTALL)
+_PYTHON_MESSAGES = re.compile(r"\s*\[\s*\{\s*'(role|from|content|value)'\s*:")
 
 
 def utf8_of(text: Text) -> bytes:

@@ -53,6 +53,8 @@ class ShardSplit:
     """None: made before labels were counted."""
     unscored_documents: int = 0
     unscored_rows: int = 0
+    """Made before such rows were left out."""
+    dropped_rows: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +66,8 @@ class Shard:
     skipped: Skipped
     train: ShardSplit
     validation: ShardSplit
+    roles: tuple[str, ...] = ()
+    """Of the messages, sorted."""
 
 
 def held_out(text: Text, fraction: float) -> bool:
@@ -111,6 +115,7 @@ def build_shard(
     everything = hashlib.sha256()
     counts = {"train": Counter[str](), "validation": Counter[str]()}
     aside: list[Document] = []
+    roles: set[str] = set()
     dropped = set() if duplicates is None else set(duplicates.tolist())
 
     def encoded() -> Iterator[Document]:
@@ -121,6 +126,8 @@ def build_shard(
                 if made is None:
                     continue
                 tokens, scored = made
+                if isinstance(text, list):
+                    roles.update(message["role"] for message in text)
                 sha256 = digest(text)
                 name = "validation" if _is_held_out(sha256, recipe.validation_fraction) else "train"
                 everything.update(sha256)
@@ -143,9 +150,13 @@ def build_shard(
             count = write_rows(path, written, token_dtype(tokenizer.vocab_size))
             entry = _publish(path, folder) if count else None
             sizes = seen["documents"], seen["bytes"], seen["tokens"], count
-            entries[name] = ShardSplit(*sizes, entry, seen["labels"], len(masked - learned), seen["unscored"])
+            entries[name] = ShardSplit(
+                *sizes, entry, seen["labels"], len(masked - learned), dropped_rows=seen["dropped"]
+            )
     left_out = Skipped(skipped["empty"], skipped["bad"], skipped["duplicate"])
-    return Shard(number, everything.hexdigest(), left_out, entries["train"], entries["validation"])
+    return Shard(
+        number, everything.hexdigest(), left_out, entries["train"], entries["validation"], tuple(sorted(roles))
+    )
 
 
 def finish(
@@ -174,9 +185,14 @@ def finish(
     """
     total = sum(shard.train.documents + shard.validation.documents for shard in shards)
     skipped = Skipped(*(sum(getattr(s.skipped, n) for s in shards) for n in ("empty", "bad", "duplicate")))
+    left_out = ", ".join(f"{n:,} {what}" for what, n in dataclasses.asdict(skipped).items() if n)
+    if skipped.empty and not total:
+        raise InputError(
+            f"field = {recipe.reading.field!r}: no document is left, {left_out}; name the field or column that holds "
+            "text or messages with --field, or correct the files"
+        )
     for split, wanted in (("train", True), ("validation", recipe.validation_fraction > 0)):
-        if wanted and not any(getattr(shard, split).rows for shard in shards):
-            left_out = ", ".join(f"{n} {what}" for what, n in dataclasses.asdict(skipped).items() if n)
+        if wanted and not any(getattr(shard, split).rows or getattr(shard, split).dropped_rows for shard in shards):
             raise InputError(
                 f"validation_fraction = {recipe.validation_fraction}, packing = {recipe.packing}: leave no {split} "
                 f"row of {total} documents{f' ({left_out} left out)' * bool(left_out)}; give more (text files: "
@@ -186,16 +202,18 @@ def finish(
     splits = {}
     for split in ("train", "validation"):
         parts: list[ShardSplit] = [getattr(shard, split) for shard in shards]
-        summed = ("documents", "bytes", "tokens", "rows", "unscored_documents", "unscored_rows")
+        summed = ("documents", "bytes", "tokens", "rows", "unscored_documents", "unscored_rows", "dropped_rows")
         sums = {name: sum(getattr(part, name) for part in parts) for name in summed}
         files = tuple(ShardFile(part.file.name, part.rows) for part in parts if part.file)
         counted = [part.labels for part in parts if part.labels is not None]
         labels = sum(counted) if len(counted) == len(parts) else None
-        if sums["rows"] and labels == 0:
+        if (sums["rows"] or sums["dropped_rows"]) and labels == 0:
+            roles = ", ".join(sorted({role for shard in shards for role in shard.roles})[:10])
             raise InputError(
                 f"{recipe.reading.field}: none of the {sums['tokens']:,} tokens of the {sums['documents']:,} {split} "
-                "documents counts as a label; of chats only what messages of role 'assistant' say counts, where the "
-                "tokenizer's chat template has {% generation %} around it or no such tag at all"
+                "documents counts as a label; of chats only what messages of role 'assistant' say counts"
+                f"{f' (found roles: {roles})' * bool(roles)}, where the tokenizer's chat template has "
+                "{% generation %} around it or no such tag at all, and --sequence-length does not cut it off"
             )
         splits[split] = SplitEntry(**sums, shards=files, labels=labels)
     with _scratch(folder) as scratch:
@@ -236,10 +254,13 @@ def _noted(documents: Iterable[Document], masked: set[int]) -> Iterator[Document
 
 
 def _counted(rows: Iterable[Row], counts: Counter[str], learned: set[int]) -> Iterator[Row]:
-    """Rows, with labels and rows without any counted, and the numbers of documents with a label put into `learned`."""
+    """Rows with a label; labels and rows without are counted, the numbers of documents with a label go to `learned`."""
     for row in rows:
         labels = labels_by_chunk(row)
-        counts.update(labels=int(labels.sum()), unscored=int(not labels.any()))
+        if not labels.any():
+            counts["dropped"] += 1
+            continue
+        counts["labels"] += int(labels.sum())
         if row.scored is not None:
             learned.update(row.chunks[labels > 0, 0].tolist())
         yield row
