@@ -23,7 +23,7 @@ import sys
 
 import tyro
 
-from rdlm.config import PRESETS, InputError, RunConfig, preset, to_json
+from rdlm.config import PRESETS, InputError, RunConfig, preset, require, to_json
 from rdlm.config.presets import FINETUNE
 from rdlm.runtime import leaving_on_signals, on_tpu, parse_arguments, reuse_freed_memory, run_command, start
 
@@ -53,6 +53,20 @@ class Prepared:
 
 
 @dataclasses.dataclass(frozen=True)
+class Depth:
+    """As in `ModelConfig`."""
+
+    mean_recurrence: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """As in `TuneConfig`."""
+
+    only: tuple[str, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Start:
     """The flags that decide the defaults of all others."""
 
@@ -60,6 +74,8 @@ class Start:
     init_ema: bool = False
     run_dir: str = ""
     data: Prepared = Prepared()
+    model: Depth = Depth()
+    tune: Parts = Parts()
 
 
 def configured(words: list[str]) -> RunConfig:
@@ -71,12 +87,14 @@ def configured(words: list[str]) -> RunConfig:
         raise InputError(f"the first argument must be a preset, not {name!r}; known: {NAMES}")
     prog, options = f"train.py {name}", (tyro.conf.FlagConversionOff,)
     start, _ = tyro.cli(Start, prog=prog, args=overrides, return_unknown_args=True, add_help=False, config=options)
+    require(start.tune.only != (), "--tune.only", (), "name the parts that learn, or leave it out")
     base = preset(name)
     if start.init:
         from rdlm.weights import begin_from
 
         data = dataclasses.replace(base.data, prepared=start.data.prepared)
-        base = begin_from(dataclasses.replace(base, **vars(start) | {"data": data}))
+        begun = dataclasses.replace(base, init=start.init, init_ema=start.init_ema, run_dir=start.run_dir, data=data)
+        base = begin_from(begun, start.model.mean_recurrence or None)
     elif start.init_ema:
         raise InputError("--init-ema: only with --init FOLDER")
     elif name == FINETUNE.preset and not {"-h", "--help"} & set(overrides):

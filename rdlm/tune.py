@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 LORA_A, LORA_B = "_lora_a", "_lora_b"
 NAMES = {"wte": "embedding", "ln": "norms", "C": "coda"}
-"""Parts that are not called as their entries of the parameters begin."""
+"""Parts whose name differs from the prefix of their entries in the parameters."""
 
 
 def part_of(entry: str) -> str:

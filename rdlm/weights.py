@@ -171,7 +171,8 @@ class Weights:
             text += f", step {self.source.step}{', their moving average' if self.ema else ''}"
         if added := self.tokenizer.added_to(self._own_tokenizer):
             new = max(0, self.model.rows - self._stored_model.rows)
-            rows = f"{new} rows are added, each the mean of the others" if new else "they take rows that were padding"
+            rows = "1 row is added" if new == 1 else f"{new} rows are added, each"
+            rows = f"{rows} the mean of the others" if new else "they take rows that were padding"
             text += f"; special tokens beyond the folder's: {', '.join(added)}: {rows}"
         return text
 
@@ -197,10 +198,14 @@ def _absolute(init: str) -> Path:
     return local_path(init, "init").absolute()
 
 
-def begin_from(run: RunConfig) -> RunConfig:
+def begin_from(run: RunConfig, mean_recurrence: int | None = None) -> RunConfig:
     """`run` with what follows from the folder `init`: the model, and the defaults of what must fit it.
 
     Touches no device, so that it can be called before `runtime.start`.
+
+    Args:
+      run: its model is replaced.
+      mean_recurrence: of the model that is trained; None: that of the folder.
 
     Raises:
       InputError: `init` is not a folder with weights and tokenizer.
@@ -218,8 +223,11 @@ def begin_from(run: RunConfig) -> RunConfig:
             evaluation=dataclasses.replace(run.evaluation, depths=saved.evaluation.depths),
         )
     model, recurrence, evaluation = weights.model, run.recurrence, run.evaluation
+    if mean_recurrence is not None:
+        model = dataclasses.replace(model, mean_recurrence=mean_recurrence)
     if model.loop.injection == "none":
         # Without injection only the draw n = 0 trains the embedding (docs/families.md, The loop).
+        model = dataclasses.replace(model, backprop_depth=model.mean_recurrence)
         recurrence = dataclasses.replace(recurrence, scheme="fixed")
         within = [r for r in evaluation.depths if r < model.mean_recurrence]
         evaluation = dataclasses.replace(evaluation, depths=(*within, model.mean_recurrence))

@@ -134,7 +134,7 @@ def refuses_nothing(arguments, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(sys, "argv", arguments)
         patch.setattr(module, "parse_arguments", stop)
-        patch.setattr("rdlm.weights.begin_from", lambda run: run)  # the folder of --init is not there
+        patch.setattr("rdlm.weights.begin_from", lambda run, depth: run)  # the folder of --init is not there
         with pytest.raises(Accepted):
             module.main()
 

@@ -1,6 +1,7 @@
 """Parts of a model that learn, and low-rank pairs: no other gradient is formed, nothing else moves, and merging is
 exact."""
 
+import contextlib
 import dataclasses
 import functools
 
@@ -12,7 +13,7 @@ from golden_cases import model as golden_model
 from jax.extend.core import jaxprs_in_params
 
 from rdlm import sharding
-from rdlm.config import Block, InputError, Loop, MeshConfig, TuneConfig, preset
+from rdlm.config import Block, InputError, Loop, LossConfig, MeshConfig, TuneConfig, preset
 from rdlm.evaluation.depth import depth_curve
 from rdlm.model import forward, init_params
 from rdlm.optim import module_norms, optimizer
@@ -277,6 +278,7 @@ def test_eight_devices_equal_one(config):
 REFUSED = {
     "head": (TuneConfig(only=("head",)), r"tune.only = \('head',\): .* say embedding"),
     "gate": (TuneConfig(only=("core", "gate")), "tune.only = .* no exit gate"),
+    "values": (TuneConfig(only=("values",)), "tune.only = .* uses no value embeddings"),
     "rank": (TuneConfig(lora_rank=32), "tune.lora_rank = 32: must be below 32"),
     "nothing left": (
         TuneConfig(only=("core", "adapter", "prelude", "coda"), lora_rank=4),
@@ -292,9 +294,47 @@ def test_what_a_model_does_not_have_is_refused(name):
         tuned(tune)
 
 
+def test_parts_are_those_of_the_model():
+    bare = dataclasses.replace(RUN.model, block=Block(norm_weight="none"))
+    with pytest.raises(InputError, match=r"tune.only = \('norms',\): the norms of this model have no weights"):
+        tuned(TuneConfig(only=("norms",)), model=bare)
+    bridged = dataclasses.replace(RUN.model, coda_layers=0, loop=Loop(bridge=False, linear_bridge=True))
+    tune = tuned(TuneConfig(only=("coda",)), model=bridged).tune
+    shapes = jax.eval_shape(lambda: init_params(bridged, jax.random.key(0)))
+    assert names(divide(shapes, tune)[0]) == {"C"}
+    with pytest.raises(InputError, match=r"tune.only = \('coda',\): this model has no coda"):
+        tuned(TuneConfig(only=("coda",)), model=dataclasses.replace(bridged, loop=Loop()))
+
+
+OURO = Loop("none", "embedding", close=True, bridge=False, gate=True)
+GATES = {
+    "no loss": ("none", TuneConfig(only=("gate", "core")), r"tune.only = .*: the gate learns only with --loss.gate"),
+    "frozen": ("improvement", TuneConfig(only=("core",)), "loss.gate = 'improvement': trains the gate alone, which is"),
+    "pairs": ("improvement", TuneConfig(lora_rank=2), "loss.gate = 'improvement': trains the gate alone, which is"),
+    "it learns": ("improvement", TuneConfig(only=("gate",)), ""),
+    "all learn": ("improvement", TuneConfig(), ""),
+    "others learn": ("exit", TuneConfig(only=("core",)), ""),
+}
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_a_gate_learns_with_its_loss_alone(name):
+    gate, tune, message = GATES[name]
+    run = dataclasses.replace(
+        RUN,
+        model=dataclasses.replace(RUN.model, coda_layers=0, mean_recurrence=2, loop=OURO),
+        recurrence=dataclasses.replace(RUN.recurrence, scheme="fixed"),
+        optimizer=dataclasses.replace(RUN.optimizer, weight_decay=0.0),
+    )
+    with pytest.raises(InputError, match=message) if message else contextlib.nullcontext():
+        tuned(tune, run, loss=LossConfig(gate=gate))
+
+
 def test_targets_need_a_rank_and_an_adapter():
     with pytest.raises(InputError, match=r"tune.lora_targets = .*: needs tune.lora_rank"):
         TuneConfig(lora_targets=("adapter",))
+    with pytest.raises(InputError, match=r"tune.lora_alpha = 32.0: needs tune.lora_rank"):
+        TuneConfig(lora_alpha=32.0)
     ouro = dataclasses.replace(RUN.model, loop=Loop("none", "embedding", bridge=False))
     assert dataclasses.replace(RUN, model=ouro, tune=LORA).tune == LORA
     with pytest.raises(InputError, match=r"tune.lora_targets = .* has no adapter"):

@@ -110,6 +110,14 @@ def test_every_family_is_placed_as_it_is_stored(name, folders, data, tmp_path):
     assert run.evaluation.depths[-1] == (config.mean_recurrence if looped else 1)
 
 
+def test_a_plain_model_that_is_looped_gets_a_gradient_in_every_recurrence(folders, data, tmp_path):
+    run = run_of(folders("families/qwen3"), data, tmp_path / "run")
+    assert (run.model.mean_recurrence, run.model.backprop_depth) == (1, 1)
+    looped = begin_from(dataclasses.replace(run, evaluation=NANO.evaluation), mean_recurrence=4)
+    assert (looped.model.mean_recurrence, looped.model.backprop_depth) == (4, 4)
+    assert (looped.recurrence.scheme, looped.evaluation.depths) == ("fixed", (1, 2, 4))
+
+
 @pytest.fixture(scope="module")
 def whole(folders, data, tmp_path_factory):
     """A run of four steps from a plain model on eight devices, and the folder that it began from."""
@@ -293,6 +301,8 @@ WORDS = {
     "--tokenizer {init}": ["--data.prepared", "{data}/other"],
     "init_ema = True: must be false: {init}, a Hugging Face folder, has no average": ["--init-ema", "True"],
     "weights_digest = 'abc': '{init}' holds other weights": ["--weights-digest", "abc"],
+    "tune.lora_alpha = 32.0: needs tune.lora_rank": ["--tune.lora-alpha", "32"],
+    "--tune.only = (): name the parts that learn": ["--tune.only"],
 }
 
 
@@ -331,6 +341,10 @@ def test_other_starts_that_are_refused(train, folders, data, tmp_path):
     assert "finetune: which model? Give its folder with --init FOLDER" in train("")
     assert "--init-ema: only with --init FOLDER" in train("", "--init-ema", "True")
     assert "it holds prepared data" in train(data / "prepared")
+    untied, scheme = folders("families/olmo2"), "poisson-truncated-full"
+    assert f"recurrence.scheme = '{scheme}': must be one without n > 0" in train(untied, "--recurrence.scheme", scheme)
+    depth = ["--model.mean-recurrence", 3, "--model.backprop-depth", 2]
+    assert "model.backprop_depth = 2: must be model.mean_recurrence = 3, or embedding" in train(untied, *depth)
     write_config(tmp_path, NANO)
     assert "kept no moving average" in train(tmp_path, "--init-ema", "True")
     assert "has no complete checkpoint yet" in train(tmp_path)

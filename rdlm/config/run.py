@@ -354,7 +354,7 @@ class TuneConfig:
     """Matrices that get a pair; empty: all of these that the model has. attn.qkv: queries, keys and values together;
     mlp.fc: gate and up."""
     lora_alpha: float = 16.0
-    """alpha."""
+    """alpha of lora_rank: a pair counts alpha / r times."""
 
     @property
     def freezes(self) -> bool:
@@ -368,11 +368,12 @@ class TuneConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "tune.")
-        check_types(self, "tune.")
         require(self.lora_rank >= 0, "tune.lora_rank", self.lora_rank, "must not be negative")
         require(self.lora_alpha > 0, "tune.lora_alpha", self.lora_alpha, "must be positive")
         needs = "needs tune.lora_rank, for example 16"
         require(self.lora_rank > 0 or not self.lora_targets, "tune.lora_targets", self.lora_targets, needs)
+        default = type(self).lora_alpha
+        require(self.lora_rank > 0 or self.lora_alpha == default, "tune.lora_alpha", self.lora_alpha, needs)
 
     def check_fits(self, model: ModelConfig) -> None:
         """Refuse parts and matrices that `model` does not have, and a rank that saves nothing. Raises InputError."""
@@ -380,14 +381,15 @@ class TuneConfig:
         there = {
             "adapter": (adapter, "this model has no adapter (model.loop.injection)"),
             "values": (
-                bool(model.value_tables or model.value_gates),
-                "this model has no value embeddings (model.value_tables)",
+                bool(model.value_layers),
+                "this model uses no value embeddings (layers in both model.value_tables and model.value_gates)",
             ),
             "head": (not model.tie_embeddings, "this model reads its head from the embedding; say embedding"),
             "gate": (model.loop.gate, "this model has no exit gate (model.loop.gate)"),
             "low": (model.low_layers > 0, "this model has one stack (model.loop.low_cycles)"),
             "prelude": (model.prelude_layers > 0, "this model has no prelude"),
-            "coda": (model.coda_layers > 0, "this model has no coda"),
+            "coda": (model.coda_layers > 0 or model.loop.linear_bridge, "this model has no coda"),
+            "norms": (model.block.norm_weight != "none", "the norms of this model have no weights"),
         }
         for field in ("only", "lora_targets"):
             for name in getattr(self, field):
@@ -486,7 +488,12 @@ class RunConfig:
         if self.loss.gate != "none":
             require(self.model.loop.gate, "loss.gate", self.loss.gate, "needs a model with model.loop.gate")
         self.tune.check_fits(self.model)
+        only, learns = self.tune.only, not self.tune.freezes or "gate" in self.tune.only
+        fix = "the gate learns only with --loss.gate exit or improvement; give one, or leave gate out"
+        require(self.loss.gate != "none" or "gate" not in only, "tune.only", only, fix)
         if self.loss.gate == "improvement":
+            fix = "trains the gate alone, which is frozen; name it in --tune.only"
+            require(learns, "loss.gate", self.loss.gate, fix)
             decay = self.optimizer.weight_decay
             require(decay == 0, "optimizer.weight_decay", decay, "must be 0 with loss.gate = 'improvement'")
         require(
@@ -495,6 +502,32 @@ class RunConfig:
             self.data.tokenizer_size,
             f"must be at most model.vocab_size = {self.model.vocab_size}; set both",
         )
+
+    def check_draws(self) -> None:
+        """Refuse draws with n > 0 that leave learning parts of a model without injection without a gradient.
+
+        Not part of the other checks, because a folder that was converted and not trained has the default draws.
+
+        Raises:
+          InputError: naming the field.
+        """
+        model, draws, tune = self.model, self.recurrence, self.tune
+        there = {"embedding": not model.tie_embeddings, "prelude": model.prelude_layers > 0}
+        pairs = {"prelude"} if tune.lora_rank else set()
+        learn = [part for part in there if there[part] and (not tune.freezes or part in {*tune.only, *pairs})]
+        if model.loop.injection != "none" or not learn:
+            return
+        why = f"or {' and '.join(learn)} would get no gradient: this model reads them only where the loop starts"
+        scheme, deepest = draws.scheme, model.mean_recurrence
+        beyond = scheme in ("poisson-lognormal-filling", "poisson-truncated-full")
+        require(not beyond, "recurrence.scheme", scheme, f"must be one without n > 0, such as fixed, {why}")
+        all_of_them = scheme in ("non-recurrent", "full") or model.backprop_depth == deepest
+        fix = f"must be model.mean_recurrence = {deepest}, {why}"
+        require(all_of_them, "model.backprop_depth", model.backprop_depth, fix)
+        grows = draws.curriculum_steps or draws.curriculum_share
+        filled = scheme in ("fixed", "poisson-fill", "poisson-lognormal-fill") and not grows
+        smallest = deepest if filled else 1
+        require(draws.least <= smallest, "recurrence.least", draws.least, f"must be at most {smallest}, {why}")
 
     @property
     def folder(self) -> str:

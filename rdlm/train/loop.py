@@ -97,6 +97,7 @@ class Trainer:
             getattr(config.tune, field),
             "needs --init FOLDER, or what does not learn would stay random",
         )
+        config.check_draws()
         self.weights = Weights(config) if config.init else None
         if self.weights is not None:
             config = identified(config, self.weights)

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from rdlm.config import PRESETS, Block, InputError, Loop
+from rdlm.config import PRESETS, Block, InputError, Loop, RecurrenceConfig, TuneConfig
 from rdlm.data import Reading, Recipe
 
 NANO = PRESETS["nano"]
@@ -49,3 +49,51 @@ def test_what_a_field_takes_is_said_in_words(config, field, value, words):
     with pytest.raises(InputError) as caught:
         dataclasses.replace(config, **{field: value})
     assert str(caught.value) == words
+
+
+PLAIN = dataclasses.replace(
+    NANO.model, prelude_layers=0, tie_embeddings=False, backprop_depth=4, loop=Loop("none", "embedding")
+)
+DRAWS = {
+    "default": (
+        PLAIN,
+        RecurrenceConfig(),
+        "recurrence.scheme = 'poisson-lognormal-filling': must be one without n > 0",
+    ),
+    "truncated": (
+        dataclasses.replace(PLAIN, backprop_depth=1),
+        RecurrenceConfig("fixed"),
+        "model.backprop_depth = 1: must be model.mean_recurrence = 4, or embedding would get no gradient",
+    ),
+    "more at least": (PLAIN, RecurrenceConfig("full", least=3), "recurrence.least = 3: must be at most 1"),
+    "a prelude": (
+        dataclasses.replace(PLAIN, prelude_layers=1, tie_embeddings=True),
+        RecurrenceConfig(),
+        "recurrence.scheme = .* or prelude would get no gradient",
+    ),
+    "fixed": (PLAIN, RecurrenceConfig("fixed", least=4), ""),
+    "growing": (PLAIN, RecurrenceConfig("fixed", curriculum_share=0.5), ""),
+    "once": (dataclasses.replace(PLAIN, backprop_depth=1), RecurrenceConfig("non-recurrent"), ""),
+    "the head trains it": (dataclasses.replace(PLAIN, tie_embeddings=True), RecurrenceConfig(), ""),
+    "injected": (dataclasses.replace(PLAIN, loop=Loop()), RecurrenceConfig(), ""),
+}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_an_embedding_that_is_read_once_needs_draws_that_train_it(name):
+    model, draws, message = DRAWS[name]
+    run = dataclasses.replace(NANO, model=model, recurrence=draws)
+    dataclasses.replace(run, tune=TuneConfig(only=("core",))).check_draws()
+    if not message:
+        run.check_draws()
+        return
+    with pytest.raises(InputError, match=message):
+        run.check_draws()
+    if model.prelude_layers == 0:
+        with pytest.raises(InputError, match=message):
+            dataclasses.replace(run, tune=TuneConfig(only=("embedding",))).check_draws()
+
+
+def test_presets_train_their_embedding():
+    for run in PRESETS.values():
+        run.check_draws()
