@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from rdlm.serve.protocol import Wanted
 from rdlm.serve.scores import PromptScores
 from rdlm.serve.worker import Ask, End, Item, Token
-from rdlm.tokenizer import Tokenizer
+from rdlm.tokenizer import DecodeStream, Tokenizer
 
 Json = dict[str, Any]
 
@@ -33,7 +33,10 @@ class _Choice:
     prompt: list[_Scored] = dataclasses.field(default_factory=list)  # its tokens, if they are wanted
     reason: str | None = None
     count: int = 0
-    offset: int = 0  # characters of all tokens before `tokens`
+    plain: DecodeStream | None = None  # the text as it is without stop strings, if log-probabilities are wanted
+    length: int = 0  # of that text
+    offsets: list[int] = dataclasses.field(default_factory=list)  # where in it those of `prompt` and `tokens` begin
+    written: int = 0  # characters
     opened: bool = False
 
 
@@ -60,6 +63,10 @@ class Writer:
         if wanted.echo:
             for i, choice in enumerate(self._choices):
                 choice.text = tokenizer.decode(ask.prompts[i // ask.samples])
+                choice.length = len(choice.text)
+        if wanted.log_probs and not wanted.chat:
+            for i, choice in enumerate(self._choices):
+                choice.plain = tokenizer.decode_stream(after=ask.prompts[i // ask.samples].tolist())
         self.steps_total = self.completion_tokens = 0
 
     @property
@@ -79,12 +86,19 @@ class Writer:
             ids, most = self._ask.prompts[index // self._ask.samples].tolist(), self._ask.likeliest
             scores = zip(ids[1:], item.log_probs, (top[:most] for top in item.likeliest), strict=True)
             choice.prompt = [_Scored(ids[0], None, None), *(_Scored(*score) for score in scores)]
+            stream, length = self._tokenizer.decode_stream(), 0
+            for token in ids:
+                choice.offsets.append(length)
+                length += len(stream.push(token))
             return
         choice.text += item.text
         if isinstance(item, End):
             choice.reason = item.reason
             return
         choice.tokens.append(item)
+        if choice.plain is not None:
+            choice.offsets.append(choice.length)
+            choice.length += len(choice.plain.push(item.id))
         choice.count += 1
         self.completion_tokens += 1
         self.steps_total += item.steps
@@ -100,9 +114,8 @@ class Writer:
         if not choice.text and choice.reason is None:
             return None
         body = self._choice(index, choice, "delta")
-        if self._wanted.log_probs:
-            ids = [scored.id for scored in choice.prompt] + [token.id for token in choice.tokens]
-            choice.offset += sum(map(self._length, ids))
+        choice.written += len(choice.text)
+        choice.offsets = []
         choice.text, choice.tokens, choice.prompt = "", [], []
         return self._chunk([body])
 
@@ -165,15 +178,13 @@ class Writer:
             ]
             return {"content": content, "refusal": None}
         every = [*choice.prompt, *(_Scored(token.id, token.log_prob, token.likeliest) for token in tokens)]
-        offsets, at = [], choice.offset
-        for scored in every:
-            offsets.append(at)
-            at += self._length(scored.id)
+        # Tokens of a stop string, which the text does not have, are at its end.
+        end = choice.length if choice.reason is None else choice.written + len(choice.text)
         return {
             "tokens": [self._name(scored.id) for scored in every],
             "token_logprobs": [scored.log_prob for scored in every],
             "top_logprobs": [self._top(scored) for scored in every],
-            "text_offset": offsets,
+            "text_offset": [min(offset, end) for offset in choice.offsets],
         }
 
     def _top(self, scored: _Scored) -> dict[str, float] | None:
@@ -193,7 +204,3 @@ class Writer:
             return data.decode()
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
-
-    def _length(self, token: int) -> int:
-        """Characters of a token by itself."""
-        return len(self._tokenizer.bytes_of(token).decode("utf-8", "replace"))
