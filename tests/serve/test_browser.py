@@ -5,6 +5,7 @@ import re
 import browser
 import httpx
 import pytest
+from served import until
 
 pytestmark = pytest.mark.slow
 
@@ -45,3 +46,25 @@ def test_a_click_gets_an_answer_shaded_by_its_recurrences(server, tmp_path):
     for steps, background in spans:
         share = round(60 * (max(map(int, steps.split())) - 1) / 7)
         assert f"{share}%" in background
+
+
+@pytest.mark.skipif(browser.CHROMIUM is None, reason="needs Chromium")
+def test_clear_ends_the_answer_and_no_limit_is_an_error(server, rounds, tmp_path):
+    with browser.page(server.url, tmp_path) as page:
+        page.until("document.readyState === 'complete' && $('state').textContent === 'ready'")
+        page.run("$('exit').value = 'none'; $('limit').value = 9; 0")
+        page.run("ask('hi'); 0")
+        until(lambda: server.service._calls)
+        assert page.run("[$('send').textContent, messages.length]") == ["Stop", 1]
+        page.click("#clear")
+        until(lambda: not server.service._calls)  # the server knows
+        rounds.release(1000)
+        for limit in ("", "0"):
+            page.run(f"$('limit').value = '{limit}'; ask('ho').then(() => 0)")
+            assert "max_tokens" in page.run("document.querySelector('.error').textContent")
+            assert page.run("[messages.length, document.querySelectorAll('.reply span, .facts').length]") == [0, 0]
+            page.run("$('clear').click(); 0")
+        page.run("$('limit').value = 31; ask('a').then(() => 0)")  # more than there is room for
+        assert page.run("document.querySelector('.error')?.textContent ?? ''") == ""
+        assert page.run("[messages.length, $('send').textContent, abort]") == [2, "Send", None]
+        assert page.run("document.querySelectorAll('.user').length") == 1
