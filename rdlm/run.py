@@ -212,6 +212,9 @@ def _encode(tokenizer: Tokenizer, prompt: str | Chat) -> np.ndarray:
 def find(folder: str | Path, step: int | None = None, ema: bool = False) -> Run:
     """As `load`, but parameters are read on first use."""
     folder = local_path(folder)
+    if not folder.exists():
+        needed = "a run folder (train a model there first) or a Hugging Face folder"
+        raise InputError(f"run folder {folder}: does not exist; give {needed}")
     if is_huggingface(folder):
         if step is not None or ema:
             raise InputError(f"{folder}: a Hugging Face folder has one set of weights; leave out step and ema")

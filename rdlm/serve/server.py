@@ -43,7 +43,7 @@ def serve(run: Run, options: ServeOptions | None = None, host: str = "127.0.0.1"
         raise InputError(missing) from error
 
     service = Service(run, options or ServeOptions())
-    _ = run.params
+    service.worker.require_memory()
     listening = open_socket(host, port)
 
     class Server(uvicorn.Server):

@@ -14,8 +14,9 @@ import numpy as np
 from rdlm.config import CachePolicy, InputError, Sampling, one_line
 from rdlm.decode import Engine
 from rdlm.decode.engine import Served
-from rdlm.decode.passes import next_power
+from rdlm.decode.passes import check_memory, next_power
 from rdlm.decode.requests import sample_keys
+from rdlm.exits import Depth
 from rdlm.run import Run
 from rdlm.serve.depth import DepthChoice, Depths
 from rdlm.serve.scores import PromptScores, score_prompt
@@ -142,6 +143,24 @@ class Worker:
                 answer.fresh.append(End(None, error=RuntimeError(one_line(error))))
             self._hand_over()
             self._call_soon(lambda: self.on_change())
+
+    def require_memory(self) -> None:
+        """Refuse caches that cannot fit, before anything is made.
+
+        Raises:
+          InputError: they need more memory than is free.
+        """
+        options, run = self._depths.options, self._run
+        assert options.max_steps is not None
+        assert options.max_context is not None
+        sets = CachePolicy(options.cache_recurrences).sets(next_power(options.max_steps))
+        rows = options.lanes * len(self._depths.kinds)
+        try:
+            check_memory(run.params, run.config, rows, 1, (sets, options.max_context), Depth(1))
+        except InputError as error:
+            need = str(error).partition("; ")[0].replace(f"{rows} prompts", f"{rows} lanes")
+            fix = "lower --lanes, --max-context or --cache-recurrences"
+            raise InputError(f"--lanes {options.lanes}: {need}; {fix}") from error
 
     def _engine(self, kind: str) -> Engine:
         options, config = self._depths.options, self._run.config

@@ -279,6 +279,7 @@ def test_the_command_ends_when_the_engine_cannot_go_on(toy_run, server, command,
         (["--exit", "gate"], ["--exit gate", "no exit gate"]),
         (["--exit", "kl", "kl"], ["--exit", "twice"]),
         (["--lanes", "0"], ["--lanes", "at least 1"]),
+        (["--lanes", "100000000"], ["--lanes 100000000", "GiB", "--max-context or --cache-recurrences"]),
         (["--max-context", "33"], ["--max-context", "32"]),
         (["--steps", "9", "--max-steps", "8"], ["--steps", "--max-steps 8"]),
         (["--threshold", "-1"], ["--threshold"]),
@@ -293,6 +294,13 @@ def test_wrong_flags_are_named_in_one_line(toy_run, command, flags, words):
     assert (code, out, err.count("\n")) == (2, "", 1)
     for word in words:
         assert word in err
+
+
+def test_a_folder_that_is_absent_is_named_with_what_is_needed(command, tmp_path):
+    code, out, err = command("serve", tmp_path / "none")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert f"{tmp_path / 'none'}: does not exist; give a run folder" in err
+    assert "or a Hugging Face folder" in err
 
 
 def test_a_port_that_is_taken_is_named(toy_run, server, command):
