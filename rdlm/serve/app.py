@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -254,10 +254,11 @@ class _Answer(Response):
         if data:
             await self._write(send({"type": "http.response.body", "body": data, "more_body": True}))
 
-    async def _write(self, sending: Any) -> None:
+    async def _write(self, sending: Awaitable[None]) -> None:
         """Wait until the client has taken it; a client that takes too long is left."""
         try:
-            await asyncio.wait_for(sending, self._service.options.write_timeout)
+            async with asyncio.timeout(self._service.options.write_timeout):  # wait_for can lose a cancellation
+                await sending
         except TimeoutError as error:
             raise _Left from error
 

@@ -18,6 +18,10 @@ from rdlm.serve.options import ServeOptions
 from rdlm.serve.worker import Answer, Ask, End, Item, Token, Worker
 
 
+class Closed(Exception):
+    """Nobody waits for this request any more."""
+
+
 class Call:
     """A request that is being answered: items of all its answers as they come, in the event loop's thread."""
 
@@ -27,7 +31,7 @@ class Call:
         self._max_buffer = max_buffer
         self._buffer: collections.deque[tuple[int, Item]] = collections.deque()
         self._fresh = asyncio.Event()
-        self._error: APIError | None = None
+        self._error: APIError | Closed | None = None
 
     def put(self, index: int, items: list[Item]) -> None:
         """Items of one answer."""
@@ -40,10 +44,10 @@ class Call:
                 self.running.discard(index)
         self._buffer += [(index, item) for item in items]
         if len(self._buffer) > self._max_buffer:
-            self.fail(APIError(503, "the client reads too slowly", code="slow_reader"))
+            self.fail(reads_too_slowly())
         self._fresh.set()
 
-    def fail(self, error: APIError) -> None:
+    def fail(self, error: APIError | Closed) -> None:
         """End all answers with this error."""
         self._error = self._error or error
         self._fresh.set()
@@ -53,6 +57,7 @@ class Call:
 
         Raises:
           APIError: the request has failed.
+          Closed: it has been closed.
         """
         await self._fresh.wait()
         if self._error is not None:
@@ -70,6 +75,11 @@ def _deliver(call: Call, index: int, clock: AnswerClock, items: list[Item]) -> N
     """Items of one answer, from the worker to those who wait."""
     clock.count(items)
     call.put(index, items)
+
+
+def reads_too_slowly() -> APIError:
+    """What a client is told that has fallen too far behind, if it reads that."""
+    return APIError(503, "the client reads too slowly", code="slow_reader")
 
 
 def _as_answer(error: Exception) -> APIError:
@@ -201,9 +211,10 @@ class Service:
         return sum(max(waiting[each] - max(lanes - running[each], 0), 0) for each in waiting)
 
     def close(self, call: Call) -> None:
-        """Free what the request still holds, within one step of the engine."""
+        """Free what the request still holds, within one step of the engine. Nothing comes for it any more."""
         for answer in self._calls.pop(call, []):
             answer.cancelled = True
+        call.fail(Closed())
 
     def drain(self) -> None:
         """Take no more requests, and end those in flight after the grace period."""

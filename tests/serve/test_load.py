@@ -74,13 +74,18 @@ def test_a_full_queue_of_one_rule_refuses_nobody_of_another(server, rounds, monk
         rounds.release(1000)
 
 
+def asked(server, fields):
+    """The socket of a request that has just been sent."""
+    body, (host, port) = json.dumps(fields), server.url.removeprefix("http://").split(":")
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    connection = socket.create_connection((host, int(port)))
+    connection.sendall(f"{head}\r\n\r\n{body}".encode())
+    return connection
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_hangs_up_frees_its_lanes_within_one_step(server, rounds, stream):
-    body = json.dumps(LONG | {"n": 2, "stream": stream})
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-    host, port = server.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port))) as connection:
-        connection.sendall(f"{head}\r\n\r\n{body}".encode())
+    with asked(server, LONG | {"n": 2, "stream": stream}):
         until(lambda: server.service._calls)
         rounds.release(2)
         until(lambda: busy_lanes(server) == 2)
@@ -113,28 +118,56 @@ def test_a_slow_reader_loses_its_request_alone():
     asyncio.run(main())
 
 
-def test_a_client_that_takes_nothing_is_left(server, monkeypatch):
-    options(server, monkeypatch, write_timeout=0.2)
-    body = json.dumps(LONG | {"stream": True}).encode()
-    given = [{"type": "http.request", "body": body, "more_body": False}]
+async def straight(server, receive, send):
+    """A stream without a socket: the application itself, told by `receive` when the client hangs up."""
+    given = [{"type": "http.request", "body": json.dumps(LONG | {"stream": True}).encode(), "more_body": False}]
 
-    async def receive():
-        if given:
-            return given.pop()
-        await asyncio.Event().wait()
-
-    async def send(message):
-        if message["type"] == "http.response.body":
-            await asyncio.Event().wait()
+    async def body_first():
+        return given.pop() if given else await receive()
 
     scope = {
         "type": "http", "method": "POST", "path": "/v1/completions", "raw_path": b"/v1/completions", "root_path": "",
         "query_string": b"", "headers": [(b"content-type", b"application/json")], "scheme": "http",
         "server": ("x", 1), "client": ("x", 1), "http_version": "1.1", "asgi": {"version": "3.0"},
     }  # fmt: skip
-    coroutine = make_app(server.service)(scope, receive, send)
+    await make_app(server.service)(scope, body_first, send)
+
+
+def on_loop(server, coroutine, seconds=20):
+    return asyncio.run_coroutine_threadsafe(coroutine, server.loop).result(seconds)
+
+
+@pytest.mark.parametrize("ticks", range(8))
+def test_a_client_that_hangs_up_while_it_is_written_to_is_noticed(server, rounds, ticks):
+    async def main():
+        left = asyncio.Event()
+
+        async def receive():
+            await left.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message):
+            left.set()
+            for _ in range(ticks):
+                await asyncio.sleep(0)
+
+        await asyncio.wait_for(straight(server, receive, send), 5)
+
+    on_loop(server, main())
+
+
+def test_a_client_that_takes_nothing_is_left(server, monkeypatch):
+    options(server, monkeypatch, write_timeout=0.2)
+
+    async def receive():
+        await asyncio.Event().wait()
+
+    async def send(message):
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()
+
     with contextlib.suppress(Exception):
-        asyncio.run_coroutine_threadsafe(coroutine, server.loop).result(20)
+        on_loop(server, straight(server, receive, send))
     server.settle()
 
 

@@ -21,6 +21,7 @@ class Server:
     url: str
     service: Service
     loop: asyncio.AbstractEventLoop
+    requests: set[asyncio.Task]  # that are being served
 
     @property
     def run(self):
@@ -34,7 +35,7 @@ class Server:
     def settle(self):
         """Wait until nobody holds anything any more: no request, no lane."""
         engines = self.service.worker._engines.values()
-        until(lambda: not self.service._calls and not self.service.worker._active)
+        until(lambda: not self.requests and not self.service._calls and not self.service.worker._active)
         until(lambda: not any(s is not None and not s.done for e in engines for s in e._serving))
 
 
@@ -60,7 +61,7 @@ def serving(service):
     thread.start()
     try:
         until(lambda: server.started)
-        yield Server(f"http://127.0.0.1:{listening.getsockname()[1]}", service, loops[0])
+        yield Server(f"http://127.0.0.1:{listening.getsockname()[1]}", service, loops[0], server.server_state.tasks)
     finally:
         server.should_exit = True
         thread.join()
