@@ -114,7 +114,7 @@ def main() -> int:
     else:
         processes = args.processes or os.cpu_count() or 1
         manifest = build(args.out, corpus, recipe, tokenizer, processes=processes, say=say)
-    report(args.out, manifest)
+    report(args.out, manifest, model_of(args.tokenizer))
     return 0
 
 
@@ -147,8 +147,15 @@ def say(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def report(out: str, manifest: Manifest) -> None:
-    """Print what was prepared, and how to train on it."""
+def model_of(tokenizer: str) -> str:
+    """The model folder that holds a tokenizer, in itself or in its folder `tokenizer`; empty if there is none."""
+    folder = Path(tokenizer)
+    places = [folder, *[folder.parent] * (folder.name == "tokenizer")]
+    return next((str(place) for place in places if (place / "config.json").is_file()), "")
+
+
+def report(out: str, manifest: Manifest, model: str) -> None:
+    """Print what was prepared, and how to train on it: from the beginning, or from `model`, a folder, if given."""
     from rdlm.data.prepare import marked_example
 
     length = manifest.recipe.sequence_length
@@ -170,11 +177,13 @@ def report(out: str, manifest: Manifest) -> None:
     left = {what: n for what, n in dataclasses.asdict(manifest.skipped).items() if n}
     if left:
         print("skipped     " + ", ".join(f"{n:,} {what}" for what, n in left.items()))
-    if not is_url(out) and (example := marked_example(out)):
-        print("example of what is scored (>) and what is not:")
+    example = [] if is_url(out) else marked_example(out)
+    if example:
+        print(r"example of what is scored (>) and what is not; only \n is a line break of the text:")
         print("\n".join(example))
+    if example or model:
         print(
-            f"fine-tune on it: python experiments/train.py finetune --init FOLDER --data.prepared {out} "
+            f"fine-tune on it: python experiments/train.py finetune --init {model or 'FOLDER'} --data.prepared {out} "
             f"--data.sequence-length {length}"
         )
     if not manifest.validation.rows:

@@ -38,7 +38,7 @@ def test_the_direct_runner_writes_the_same_bytes_as_processes(tmp_path, corpus, 
 def test_a_bad_document_is_named_and_leaves_no_manifest(tmp_path, corpus, one_line):
     pytest.importorskip("apache_beam")
     (tmp_path / "texts.jsonl").write_bytes((tmp_path / "texts.jsonl").read_bytes()[:-20] + b"\xff\n")
-    with one_line("texts.jsonl, byte .*: not UTF-8"):
+    with one_line("texts.jsonl, line .*: not UTF-8"):
         build_with_beam(str(tmp_path / "beam"), corpus, RECIPE, BYTES)
     assert not (tmp_path / "beam" / "manifest.json").exists()
 

@@ -241,8 +241,8 @@ BY_LENGTH = "{{ messages | length }}" + CHATML
 def test_a_chat_that_the_template_refuses_is_named_or_left_out(tmp_path, template, chat, reason, one_line):
     everything = "nothing" in template
     tokenizer = with_template(template)
-    place = 0 if everything else len(chats())
-    with one_line(f"chats.jsonl, byte {place}: {reason}"):
+    place = 1 if everything else chats().count("\n") + 1
+    with one_line(f"chats.jsonl, line {place}: {reason}"):
         prepare_chats(tmp_path, chats(chat), tokenizer)
     if everything:
         with one_line("leave no train row of 0 documents .41 bad left out.; give more"):
@@ -497,7 +497,7 @@ def test_two_at_once_do_not_disturb_each_other(prepare_it, tmp_path, one_line):
 def test_a_bad_document_ends_it_and_leaves_no_target(prepare_it, source, tmp_path, processes, one_line):
     with source.open("ab") as file:
         file.write(b'{"text": "\xff"}\n')
-    with one_line("texts.jsonl, byte .*: not UTF-8"):
+    with one_line("texts.jsonl, line .*: not UTF-8"):
         prepare_it(processes=processes)
     assert not (tmp_path / "out").exists()
     recipe = dataclasses.replace(RECIPE, reading=Reading(bad_documents="skip"))

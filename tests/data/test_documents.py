@@ -188,21 +188,21 @@ def test_a_field_may_lie_within_another(tmp_path, one_line):
 
 
 BAD = {  # file -> content, its good documents, its bad ones, what is said of the first of these
-    "digits.jsonl": ('{"text": "a"}\n{"text": "b", "n": ' + "1" * 5000 + "}\n", ["a"], 1, "byte 14: not JSON"),
-    "deep.jsonl": ('{"text": "a"}\n' + "[" * 100_000 + "\n", ["a"], 1, "byte 14: not JSON .too deep"),
-    "half.jsonl": ('{"text": "a"}\n{"text": "\\ud83d"}\n', ["a"], 1, "byte 14: not valid Unicode .*surrogates"),
-    "array.json": ('[{"text": "a"},\n {"txt": "b"},\n {"text": 3}, {"text": "c"}]', ["a", "c"], 2, "byte 17: no field"),
+    "digits.jsonl": ('{"text": "a"}\n{"text": "b", "n": ' + "1" * 5000 + "}\n", ["a"], 1, "line 2: not JSON"),
+    "deep.jsonl": ('{"text": "a"}\n' + "[" * 100_000 + "\n", ["a"], 1, "line 2: not JSON .too deep"),
+    "half.jsonl": ('{"text": "a"}\n{"text": "\\ud83d"}\n', ["a"], 1, "line 2: not valid Unicode .*surrogates"),
+    "array.json": ('[{"text": "a"},\n {"txt": "b"},\n {"text": 3}, {"text": "c"}]', ["a", "c"], 2, "line 2: no field"),
     "objects.json": (
         '{\n"text": "a"\n}\n{\n "txt": ""}\nx {"text": "c"}{"text": "d"}\n{',
         ["a", "d"],
         3,
-        "byte 16: no",
+        "line 4: no",
     ),
-    "digits.json": ('[{"text": "a"}, {"text": "b", "n": ' + "1" * 5000 + "}]", ["a"], 1, "byte 16: not JSON"),
+    "digits.json": ('[{"text": "a"}, {"text": "b", "n": ' + "1" * 5000 + "}]", ["a"], 1, "line 1: not JSON"),
     "cells.csv": ("id,text\n1,a\n2,b, and c\n3\n\n4,d\n", ["a", "d"], 2, "line 3: 3 cells instead of 2; put text"),
     "latin.csv": (b"text\na\ncaf\xe9\nb\n", ["a", "b"], 1, "line 3: not valid Unicode"),
     "quote.csv": ('text\na\n"b\n', ["a"], 1, "line 3: not CSV .unexpected end of data"),
-    "nul.jsonl": ('{"text": "a"}\n\0\0\n', ["a"], 1, "byte 14: not JSON"),
+    "nul.jsonl": ('{"text": "a"}\n\0\0\n', ["a"], 1, "line 2: not JSON"),
 }
 
 
@@ -234,11 +234,24 @@ def test_every_bad_document_is_named_or_left_out(tmp_path, name, one_line):
 def test_a_bad_message_is_named_or_left_out(tmp_path, message, said, one_line):
     good = [{"role": "user", "content": "x"}]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"chat": c}) + "\n" for c in (good, [*good, message])))
-    with one_line(f"a.jsonl, byte 45: .*{said}"):
+    with one_line(f"a.jsonl, line 2: .*{said}"):
         everything([tmp_path / "a.jsonl"], Reading(field="chat"))
     skipped = Counter()
     assert everything([tmp_path / "a.jsonl"], Reading("chat", bad_documents="skip"), skipped=skipped) == [good]
     assert skipped == {"bad": 1}
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_the_line_of_an_error_counts_from_the_start_of_the_file(tmp_path, name, one_line):
+    lines = ['{"text": "a"}'] * 90
+    lines[66] = '{"text": 3}'
+    content = "\r\n".join(lines).encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    parts = cut_files(find_files([str(tmp_path / name)]), Reading(), 200)  # of which the later ones begin inside
+    assert len(parts) == 1 if name.endswith("gz") else len(parts) > 5
+    with one_line(f"{name}, line 67: field 'text' is int"):
+        for part in parts:
+            list(read_documents(part, Reading()))
 
 
 def bad_files(folder):
@@ -248,10 +261,10 @@ def bad_files(folder):
         file.write(json.dumps({"text": "y"}).encode() * 1000)
     zstd = (folder / "whole").read_bytes()
     return {
-        "utf8.txt": (b"good\n\xff\xfe bad", "utf8.txt, byte 0: not UTF-8"),
-        "utf8.jsonl": (b'{"text": "a"}\n{"text": "\xff"}\n', "utf8.jsonl, byte 14: not UTF-8"),
-        "json.jsonl": (b'{"text": "a"}\n{"text": \n', "json.jsonl, byte 14: not JSON"),
-        "list.jsonl": (b"[1]\n", "list.jsonl, byte 0: a JSON object was expected, not list"),
+        "utf8.txt": (b"good\n\xff\xfe bad", "utf8.txt, line 1: not UTF-8"),
+        "utf8.jsonl": (b'{"text": "a"}\n{"text": "\xff"}\n', "utf8.jsonl, line 2: not UTF-8"),
+        "json.jsonl": (b'{"text": "a"}\n{"text": \n', "json.jsonl, line 2: not JSON"),
+        "list.jsonl": (b"[1]\n", "list.jsonl, line 1: a JSON object was expected, not list"),
         "field.jsonl": (b'{"body": "a", "id": 3}\n', "no field 'text'; pass --field with one of: 'body', 'id'"),
         "number.jsonl": (b'{"text": 3}\n', "field 'text' is int, neither text nor a list of messages"),
         "cut.jsonl.gz": (whole[: len(whole) // 2], "cut.jsonl.gz: cut short or damaged .*copy it again"),
@@ -306,7 +319,7 @@ def test_what_is_not_there_is_named_in_one_line(tmp_path, path, message, one_lin
 def test_a_document_too_large_for_memory_is_refused(tmp_path, monkeypatch, one_line):
     monkeypatch.setattr("rdlm.data.prepare.documents._MAX_BYTES", 2**20)
     (tmp_path / "a.txt").write_text("line of text\n" * 100_000)
-    with one_line("byte 0: a document of more than 1 MiB; cut it, or .*--document line"):
+    with one_line("line 1: a document of more than 1 MiB; cut it, or .*--document line"):
         everything([tmp_path / "a.txt"], Reading())
     with one_line("a document of more than 1 MiB"):
         everything([tmp_path / "a.txt"], Reading(document="blank_line"))

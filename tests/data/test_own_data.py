@@ -142,7 +142,7 @@ def test_a_bad_document_in_a_stream_ends_a_run_that_has_saved_its_steps(tmp_path
     monkeypatch.setattr("rdlm.data.from_config.StreamedData", InOrder)
     config = settings_of(tmp_path, prepared=(sources[0][0],), stream=(str(tmp_path / "bad"),))
     config = dataclasses.replace(config, steps=18, checkpoint=dataclasses.replace(config.checkpoint, every=100))
-    with one_line(r"c.jsonl, byte \d+: not JSON .*; saved step \d+ in .*run") as caught:
+    with one_line(r"c.jsonl, line \d+: not JSON .*; saved step \d+ in .*run") as caught:
         Trainer(config, say=lambda line: None).run()
     [step] = saved_steps(tmp_path / "run")
     assert step > 1
@@ -238,7 +238,7 @@ def test_a_tokenizer_learns_the_words_of_chats(command, tmp_path, name):
                  "--validation-fraction", "0")  # fmt: skip
     code, _, err = command("train_tokenizer", *arguments)
     assert (code, err.count("\n")) == (2, 2), err
-    assert "chats.jsonl, byte " in err
+    assert "chats.jsonl, line " in err
     assert "not valid Unicode" in err
     code, _, err = command("train_tokenizer", *arguments, "--bad-documents", "skip")
     assert code == 0, err

@@ -265,7 +265,7 @@ def test_rows_without_a_label_are_left_out(chats):
 def test_a_stream_stopped_by_a_bad_document_goes_on_with_a_sample_that_skips_them(chats, one_line):
     sample, file, _ = chats("sample", "refuse")
     data, state, seen = StreamedData([file], sample, batch_size=4, window=1), None, []
-    with one_line("more.jsonl, byte .*: chat template: not this"):
+    with one_line("more.jsonl, line .*: chat template: not this"):
         for step in range(20):
             state = saved([data], step)
             seen.append(data.batch(step))

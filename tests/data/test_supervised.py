@@ -119,7 +119,7 @@ def test_a_pair_is_encoded_as_generation_encodes_its_prompt(tmp_path):
 def test_pairs_that_are_none_are_refused_or_left_out(tmp_path, record, words, one_line):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in [*PAIRS[:3], record, {"prompt": "x", "completion": " "}]))
-    with one_line(f"a.jsonl, byte .*: {words}"):
+    with one_line(f"a.jsonl, line 4: {words}"):
         documents(path, PAIRED)
     skipped = {"bad": 0, "empty": 0}
     assert len(documents(path, dataclasses.replace(PAIRED, bad_documents="skip"), skipped)) == 3
@@ -216,16 +216,35 @@ def test_an_example_is_shown_with_what_is_scored(tmp_path, capsys):
     prepared(tmp_path, [{"messages": hello}] * 3, published.smollm2(), Reading("messages"), validation_fraction=0,
              sequence_length=300)  # fmt: skip
     assert marked_example(tmp_path / "out") == [
-        "    <|im_start|>system",
-        "    You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>",
-        "    <|im_start|>user",
-        "    Hi\\x1b[2J",
-        "    there<|im_end|>",
-        "    <|im_start|>assistant",
-        "  > one",
-        "  > ",
+        "    <|im_start|>system\\n",
+        "    You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\\n",
+        "    <|im_start|>user\\n",
+        "    Hi\\x1b[2J\\n",
+        "    there<|im_end|>\\n",
+        "    <|im_start|>assistant\\n",
+        "  > one\\n",
+        "  > \\n",
         "  > two é<|im_end|>",
+        "    \\n",
     ]
+
+
+def test_between_prompt_and_completion_no_line_break_is_invented(tmp_path):
+    for i, (prompt, shown) in enumerate([("Q: a?\nA:", "    A:"), ("Q: a?\nA:\n", "    A:\\n")]):
+        (folder := tmp_path / str(i)).mkdir()
+        prepared(folder, [{"prompt": prompt, "completion": " b"}] * 3, BYTES, PAIRED, validation_fraction=0)
+        assert marked_example(folder / "out") == ["    <|begin_text|>Q: a?\\n", shown, "  >  b<|end_text|>"]
+
+
+@pytest.mark.parametrize("place", [".", "tokenizer"])
+def test_the_model_that_the_tokenizer_belongs_to_is_named(tmp_path, command, place):
+    model = tmp_path / "model"
+    BYTES.save(model / place)
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(60)))
+    arguments = ("prepare_data", tmp_path / "texts.jsonl", "--tokenizer", model / place, "--sequence-length", 16)
+    assert "fine-tune" not in command(*arguments, "--out", tmp_path / "a")[1]  # no model there
+    (model / "config.json").write_text("{}")
+    assert f"train.py finetune --init {model} --data.prepared" in command(*arguments, "--out", tmp_path / "b")[1]
 
 
 def test_a_long_example_is_shown_around_the_first_words_that_are_scored(tmp_path):
@@ -236,7 +255,7 @@ def test_a_long_example_is_shown_around_the_first_words_that_are_scored(tmp_path
     assert len(lines) == 42
     assert lines[0].startswith("    ... ")
     assert lines[-1].startswith("    ... ")
-    assert "  > b" in lines
+    assert "  > b\\n" in lines
     assert max(map(len, lines)) < 180
     texts = tmp_path / "texts"
     texts.mkdir()

@@ -57,12 +57,34 @@ def read_documents(
     for document in found:
         if isinstance(document, InputError):
             if reading.bad_documents == "refuse":
-                raise document
+                raise InputError(by_line(str(document))) from document
             skipped["bad"] += 1
         elif is_empty(document):
             skipped["empty"] += 1
         else:
             yield document
+
+
+def by_line(message: str) -> str:
+    """A message that begins with 'PATH, byte N' as one that begins with 'PATH, line N'; another as it is.
+
+    Parts of a file are read from any byte on, so lines are counted only for a message that is shown.
+
+    Raises:
+      InputError: the file is gone.
+    """
+    found = _PLACE.match(message)
+    if not found:
+        return message
+    line, left = 1, int(found["at"])
+    with opened(found["path"]) as raw:
+        stream = _decompressed(raw, found["path"])
+        while left and (block := stream.read(min(left, 2**20))):
+            line, left = line + block.count(b"\n"), left - len(block)
+    return f"{found['path']}, line {line}{message[found.end() :]}"
+
+
+_PLACE = re.compile(r"(?P<path>[^\n]+?), byte (?P<at>\d+)(?=:|$)")
 
 
 def _text_or_json(part: Part, reading: Reading, advance: Callable[[int], None]) -> Iterator[Text | InputError]:
@@ -177,7 +199,7 @@ def _elements(stream: io.BufferedReader, path: str) -> Iterator[_Located]:
         raise InputError(f"{path}: a JSON array without its end; copy it again")
     if content[start:].strip():
         if array:
-            raise InputError(f"{path}, byte {start}: more than one JSON array; write one object per line")
+            raise InputError(by_line(f"{path}, byte {start}: more than one JSON array; write one object per line"))
         yield start, _limited(content[start:].strip(), path, start)  # which is not JSON
 
 
@@ -188,6 +210,8 @@ def _json_field(line: str, reading: Reading, where: str) -> Text:
         tree = json.loads(line)
     except (ValueError, RecursionError) as error:
         reason = "too deep" if isinstance(error, RecursionError) else str(error).partition(";")[0]
+        if isinstance(error, json.JSONDecodeError):  # whose own line counts from this place
+            reason = f"{error.msg}, {error.pos} characters on"
         raise InputError(f"{where}: not JSON ({reason}); correct the line, or pass --bad-documents skip") from error
     if not isinstance(tree, dict):
         raise InputError(f"{where}: a JSON object was expected, not {type(tree).__name__}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,11 @@ _LINES, _WIDTH = 40, 160
 
 
 def marked_example(folder: str | Path) -> list[str]:
-    """Lines with the text of a train document, of which scored tokens begin with `SCORED` and others with `GIVEN`.
+    r"""Lines with the text of a train document, of which scored tokens begin with `SCORED` and others with `GIVEN`.
 
     The first document that is whole from its beginning, has a label and has tokens that are not scored; no lines if
-    everything is scored. Long texts are shortened. Control characters are shown escaped.
+    everything is scored. Long texts are shortened. Control characters are shown escaped; a line that does not end in
+    `\n` is followed by no line break in the text.
 
     Raises:
       InputError: no prepared data there, or damaged.
@@ -47,11 +49,10 @@ def _lines(tokenizer: Tokenizer, tokens: np.ndarray, scored: np.ndarray) -> list
     edges = [0, *(np.flatnonzero(scored[1:] != scored[:-1]) + 1).tolist(), len(tokens)]
     for begin, end in itertools.pairwise(edges):
         text = tokenizer.decode(tokens[begin:end], skip_special=False, after=tokens[:begin])
-        for line in text.split("\n"):
+        for line in re.findall(r"[^\n]*\n|[^\n]+", text):
             shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
             shown = f"{shown[: _WIDTH // 2]} ... {shown[-_WIDTH // 2 :]}" if len(shown) > _WIDTH else shown
             lines.append((SCORED if scored[begin] else GIVEN) + shown)
-    lines = [line for line in lines if line != GIVEN]
     if len(lines) <= _LINES:
         return lines
     first = next(i for i, line in enumerate(lines) if line.startswith(SCORED))

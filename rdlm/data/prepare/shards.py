@@ -30,6 +30,7 @@ from rdlm.data.manifest import (
     write_manifest,
 )
 from rdlm.data.packing import Document, Row, labels_by_chunk, pack
+from rdlm.data.prepare.documents import by_line
 from rdlm.data.prepare.input_files import Fingerprint
 from rdlm.data.prepare.parts import Conversation, Pair, Text, utf8_of
 from rdlm.data.records import token_dtype, write_rows
@@ -309,7 +310,7 @@ def encode(
                 yield tokenizer.encode_conversation(text, reply=False)
         except InputError as error:
             if reading.bad_documents == "refuse":
-                where = text.where if isinstance(text, Conversation) else "conversation"
+                where = by_line(text.where) if isinstance(text, Conversation) else "conversation"
                 raise InputError(f"{where}: {error}") from error
             skipped["bad"] += 1
             yield None
