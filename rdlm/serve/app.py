@@ -31,7 +31,7 @@ from rdlm.serve.protocol import (
     encode_texts,
     understand,
 )
-from rdlm.serve.service import Call, Service
+from rdlm.serve.service import Call, Service, reads_too_slowly
 
 _PAGE = Path(__file__).with_name("page.html")
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
@@ -186,37 +186,48 @@ class _Answer(Response):
         """ASGI: answer until done, the client leaves, or time is up."""
         gone = asyncio.ensure_future(_left(receive))
         work = asyncio.ensure_future(self._work(scope, receive, send))
+        facts, writer = scope["rdlm"], self._writer
+        facts["status"] = 500  # unless it is known how the answer ended
         try:
             await asyncio.wait((gone, work), return_when=asyncio.FIRST_COMPLETED)
-            if work.done():
-                work.result()
+            error = work.result() if work.done() else APIError(499, "the client left", code="client_left")
+            facts |= {"status": 200} if error is None else {"status": error.status, "error": error.code}
         finally:
             self._service.close(self._call)
             for task in (gone, work):
                 task.cancel()
             await asyncio.gather(gone, work, return_exceptions=True)
-            facts, writer = scope["rdlm"], self._writer
             facts |= {"prompt_tokens": writer.prompt_tokens, "completion_tokens": writer.completion_tokens}
             facts |= {"mean_steps": writer.usage()["mean_steps"]}
 
-    async def _work(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self._stream:
-            await self._in_pieces(send)
-            return
+    async def _work(self, scope: Scope, receive: Receive, send: Send) -> APIError | None:
+        """Answer; what went wrong, if anything did."""
+        try:
+            error = await (self._in_pieces(send) if self._stream else self._whole(scope, receive, send))
+        except _Stuck:
+            error = reads_too_slowly()
+        if error is not None:
+            self._service.metrics.failed.labels(error.code).inc()
+        return error
+
+    async def _whole(self, scope: Scope, receive: Receive, send: Send) -> APIError | None:
+        error: APIError | None = None
         try:
             async with asyncio.timeout(self._service.options.request_timeout):
                 while not self._writer.done:
                     for index, item in await self._call.take():
                         self._writer.add(index, item)
-            response: Response = JSONResponse(self._writer.whole())
         except TimeoutError:
-            response = self._failed(_too_late())
-        except APIError as error:
-            response = self._failed(error)
+            error = _too_late()
+        except APIError as failure:
+            error = failure
+        response = JSONResponse(self._writer.whole()) if error is None else _as_response(error)
         await self._write(response(scope, receive, send))
+        return error
 
-    async def _in_pieces(self, send: Send) -> None:
+    async def _in_pieces(self, send: Send) -> APIError | None:
         call, writer = self._call, self._writer
+        error: APIError | None = None
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._service.options.request_timeout
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
@@ -235,18 +246,13 @@ class _Answer(Response):
             closing = writer.closing()
             await self._events(send, [] if closing is None else [closing])
         except TimeoutError:
-            await self._fail(send, _too_late())
-        except APIError as error:
-            await self._fail(send, error)
+            error = _too_late()
+        except APIError as failure:
+            error = failure
+        if error is not None:
+            await self._events(send, [error.body()])
         await self._write(send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False}))
-
-    def _failed(self, error: APIError) -> Response:
-        self._service.metrics.failed.labels(error.code).inc()
-        return _as_response(error)
-
-    async def _fail(self, send: Send, error: APIError) -> None:
-        self._service.metrics.failed.labels(error.code).inc()
-        await self._events(send, [error.body()])
+        return error
 
     async def _events(self, send: Send, events: Iterable[Json]) -> None:
         """Server-sent events, all in one piece."""
@@ -255,16 +261,20 @@ class _Answer(Response):
             await self._write(send({"type": "http.response.body", "body": data, "more_body": True}))
 
     async def _write(self, sending: Awaitable[None]) -> None:
-        """Wait until the client has taken it; a client that takes too long is left."""
+        """Wait until the client has taken it; a client that takes too long is left.
+
+        Raises:
+          _Stuck: it has taken too long.
+        """
         try:
             async with asyncio.timeout(self._service.options.write_timeout):  # wait_for can lose a cancellation
                 await sending
         except TimeoutError as error:
-            raise _Left from error
+            raise _Stuck from error
 
 
-class _Left(Exception):
-    """The client does not read any more."""
+class _Stuck(Exception):
+    """The client does not read, so that nothing more can be said to it."""
 
 
 def _too_late() -> APIError:

@@ -68,6 +68,7 @@ class Guard:
             elif body is not None:
                 await self._app(scope, _replay(body, receive), answer)
         finally:
+            status = facts.pop("status", status)  # what became of an answer after it had begun with 200
             known = scope["path"] in _COUNTED
             self._counter.labels(scope["path"] if known else "other", str(status)).inc()
             if self._options.access_log and scope["path"] not in _PROBES:

@@ -52,6 +52,7 @@ def serve(run: Run, options: ServeOptions | None = None, host: str = "127.0.0.1"
             super().handle_exit(sig, frame)
 
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("uvicorn.error").addFilter(_is_news)
     log = logging.getLogger("rdlm.serve")
     log.setLevel(logging.INFO)
     log.propagate = False
@@ -87,6 +88,11 @@ def serve(run: Run, options: ServeOptions | None = None, host: str = "127.0.0.1"
     if service.worker.failure is not None:
         raise service.worker.failure
     return 0
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether uvicorn says what our own log does not: an answer that a slow reader loses ends early on purpose."""
+    return "without completing response" not in record.getMessage()
 
 
 def open_socket(host: str, port: int) -> socket.socket:

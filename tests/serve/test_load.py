@@ -3,7 +3,9 @@
 import asyncio
 import contextlib
 import dataclasses
+import inspect
 import json
+import logging
 import os
 import signal
 import socket
@@ -12,12 +14,14 @@ import threading
 import httpx
 import pytest
 from served import serving, until
+from uvicorn.protocols.http import h11_impl
 
 import rdlm.decode.engine
 from rdlm.serve.app import make_app
 from rdlm.serve.errors import APIError
+from rdlm.serve.guard import LOG
 from rdlm.serve.options import ServeOptions
-from rdlm.serve.server import open_socket
+from rdlm.serve.server import _is_news, open_socket
 from rdlm.serve.service import Call, Service
 from rdlm.serve.worker import End, Token, Worker
 
@@ -119,7 +123,7 @@ def test_a_slow_reader_loses_its_request_alone():
 
 
 async def straight(server, receive, send):
-    """A stream without a socket: the application itself, told by `receive` when the client hangs up."""
+    """A stream without a socket; `receive` says when the client hangs up. Returns its line of the log."""
     given = [{"type": "http.request", "body": json.dumps(LONG | {"stream": True}).encode(), "more_body": False}]
 
     async def body_first():
@@ -130,7 +134,14 @@ async def straight(server, receive, send):
         "query_string": b"", "headers": [(b"content-type", b"application/json")], "scheme": "http",
         "server": ("x", 1), "client": ("x", 1), "http_version": "1.1", "asgi": {"version": "3.0"},
     }  # fmt: skip
-    await make_app(server.service)(scope, body_first, send)
+    noted = []
+    app = make_app(server.service)
+    app._options = dataclasses.replace(app._options, access_log=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LOG, "info", lambda line: noted.append(json.loads(line)))
+        await app(scope, body_first, send)
+    (line,) = noted
+    return line
 
 
 def on_loop(server, coroutine, seconds=20):
@@ -151,9 +162,9 @@ def test_a_client_that_hangs_up_while_it_is_written_to_is_noticed(server, rounds
             for _ in range(ticks):
                 await asyncio.sleep(0)
 
-        await asyncio.wait_for(straight(server, receive, send), 5)
+        return await asyncio.wait_for(straight(server, receive, send), 5)
 
-    on_loop(server, main())
+    assert on_loop(server, main())["status"] == 499
 
 
 def test_a_client_that_takes_nothing_is_left(server, monkeypatch):
@@ -166,9 +177,16 @@ def test_a_client_that_takes_nothing_is_left(server, monkeypatch):
         if message["type"] == "http.response.body":
             await asyncio.Event().wait()
 
-    with contextlib.suppress(Exception):
-        on_loop(server, straight(server, receive, send))
+    told = on_loop(server, straight(server, receive, send))
     server.settle()
+    assert (told["status"], told["error"]) == (503, "slow_reader")
+
+
+def test_uvicorn_does_not_say_again_that_a_slow_reader_lost_its_answer():
+    text = "ASGI callable returned without completing response."  # as uvicorn writes it
+    assert text in inspect.getsource(h11_impl)
+    for said, shown in ((text, False), ("Exception in ASGI application\n", True)):
+        assert _is_news(logging.LogRecord("uvicorn.error", logging.ERROR, "", 0, said, None, None)) is shown
 
 
 def test_a_request_that_takes_too_long_ends(server, rounds, monkeypatch):

@@ -1,8 +1,11 @@
 """What Prometheus reads adds up."""
 
+import dataclasses
+
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from served import until
 
 pytestmark = pytest.mark.slow
 
@@ -44,6 +47,22 @@ def test_counters_are_those_of_the_answers(server):
     assert grown("http_requests_total", "/v1/completions", "400") == 1
     assert (after[("num_requests_running",)], after[("num_requests_waiting",)]) == (0, 0)
     assert after[("kv_cache_usage_perc",)] == 0
+
+
+def test_streams_are_counted_by_how_they_end(server, rounds, monkeypatch):
+    url, body = f"{server.url}/v1/completions", {"prompt": "ab", "stream": True}
+    before = read(server)
+    with httpx.stream("POST", url, json=body) as response:
+        assert response.status_code == 200  # then the client leaves
+    until(lambda: not server.requests)
+    monkeypatch.setattr(server.service, "options", dataclasses.replace(server.service.options, request_timeout=0.1))
+    assert "timeout" in httpx.post(url, json=body).text
+    until(lambda: not server.requests)
+    after = read(server)
+    grown = {key: after[key] - before.get(key, 0) for key in after}
+    ended = [grown.get(("http_requests_total", "/v1/completions", status), 0) for status in ("200", "499", "504")]
+    assert ended == [0, 1, 1]
+    assert grown[("request_failure_total", "timeout")] == 1
 
 
 def test_gauges_show_what_is_in_flight(server, rounds):
