@@ -5,7 +5,8 @@
     python experiments/train.py finetune --init models/smollm2 --data.prepared data/mine --run-dir runs/mine
 
 --init FOLDER starts with the parameters of a run folder or a Hugging Face folder, whose model and tokenizer replace the
-preset's; --init-ema True takes the moving average of a run. Once a checkpoint is saved, FOLDER is not needed.
+preset's; --init-ema True takes the moving average of a run. Once a checkpoint is saved, FOLDER is only needed
+with --tune.* or --loss.teacher start.
 
 The run folder (runs/PRESET) gets config.json, metrics.jsonl, checkpoints/, tokenizer/ and, at the end,
 loss_by_depth.json. Exit codes: 0 done; 75 stopped by a signal (SIGTERM, Ctrl-C, a hang-up) and saved; 3 stopped by an

@@ -20,7 +20,7 @@ from rdlm.evaluation.held_out import validation
 from rdlm.hf import is_huggingface, load_huggingface
 from rdlm.model import Params
 from rdlm.tokenizer import Tokenizer
-from rdlm.weights import read_run
+from rdlm.weights import merged_model, read_run
 
 Chat = Sequence[Mapping[str, str]]
 """Messages {"role": ..., "content": ...}."""
@@ -63,7 +63,7 @@ class Run:
     @property
     def config(self) -> ModelConfig:
         """The shape of the model. Ids that the tokenizer does not have count as padding rows."""
-        return self._model[1] if self.run_config is None else self._masked(self.run_config.model)
+        return self._model[1] if self.run_config is None else self._masked(merged_model(self.run_config))
 
     def require_tokenizer(self) -> Tokenizer:
         """The tokenizer.

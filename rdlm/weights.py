@@ -1,7 +1,8 @@
 """Where the first parameters of a run come from, if not from its seed: the folder `init` (docs/training.md, Start from
 weights).
 
-Once the run folder holds a checkpoint, `init` is not read again: the same command resumes without it.
+Once the run folder holds a checkpoint, the same command resumes without `init`. Only runs that keep its parameters read
+it again: beside frozen ones, and with `loss.teacher` "start".
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from rdlm.checkpoint import StoredCheckpoint, as_abstract, open_checkpoint, read
 from rdlm.config import InputError, MeshConfig, ModelConfig, RunConfig, differences, local_path, require
 from rdlm.data import prepared_tokenizer
 from rdlm.hf import StoredModel, is_huggingface, open_huggingface
-from rdlm.model import Params, init_params
+from rdlm.model import Params, cast, init_params
 from rdlm.runtime import together
 from rdlm.tokenizer import Tokenizer
 from rdlm.tune import combine, divide, merge
@@ -46,8 +47,8 @@ class Weights:
     """The folder `init` of a run: its model, tokenizer and parameters, each read when it is asked for."""
 
     def __init__(self, run: RunConfig):
-        """Raises InputError: not a local path."""
-        self.folder, self.ema, self.data = local_path(run.init, "init"), run.init_ema, run.data
+        """Raises InputError: not a local path, or a run folder whose run began without `init`."""
+        self.folder, self.ema, self.run = local_path(run.init, "init"), run.init_ema, run
         self.settled = _settled(run)
         """The run's own config.json, once the run goes on without `init`."""
 
@@ -56,10 +57,11 @@ class Weights:
         """The stored parameters. Raises InputError: there are none, or what is there is damaged."""
         if not self.folder.is_dir():
             given = "is a file" if self.folder.exists() else "no such folder"
-            raise InputError(
-                f"init = '{self.folder}': {given}; give a run folder or a Hugging Face folder (convert_huggingface.py "
-                "makes one of a GGUF file or of a model on the hub)"
+            fix = (
+                "give a run folder or a Hugging Face folder (convert_huggingface.py makes one of a GGUF file or of a "
+                "model on the hub)"
             )
+            raise self._unusable(given, fix)
         if not is_huggingface(self.folder):
             stored = open_checkpoint(self.folder, ema=self.ema)
             stored.require_whole()
@@ -91,7 +93,7 @@ class Weights:
           InputError: the folder has none, so that nobody knows which token a row of the embedding is; or another
             model's. The data are missing.
         """
-        given = prepared_tokenizer(self.data) or self._own_tokenizer
+        given = prepared_tokenizer(self.run.data) or self._own_tokenizer
         return self._own_tokenizer if given.added_to(self._own_tokenizer) is None else given
 
     @property
@@ -103,16 +105,19 @@ class Weights:
         """What the run trains. Parameters are held in float32, in which small updates are not lost; it computes in the
         dtype of the folder. Its tokens are those of the tokenizer, for which there may be more rows than in the folder.
         """
-        stored, size = self._stored_model, self.tokenizer.vocab_size
+        return self._with_tokens(self.tokenizer.vocab_size)
+
+    def _with_tokens(self, size: int) -> ModelConfig:
+        stored = self._stored_model
         held = self.source.dtype.name if isinstance(self.source, StoredModel) else stored.param_dtype
         computed = stored.compute_dtype or held
-        return dataclasses.replace(
+        model = dataclasses.replace(
             stored,
             vocab_size=size,
             padded_vocab_size=max(size, stored.rows),
-            param_dtype="float32",
-            compute_dtype=None if computed == "float32" else computed,  # type: ignore[arg-type]
+            compute_dtype=computed,  # type: ignore[arg-type]
         )
+        return _held_in_float32(model)
 
     @functools.cached_property
     def digest(self) -> str:
@@ -121,19 +126,17 @@ class Weights:
 
     def check(self, model: ModelConfig) -> None:
         """Refuse to train these parameters as another model. Raises InputError."""
-        for name, (stored, given) in differences(self.model, model).items():
-            more_rows = name == "padded_vocab_size" and model.rows >= self.model.rows
-            if not more_rows and not name.startswith(FREE):
-                raise InputError(
-                    f"model.{name} = {given!r}: {self.folder} has {stored!r}; leave it out (only {', '.join(FREE)} may "
-                    "differ)"
-                )
+        for name, (stored, given) in _other_model(self.model, model).items():
+            raise InputError(
+                f"model.{name} = {given!r}: {self.folder} has {stored!r}; leave it out (only {', '.join(FREE)} may "
+                "differ)"
+            )
 
     def load(self, target: PyTree[jax.ShapeDtypeStruct], digest: str) -> Params:
         """The parameters in the dtypes and shardings of `target`.
 
         Raises:
-          InputError: damaged files, or other parameters than those of `digest`.
+          InputError: damaged files, other parameters than those of `digest`, or those of another model than the run's.
         """
         source = together(lambda: self._unchanged(digest))
         dtype = target["wte"].dtype
@@ -157,12 +160,25 @@ class Weights:
         return fit(held)
 
     def _unchanged(self, digest: str) -> StoredModel | StoredCheckpoint:
+        fix = "put them back, or choose another --run-dir"
         if self.digest != digest:
-            raise InputError(
-                f"init = '{self.folder}': holds other weights (digest {self.digest[:16]}) than those that this run "
-                f"began from ({digest[:16]}); put them back, or choose another --run-dir"
-            )
+            given = f"holds other weights (digest {self.digest[:16]}) than those that the run began from"
+            raise self._unusable(f"{given} ({digest[:16]})", fix)
+        # Another config.json makes another model of the same weights.
+        model = self.run.model
+        for name, (now, then) in _other_model(self._with_tokens(model.vocab_size), model).items():
+            raise self._unusable(f"its config.json now says {name} = {now!r}, the run began with {then!r}", fix)
         return self.source
+
+    def _unusable(self, problem: str, fix: str) -> InputError:
+        """Of a run that has begun, the fix is to find the folder again."""
+        if self.settled is None:
+            return InputError(f"init = '{self.folder}': {problem}; {fix}")
+        run = local_path(self.run.folder, "run_dir")
+        return InputError(
+            f"run folder {run}: the weights that it began from, init = '{self.folder}': {problem}; put them back, or "
+            f"write their new place into init of {run / 'config.json'} (to train on, give it with --init)"
+        )
 
     def __str__(self) -> str:
         """Where the parameters come from, and which rows are for tokens that were added."""
@@ -175,6 +191,16 @@ class Weights:
             rows = f"{rows} the mean of the others" if new else "they take rows that were padding"
             text += f"; special tokens beyond the folder's: {', '.join(added)}: {rows}"
         return text
+
+
+def _other_model(stored: ModelConfig, given: ModelConfig) -> dict[str, tuple[object, object]]:
+    """Fields by which the same tensors are another model: {'num_heads': (stored, given)}."""
+    fewer = given.rows < stored.rows
+    return {
+        name: values
+        for name, values in differences(stored, given).items()
+        if not name.startswith(FREE) and (fewer or name != "padded_vocab_size")
+    }
 
 
 def _with_rows(x: Array, shape: tuple[int, ...]) -> Array:
@@ -190,8 +216,10 @@ def _settled(run: RunConfig) -> RunConfig | None:
     if not saved_steps(folder):
         return None
     saved = read_config(folder)
+    if not saved.init:
+        raise InputError(f"run folder {folder}: holds a run that began without --init; choose another --run-dir")
     same = saved.init_ema == run.init_ema and _absolute(saved.init) == _absolute(run.init)
-    return saved if saved.init and same else None
+    return saved if same else None
 
 
 def _absolute(init: str) -> Path:
@@ -257,19 +285,31 @@ def identified(run: RunConfig, weights: Weights) -> RunConfig:
     return dataclasses.replace(run, weights_digest=digest, init=init)
 
 
+def _held_in_float32(model: ModelConfig) -> ModelConfig:
+    """It computes in the same dtype as before."""
+    computed = model.compute_dtype or model.param_dtype
+    return dataclasses.replace(model, param_dtype="float32", compute_dtype=None if computed == "float32" else computed)
+
+
+def merged_model(run: RunConfig) -> ModelConfig:
+    """The model of `read_run`: merged pairs are held in float32, because a small sum A B is lost in bfloat16."""
+    return _held_in_float32(run.model) if run.tune.lora_rank else run.model
+
+
 def read_run(folder: str | Path, step: int | None = None, ema: bool = False) -> tuple[Params, ModelConfig]:
     """(params, config) of a run folder, as `rdlm.load_checkpoint`; also of one that holds only what it learnt.
 
-    Then its base is read from where the run says (`init` in config.json), and low-rank pairs are merged.
+    Then its base is read from where the run says (`init` in config.json), and low-rank pairs are merged in float32.
 
     Raises:
       InputError: as `load_checkpoint`; no such base, or one with other weights.
     """
     stored = open_checkpoint(folder, step, ema)
-    run, learnt = stored.run, stored.load()
+    run, learnt = dataclasses.replace(stored.run, run_dir=str(folder)), stored.load()
     if not run.tune.freezes:
         return learnt, run.model
     here = sharding.replicated(sharding.make_mesh(MeshConfig(1, 1), run.model, jax.local_devices()[:1]))
     shapes = jax.eval_shape(lambda: init_params(run.model, jax.random.key(0)))
     base = Weights(run).load(as_abstract(shapes, jax.tree.map(lambda _: here, shapes)), run.weights_digest)
-    return merge(combine(learnt, divide(base, run.tune)[1], run.tune)), run.model
+    model, params = merged_model(run), combine(learnt, divide(base, run.tune)[1], run.tune)
+    return merge(cast(params, model.param_dtype)), model

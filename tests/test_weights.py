@@ -359,6 +359,9 @@ def test_fields_that_change_no_tensor_may_differ(folders, data, tmp_path):
     placed = first_parameters(run, 1)
     assert {str(x.dtype) for x in jax.tree.leaves(placed)} == {"bfloat16"}
     assert len(placed["wte"]) == len(placed["head"]) == 176
+    headline = Trainer(run)._headline()
+    assert "\n  model.max_length = 200 (folder: " in headline
+    assert "model.embed_dim" not in headline
     fewer = dataclasses.replace(run, model=dataclasses.replace(run.model, padded_vocab_size=48))
     with pytest.raises(InputError, match=r"model.padded_vocab_size = 48: .* has 160"):
         Trainer(fewer)

@@ -447,6 +447,9 @@ class Trainer:
         if self.config.tune.freezes:
             learn = sum(x.size for x in jax.tree.leaves(self.state.params))
             lines.append(f"  {learn:,} numbers learn; the parameters of {self.config.init} stay as they are")
+        if self.weights is not None and self.weights.settled is None:
+            for name, (old, new) in differences(self.weights.model, model).items():
+                lines.append(f"  model.{name} = {new!r} (folder: {old!r})")
         lines += [
             f"  {name} = {new!r} (preset: {old!r})"
             for name, (old, new) in changed.items()

@@ -5,6 +5,7 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from experiment_scripts import script
@@ -14,8 +15,11 @@ from training_cases import losses
 import rdlm
 from rdlm.checkpoint import load_checkpoint, read_config, save_parameters
 from rdlm.config import PRESETS, InputError, MeshConfig, TuneConfig
+from rdlm.model import cast
+from rdlm.run import find
 from rdlm.train import Trainer
-from rdlm.weights import begin_from
+from rdlm.tune import begin
+from rdlm.weights import Weights, begin_from, identified, read_run
 
 pytestmark = pytest.mark.usefixtures("quick_module")
 
@@ -143,3 +147,49 @@ def test_without_a_base_it_does_not_begin(base, tmp_path):
     with pytest.raises(InputError, match=r"tune.lora_rank = 2: needs --init FOLDER"):
         Trainer(run)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def pairs(base, tmp_path):
+    """A run folder with pairs as after some training beside a base in bfloat16, and its base."""
+    init, folder = shutil.copytree(base, tmp_path / "base"), tmp_path / "pairs"
+    run = run_of(init, base.parent / "data", folder, tune=TuneConfig(lora_rank=2, lora_targets=("mlp.fc",)))
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, param_dtype="bfloat16"))
+    run = identified(run, Weights(run))
+    params = cast(rdlm.load(init).params, "bfloat16")
+    learnt = jax.tree.map(lambda x: jnp.full_like(x, 0.002), begin(params, run.tune, jax.random.key(0)))
+    save_parameters(folder, learnt, run, {"tokenizer": None}, step=1)
+    return folder, init, run, params
+
+
+def test_pairs_are_merged_in_float32(pairs):
+    folder, _, _, params = pairs
+    merged, model = read_run(folder)
+    assert (model.param_dtype, model.compute_dtype) == ("float32", "bfloat16")
+    assert (find(folder).config.param_dtype, find(folder).config.compute_dtype) == ("float32", "bfloat16")
+    w = np.asarray(params["core_0"]["mlp"]["fc"], np.float32)
+    moved = np.asarray(merged["core_0"]["mlp"]["fc"]) - w
+    np.testing.assert_allclose(moved, 16 / 2 * 2 * 0.002**2, rtol=1e-2)
+    assert np.any((w + moved).astype(jnp.bfloat16) == w), "in bfloat16 some of it would be lost"
+    np.testing.assert_array_equal(merged["wte"], np.asarray(params["wte"], np.float32))
+
+
+def test_what_is_wrong_with_a_base_names_the_run_and_the_base(pairs, base):
+    folder, init, run, _ = pairs
+    config, trainer = init / "config.json", dataclasses.replace(run, mesh=MeshConfig(1, 1))
+    way_out = rf"put them back, or write their new place into init of {folder}/config.json \(to train on, give it with"
+    whose = f"run folder {folder}: the weights that it began from, init = '{init}': "
+    text = config.read_text()
+    config.write_text(text.replace('"num_heads": 2', '"num_heads": 4'))
+    with pytest.raises(InputError, match=rf"{whose}its config.json now says num_heads = 4, .* with 2; {way_out}"):
+        read_run(folder)
+    with pytest.raises(InputError, match=f"{whose}its config.json now says num_heads = 4"):
+        Weights(trainer).load({}, run.weights_digest)
+    # What changes no tensor may differ.
+    config.write_text(text.replace('"rope_base": 50000.0', '"rope_base": 60000.0'))
+    read_run(folder)
+    shutil.rmtree(init)
+    with pytest.raises(InputError, match=f"{whose}no such folder; {way_out}"):
+        read_run(folder)
+    with pytest.raises(InputError, match=f"run folder {base}: holds a run that began without --init; choose another"):
+        run_of(base, base.parent / "data", base)
