@@ -173,7 +173,7 @@ def report(out: str, manifest: Manifest, model: str) -> None:
                 "nothing is scored there, or what is was cut off (--sequence-length, --packing)"
             )
         if split.dropped_rows:
-            print(f"            {split.dropped_rows:,} rows more had no label and were left out")
+            print(f"            {split.dropped_rows:,} rows had no label and were left out")
     left = {what: n for what, n in dataclasses.asdict(manifest.skipped).items() if n}
     if left:
         print("skipped     " + ", ".join(f"{n:,} {what}" for what, n in left.items()))

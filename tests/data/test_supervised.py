@@ -168,7 +168,7 @@ def test_chats_and_rows_without_a_label_are_counted(tmp_path, command, packing):
         f"fine-tune on it: python experiments/train.py finetune --init FOLDER --data.prepared {tmp_path}/again" in out
     )
     assert f"{manifest.train.unscored_documents} documents have no label" in out
-    assert f"{manifest.train.dropped_rows} rows more had no label and were left out" in out
+    assert f"{manifest.train.dropped_rows} rows had no label and were left out" in out
 
 
 @pytest.mark.parametrize("tokenizer", [published.ouro, published.smollm2, Tokenizer.bytes_only])
