@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from rdlm.config import InputError
+from rdlm.runtime import versions
 from rdlm.serve.answers import Json, Writer
 from rdlm.serve.errors import APIError, from_input_error, from_validation, wrong
 from rdlm.serve.guard import Guard
@@ -46,16 +47,17 @@ def make_app(service: Service) -> ASGIApp:
         yield
         await service.stop()
 
-    app = FastAPI(title="rdlm", lifespan=lifespan, description=__doc__)
+    app = FastAPI(title="rdlm", version=versions()["rdlm"], lifespan=lifespan, description=__doc__)
     app.state.service = service
     app.add_exception_handler(APIError, _on_api_error)
     app.add_exception_handler(RequestValidationError, _on_validation)
     app.add_exception_handler(HTTPException, _on_http)
     app.add_exception_handler(Exception, _on_bug)
     app.add_api_route("/", page, include_in_schema=False)
-    app.add_api_route("/health", health)
     app.add_api_route("/metrics", metrics)
-    app.add_api_route("/ready", ready)
+    for path, probe in (("/health", health), ("/ready", ready)):
+        app.add_api_route(path, probe)
+        app.add_api_route(path, probe, methods=["HEAD"], include_in_schema=False)
     app.add_api_route("/v1/models", models)
     app.add_api_route("/v1/models/{name:path}", model)
     errors: Any = {status: {"description": "An error object"} for status in (400, 401, 404, 413, 429, 500, 503)}

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import importlib.metadata
 import inspect
 import json
 import logging
@@ -245,6 +246,15 @@ def test_a_server_that_stops_ends_its_streams(server, rounds, monkeypatch):
         error, done = events(response)
         assert json.loads(error)["error"]["code"] == "stopping"
         assert done == "[DONE]"
+
+
+def test_probes_may_ask_with_head_and_the_schema_has_the_version_of_the_package(server):
+    for path in ("health", "ready"):
+        response = httpx.head(f"{server.url}/{path}")
+        assert (response.status_code, response.content) == (200, b"")
+    schema = httpx.get(f"{server.url}/openapi.json").json()
+    assert schema["info"]["version"] == importlib.metadata.version("rdlm")
+    assert list(schema["paths"]["/health"]) == ["get"]
 
 
 def test_before_everything_is_compiled_nothing_is_served(toy_run, monkeypatch):
