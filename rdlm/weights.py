@@ -62,6 +62,14 @@ class Weights:
                 "model on the hub)"
             )
             raise self._unusable(given, fix)
+        try:
+            return self._opened()
+        except InputError as error:
+            if self.settled is None:
+                raise
+            raise self._unusable(str(error), "") from error
+
+    def _opened(self) -> StoredModel | StoredCheckpoint:
         if not is_huggingface(self.folder):
             stored = open_checkpoint(self.folder, ema=self.ema)
             stored.require_whole()

@@ -188,6 +188,9 @@ def test_what_is_wrong_with_a_base_names_the_run_and_the_base(pairs, base):
     # What changes no tensor may differ.
     config.write_text(text.replace('"rope_base": 50000.0', '"rope_base": 60000.0'))
     read_run(folder)
+    config.unlink()
+    with pytest.raises(InputError, match=f"{whose}.*config.json.*; {way_out}"):
+        read_run(folder)
     shutil.rmtree(init)
     with pytest.raises(InputError, match=f"{whose}no such folder; {way_out}"):
         read_run(folder)
