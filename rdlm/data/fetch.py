@@ -21,7 +21,7 @@ def local_copy(folder: str, cache: str) -> Path:
       InputError: it cannot be copied, or arrives damaged.
     """
     if not is_url(folder):
-        return local_path(folder)
+        return local_path(folder, "data.prepared")
     try:
         fs, root = fsspec.core.url_to_fs(folder)
         manifest = fs.cat_file(f"{root}/manifest.json")

@@ -265,10 +265,10 @@ def test_data_that_cannot_be_validated_alone_say_so(command, folder, tmp_path):
         (("--data.prepared", "A", "B/../a"), ["data.prepared", "is given twice"]),
         (("--data.prepared", "TEXTS"), ["texts: not prepared data", "that prepare_data.py made"]),
         (("--data.prepared", "TEXTS/00.txt"), ["00.txt: not prepared data"]),
-        (("--data.prepared", ""), ["not prepared data"]),
+        (("--data.prepared", ""), ["data.prepared = '': is empty"]),
         (
             ("--data.prepared", "A", "B", "--data.weights", "1", "nan"),
-            ["(1.0, nan)", "positive finite number"],
+            ["data.weights = (1.0, nan)", "finite number"],
         ),
         (("--data.prepared", "A", "B", "--data.weights", "1", "inf"), ["data.weights = (1.0, inf)"]),
         (("--data.prepared", "A", "B", "--data.weights", "1e308", "1e308"), ["data.weights = (1e+308, 1e+308)"]),

@@ -387,7 +387,7 @@ def test_a_disk_that_is_full_when_the_tokenizer_is_saved_is_no_wrong_input(nano_
 
 def test_a_learning_rate_that_rises_again_is_said(nano_data, tmp_path, monkeypatch):
     # The step itself is a stand-in: this is about what a run says when it starts.
-    def step(config, tx, state, batch, layout):
+    def step(config, tx, state, batch, layout, frozen):
         metrics = {name: jnp.float32(1) for name in ("loss", "grad_norm", "update_norm", "learning_rate")}
         metrics |= {"n": jnp.int32(1), "k": jnp.int32(1), "skipped": jnp.int32(0), "first_bad": jnp.int32(-1)}
         return state._replace(step=state.step + 1), metrics
