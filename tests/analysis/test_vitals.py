@@ -257,7 +257,7 @@ def loop(tmp_path, monkeypatch):
     texts = [f"{i} " + " ".join(invent.choices(words, k=60)) for i in range(80)]
     monkeypatch.setattr(importlib.import_module("rdlm.data.prepare.embedded"), "_documents", lambda data: texts)
 
-    def step(config, tx, state, batch, layout=None):  # a stand-in: this is about the loop
+    def step(config, tx, state, batch, layout, frozen):  # a stand-in: this is about the loop
         found = {name: jnp.float32(1) for name in ("loss", "grad_norm", "learning_rate")} | {
             "skipped": jnp.array(False)
         }
