@@ -561,7 +561,8 @@ def direct(messages, reply):
         head += text("\n\n")
         body = [*text(message["content"].strip()), special["<|end_turn|>"]]
         ids += head + body
-        said += [False] * len(head) + [ours] * len(body)
+        scored = ours and bool(message["content"].strip())  # an empty reply teaches nothing
+        said += [False] * len(head) + [scored] * len(body)
     tail = [special["<|begin_header|>"], *text("Huginn"), special["<|end_header|>"], *text("\n\n")]
     tail = tail if reply else [TOKENIZER.eos_id]
     return ids + tail, said + [False] * len(tail)
