@@ -105,7 +105,7 @@ def half_rotation(x, cos, sin):
 
 
 def coda_without_second_norm(params, config, s, ctx, cached_kv=None, frozen_kv=None, active=None):
-    z = network._norm(params["ln_f"], config, s)
+    z = network._norm(params, "ln_f", config, s)
     y, new_kv = network._blocks(params, config, "coda", z, ctx, cached_kv, frozen_kv, active)
     return (y, z), new_kv
 
