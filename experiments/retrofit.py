@@ -76,7 +76,7 @@ def main() -> int:
     source = local_folder(args.src)
     check_model_folder(source)
     before, plain = read_model(source)
-    layers = plain.prelude_layers + plain.core_layers + plain.coda_layers
+    layers = len(plain.layers)
     prelude, core, coda = chosen(layers, args.drop) if asked is None else asked
     parts = cut(layers, prelude, core, coda, args.drop)
     key = jax.random.key(args.seed)

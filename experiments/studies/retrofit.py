@@ -253,7 +253,7 @@ def beginning(method: Method, places: Places) -> Path:
     if method.cut is None:
         return places.source
     plain = open_huggingface(places.source).config
-    layers = plain.prelude_layers + plain.core_layers + plain.coda_layers
+    layers = len(plain.layers)
     prelude, core = method.cut if layers > sum(method.cut) else (1, layers - 2)
     coda = layers - prelude - core
     folder = places.runs / f"models/{prelude}-{core}-{coda}-{places.digest[:8]}"

@@ -272,7 +272,7 @@ def reference_fields(config: ModelConfig, dtype: str) -> Fields:
             "out_proj": std / (2 * depth) ** 0.5,
             "std": std,
         },
-        "n_layers": config.prelude_layers + config.core_layers + config.coda_layers,
+        "n_layers": len(config.layers),
         "num_key_value_heads": config.kv_heads,
         "padded_vocab_size": config.rows,
         "padding_multiple": fits[0] if fits else config.rows,

@@ -211,8 +211,7 @@ def _layers(config: ModelConfig, norms: dict[str, str]) -> dict[str, Entry]:
     if config.loop.gate:
         entries["model.early_exit_gate.weight"] = Entry(("gate", "w"), (1, D), (D,), (D,), (0,))
         entries["model.early_exit_gate.bias"] = Entry(("gate", "bias"), (1,), (), (1,), (0,))
-    blocks = [f"{part}_{i}" for part in ("prelude", "core", "coda") for i in range(getattr(config, f"{part}_layers"))]
-    for i, block in enumerate(blocks):
+    for i, block in enumerate(config.layers):
         name = f"model.layers.{i}."
         for norm, theirs in norms.items():
             entries[f"{name}{theirs}.weight"] = plain(block, norm, "scale", shape=(D,))

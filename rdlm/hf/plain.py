@@ -115,7 +115,7 @@ def _read_windows(fields: Fields, values: dict[str, Json], where: str) -> dict[s
 
 def _write_windows(config: ModelConfig) -> Fields:
     near, full = "sliding_attention", "full_attention"
-    layers = config.prelude_layers + config.core_layers + config.coda_layers
+    layers = len(config.layers)
     return {
         "layer_types": [full if i in config.full_attention_layers else near for i in range(layers)],
         "query_pre_attn_scalar": round((config.block.attention_scale or config.head_dim**-0.5) ** -2, 6),
@@ -375,7 +375,7 @@ def model_fields(config: ModelConfig, dtype: str) -> Fields:
     kind = family_of(config)
     assert kind is not None
     family = FAMILIES[kind]
-    layers = config.prelude_layers + config.core_layers + config.coda_layers
+    layers = len(config.layers)
     fields: Fields = {
         "architectures": [family.architecture],
         "head_dim": config.head_dim,

@@ -19,7 +19,7 @@ ONCE = Loop(injection="none", start="embedding", bridge=False)
 """Of a plain transformer: all that `mean_recurrence = 1` leaves of it is its layers, one after the other."""
 
 START_STD = (2 / (5 * 5280)) ** 0.5
-"""Standard deviation of the initial state in published retrofits of every width: that of Huginn's embedding."""
+"""Standard deviation of the initial state in published retrofits of every width: that of the model of width 5,280."""
 
 
 class Cut(NamedTuple):
@@ -87,8 +87,7 @@ def retrofit(
             "config: the model embeds values by token, which belong to its cut; it cannot be cut otherwise"
         )
     require(adapter in ("identity", "random"), "adapter", adapter, "must be 'identity' or 'random'")
-    source = [f"{part}_{i}" for part in ("prelude", "core", "coda") for i in range(getattr(config, f"{part}_layers"))]
-    parts = cut(len(source), prelude, core, coda, drop)
+    parts = cut(len(config.layers), prelude, core, coda, drop)
     new = {"prelude": parts.prelude, "core": parts.core, "coda": parts.coda}
     kept = {f"{part}_{i}": layer for part, layers in new.items() for i, layer in enumerate(layers)}
     D, wte = config.embed_dim, params["wte"]
@@ -102,7 +101,7 @@ def retrofit(
         "head": jnp.array(wte) if config.tie_embeddings else params["head"],
         "ln_f": params["ln_f"],
         "adapter": weights,
-        **{name: params[source[layer]] for name, layer in kept.items()},
+        **{name: params[config.layers[layer]] for name, layer in kept.items()},
     }
     full = set(config.full_attention_layers)
     return made, dataclasses.replace(

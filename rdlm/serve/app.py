@@ -33,6 +33,7 @@ from rdlm.serve.protocol import (
     understand,
 )
 from rdlm.serve.service import Call, Service, reads_too_slowly
+from rdlm.serve.worker import Ask
 
 _PAGE = Path(__file__).with_name("page.html")
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
@@ -171,7 +172,7 @@ def _card(service: Service) -> Json:
     }
 
 
-def _generate(service: Service, body: Generate, ask: Any) -> Response:
+def _generate(service: Service, body: Generate, ask: Ask) -> Response:
     call = service.open(ask)
     writer = Writer(ask, Wanted.of(body), service.name, service.tokenizer)
     return _Answer(service, call, writer, stream=bool(body.stream))

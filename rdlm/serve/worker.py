@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -61,6 +62,11 @@ class Ask:
     likeliest: int = 0  # tokens wanted beside every one, with log-probabilities
     scores: bool = False  # also of the prompts' tokens
     made: dict[int, PromptScores] = dataclasses.field(default_factory=dict)  # the worker's: scores by prompt
+
+    @functools.cached_property
+    def keys(self) -> jax.Array:
+        """The key of each answer to a prompt, as `generate` draws them."""
+        return sample_keys(jax.random.key(self.seed)[None], self.samples)
 
 
 @dataclasses.dataclass(eq=False)
@@ -244,7 +250,6 @@ class Worker:
     def _begin(self, answer: Answer) -> None:
         ask = answer.ask
         prompt, depth = ask.prompts[answer.prompt], ask.depth
-        key = sample_keys(jax.random.key(ask.seed)[None], ask.samples)[answer.sample]
         answer.stream = self._tokenizer.decode_stream(after=prompt.tolist(), stop=ask.stop)
         if ask.scores:
             answer.fresh.append(ask.made[answer.prompt])
@@ -259,7 +264,7 @@ class Worker:
                 exit_rule=depth.rule,
                 min_steps=depth.min_steps,
                 sampling=dataclasses.replace(ask.sampling, stop_tokens=ask.stop_ids[:STOPS]),
-                key=key,
+                key=ask.keys[answer.sample],
                 likeliest=ask.likeliest > 0,
                 on_token=lambda token, steps: self._heard(answer, token, steps),
             )
