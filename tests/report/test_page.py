@@ -342,14 +342,17 @@ def test_every_set_of_tasks_is_on_the_page(empty, report):
         assert (words.count("0.4375"), words.count("0.8125")) == (times, 1)
 
 
-@pytest.mark.parametrize("out", ["", ".", "..", "folder"])
-def test_a_page_needs_a_name(out, empty, command, monkeypatch):
+@pytest.mark.parametrize(
+    "out, fault",
+    [("", "is empty; name a file")] + [(out, "it is a folder; give the name of a file") for out in (".", "..", "folder")],
+)
+def test_a_page_needs_a_name(out, fault, empty, command, monkeypatch):
     monkeypatch.chdir(empty)
     (empty / "folder").mkdir()
     before = sorted(empty.parent.rglob("*"))
     code, _, err = command("report", empty, "--out", out)
     assert code == 2
-    assert "it is a folder; give the name of a file" in err
+    assert fault in err
     assert sorted(empty.parent.rglob("*")) == before
 
 
