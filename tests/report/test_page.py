@@ -344,7 +344,8 @@ def test_every_set_of_tasks_is_on_the_page(empty, report):
 
 @pytest.mark.parametrize(
     "out, fault",
-    [("", "is empty; name a file")] + [(out, "it is a folder; give the name of a file") for out in (".", "..", "folder")],
+    [("", "is empty; name a file")]
+    + [(out, "it is a folder; give the name of a file") for out in (".", "..", "folder")],
 )
 def test_a_page_needs_a_name(out, fault, empty, command, monkeypatch):
     monkeypatch.chdir(empty)
