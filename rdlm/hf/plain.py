@@ -116,9 +116,10 @@ def _read_windows(fields: Fields, values: dict[str, Json], where: str) -> dict[s
 def _write_windows(config: ModelConfig) -> Fields:
     near, full = "sliding_attention", "full_attention"
     layers = len(config.layers)
+    scalar = round((config.block.attention_scale or config.head_dim**-0.5) ** -2, 6)
     return {
         "layer_types": [full if i in config.full_attention_layers else near for i in range(layers)],
-        "query_pre_attn_scalar": round((config.block.attention_scale or config.head_dim**-0.5) ** -2, 6),
+        "query_pre_attn_scalar": int(scalar) if scalar.is_integer() else scalar,  # transformers 5 takes no 24.0
         "rope_local_base_freq": config.window_rope_base,
         "sliding_window": config.attention_window,
     }

@@ -250,6 +250,18 @@ def test_round_trip_keeps_every_bit(name, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, params, again)
 
 
+@pytest.mark.parametrize("name", [*PLAIN, "hrm_text"])
+def test_fields_come_back_as_the_type_they_had(name, tmp_path):
+    """For classes of transformers, which since version 5 refuses 24.0 as a whole number."""
+    save_huggingface(tmp_path / "out", *family(name))
+    before, after = (
+        json.loads((f / "config.json").read_text()) for f in (GOLDEN / "families" / name, tmp_path / "out")
+    )
+    common = before.keys() & after.keys()
+    assert {"hidden_size", "n_embd", "vocab_size"} & common
+    assert {k: type(before[k]) for k in common} == {k: type(after[k]) for k in common}
+
+
 @pytest.mark.parametrize("name", PLAIN)
 def test_both_spellings_of_a_config_are_read(name, tmp_path):
     source = GOLDEN / "families" / name
