@@ -343,7 +343,7 @@ def test_every_set_of_tasks_is_on_the_page(empty, report):
 
 
 @pytest.mark.parametrize(
-    "out, fault",
+    ("out", "fault"),
     [("", "is empty; name a file")]
     + [(out, "it is a folder; give the name of a file") for out in (".", "..", "folder")],
 )
