@@ -4,13 +4,16 @@
     python experiments/aot_check.py huginn_3p5b --topology v5p:4x4x4 --gather each --search
     python experiments/aot_check.py huginn_3p5b --topology v5e:2x2 --only train --tune.lora-rank 16
     python experiments/aot_check.py huginn_3p5b --topology v5e:2x2 --only decode --batch 16 --capacity 1024
+    python experiments/aot_check.py small --only decode --exit none latent_diff gated_kl --mean-depth 12
 
 Training: compiles one optimizer step of the preset for the whole topology (all chips share the parameters unless
 --data says otherwise) and prints bytes per chip against the limit; the collectives inside each of the
 three loops of the recurrence and outside, with a check that nothing in the program was overlooked; FLOPs; and an
 ESTIMATE of the time of a step from these counts and the chip's datasheet. --search: the largest microbatch that fits.
 
-Decoding: compiles the token loop of `generate` (adaptive, every row at its own depth) for one chip of the topology.
+Decoding: compiles the token loop of `generate` (adaptive, every row at its own depth) for one chip of the topology, for
+each exit rule, and prints the bytes that a token reads and writes in HBM beside the least possible, what bounds it, and
+the tokens/s that this allows.
 
 Exits with 2 when something does not fit, saying what to change. Needs the extra `aot`. Two CPU cores take two to four
 minutes for each program of the 3.5B model. It proves memory, collectives and copies; never numbers or speed.
@@ -77,7 +80,10 @@ class Options:
     """Recurrences whose keys and values are kept; None: all."""
     num_steps: int = 32
     """Maximum recurrences per token."""
-    exit: Literal["none", "kl", "gated_kl", "latent_diff"] = "kl"
+    exit: tuple[Literal["none", "kl", "gated_kl", "latent_diff"], ...] = ("kl",)
+    """Exit rules; each is a program of its own."""
+    mean_depth: float | None = None
+    """Recurrences that the batch runs for a token, in the estimate; None: num_steps, as always with exit none."""
 
 
 def as_run(base: RunConfig, o: Options, chips: int, batch: int) -> RunConfig:
@@ -194,36 +200,93 @@ def train_report(name: str, base: RunConfig, o: Options, devices: list[Any], bat
         print(f"  largest batch per chip and microbatch: {largest}")
 
 
-def decode_report(name: str, base: RunConfig, o: Options, device: Any, batch: int) -> None:
-    """Compile the token loop for one chip and print what it needs and copies."""
-    config = dataclasses.replace(base.model, compute_dtype="bfloat16")
+GATED_CHECKS = 2.0
+"""How often a token under a gated rule runs coda and head for it (docs/decoding.md)."""
+
+
+def check_decoding(name: str, base: RunConfig, o: Options, device: Any, rule: str) -> dict[str, Any]:
+    """Compile the token loop for one chip and count: everything that is printed."""
+    config, batch = dataclasses.replace(base.model, compute_dtype="bfloat16"), o.batch or 16
     place, policy = SingleDeviceSharding(device), CachePolicy(o.recurrences)
-    if not 2 <= o.capacity <= config.max_length:
-        raise InputError(f"capacity = {o.capacity}: must be 2 .. {config.max_length}")
-    rule = exits.named(o.exit)
-    request = as_requests(config, [[1]] * batch, 1, RequestOptions(num_steps=o.num_steps, exit_rule=rule))[0]
+    options = RequestOptions(num_steps=o.num_steps, exit_rule=exits.named(rule))
+    request = as_requests(config, [[1]] * batch, 1, options)[0]
     params = jax.eval_shape(lambda: cast(init_params(config, jax.random.key(0)), jnp.bfloat16))
-    print(
-        f"{name}, decoding {batch} x {o.capacity}, {o.num_steps} recurrences, exit {o.exit}, one chip of {o.topology}"
-    )
     start = time.perf_counter()
     sizes = Sizes(policy, policy.sets(o.num_steps), o.capacity, o.capacity)
     progress = progress_shapes(params, config, request, sizes)
     params, *rest = hlo.specs((params, progress, request, jnp.int32(0), jnp.int32(0)), place)
     program = hlo.compile_program(decode_tokens.lower(params, config, *rest, False))
-    print(f"  compiled in                {time.perf_counter() - start:8.1f} s")
-    print(f"  parameters                 {2 * flops.parameters(config) / GIB:8.2f} GiB")
-    cached = flops.cache_bytes(config, policy, o.num_steps, batch, o.capacity, 2)
-    print(f"  cache                      {cached / GIB:8.2f} GiB, {program.shared / GIB:.2f} updated in place")
-    print(f"  temporaries                {program.temporaries / GIB:8.2f} GiB")
-    limit = flops.datasheet(device.device_kind).gib
-    print(f"  peak                       {program.peak / GIB:8.2f} of {limit} GiB")
-    large = program.copies(min_bytes=2**23)
-    print(f"  copies of 8 MiB or more    {sum(large.values()):8d}")
-    for (looped, shape), count in sorted(large.items()):
+    chip = flops.datasheet(device.device_kind)
+    depth = o.num_steps if rule == "none" or o.mean_depth is None else o.mean_depth
+    tokens = flops.Decoding(batch, depth, {"kl": depth, "gated_kl": GATED_CHECKS}.get(rule, 1.0), o.capacity)
+    least, moved = tokens.parts(config, 2), program.decoding_traffic()
+    if rule not in ("kl", "gated_kl"):  # coda and head run once, with the rest; looking at the state costs little
+        least["token"] += least.pop("check")
+        moved["recurrence"] += moved.pop("check")
+    seconds = {"HBM": tokens.total(moved) / chip.memory, "arithmetic": tokens.flops(config) / chip.flops}
+    bound = max(seconds, key=lambda what: seconds[what])
+    return {
+        "preset": name,
+        "topology": o.topology,
+        "batch": batch,
+        "capacity": o.capacity,
+        "num_steps": o.num_steps,
+        "exit": rule,
+        "depth": depth,
+        "checks": tokens.checks,
+        "compile_seconds": time.perf_counter() - start,
+        "parameters_gib": 2 * flops.parameters(config) / GIB,
+        "cache_gib": flops.cache_bytes(config, policy, o.num_steps, batch, o.capacity, 2) / GIB,
+        "updated_in_place_gib": program.shared / GIB,
+        "temporaries_gib": program.temporaries / GIB,
+        "peak_gib": program.peak / GIB,
+        "limit_gib": chip.gib,
+        "copies": [[count, shape, looped] for (looped, shape), count in sorted(program.copies(2**23).items())],
+        "moved_gib": {part: size / GIB for part, size in moved.items()} | {"in all": tokens.total(moved) / GIB},
+        "least_gib": {part: size / GIB for part, size in least.items()} | {"in all": tokens.total(least) / GIB},
+        "seconds": seconds,
+        "bound": bound,
+        "tokens_per_second": batch / seconds[bound],
+    }
+
+
+def show_decoding(found: dict[str, Any]) -> None:
+    """Print what `check_decoding` found."""
+    print(
+        f"{found['preset']}, decoding {found['batch']} x {found['capacity']}, {found['num_steps']} recurrences, exit "
+        f"{found['exit']}, one chip of {found['topology']}"
+    )
+    print(f"  compiled in                {found['compile_seconds']:8.1f} s")
+    print(f"  parameters                 {found['parameters_gib']:8.2f} GiB")
+    print(f"  cache                      {found['cache_gib']:8.2f} GiB, ", end="")
+    print(f"{found['updated_in_place_gib']:.2f} updated in place")
+    print(f"  temporaries                {found['temporaries_gib']:8.2f} GiB")
+    print(f"  peak                       {found['peak_gib']:8.2f} of {found['limit_gib']} GiB")
+    print(f"  copies of 8 MiB or more    {sum(count for count, *_ in found['copies']):8d}")
+    for count, shape, looped in found["copies"]:
         print(f"    {count} x {shape} {'in a loop' if looped else 'once'}")
-    if program.peak > limit * GIB:
-        raise hlo.DoesNotFit(round(program.peak / GIB, 2), limit)
+    print(f"  one token of every row, full cache, {found['depth']:g} recurrences, coda and head {found['checks']:g} x")
+    print("                               GiB in HBM   least possible")
+    for part, size in found["moved_gib"].items():
+        print(f"    {part:24} {size:11.3f} {found['least_gib'][part]:16.3f}")
+    print(f"    {found['moved_gib']['in all'] / found['least_gib']['in all']:.2f} times the least possible")
+    times = found["seconds"]
+    print(
+        f"  bound by {found['bound']}: HBM {times['HBM'] * 1e3:.2f} ms, arithmetic {times['arithmetic'] * 1e3:.2f} ms"
+    )
+    print(f"    at most {found['tokens_per_second']:,.0f} tokens/s (from counts and datasheet, not a measurement)")
+
+
+def decode_report(name: str, base: RunConfig, o: Options, device: Any) -> None:
+    """Check decoding with every exit rule."""
+    for rule in o.exit:
+        found = check_decoding(name, base, o, device, rule)
+        if o.json:
+            print(json.dumps(found), flush=True)
+        else:
+            show_decoding(found)
+        if found["peak_gib"] > found["limit_gib"]:
+            raise hlo.DoesNotFit(round(found["peak_gib"], 2), found["limit_gib"])
 
 
 def main() -> int:
@@ -233,11 +296,15 @@ def main() -> int:
         value = getattr(o, field)
         if value is not None and value < 1:
             raise InputError(f"{field} = {value}: must be at least 1")
+    if o.only != "train" and not 2 <= o.capacity <= base.model.max_length:
+        raise InputError(f"capacity = {o.capacity}: must be 2 .. {base.model.max_length}")
+    if o.mean_depth is not None and not 0 < o.mean_depth <= o.num_steps:
+        raise InputError(f"mean_depth = {o.mean_depth:g}: must be above 0 and at most num_steps = {o.num_steps}")
     devices = hlo.tpu_devices(o.topology)
     if o.only != "decode":
         train_report(o.preset, base, o, devices, o.batch or 1)
     if o.only != "train":
-        decode_report(o.preset, base, o, devices[0], o.batch or 16)
+        decode_report(o.preset, base, o, devices[0])
     return 0
 
 

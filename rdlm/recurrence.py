@@ -213,7 +213,8 @@ def unroll_until(
         s, i = carry
         return (i < max_steps) & ~finished(s, i)
 
-    return lax.while_loop(unfinished, lambda carry: (step(*carry), carry[1] + 1), (s, jnp.asarray(done, jnp.int32)))
+    with jax.named_scope("recurrence_until"):
+        return lax.while_loop(unfinished, lambda carry: (step(*carry), carry[1] + 1), (s, jnp.asarray(done, jnp.int32)))
 
 
 def check_depths(depths: Sequence[int], min_depth: int = 1) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -172,6 +173,42 @@ def check_bytes(config: ModelConfig, itemsize: int) -> int:
 def core_bytes(config: ModelConfig, itemsize: int) -> int:
     """Bytes of weights that one recurrence streams: core blocks and the state's half of the adapter."""
     return (config.core_calls * block_matrices(config) + _injection(config)) * itemsize
+
+
+class Decoding(NamedTuple):
+    """What one more token costs every row of a batch.
+
+    depth: recurrences that the batch runs. checks: how often it runs coda and head, for an exit rule or at the end.
+    capacity: cached positions that a row reads.
+    """
+
+    batch: int
+    depth: float
+    checks: float
+    capacity: int
+
+    def parts(self, config: ModelConfig, itemsize: int) -> dict[str, float]:
+        """Least bytes read in HBM by one recurrence, by one check, and by the rest ("token").
+
+        Weights are read at every use, by all rows together; a layer's cached keys and values at every use, by each row.
+        Less is possible only where the chip's own memory keeps some of it in between.
+        """
+        cached = self.batch * self.capacity * key_value_bytes(config, itemsize)
+        layers = config.prelude_layers * block_matrices(config)
+        return {
+            "recurrence": core_bytes(config, itemsize) + config.core_calls * cached,
+            "check": check_bytes(config, itemsize) + config.coda_layers * cached,
+            "token": (layers + _injection(config) + _once(config)) * itemsize + config.prelude_layers * cached,
+        }
+
+    def total(self, parts: Mapping[str, float]) -> float:
+        """Of the whole token: a quantity of one recurrence, one check (if they are counted apart) and the rest."""
+        return parts["recurrence"] * self.depth + parts.get("check", 0.0) * self.checks + parts["token"]
+
+    def flops(self, config: ModelConfig) -> float:
+        """FLOPs of all rows."""
+        once = forward_flops(config, self.depth, self.capacity) - check_flops(config, self.capacity)
+        return self.batch * (once + self.checks * check_flops(config, self.capacity))
 
 
 def training_flops(config: ModelConfig, n: float, k: float, length: float) -> float:

@@ -59,6 +59,8 @@ _SCOPES = {
 }
 LOOPS = ("recurrence_free", "recurrence_forward", "recurrence_backward")
 """The loops of `rdlm.recurrence.unroll`, found in a compiled program by the scopes it names."""
+DECODING = ("recurrence", "check", "token")
+"""The parts of a token loop: a recurrence, a check of an exit rule, and what a token needs once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,29 +147,42 @@ class Program:
     def traffic(self) -> dict[str, int]:
         """Estimated bytes read and written in HBM by one pass of each loop of `LOOPS`, and by all the rest ("once").
 
-        Arguments and results of every operation that is not fused into another, arrays kept in the chip's fast memory
-        left out. Loops other than the recurrences count as often as the compiler knows they run.
+        Arguments and results of every operation that is not fused into another (`_moved`). Loops other than the
+        recurrences count as often as the compiler knows they run.
         """
         computations = _computations(self.text)
         loops, trips = _loops_around(computations), _known_trips(self.text)
         fused = set(re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", self.text))
         total: dict[str, int] = dict.fromkeys((*LOOPS, "once"), 0)
-        for name, lines in computations.items():
-            if name in fused:
-                continue
-            shapes: dict[str, int] = {}
-            moved = 0
-            for line in lines:
-                match = _RESULT.match(line)
-                if match is None:
-                    continue
-                shapes[match["name"]] = sum(_bytes(x) for x in _SHAPE.findall(_FAST.sub("", match["shape"])))
-                if match["operation"] in _FREE:
-                    continue
-                arguments = re.findall(r"%([\w.\-]+)", line[match.end() :].split("), ")[0])
-                moved += shapes[match["name"]] + sum(shapes.get(a, 0) for a in arguments)
-            inside = [loop for loop in loops.get(name, ()) if loop in LOOPS]
-            total[inside[0] if inside else "once"] += moved * trips.get(name, 1)
+        for name in computations:
+            if name not in fused:
+                inside = [loop for loop in loops.get(name, ()) if loop in LOOPS]
+                total[inside[0] if inside else "once"] += _moved(name, computations) * trips.get(name, 1)
+        return total
+
+    def decoding_traffic(self) -> dict[str, int]:
+        """The same for one token of a token loop: by one recurrence, by one check of an exit rule, and by the rest.
+
+        What only some requests ask for (sampling, penalties, log-probabilities) is not counted.
+        """
+        computations, trips = _computations(self.text), _known_trips(self.text)
+        total = dict.fromkeys(DECODING, 0)
+
+        def add(name: str, part: str) -> None:
+            total[part] += _moved(name, computations) * trips.get(name, 1)
+            for line in computations[name]:
+                if body := _BODY.search(line):
+                    add(body[1], "recurrence" if "recurrence_until" in line else part)
+                elif " conditional(" in line and part != "token":
+                    for branch in _branches(line):
+                        add(branch, "check")
+                elif called := re.search(r" call\(.*to_apply=%?([\w.\-]+)", line):
+                    add(called[1], part)
+
+        looped = {body[1] for lines in computations.values() for body in map(_BODY.search, lines) if body}
+        outside = [name for name in computations if name not in looped and name.startswith("main")]
+        for body in [body[1] for name in outside for body in map(_BODY.search, computations[name]) if body]:
+            add(body, "token")
         return total
 
 
@@ -270,10 +285,14 @@ def _calls(computations: dict[str, list[str]]) -> dict[str, set[str]]:
     for name, lines in computations.items():
         text = "\n".join(lines)
         called = re.findall(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)", text)
-        for group in re.findall(r"(?:branch_computations|called_computations)=\{([^}]*)\}", text):
-            called += [branch.strip().lstrip("%") for branch in group.split(",")]
-        calls[name] = set(called)
+        calls[name] = {*called, *_branches(text)}
     return calls
+
+
+def _branches(text: str) -> list[str]:
+    """The computations of which conditionals choose one."""
+    groups = re.findall(r"(?:branch_computations|called_computations)=\{([^}]*)\}", text)
+    return [branch.strip().lstrip("%") for group in groups for branch in group.split(",")]
 
 
 def _loops_around(computations: dict[str, list[str]]) -> dict[str, set[str]]:
@@ -282,7 +301,7 @@ def _loops_around(computations: dict[str, list[str]]) -> dict[str, set[str]]:
     around: dict[str, set[str]] = collections.defaultdict(set)
     for lines in computations.values():
         for line in lines:
-            body = re.search(r" while\(.*body=%?([\w.\-]+)", line)
+            body = _BODY.search(line)
             if body is None:
                 continue
             label = _loop(line)
@@ -317,6 +336,97 @@ def _known_trips(text: str) -> dict[str, int]:
     return {match[1]: int(match[2]) for match in found if match}
 
 
+def _moved(name: str, computations: dict[str, list[str]]) -> int:
+    """Estimated bytes that one pass of a computation reads and writes in HBM; arrays in fast memory left out.
+
+    Of an array that is only sliced, or updated in place, the slice or the update counts.
+    """
+    sizes: dict[str, int] = {}
+    moved = 0
+    for match in filter(None, map(_RESULT.match, computations[name])):
+        operation, arguments = match["operation"], _arguments(match)
+        sizes[match["name"]] = _in_hbm(match["shape"])
+        given = [sizes.get(argument, 0) for argument in arguments]
+        called = re.search(r"calls=%?([\w.\-]+)", match.string)
+        if operation in _FREE or operation.endswith("-done"):
+            continue
+        if operation == "copy-start":  # its result holds the source too
+            moved += sizes[match["name"]]
+        elif operation in ("fusion", "async-start") and called:
+            reads = [size and _read(called[1], i, computations) for i, size in enumerate(given)]
+            moved += sum(size if read is None else min(size, read) for size, read in zip(given, reads, strict=True))
+            moved += _written(called[1], computations)
+        elif operation in _SLICES:
+            moved += sizes[match["name"]] + (_size(match["shape"]) if given[0] else 0)
+        elif operation in _UPDATES:
+            moved += 2 * given[1 if operation == "dynamic-update-slice" else -1]
+        else:
+            moved += sizes[match["name"]] + sum(given)
+    return moved
+
+
+def _read(name: str, index: int, computations: dict[str, list[str]]) -> int | None:
+    """Bytes that a fused computation reads of its parameter `index`; None: all of it."""
+    found = list(filter(None, map(_RESULT.match, computations[name])))
+    same = {m["name"] for m in found if m["operation"] == "parameter" and f"parameter({index})" in m.string}
+    total = 0
+    for match in found:
+        arguments = _arguments(match)
+        if not same.intersection(arguments):
+            continue
+        called = re.search(r"calls=%?([\w.\-]+)", match.string)
+        first = arguments[0] in same and not same.intersection(arguments[1:])
+        if match["operation"] == "bitcast" and not _is_root(match):
+            same.add(match["name"])
+        elif match["operation"] == "fusion" and called:
+            parts = [_read(called[1], i, computations) for i, argument in enumerate(arguments) if argument in same]
+            if None in parts:
+                return None
+            total += sum(part or 0 for part in parts)
+        elif match["operation"] in _SLICES and first:
+            total += _size(match["shape"])
+        elif match["operation"] not in _UPDATES or not first:
+            return None
+    return total
+
+
+def _written(name: str, computations: dict[str, list[str]]) -> int:
+    """Bytes that a fused computation writes in HBM."""
+    found = {m["name"]: m for m in map(_RESULT.match, computations[name]) if m}
+
+    def written(match: re.Match[str]) -> int:
+        arguments = [found[argument] for argument in _arguments(match) if argument in found]
+        called = re.search(r"calls=%?([\w.\-]+)", match.string)
+        if match["operation"] == "tuple":
+            return sum(map(written, arguments))
+        if match["operation"] == "bitcast" and _in_hbm(match["shape"]):
+            return written(arguments[0])
+        if match["operation"] == "fusion" and called and _in_hbm(match["shape"]):
+            return _written(called[1], computations)
+        if match["operation"] in _UPDATES and _in_hbm(match["shape"]):
+            return _size(arguments[1 if match["operation"] == "dynamic-update-slice" else -1]["shape"])
+        return 0 if match["operation"] == "parameter" else _in_hbm(match["shape"])
+
+    return written(next(filter(_is_root, found.values())))
+
+
+def _is_root(match: re.Match[str]) -> bool:
+    return match.string.lstrip().startswith("ROOT")
+
+
+def _arguments(match: re.Match[str]) -> list[str]:
+    """Names of the arguments of an operation."""
+    return re.findall(r"%([\w.\-]+)", match.string[match.end() :].split("), ")[0])
+
+
+def _size(shape: str) -> int:
+    return sum(map(_bytes, _SHAPE.findall(shape)))
+
+
+def _in_hbm(shape: str) -> int:
+    return _size(_FAST.sub("", shape))
+
+
 def _group(line: str) -> int:
     """How many devices take part in the collective of a line.
 
@@ -335,6 +445,9 @@ def _group(line: str) -> int:
     raise ValueError(f"collective with unknown groups: {line.strip()[:300]}")
 
 
+_BODY = re.compile(r" while\(.*body=%?([\w.\-]+)")
+_SLICES = ("slice", "dynamic-slice", "gather")
+_UPDATES = ("dynamic-update-slice", "scatter")
 _SHAPE = re.compile(r"\w+\[[\d,]*\]")
 _FAST = re.compile(r"\w+\[[\d,]*\]\{[^}]*S\(1\)[^}]*\}")
 _KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute|collective-broadcast"

@@ -55,6 +55,9 @@ def test_no_program_copies_the_cache(place, lanes):
     assert not program.copies(core), "a whole layer of the cache is copied"
     assert program.shared >= flops.cache_bytes(CONFIG, POLICY, R, B, T, 2), "the cache is not updated in place"
     assert program.peak <= flops.datasheet(hlo.tpu_devices("v5e:2x2")[0].device_kind).gib * 2**30
+    if not lanes:
+        moved, least = program.decoding_traffic()["recurrence"], flops.Decoding(B, R, R, T).parts(CONFIG, 2)
+        assert 1 <= moved / least["recurrence"] < 2, "one set is read, and counted; there are four"
 
 
 def test_control_a_cache_with_ragged_columns_is_copied(place, monkeypatch):

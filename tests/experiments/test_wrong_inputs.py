@@ -390,6 +390,9 @@ OTHERS = """
     aot_check nano --topology v5e
     aot_check nano --batch 0
     aot_check nano --data 0
+    aot_check nano --only decode --capacity 1
+    aot_check nano --only decode --mean-depth 0
+    aot_check nano --only decode --mean-depth 33
 """
 """Whole command lines."""
 

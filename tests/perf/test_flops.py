@@ -135,3 +135,26 @@ def test_cache_bytes_are_those_of_the_arrays(policy, change):
         assert sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays) == flops.cache_bytes(
             config, policy, r, batch, capacity, size
         )
+
+
+@pytest.mark.parametrize("config", [TINY, dataclasses.replace(TINY, tie_embeddings=False, num_kv_heads=1)])
+def test_one_recurrence_and_one_check_read_every_matrix_and_the_cache_once(config):
+    shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+    if not config.tie_embeddings:
+        del shapes["wte"]  # of which a token needs one row
+    matrices = sum(math.prod(x.shape) for path, x in jax.tree.leaves_with_path(shapes) if "norm" not in str(path))
+    biases = sum(math.prod(x.shape) for path, x in jax.tree.leaves_with_path(shapes) if "bias" in str(path))
+    norms = config.embed_dim  # ln_f
+    token = flops.Decoding(batch=5, depth=1, checks=1, capacity=7)
+    cache = flops.cache_bytes(config, CachePolicy(1), 1, 5, 7, 2)
+    assert token.total(token.parts(config, 2)) == 2 * (matrices - biases - norms) + cache
+
+
+def test_depth_checks_and_rows_cost_what_they_read():
+    one, (D, F, V) = flops.Decoding(1, 3, 2, 0), (12, 10, 20)
+    core, coda = 3 * (4 * D * D + 3 * D * F) + D * D, 2 * (4 * D * D + 3 * D * F)
+    parts = one.parts(TINY, 2)
+    assert one.total(parts) - one._replace(depth=2).total(parts) == 2 * core
+    assert one.total(parts) - one._replace(checks=1).total(parts) == 2 * (coda + V * D)
+    assert one._replace(batch=9).parts(TINY, 2) == parts, "rows share the weights"
+    assert one.flops(TINY) == flops.forward_flops(TINY, 3, 0) + flops.check_flops(TINY, 0)
