@@ -42,6 +42,7 @@ from rdlm.runtime import parse_arguments, run_command
 from rdlm.train.roofline import lower_train_step, roofline, state_bytes, wire_bytes
 
 GIB = 2**30
+Exit = Literal["none", "kl", "gated_kl", "latent_diff"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Options:
     """Recurrences whose keys and values are kept; None: all."""
     num_steps: int = 32
     """Maximum recurrences per token."""
-    exit: tuple[Literal["none", "kl", "gated_kl", "latent_diff"], ...] = ("kl",)
+    exit: tuple[Exit, ...] = ("kl",)
     """Exit rules; each is a program of its own."""
     mean_depth: float | None = None
     """Recurrences that the batch runs for a token, in the estimate; None: num_steps, as always with exit none."""
@@ -204,7 +205,7 @@ GATED_CHECKS = 2.0
 """How often a token under a gated rule runs coda and head for it (docs/decoding.md)."""
 
 
-def check_decoding(name: str, base: RunConfig, o: Options, device: Any, rule: str) -> dict[str, Any]:
+def check_decoding(name: str, base: RunConfig, o: Options, device: Any, rule: Exit) -> dict[str, Any]:
     """Compile the token loop for one chip and count: everything that is printed."""
     config, batch = dataclasses.replace(base.model, compute_dtype="bfloat16"), o.batch or 16
     place, policy = SingleDeviceSharding(device), CachePolicy(o.recurrences)
