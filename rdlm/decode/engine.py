@@ -22,11 +22,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.typing import ArrayLike
+from jaxtyping import Int32
 
 from rdlm.config import CachePolicy, InputError, ModelConfig, Sampling
 from rdlm.decode.lanes import RECENT, Flush, Lanes, advance, empty_lanes, insert
-from rdlm.decode.loop import Sizes, begin
+from rdlm.decode.loop import Sizes, begin, read_chunk
 from rdlm.decode.passes import check_memory, next_power
 from rdlm.decode.requests import (
     Prompt,
@@ -40,6 +42,7 @@ from rdlm.decode.requests import (
 )
 from rdlm.exits import ExitRule
 from rdlm.model import Params, check_shape, compute_dtype, typed_key
+from rdlm.model.cache import Cache, allocate
 from rdlm.model.inputs import check_callable, check_integers, check_type
 
 OnToken = Callable[[int, int], None]
@@ -63,6 +66,7 @@ class Served:
     likeliest: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
     """(token, log-probability) of the likeliest at each new position, the first one first, if they were asked for."""
     _wants_likeliest: bool = dataclasses.field(default=False, repr=False)
+    _in_chunks: bool = dataclasses.field(default=False, repr=False)  # whether its prompt is read so
     _on_token: OnToken | None = dataclasses.field(default=None, repr=False)
     _consumers: int = dataclasses.field(default=0, repr=False)
 
@@ -106,6 +110,16 @@ class Usage:
     flushes: int
 
 
+@dataclasses.dataclass
+class _Reading:
+    """A long prompt that is read chunk by chunk."""
+
+    served: Served
+    lane: int  # nobody else's until the whole prompt has been read
+    cache: Cache  # of this prompt alone
+    steps: list[np.ndarray] = dataclasses.field(default_factory=list)  # recurrences of the tokens of each chunk
+
+
 class Engine:
     """Serves requests on `lanes` lanes. One compile per prompt-length bucket, none per request or value.
 
@@ -121,6 +135,10 @@ class Engine:
       max_queue: requests that may be queued; `submit` refuses more.
       flush_every: a lane whose token has stopped runs the coda after at most this many ticks, with others if possible.
       ticks_per_step: recurrences of one `step`, after which tokens are delivered.
+      prefill_chunk: most tokens of a prompt that are read at once. A longer prompt is read in chunks, one in each
+        `step`, and others get their tokens in between. No result changes; where one would, prompts are read at once:
+        with a cache of fewer recurrences, `prefill_exit="together"` or `prefix`. Default: twice the lanes, at least 32
+        on a CPU and 128 elsewhere.
 
     Raises:
       InputError: impossible sizes.
@@ -144,6 +162,7 @@ class Engine:
         max_queue: int = 1024,
         flush_every: int = 4,
         ticks_per_step: int = 64,
+        prefill_chunk: int | None = None,
     ):
         numbers = {
             "lanes": lanes,
@@ -155,6 +174,8 @@ class Engine:
         check_type("config", config, ModelConfig)
         check_type("cache", cache, CachePolicy)
         capacity = config.max_length if capacity is None else capacity
+        if prefill_chunk is not None:
+            numbers["prefill_chunk"] = prefill_chunk
         for name, value in (numbers | {"capacity": capacity}).items():
             check_shape(f"Engine: {name}", value, ())
             check_integers(f"Engine: {name}", value, 1)
@@ -184,6 +205,10 @@ class Engine:
         self._sizes = Sizes(cache, sets, capacity, max_new_tokens)
         self._serving: list[Served | None] = [None] * lanes
         check_memory(params, config, lanes, 1, (sets, capacity), self._idle.depth)
+        usual = max(2 * lanes, 32 if jax.default_backend() == "cpu" else 128)
+        self._chunk = usual if prefill_chunk is None else int(prefill_chunk)
+        self._exact_chunks = cache.recurrences is None and prefill_exit != "together"
+        self._reading: _Reading | None = None
         self._lanes = self._empty_lanes()
         self._queue: collections.deque[Served] = collections.deque()
         self._queue_lock = threading.Lock()  # requests may come while another thread runs a step
@@ -256,11 +281,20 @@ class Engine:
         if row.keys.dtype != self._idle.keys.dtype:
             raise InputError(f"key: {row.keys.dtype}, but this engine's are {self._idle.keys.dtype}")
         served = Served(prompt, limit, row, self, _on_token=on_token, _wants_likeliest=bool(likeliest))
+        served._in_chunks = self._exact_chunks and prompt.size > self._chunk and not np.any(prefix)
         with self._queue_lock:
             if sum(not s.done for s in self._queue) >= self.max_queue:
                 raise InputError(f"Engine: max_queue = {self.max_queue} requests are waiting; run the engine first")
             self._queue.append(served)
         return served
+
+    @property
+    def prompt_lengths(self) -> list[int]:
+        """Prompts of these lengths, one after the other, compile everything that prompts need."""
+        longest = self._sizes.capacity - 1
+        at_once = min(self._chunk, longest) if self._exact_chunks else longest
+        buckets = [16 << i for i in range(at_once.bit_length()) if 16 << i < at_once]
+        return [*buckets, *range(at_once, min(at_once + 1, longest) + 1)]
 
     def samples(self, prompt: Prompt, count: int, key: ArrayLike, **options: Any) -> list[Served]:
         """Queue `count` requests for different continuations of one prompt: those of `generate(samples=count)`.
@@ -313,15 +347,20 @@ class Engine:
 
     def _step(self) -> bool:
         self._serving = [None if s is None or s.done else s for s in self._serving]
+        if self._reading is not None and self._reading.served.done:
+            self._reading = None
         while self._admit():
             pass
+        read = self._read_chunk()
         if not any(self._serving):
-            return False
+            return read
         alive = np.asarray([s is not None for s in self._serving])
         # Stop as soon as the next group finds its lanes: some may be free already.
-        queued = min(len(self._queue), self._group)
-        wake = max(queued - int((~alive).sum()), 1) if queued else len(alive) + 1
+        group = self._next()
+        wake = max(len(group) - len(self._free), 1) if group else len(alive) + 1
         most = min(self._ticks, RECENT) if self._wanted else self._ticks
+        if self._reading is not None:  # no more than every lane needs for a token
+            most = min(most, self._sizes.sets + self._flush.every)
         ticks = jnp.int32(most), jnp.int32(wake)
         try:
             self._lanes = advance(
@@ -364,17 +403,38 @@ class Engine:
         ticks, used, flushes = (int(x) for x in (self._lanes.ticks, self._lanes.used, self._lanes.flushes))
         return Usage(ticks, used / max(ticks * len(self._serving), 1), flushes)
 
+    @property
+    def _free(self) -> list[int]:
+        """Lanes that nobody has."""
+        kept = None if self._reading is None else self._reading.lane
+        return [lane for lane, s in enumerate(self._serving) if s is None and lane != kept]
+
     def _admit(self) -> bool:
-        """Prefill a group and give it lanes, once as many lanes are free as the group needs."""
-        free = [lane for lane, s in enumerate(self._serving) if s is None]
+        """Prefill the next group or begin the next long prompt, once there are lanes enough. False: not yet."""
+        group, free = self._next(), self._free
+        if not group or len(free) < len(group):
+            return False
+        with self._queue_lock:
+            self._queue = collections.deque(s for s in self._queue if s not in group)
+        if group[0]._in_chunks:
+            self._begin_reading(group[0], free[0])
+        else:
+            self._place(group, free[: len(group)])
+        return True
+
+    def _next(self) -> list[Served]:
+        """Those whose turn it is: up to a group, or one with a long prompt; while one is read, others pass its like."""
+        group: list[Served] = []
         with self._queue_lock:
             self._queue = collections.deque(s for s in self._queue if not s.done)
-            size = min(len(self._queue), self._group)
-            if size == 0 or len(free) < size:
-                return False
-            group = [self._queue.popleft() for _ in range(size)]
-        self._place(group, free[:size])
-        return True
+            for served in self._queue:
+                if len(group) == self._group:
+                    break
+                if not served._in_chunks:
+                    group.append(served)
+                elif self._reading is None:
+                    return group or [served]
+        return group
 
     def _place(self, group: list[Served], lanes: list[int]) -> None:
         """Prefill requests and put them into these lanes. If several fail together, each is tried alone."""
@@ -409,6 +469,59 @@ class Engine:
         depth = np.asarray(prompt_steps)  # errors of the program appear here, while the lanes are untouched
         self._lanes = insert(self.params, self.config, self._lanes, progress, lengths, request, max_tokens, lane)
         return _Made.read(self._lanes), depth
+
+    def _begin_reading(self, served: Served, lane: int) -> None:
+        sizes, depth = self._sizes, self._in_prompt(self._idle).depth
+        coda_sets = depth.rule is not None and depth.rule.needs_logits
+        where = sizes.sets, sizes.capacity
+        try:
+            check_memory(self.params, self.config, 1, self._chunk, where, depth, coda_sets=coda_sets)
+            dtype = compute_dtype(self.params, self.config)
+            cache = allocate(self.config, sizes.policy, sizes.sets, 1, sizes.capacity, dtype, coda_sets)
+        except BaseException as error:
+            self._fail([served], error)
+        else:
+            self._reading = _Reading(served, lane, cache)
+
+    def _in_prompt(self, row: Request) -> Request:
+        """A request as far as it concerns the tokens of its prompt."""
+        never = self._options.prefill_exit == "never"
+        return row._replace(depth=row.depth._replace(rule=None)) if never else row
+
+    def _read_chunk(self) -> bool:
+        """Prefill the next chunk of a long prompt, and after the last put it into its lane. False: there is none."""
+        reading = self._reading
+        if reading is None:
+            return False
+        served, lane, start = reading.served, reading.lane, sum(map(len, reading.steps))
+        chunk = served.prompt[start : start + self._chunk]
+        tokens, present = np.zeros((1, self._chunk), np.int32), np.zeros((1, self.config.vocab_size), bool)
+        tokens[0, : chunk.size], present[0, served.prompt] = chunk, True
+        try:
+            progress, steps = read_chunk(
+                self.params,
+                self.config,
+                reading.cache,
+                jnp.asarray(tokens),
+                _one(chunk.size),
+                jnp.asarray(present),
+                self._in_prompt(served._row),
+                self._options.warm_start,
+            )
+            reading.cache = progress.cache
+            reading.steps.append(np.asarray(steps)[0, : chunk.size])
+            if start + chunk.size < served.prompt.size and not progress.failed[0]:
+                return True
+            rest = _one(served.prompt.size), served._row, _one(served.max_new_tokens), _one(lane)
+            self._lanes = insert(self.params, self.config, self._lanes, progress, *rest)
+            made = _Made.read(self._lanes)
+        except BaseException as error:
+            self._reading = None
+            self._fail([served], error)
+            return True
+        self._reading, self._serving[lane], served.prompt_steps = None, served, np.concatenate(reading.steps)
+        self._deliver(made)
+        return True
 
     @property
     def _wanted(self) -> bool:
@@ -454,6 +567,10 @@ class _Made(NamedTuple):
     def read(cls, lanes: Lanes) -> _Made:
         """Wait for the program that makes them; its errors appear here."""
         return cls(*(np.asarray(getattr(lanes, name)) for name in cls._fields))
+
+
+def _one(number: int) -> Int32[Array, "1"]:
+    return jnp.asarray([number], jnp.int32)
 
 
 def _stack(rows: list[Request]) -> Request:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Float, Int, Int32, Key
+from jaxtyping import Bool, Float, Int, Int32, Key
 
 from rdlm.config import CachePolicy, ModelConfig
 from rdlm.decode.passes import continuation, run_pass
@@ -69,15 +69,57 @@ def begin(
     V = config.vocab_size
     present = jnp.zeros((B, V), bool)
     present = present.at[jnp.arange(B)[:, None], jnp.where(text.valid, tokens, V)].set(True, mode="drop")
-    last = (lengths - 1)[:, None]
-    table = jnp.zeros((B, sizes.tokens), jnp.int32)
+    return _first_token(config, done, cache, request, lengths, present, sizes.tokens, warm_start), done.steps
+
+
+@functools.partial(jax.jit, static_argnames=("config", "warm_start"), donate_argnames="cache")
+def read_chunk(
+    params: Params,
+    config: ModelConfig,
+    cache: Cache,
+    tokens: Int[Array, "B C"],
+    count: Int[Array, "B"],
+    present: Bool[Array, "B V"],
+    request: Request,
+    warm_start: WarmStart,
+) -> tuple[Progress, Int32[Array, "B C"]]:
+    """Prefill the next chunk of prompts: (progress if it is the last one, steps of each of its tokens).
+
+    Args:
+      params, config: the model.
+      cache: of the chunks before; with `coda_sets`, if a rule reads logits. It keeps every recurrence that tokens run,
+        or the result is not that of `begin`.
+      tokens, count: the chunk, and how many tokens of each row are real.
+      present: the tokens of the whole prompts.
+      request: as for `begin`, which also serves what this cannot: prefix attention, and exits of a prompt together.
+      warm_start: as for `begin`.
+    """
+    text = continuation(config, cache, tokens, count)
+    start = request_start(params, config, text, request)
+    done, cache = run_pass(params, config, text, start, request.depth, cache, last_only=True)
+    return _first_token(config, done, cache, request, count, present, 1, warm_start), done.steps
+
+
+def _first_token(
+    config: ModelConfig,
+    done: Pass,
+    cache: Cache,
+    request: Request,
+    lengths: Int[Array, "B"],
+    present: Bool[Array, "B V"],
+    most: int,
+    warm_start: WarmStart,
+) -> Progress:
+    """The token loop after the first of `most` tokens, which a pass over `lengths` tokens of each row has given."""
+    B, last = len(lengths), (lengths - 1)[:, None]
+    table = jnp.zeros((B, most), jnp.int32)
     progress = Progress(
         cache=cache,
         token=jnp.zeros(B, jnp.int32),
         warm=_warm(config, done, last, warm_start),
         tokens=table,
         steps=table,
-        log_probs=jnp.zeros((B, sizes.tokens), jnp.float32),
+        log_probs=jnp.zeros((B, most), jnp.float32),
         likeliest=no_likeliest(B),
         count=jnp.zeros(B, jnp.int32),
         done=jnp.zeros(B, bool),
@@ -86,7 +128,7 @@ def begin(
         passes=done.ran,
     )
     steps = jnp.take_along_axis(done.steps, last, axis=1)[:, 0]
-    return emit(progress, request, known(config, done.logits[:, 0]), steps), done.steps
+    return emit(progress, request, known(config, done.logits[:, 0]), steps)
 
 
 def progress_shapes(params: Params, config: ModelConfig, request: Request, sizes: Sizes) -> Progress:

@@ -84,6 +84,7 @@ def check_memory(
     sizes: tuple[int, int],
     depth: Depth,
     all_logits: bool = False,
+    coda_sets: bool = False,
 ) -> None:
     """Refuse a cache that cannot fit, before it is asked for.
 
@@ -94,6 +95,7 @@ def check_memory(
       sizes: core sets and positions of the cache.
       depth: its rule may read the logits of all tokens.
       all_logits: the pass returns them.
+      coda_sets: the cache has them.
 
     Raises:
       InputError: it needs more memory than is free.
@@ -108,7 +110,7 @@ def check_memory(
     later = batch * capacity * (2 * D * dtype.itemsize + 32 * H)  # a layer's keys and values with their heads split
     require_memory(
         f"cache: {sets} recurrences x {batch} prompts x {capacity} positions",
-        int(1.05 * (cache_bytes(config, sets, batch, capacity, dtype) + max(first, later))),
+        int(1.05 * (cache_bytes(config, sets, batch, capacity, dtype, coda_sets) + max(first, later))),
         "keep fewer recurrences (cache=CachePolicy(recurrences=k)), run fewer (num_steps), or give fewer or shorter "
         "prompts",
     )

@@ -3,6 +3,9 @@
 Serves scoring (`forward` with an exit rule), prefill, decoding (L = 1) and verification of drafts. At recurrence i
 every active token runs the core; a query reads the keys and values that each earlier token has at that recurrence, and
 a stopped token keeps its last. When all have stopped, coda and head read every token's final state, in parallel.
+
+A prompt may also be read in several passes, one chunk of tokens each, and nothing changes if the cache keeps what its
+tokens had at every recurrence: all core sets, and for rules that read logits `Cache.coda_sets`.
 """
 
 from __future__ import annotations
@@ -61,6 +64,7 @@ class _Carry(NamedTuple):
     rule: PyTree  # state of the exit rule
     coda_kv: Layers  # [B, L, .] per coda layer, as of the last check
     fresh: Array  # bool [B, L], whether `coda_kv` belongs to the present state
+    coda_sets: Layers  # [S, B, L, .] per coda layer, `coda_kv` after every recurrence, if the cache keeps them
 
 
 def adaptive_pass(
@@ -90,9 +94,9 @@ def adaptive_pass(
     start = start._replace(s=begin(params, config, e)) if start.s is None else start
     loop = _Loop(params, config, text, depth, cache, together, inject(params, config, e), start.key)
     c, ran = unroll_until(loop.step, _all_stopped, loop.begin(start), jnp.max(depth.num_steps), start.ran)
-    (y, z), coda_kv = loop.coda(c.s)
+    (y, z), coda_kv = loop.coda(c.s, cache.coda)
     logits = head(params, config, loop.at_last(y) if last_only else y)
-    return Pass(logits, z, c.s, c.steps, ran, NewKV(prelude_kv, c.core_kv, coda_kv), c.checks)
+    return Pass(logits, z, c.s, c.steps, ran, NewKV(prelude_kv, c.core_kv, coda_kv, c.coda_sets), c.checks)
 
 
 def _all_stopped(c: _Carry, i: Array) -> Array:
@@ -133,6 +137,7 @@ class _Loop:
         ran, core_kv = jnp.int32(start.ran), start.core_kv
         assert start.s is not None
         coda_kv: Layers = ()
+        coda_sets: Layers = ()
         rule_state: PyTree = ()
         if not core_kv:
             core_kv = tuple(zeros(config, (self.cache.sets, *shape), dtype) for _ in range(config.core_calls))
@@ -140,6 +145,8 @@ class _Loop:
             rule_state = exits.init(rule, self.observed(start.s), config.vocab_size)
         if rule is not None and rule.needs_logits:
             coda_kv = tuple(zeros(config, shape, dtype) for _ in range(config.coda_layers))
+        if self.cache.coda_sets:
+            coda_sets = tuple(zeros(config, (self.cache.sets, *shape), dtype) for _ in range(config.coda_layers))
         return _Carry(
             s=start.s,
             active=self.text.valid & (ran < self.depth.num_steps),
@@ -149,6 +156,7 @@ class _Loop:
             rule=rule_state,
             coda_kv=coda_kv,
             fresh=jnp.zeros(shape, bool),
+            coda_sets=coda_sets,
         )
 
     def step(self, c: _Carry, i: Array) -> _Carry:
@@ -169,6 +177,8 @@ class _Loop:
         if self.depth.rule is not None:
             due = c.active & self.depth.due(i + 1)
             c = jax.lax.cond(jnp.any(due), lambda c: self.check(c, i + 1, due), lambda c: c, c)
+        if c.coda_sets:
+            c = c._replace(coda_sets=write_set(c.coda_sets, c.coda_kv, i))
         return c._replace(active=c.active & (c.steps < self.depth.num_steps))
 
     def hide(self, active: Array, i: Array) -> Text:
@@ -185,8 +195,10 @@ class _Loop:
             return self.evaluate(c, ran, due)
         state, opened = self.rule.open_gate(c.rule, Observation(self.observed(c.s), None, ran))
         c = c._replace(rule=self.seen_only(due, state, c.rule))
-        due = due & opened
-        return jax.lax.cond(jnp.any(due), lambda c: self.evaluate(c, ran, due), lambda c: c, c)
+        opened = due & opened
+        # A later chunk may open the gate at a recurrence where nothing does here, and then reads the coda of these.
+        wanted = due if self.cache.coda_sets else opened
+        return jax.lax.cond(jnp.any(wanted), lambda c: self.evaluate(c, ran, opened), lambda c: c, c)
 
     def evaluate(self, c: _Carry, ran: Array, due: Array) -> _Carry:
         """The same without a gate."""
@@ -194,7 +206,10 @@ class _Loop:
         if self.rule.needs_logits:
             # Only rows with a token that is due: the coda keys of a stopped token must not depend on other rows.
             row = jnp.any(due, axis=1, keepdims=True)
-            (y, _), coda_kv = self.coda(c.s, c.coda_kv, ~c.fresh & row)
+            cached_kv = self.cache.coda
+            if self.cache.coda_sets:
+                row, cached_kv = jnp.ones_like(row), read_set(self.cache.coda_sets, ran - 1)
+            (y, _), coda_kv = self.coda(c.s, cached_kv, c.coda_kv, ~c.fresh & row)
             logits = known(self.config, head(self.params, self.config, self.at_last(y) if self.by_last else y))
             c = c._replace(coda_kv=coda_kv, fresh=c.fresh | row, checks=c.checks + due)
         s = self.observed(c.s)
@@ -207,11 +222,11 @@ class _Loop:
         return c._replace(rule=self.seen_only(due, state, c.rule), active=c.active & ~stop)
 
     def coda(
-        self, s: Array, frozen_kv: Layers | None = None, update: Array | None = None
+        self, s: Array, cached_kv: Layers, frozen_kv: Layers | None = None, update: Array | None = None
     ) -> tuple[tuple[Array, Array], Layers]:
         """((y, latents), coda keys and values) of states; where `update` is False they are those of `frozen_kv`."""
-        cached_kv = _if_cached(self.text, self.cache.coda)
-        return coda(self.params, self.config, s, self.text.context, cached_kv, frozen_kv, update)
+        past = _if_cached(self.text, cached_kv)
+        return coda(self.params, self.config, s, self.text.context, past, frozen_kv, update)
 
     def at_last(self, x: Array) -> Array:
         """[B, 1, .]: x [B, L, .] at each row's last valid position."""

@@ -56,6 +56,7 @@ class Cache:
     length: Array  # int32 [B], tokens in each row
     depth: Array  # int32 [B, T], recurrences each of them ran
     policy: CachePolicy = dataclasses.field(metadata={"static": True})
+    coda_sets: tuple[KeyValue, ...] = ()  # [S, B, T, .] per coda layer or none: the coda as of every recurrence
 
     @property
     def capacity(self) -> int:
@@ -74,6 +75,7 @@ class NewKV(NamedTuple):
     prelude: tuple[KeyValue, ...]
     core: tuple[KeyValue, ...]
     coda: tuple[KeyValue, ...]
+    coda_sets: tuple[KeyValue, ...] = ()
 
 
 def zeros(config: ModelConfig, shape: tuple[int, ...], dtype: DTypeLike) -> KeyValue:
@@ -81,8 +83,19 @@ def zeros(config: ModelConfig, shape: tuple[int, ...], dtype: DTypeLike) -> KeyV
     return KeyValue(*(jnp.zeros((*shape, width), dtype) for width in config.key_value_widths))
 
 
-def allocate(config: ModelConfig, policy: CachePolicy, sets: int, batch: int, capacity: int, dtype: DTypeLike) -> Cache:
-    """An empty cache of `capacity` positions and `sets` core sets per layer."""
+def allocate(
+    config: ModelConfig,
+    policy: CachePolicy,
+    sets: int,
+    batch: int,
+    capacity: int,
+    dtype: DTypeLike,
+    coda_sets: bool = False,
+) -> Cache:
+    """An empty cache of `capacity` positions and `sets` core sets per layer.
+
+    coda_sets: also keep what a rule that reads logits needs when a later pass continues the same prompt.
+    """
     widths = [stored_width(width) for width in config.key_value_widths]
 
     def layers(count: int, *lead: int) -> tuple[KeyValue, ...]:
@@ -96,12 +109,15 @@ def allocate(config: ModelConfig, policy: CachePolicy, sets: int, batch: int, ca
         jnp.zeros(batch, jnp.int32),
         jnp.zeros((batch, capacity), jnp.int32),
         policy,
+        layers(config.coda_layers if coda_sets else 0, sets),
     )
 
 
-def cache_bytes(config: ModelConfig, sets: int, batch: int, capacity: int, dtype: DTypeLike) -> int:
+def cache_bytes(
+    config: ModelConfig, sets: int, batch: int, capacity: int, dtype: DTypeLike, coda_sets: bool = False
+) -> int:
     """Size of what `allocate` makes."""
-    layers = config.prelude_layers + config.core_calls * sets + config.coda_layers
+    layers = config.prelude_layers + config.core_calls * sets + config.coda_layers * (1 + sets * coda_sets)
     width = sum(stored_width(width) for width in config.key_value_widths)
     return batch * (capacity * (layers * width * jnp.dtype(dtype).itemsize + 4) + 4)
 
@@ -207,6 +223,7 @@ def append(
         prelude=jax.tree.map(lambda t, n: put(t, n, 0), cache.prelude, new_kv.prelude),
         core=jax.tree.map(lambda t, n: put(t, filled(n), 1), cache.core, new_kv.core),
         coda=jax.tree.map(lambda t, n: put(t, n, 0), cache.coda, new_kv.coda),
+        coda_sets=jax.tree.map(lambda t, n: put(t, filled(n), 1), cache.coda_sets, new_kv.coda_sets),
         depth=put(cache.depth[..., None], steps[..., None], 0)[..., 0],
         length=start + count if jnp.ndim(start) else jnp.where(count > 0, start + count, cache.length),
     )

@@ -33,6 +33,8 @@ class ServeOptions:
     """Threshold of the default rule; None: the rule's own."""
     cache_recurrences: int | None = None
     """Recurrences whose keys and values are kept; None: all."""
+    prefill_chunk: int | None = None
+    """Tokens of a long prompt that are read at once, between tokens of others; None: about two tokens' time."""
     max_queue: int = 64
     """Answers that may wait for a lane; more are refused with status 429."""
     max_body: int = 2**20
@@ -53,7 +55,7 @@ class ServeOptions:
     """Write one JSON line per request to stderr: no prompt, no answer."""
 
     def __post_init__(self) -> None:
-        counts = ("lanes", "max_context", "steps", "max_steps", "cache_recurrences")
+        counts = ("lanes", "max_context", "steps", "max_steps", "cache_recurrences", "prefill_chunk")
         for name in (*counts, "max_queue", "max_body", "max_buffer"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"--{name.replace('_', '-')}", value, "must be at least 1")

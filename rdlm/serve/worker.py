@@ -183,16 +183,18 @@ class Worker:
             exit_rule=self._depths.rule(kind),
             cache=CachePolicy(options.cache_recurrences),
             max_queue=10**6,  # the service has counted
+            prefill_chunk=options.prefill_chunk,
             ticks_per_step=max(8, steps),
         )
 
     def _warm_up(self, depth: DepthChoice) -> None:
         """Compile for prompts of every length, as requests will. Raises what the engine raises."""
-        context, length = self._depths.options.max_context, 16
+        context = self._depths.options.max_context
         assert context is not None
-        while not self._stopping:
-            prompt = np.zeros(max(min(length, context - 1), 1), np.int32)
-            limit = min(2, context - len(prompt))
+        for length in self._engines[depth.kind].prompt_lengths:
+            if self._stopping:
+                break
+            prompt, limit = np.zeros(length, np.int32), min(2, context - length)
             ask = Ask([prompt], [limit], 1, depth, Sampling(temperature=1.0), seed=0)
             answer = Answer(ask, 0, 0, lambda items: None)
             self._active = [answer]
@@ -200,9 +202,6 @@ class Worker:
                 self._round()
             if answer.error is not None:
                 raise answer.error
-            if length >= context - 1:
-                break
-            length = next_power(length + 1)
 
     def _take(self, wait: bool = True) -> None:
         """Answers that have come; waits for one if there is nothing else to do."""

@@ -351,6 +351,7 @@ def test_depths_that_the_kept_sets_cannot_tell_apart_are_refused():
         ({"max_queue": -1}, "max_queue = -1"),
         ({"flush_every": 0}, "flush_every = 0"),
         ({"ticks_per_step": 0}, "ticks_per_step = 0"),
+        ({"prefill_chunk": 0}, "prefill_chunk = 0: must be at least 1"),
         ({"capacity": 33}, r"capacity = 33: must be in \[2, config.max_length = 32\]"),
         ({"capacity": 1}, "capacity = 1"),
         ({"num_steps": 0}, "num_steps.*at least 1"),

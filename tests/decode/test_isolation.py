@@ -77,6 +77,13 @@ def test_a_request_that_overflows_ends_alone(poison):
     assert [(outcome(s), s.error) for s in mixed[1::2]] == [(whole, None) for whole in healthy(8)]
 
 
+def test_a_prompt_that_overflows_in_its_first_chunk_ends_alone():
+    e, asked = new_engine("nan", prefill_chunk=16), prompts(8)
+    bad, *others = all_served(e, [[1, BAD, *range(20)], *asked])  # the second chunk sees it in the cache alone
+    assert "new token 1 are not finite" in str(bad.error)
+    assert [(outcome(s), s.error) for s in others] == [(whole, None) for whole in healthy(8)]
+
+
 def test_a_request_that_overflows_later_keeps_what_it_had():
     # The poison is a token that the model itself chooses.
     asked = prompts(8)

@@ -32,7 +32,9 @@ def toy_run(tmp_path_factory):
 def server(toy_run):
     """Four lanes for each of two kinds of rules, at most 8 recurrences."""
     jax.config.update("jax_disable_most_optimizations", True)
-    with serving(Service(toy_run, ServeOptions(lanes=4, exit=("kl", "latent_diff"), access_log=False))) as server:
+    with serving(
+        Service(toy_run, ServeOptions(lanes=4, prefill_chunk=8, exit=("kl", "latent_diff"), access_log=False))
+    ) as server:
         until(lambda: server.service.worker.ready or server.service.worker.failure, 300)
         jax.config.update("jax_disable_most_optimizations", False)
         assert server.service.worker.failure is None

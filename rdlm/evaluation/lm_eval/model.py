@@ -154,6 +154,7 @@ class DepthLM(LM):
             lanes=min(self.lanes, len(wanted)),
             max_new_tokens=max(w.max_tokens for w in wanted),
             capacity=min(1 << max(longest - 1, 1).bit_length(), self.config.max_length),
+            prefill_chunk=self.config.max_length,  # nobody waits for single tokens
             num_steps=max_steps,
             exit_rule=rule,
             init_scale=self.init_scale,
