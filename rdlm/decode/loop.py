@@ -182,6 +182,46 @@ def emit(p: Progress, request: Request, logits: Float[Array, "B V"], steps: Int[
     )
 
 
+class Made(NamedTuple):
+    """L tokens that may follow those of each row."""
+
+    tokens: Array  # int32 [B, L]
+    logits: Array  # f32 [B, L, V], from which each was chosen
+    steps: Array  # int32 [B, L], recurrences of the pass that gave them
+
+
+def extend(p: Progress, request: Request, made: Made, keep: Int[Array, "B"], max_tokens: Int[Array, ""]) -> Progress:
+    """Write down the first `keep` of these tokens of every row that is not done.
+
+    A stop token, `max_tokens` in all, or logits that are not finite end a row earlier. The cache stays as it is.
+    """
+    tokens, logits, steps = made
+    L, V, rows = tokens.shape[1], logits.shape[-1], jnp.arange(len(tokens))
+    index = jnp.arange(L)[None]
+    keep = jnp.minimum(keep, max_tokens - p.count)
+    sound = jnp.cumprod(finite(logits).astype(jnp.int32), axis=1).sum(1)  # tokens before logits that are not finite
+    failed = ~p.done & (sound < keep)
+    keep = jnp.minimum(keep, sound)
+    stopping = jax.vmap(lambda t: stops(t, request.sampling), in_axes=1, out_axes=1)(tokens) & (index < keep[:, None])
+    first_stop = jnp.where(stopping.any(1), jnp.argmax(stopping, axis=1) + 1, L + 1)
+    failed = failed & (first_stop > keep)
+    keep = jnp.where(p.done, 0, jnp.minimum(keep, first_stop))
+    slots = jnp.where(index < keep[:, None], p.count[:, None] + index, p.tokens.shape[1])
+    seen = jnp.where(index < keep[:, None], tokens, V)
+    last = jnp.take_along_axis(tokens, jnp.maximum(keep - 1, 0)[:, None], axis=1)[:, 0]
+    count = p.count + keep
+    return p._replace(
+        token=jnp.where(keep > 0, last, p.token),
+        tokens=p.tokens.at[rows[:, None], slots].set(tokens, mode="drop"),
+        steps=p.steps.at[rows[:, None], slots].set(steps, mode="drop"),
+        log_probs=p.log_probs.at[rows[:, None], slots].set(log_probability(logits, tokens), mode="drop"),
+        count=count,
+        present=p.present.at[rows[:, None], seen].set(True, mode="drop"),
+        done=p.done | stopping.any(1) | failed | (count >= max_tokens),
+        failed=p.failed | failed,
+    )
+
+
 def until(limit: Int[Array, ""], one_round: Callable[[Progress], Progress], progress: Progress) -> Progress:
     """Repeat `one_round` until every row is done or has at least `limit` tokens."""
     return lax.while_loop(lambda p: jnp.any(~p.done & (p.count < limit)), one_round, progress)

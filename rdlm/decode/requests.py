@@ -22,6 +22,7 @@ from rdlm.model.inputs import as_array, check_integers, check_type, shown
 
 Prompt = Sequence[int] | np.ndarray
 _SAMPLES = 0x73616D70  # separates the samples of a prompt from the other uses of its key
+_ADJUSTING = ("presence_penalty", "frequency_penalty", "min_tokens")  # of Sampling
 WarmStart = Literal[False, "normalized", "raw"]
 """From where a token's state starts, if not from noise: its predecessor's last one, after ln_f or before."""
 
@@ -119,6 +120,14 @@ def as_requests(
     likeliest = each(np.full(B, options.likeliest))
     arrays = each(scale), keys, sampling, each(prefix), likeliest
     return Request(depth, *arrays), [row for row in rows for _ in range(samples)]
+
+
+def check_unadjusted(option: str, sampling: Sampling) -> None:
+    """Refuse what changes logits by the tokens of the row so far, for a sampler that chooses several at once."""
+    used = {name: bool(np.any(np.asarray(getattr(sampling, name)) != 0)) for name in _ADJUSTING}
+    used["logit_bias"] = any(len(x) for x in sampling.logit_bias)
+    for name in (name for name, is_used in used.items() if is_used):
+        raise InputError(f"{option}: cannot be combined with Sampling.{name}; leave one of them out")
 
 
 def sample_keys(keys: Key[Array, "B"], samples: int) -> Key[Array, "B*{samples}"]:

@@ -18,16 +18,14 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Float32, Int, Int32
 
 from rdlm.config import CachePolicy, InputError, ModelConfig, Speculative
-from rdlm.decode.loop import Progress, request_start, token_keys, until
+from rdlm.decode.loop import Made, Progress, extend, request_start, token_keys, until
 from rdlm.decode.passes import continuation, run_pass
-from rdlm.decode.requests import Request, RequestOptions
-from rdlm.decode.sampling import finite, log_probability, penalise, probabilities, stops
+from rdlm.decode.requests import Request, RequestOptions, check_unadjusted
+from rdlm.decode.sampling import finite, penalise, probabilities
 from rdlm.exits import Depth
 from rdlm.model import Params, known
 from rdlm.model.cache import Cache, KeyValue
 from rdlm.model.network import Layers
-
-_PLAIN_ONLY = ("presence_penalty", "frequency_penalty", "min_tokens")  # of Sampling
 
 
 def check_speculation(
@@ -48,11 +46,7 @@ def check_speculation(
         raise InputError("speculative: cannot be combined with exit_rule; drafts already take fewer recurrences")
     if options.warm_start:
         raise InputError("speculative: cannot be combined with warm_start; drafts start before their predecessor ends")
-    sampling = options.sampling
-    used = {name: bool(np.any(np.asarray(getattr(sampling, name)) != 0)) for name in _PLAIN_ONLY}
-    used["logit_bias"] = any(len(x) for x in sampling.logit_bias)
-    for name in (name for name, is_used in used.items() if is_used):
-        raise InputError(f"speculative: cannot be combined with Sampling.{name}; leave one of them out")
+    check_unadjusted("speculative", options.sampling)
     if speculative.draft_steps > min_steps:
         raise InputError(
             f"Speculative.draft_steps = {speculative.draft_steps}: must be at most num_steps = {min_steps}"
@@ -129,8 +123,7 @@ def _verify(
     drafts: _Drafts,
 ) -> Progress:
     """Run the remaining recurrences of all drafts in parallel, and keep those up to the first refusal."""
-    B, L, V = len(p.token), spec.lookahead, config.vocab_size
-    rows, start = jnp.arange(B), p.cache.length
+    L, start = spec.lookahead, p.cache.length
     cache = _rewind(drafts.cache, start)
     text = continuation(config, cache, drafts.inputs, jnp.where(p.done, 0, L))
     resumed = request_start(params, config, text, request, drafts.states)
@@ -141,29 +134,9 @@ def _verify(
     matched = jnp.cumprod(accepted.astype(jnp.int32), axis=1).sum(1)  # drafts kept, [B]
     index = jnp.arange(L)[None]
     made = jnp.where(index < matched[:, None], drafts.tokens, replacement)
-    keep = jnp.minimum(matched + 1, L)
-    keep = jnp.minimum(keep, max_tokens - p.count)
-    sound = jnp.cumprod(finite(logits).astype(jnp.int32), axis=1).sum(1)  # tokens before logits that are not finite
-    failed = ~p.done & (sound < keep)
-    keep = jnp.minimum(keep, sound)
-    stopping = jax.vmap(lambda t: stops(t, request.sampling), in_axes=1, out_axes=1)(made) & (index < keep[:, None])
-    first_stop = jnp.where(stopping.any(1), jnp.argmax(stopping, axis=1) + 1, L + 1)
-    failed = failed & (first_stop > keep)
-    keep = jnp.where(p.done, 0, jnp.minimum(keep, first_stop))
-    slots = jnp.where(index < keep[:, None], p.count[:, None] + index, p.tokens.shape[1])
-    seen = jnp.where(index < keep[:, None], made, V)
-    last = jnp.take_along_axis(made, jnp.maximum(keep - 1, 0)[:, None], axis=1)[:, 0]
-    count = p.count + keep
-    return p._replace(
-        cache=_rewind(cache, start + keep),
-        token=jnp.where(keep > 0, last, p.token),
-        tokens=p.tokens.at[rows[:, None], slots].set(made, mode="drop"),
-        steps=p.steps.at[rows[:, None], slots].set(checked.steps, mode="drop"),
-        log_probs=p.log_probs.at[rows[:, None], slots].set(log_probability(logits, made), mode="drop"),
-        count=count,
-        present=p.present.at[rows[:, None], seen].set(True, mode="drop"),
-        done=p.done | stopping.any(1) | failed | (count >= max_tokens),
-        failed=p.failed | failed,
+    extended = extend(p, request, Made(made, logits, checked.steps), jnp.minimum(matched + 1, L), max_tokens)
+    return extended._replace(
+        cache=_rewind(cache, start + extended.count - p.count),
         passes=drafts.passes + checked.ran - spec.draft_steps,
     )
 
