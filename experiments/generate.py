@@ -4,6 +4,7 @@
     python experiments/generate.py runs/quickstart --prompt "Geography" --exit none --steps 8
     python experiments/generate.py runs/quickstart --prompt "Geography" --exit latent_diff --temperature 0.7 --seed 1
     python experiments/generate.py runs/quickstart --prompt "Geography" --exit kl --calibrated
+    python experiments/generate.py runs/quickstart --prompt "Geography" --exit latent_diff --parallel.window 16
     python experiments/generate.py runs/huginn --chat --prompt "Who are you?" --stop "Who"
 
 Text appears as it is made. Then every token is shown with the recurrences it took: coloured on a terminal, as a list
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from rdlm.config import ExitName, InputError, Sampling, check_threshold, require
+from rdlm.config import ExitName, InputError, Parallel, Sampling, check_threshold, require
 from rdlm.runtime import parse_arguments, run_command
 
 if TYPE_CHECKING:
@@ -35,6 +36,16 @@ SHADES = ("#fff7ec", "#fee8c8", "#fdd49e", "#fdbb84", "#fc8d59", "#ef6548", "#d7
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 PICTURES = {chr(c): chr(0x2400 + c) for c in range(32)} | {"\x7f": "\u2421"}
 DARK = 5  # shades from here on carry white text
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """Refine several tokens together (docs/parallel.md)."""
+
+    window: int | None = None
+    """Unfinished positions that are refined together; None: one token after the other."""
+    inner: int = 4
+    """Recurrences after which all of them are guessed again, and the exit rule is asked."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +97,7 @@ class Args:
     """Leave out tokens less likely than this share of the likeliest; 0 is off."""
     repetition_penalty: float = 1.0
     """Divides the logits of tokens that already occurred; 1 is off."""
+    parallel: Window = Window()
     ema: bool = False
     """Use the moving average of the weights, if the run kept one (optimizer.ema_decay)."""
     seed: int = 0
@@ -131,6 +143,7 @@ def main() -> int:
             sampling=sampling(args),
             stop=args.stop,
             prefix=args.prefix,
+            parallel=parallel(args),
             key=jax.random.key(args.seed),
             on_token=stream.token,
         )
@@ -148,6 +161,16 @@ def check_calibrated(args: Args) -> None:
     for flag, value in given.items():
         if value is not None:
             raise InputError(f"{flag} {value:g}: --calibrated promises nothing about it; leave one of them out")
+
+
+def parallel(args: Args) -> Parallel | None:
+    """The window, if one was asked for."""
+    chosen = args.parallel
+    if chosen.window is None:
+        require(chosen.inner == 4, "--parallel.inner", chosen.inner, "needs --parallel.window")
+        return None
+    never = 0.0 if args.exit == "none" else None  # without a rule, positions run all recurrences
+    return Parallel(window=chosen.window, inner=chosen.inner, threshold=never)
 
 
 def sampling(args: Args) -> Sampling:
@@ -243,6 +266,8 @@ def summary(out: Generation, args: Args, max_steps: int, rate: float | None) -> 
     line = f"{len(steps)} tokens, {steps.mean():.1f} recurrences on average"
     if args.exit != "none":
         line += f" ({steps.min()} to {steps.max()}, at most {max_steps}; prompt {before.mean():.1f}), exit {args.exit}"
+    if out.parallel is not None:
+        line += f"; {out.core_passes / len(steps):.1f} recurrences in sequence per token"
     if rate is not None:
         line += f"; {rate:.1f} tokens/s without compilation"
     print(line)

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
         weights,
     )
     from rdlm.checkpoint import load_checkpoint
-    from rdlm.config import CachePolicy, InputError, ModelConfig, Sampling, Speculative
+    from rdlm.config import CachePolicy, InputError, ModelConfig, Parallel, Sampling, Speculative
     from rdlm.decode import Engine, decode_step, prefill
     from rdlm.decode.generate import generate
     from rdlm.hf import load_huggingface, save_huggingface
@@ -60,6 +60,7 @@ _ROOM_OF = {
     "Engine": "decode",
     "InputError": "config",
     "ModelConfig": "config",
+    "Parallel": "config",
     "Run": "run",
     "Sampling": "config",
     "Speculative": "config",

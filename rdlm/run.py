@@ -30,7 +30,7 @@ Chat = Sequence[Mapping[str, str]]
 class TextGeneration(Generation):
     """A `Generation` with its text: a string for one prompt, a list for a list of prompts."""
 
-    text: str | list[str]
+    text: str | list[str] = dataclasses.field(kw_only=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The shape of the model, and the options of cache, sampling and speculative decoding."""
+"""The shape of the model, and the options of cache, sampling, speculative and parallel decoding."""
 
 from __future__ import annotations
 
@@ -397,3 +397,52 @@ class Speculative:
             require(is_count(value), f"Speculative.{name}", value, "must be an integer, at least 1")
         real = isinstance(self.threshold, numbers.Real)
         require(real and 0 < self.threshold <= 1, "Speculative.threshold", self.threshold, "must be in (0, 1]")
+
+
+FreezeRule = Literal["latent_diff", "cosine", "acceleration", "argmax_stability", "fixed"]
+"""Exit rules that `Parallel` names; any other is given as `exit_rule`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Parallel:
+    """A window of unfinished tokens, refined together (docs/parallel.md).
+
+    window: unfinished positions per prompt, the one whose token is the last final one included. inner: recurrences of
+    an outer step, after which every token is drawn again and the rule is asked. headway: positions that enter per outer
+    step. rule, threshold: when a position is done; None: `exit_rule` if it is given, else latent_diff at 0.03. fixed:
+    after `threshold` recurrences (None: num_steps), whatever its token did. freeze: "prefix" lets positions leave in
+    order, at the latest num_steps recurrences after their token changed; "last" is the published code's way: a position
+    that is done makes all tokens up to its own final.
+    noise: share of fresh noise mixed into a state before every outer step, divided by 1 + its recurrences
+    (schedule "damped") or not ("constant"). ema: share of the earlier embeddings in the injected one.
+    """
+
+    window: int = 32
+    inner: int = 4
+    headway: int = 1
+    threshold: float | None = None
+    rule: FreezeRule | None = None
+    freeze: Literal["prefix", "last"] = "prefix"
+    noise: float = 0.0
+    schedule: Literal["damped", "constant"] = "damped"
+    ema: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_types(self, "Parallel.")
+        for name in ("window", "inner", "headway"):
+            value = getattr(self, name)
+            require(is_count(value), f"Parallel.{name}", value, "must be an integer, at least 1")
+        require(
+            self.headway <= self.window, "Parallel.headway", self.headway, f"must be at most window = {self.window}"
+        )
+        require(
+            self.freeze == "prefix" or self.window > 1,
+            "Parallel.window",
+            self.window,
+            "must be at least 2 with freeze = 'last', where a position that is done stays in the window",
+        )
+        for name in ("noise", "ema"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"Parallel.{name}", value, "must be in [0, 1)")
+        threshold = self.threshold
+        require(threshold is None or threshold >= 0, "Parallel.threshold", threshold, "must not be negative")

@@ -9,8 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from rdlm.config import CachePolicy, ModelConfig, Sampling, Speculative
+from rdlm.config import CachePolicy, InputError, ModelConfig, Parallel, Sampling, Speculative
 from rdlm.decode.loop import Sizes, begin, decode_tokens
+from rdlm.decode.parallel import (
+    ONE_SET,
+    ParallelUsage,
+    advance,
+    check_parallel,
+    open_window,
+    require_progress,
+    usage,
+    with_rule,
+)
 from rdlm.decode.passes import check_memory, next_power
 from rdlm.decode.requests import Prompt, RequestOptions, WarmStart, as_requests, not_finite, padded
 from rdlm.decode.speculative import check_speculation, speculate
@@ -28,6 +38,7 @@ class Generation:
     prompt_steps: list[np.ndarray]  # int32, per prompt position
     core_passes: int  # sequential core recurrences of the whole batch
     log_probs: list[np.ndarray]  # f32 [n], ln p of each token by the model: before penalty, temperature and filters
+    parallel: ParallelUsage | None = dataclasses.field(default=None, kw_only=True)  # with `parallel` alone
 
 
 def generate(
@@ -45,6 +56,7 @@ def generate(
     sampling: Sampling = Sampling(),
     warm_start: WarmStart = False,
     speculative: Speculative | None = None,
+    parallel: Parallel | None = None,
     init_scale: float = 1.0,
     prefix: bool | Sequence[bool] = False,
     key: ArrayLike | None = None,
@@ -70,6 +82,8 @@ def generate(
       warm_start: start a new token's state from its predecessor's last one, after ln_f ("normalized", as the
         reference's plain decoding) or before ("raw", as its adaptive decoding).
       speculative: None, or Speculative(draft_steps, lookahead, threshold).
+      parallel: None, or Parallel(window, inner, ...): refine a window of tokens together (docs/parallel.md). An
+        `exit_rule` then also says when a position of the window is done, and the cache keeps one recurrence.
       init_scale: scale of the initial state; 0.0 is the zero state.
       prefix: the tokens of a prompt see each other in both directions; only models with `prefix_attention`.
       key: one key for all prompts (equal prompts, equal samples) or one per prompt.
@@ -86,30 +100,47 @@ def generate(
     )
     check_type("cache", cache, CachePolicy)
     check_callable("on_token", on_token)
+    if parallel is not None:
+        check_type("parallel", parallel, Parallel)
+        options = with_rule(config, parallel, options)
     request, rows = as_requests(config, prompts, max_new_tokens, options, samples)
     tokens, lengths = padded(rows, config.max_length)
-    max_steps, lookahead = request.depth.num_steps, 0
+    max_steps, lookahead, width = request.depth.num_steps, 0, tokens.shape[1]
     max_new_tokens = int(max_new_tokens)
     if speculative is not None:
         check_type("speculative", speculative, Speculative)
         check_speculation(speculative, cache, options, np.asarray(max_steps))
         lookahead = speculative.lookahead
+    if parallel is not None:
+        if speculative is not None:
+            raise InputError("parallel: cannot be combined with speculative; leave one of them out")
+        check_parallel(config, parallel, cache, options, np.asarray(max_steps))
+        cache, lookahead, width = ONE_SET, parallel.window, max(width, parallel.window)
+        parallel = dataclasses.replace(parallel, rule=None, threshold=None)  # in the request: they compile nothing
     sizes = Sizes(
         cache,
         cache.sets(next_power(int(np.max(max_steps)))),
         next_power(int(max(lengths) + max_new_tokens + lookahead), 64),
         next_power(int(max_new_tokens), 16),
     )
-    check_memory(params, config, len(rows), tokens.shape[1], (sizes.sets, sizes.capacity), request.depth)
+    kept = sizes.sets, sizes.capacity
+    check_memory(params, config, len(rows), width, kept, request.depth, all_logits=parallel is not None)
     progress, prompt_steps = begin(
-        params, config, jnp.asarray(tokens), jnp.asarray(lengths), request, sizes, prefill_exit, warm_start
+        params, config, jnp.asarray(tokens), jnp.asarray(lengths), request, sizes, options.prefill_exit, warm_start
     )
+    wave = None if parallel is None else open_window(params, config, progress, request, parallel)
     max_tokens, shown, most = jnp.int32(max_new_tokens), np.zeros(len(rows), int), np.full(len(rows), max_new_tokens)
     while True:
         # Without a listener one call makes everything; with one, each call makes the next token of the slowest row.
         behind = shown[~np.asarray(progress.done)]
         limit = max_tokens if on_token is None else jnp.int32(min(behind, default=0) + 1)
-        if speculative is None:
+        if parallel is not None and wave is not None:
+            wave = advance(
+                params, config, wave._replace(progress=progress), request, limit, max_tokens, parallel, warm_start
+            )
+            require_progress(wave, parallel)
+            progress = wave.progress
+        elif speculative is None:
             progress = decode_tokens(params, config, progress, request, limit, max_tokens, warm_start)
         else:
             progress = speculate(params, config, progress, request, limit, max_tokens, speculative)
@@ -139,4 +170,5 @@ def generate(
         rows_of(prompt_steps, lengths),
         int(progress.passes),
         rows_of(progress.log_probs, count),
+        parallel=None if wave is None else usage(wave.window, count),
     )

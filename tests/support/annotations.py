@@ -28,6 +28,7 @@ CHECKED = (
     "rdlm.decode.loop",
     "rdlm.decode.lanes",
     "rdlm.decode.speculative",
+    "rdlm.decode.parallel",
 )
 """Rooms whose every call is checked against its annotations: dtypes, shapes, one size for each axis letter.
 

@@ -11,7 +11,7 @@ import numpy as np
 
 import rdlm
 from rdlm import exits
-from rdlm.config import PRESETS, CachePolicy, InputError, Sampling, Speculative
+from rdlm.config import PRESETS, CachePolicy, InputError, Parallel, Sampling, Speculative
 
 NAN, INF = float("nan"), float("inf")
 CONFIG = dataclasses.replace(PRESETS["nano"].model, max_length=64)
@@ -96,7 +96,8 @@ WRONG = {
     generate: {
         "prompts": PROMPTS, "max_new_tokens": [None, "3", *SIZES, np.uint8(200)], "num_steps": DEPTHS,
         "exit_rule": RULES, "prefill_exit": [None, 3, [1], "no"], "cache": POLICIES, "sampling": SAMPLINGS,
-        "warm_start": [1, None, [], "cold"], "speculative": [{}, (1, 2), 3], "init_scale": SCALES, "key": KEYS,
+        "warm_start": [1, None, [], "cold"], "speculative": [{}, (1, 2), 3], "parallel": [{}, 32, "on"],
+        "init_scale": SCALES, "key": KEYS,
         "on_token": [3, "print"], "samples": [None, *SIZES], "prefix": [None, "a", 2, True, [True], RAGGED],
         **ANY_DEPTH,
     },
@@ -136,6 +137,10 @@ WRONG = {
     },
     Speculative: {
         "draft_steps": SIZES, "lookahead": SIZES, "threshold": [None, "a", NAN, 0, 2],
+    },
+    Parallel: {
+        "window": SIZES, "inner": SIZES, "headway": [*SIZES, 33], "threshold": ["a", NAN, -1], "rule": ["kl", 3],
+        "freeze": ["first", None], "noise": ["a", NAN, -1, 1], "schedule": [None, "sqrt"], "ema": ["a", NAN, -1, 1],
     },
     CachePolicy: {"recurrences": SIZES, "lookup": ["last", None]},
     exits.named: {"name": ["klx", "np", "twice", None, 3], "threshold": [NAN, INF, "a", -1]},
