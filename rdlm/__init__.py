@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         report,
         run,
         runtime,
+        selftest,
         serve,
         sharding,
         tasks,

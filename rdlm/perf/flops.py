@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -18,20 +18,21 @@ class Chip(NamedTuple):
     """Peak performance of a chip, from its datasheet.
 
     flops: bf16 FLOP/s. memory: HBM bytes/s. interconnect: bytes/s it receives over all its links to other chips.
-    gib: GiB of HBM that a program may use, as the compiler counts them.
+    gib: GiB of HBM that a program may use, as the compiler counts them. axes: of the torus; a chip has two links each.
     """
 
     flops: float
     memory: float
     interconnect: float
     gib: float
+    axes: int = 3
 
 
 CHIPS = {
     "TPU v4": Chip(275e12, 1228e9, 300e9, 32),
-    "TPU v5 lite": Chip(197e12, 819e9, 200e9, 15.75),
+    "TPU v5 lite": Chip(197e12, 819e9, 200e9, 15.75, axes=2),
     "TPU v5": Chip(459e12, 2765e9, 600e9, 95),
-    "TPU v6 lite": Chip(918e12, 1638e9, 448e9, 31.25),
+    "TPU v6 lite": Chip(918e12, 1638e9, 448e9, 31.25, axes=2),
     "TPU7x": Chip(2307e12, 7380e9, 1200e9, 94.75),
 }
 """Chips by `device_kind`."""
@@ -54,6 +55,17 @@ def datasheet(device_kind: str) -> Chip:
     if found is None:
         raise InputError(f"{device_kind}: its datasheet is not known; known are {', '.join(CHIPS)}")
     return found
+
+
+def links(coordinates: Sequence[Sequence[int]], axes: int) -> float:
+    """The share of a chip's links that lead to others of its slice, for the chip that has fewest of them.
+
+    coordinates: [x, y, z] of all chips. Along an axis a chip has two neighbours where the slice wraps around (16 chips
+    of two axes; 4, 8, ... along all three), and one at the ends where it does not.
+    """
+    sizes = [max(axis) - min(axis) + 1 for axis in zip(*coordinates, strict=True)][:axes]
+    ring = [n == 16 if axes == 2 else all(m % 4 == 0 for m in sizes) for n in sizes]
+    return sum(min(n - 1, 2 if closed else 1) for n, closed in zip(sizes, ring, strict=True)) / (2 * axes)
 
 
 def block_matrices(config: ModelConfig) -> int:

@@ -90,6 +90,14 @@ def html_page(folder: Path, commands: Mapping[str, str]) -> str:
     return page.lstrip()
 
 
+def checks_page(title: str, words: str, facts: Mapping[str, str], rows: Sequence[Sequence[str]]) -> str:
+    """A page of checks: rows of (name, value, what is expected, verdict), and what they ran on."""
+    page: str = _template(folder=None, step=None, task=None, commands={}, plots=True).checks(
+        title, words, list(facts.items()), rows
+    )
+    return page.lstrip()
+
+
 def lm_eval_results(analysis: Path) -> list[Path]:
     """The results of each set of tasks, and the newest unless it is one of them."""
     kept, newest = sorted(analysis.glob("lm_eval_*.json")), analysis / "lm_eval.json"

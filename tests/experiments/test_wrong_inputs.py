@@ -386,6 +386,9 @@ OTHERS = """
     train_tokenizer {tmp}/texts.txt --out {tmp}/t --size -1
     train_tokenizer {tmp}/texts.txt --out {tmp}/t --max-bytes 0
     train_tokenizer {tmp}/texts.txt --out {tmp}/file
+    selftest --minutes 0
+    selftest --minutes nan
+    selftest --out ''
     aot_check nanoo
     aot_check nano --topology v5e
     aot_check nano --batch 0

@@ -158,3 +158,20 @@ def test_depth_checks_and_rows_cost_what_they_read():
     assert one.total(parts) - one._replace(checks=1).total(parts) == 2 * (coda + V * D)
     assert one._replace(batch=9).parts(TINY, 2) == parts, "rows share the weights"
     assert one.flops(TINY) == flops.forward_flops(TINY, 3, 0) + flops.check_flops(TINY, 0)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "axes", "share"),
+    [
+        ((1, 1, 1), 2, 0),
+        ((2, 1, 1), 2, 1 / 4),
+        ((2, 2, 1), 2, 1 / 2),
+        ((4, 4, 1), 2, 1 / 2),  # its corners
+        ((16, 16, 1), 2, 1),
+        ((2, 2, 1), 3, 1 / 3),
+        ((4, 4, 4), 3, 1),
+        ((4, 4, 2), 3, 1 / 2),
+    ],
+)
+def test_links_of_the_chip_with_fewest_neighbours(sizes, axes, share):
+    assert flops.links(list(np.ndindex(sizes)), axes) == share
