@@ -201,7 +201,7 @@ class Engine:
                 f"exit_rule: {exit_rule and exit_rule.kind!r} has weights without an axis of rows, so requests cannot "
                 "have their own; override its by_row"
             )
-        sets = cache.sets(next_power(int(np.max(self._idle.depth.num_steps))))
+        sets = cache.sets(next_power(int(np.max(self._idle.depth.num_steps)), minimum=1))
         self._sizes = Sizes(cache, sets, capacity, max_new_tokens)
         self._serving: list[Served | None] = [None] * lanes
         check_memory(params, config, lanes, 1, (sets, capacity), self._idle.depth)

@@ -159,7 +159,7 @@ class Worker:
         options, run = self._depths.options, self._run
         assert options.max_steps is not None
         assert options.max_context is not None
-        sets = CachePolicy(options.cache_recurrences).sets(next_power(options.max_steps))
+        sets = CachePolicy(options.cache_recurrences).sets(next_power(options.max_steps, minimum=1))
         rows = options.lanes * len(self._depths.kinds)
         try:
             check_memory(run.params, run.config, rows, 1, (sets, options.max_context), Depth(1))

@@ -337,9 +337,9 @@ def test_another_min_p_is_another_kind():
 
 
 def test_depths_that_the_kept_sets_cannot_tell_apart_are_refused():
-    # 12 recurrences into 10 kept sets; an engine for at most 4 keeps 8.
+    # 12 recurrences into 10 kept sets; an engine for at most 4 keeps 4.
     e = Engine(params(), TINY, lanes=2, max_new_tokens=2, num_steps=4, cache=CachePolicy(10))
-    with pytest.raises(InputError, match="num_steps = 12: the engine's cache keeps 8"):
+    with pytest.raises(InputError, match="num_steps = 12: the engine's cache keeps 4"):
         e.submit([1], num_steps=12)
 
 
