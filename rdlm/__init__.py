@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from rdlm.losses import loss
     from rdlm.model import bind, cast, init_params
     from rdlm.model.forward import forward
+    from rdlm.model.quantize import quantize
     from rdlm.model.retrofit import retrofit
     from rdlm.optim import ellis_adam
     from rdlm.run import Run, load
@@ -77,6 +78,7 @@ _ROOM_OF = {
     "load_huggingface": "hf",
     "loss": "losses",
     "prefill": "decode",
+    "quantize": "model",
     "retrofit": "model",
     "save_huggingface": "hf",
 }

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from rdlm.checkpoint import save_parameters
 from rdlm.config import DataConfig, InputError, ModelConfig, RunConfig, local_path, one_line
 from rdlm.hf import is_huggingface, load_huggingface, save_huggingface
-from rdlm.model import Params, cast
+from rdlm.model import Params, cast, quantization
 from rdlm.runtime import complete_folder, require_empty, set_aside
 from rdlm.tokenizer import Tokenizer
 from rdlm.weights import read_run
@@ -93,8 +93,12 @@ def one_dtype(params: Params, config: ModelConfig) -> tuple[Params, ModelConfig,
     return cast(params, wide), dataclasses.replace(config, param_dtype=wide), [note]  # type: ignore[arg-type]
 
 
-def write_run(folder: Path, params: Params, config: ModelConfig, source: Path) -> list[str]:
+def write_run(
+    folder: Path, params: Params, config: ModelConfig, source: Path, data: DataConfig | None = None
+) -> list[str]:
     """Write a new run folder with parameters only, and the tokenizer of the folder `source`.
+
+    data: what the model is evaluated on; None: the embedded corpus.
 
     Returns:
       Lines for the human: what became of the tokenizer.
@@ -107,10 +111,11 @@ def write_run(folder: Path, params: Params, config: ModelConfig, source: Path) -
         copy_tokenizer(_tokenizer_folder(source), partial / "tokenizer")
         tokenizer, notes = _fitting(partial / "tokenizer", config, source)
         size = config.vocab_size if tokenizer is None else tokenizer.vocab_size
-        data = DataConfig(tokenizer_size=size, sequence_length=min(256, config.max_length))
+        data = data or DataConfig(tokenizer_size=size, sequence_length=min(256, config.max_length))
         run = RunConfig(model=config, data=data, steps=1, run_dir=str(folder))
         identity = None if tokenizer is None else tokenizer.hash
         meta = {"config": dataclasses.asdict(run), "tokenizer": identity, "step": 0, "source": str(source)}
+        meta |= {"quantized": found._asdict()} if (found := quantization(params)) else {}
         save_parameters(partial, params, run, json.loads(json.dumps(meta)))
     return notes
 

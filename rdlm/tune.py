@@ -16,13 +16,15 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Key, PyTree
 
-from rdlm.config import TuneConfig
+from rdlm.config import InputError, TuneConfig
 
 Params = dict[str, PyTree]
 Path = tuple[str, ...]
 T = TypeVar("T")
 
 LORA_A, LORA_B = "_lora_a", "_lora_b"
+SCALE = "_scale"
+"""Ends the name of what scales a quantized matrix, see `rdlm.model.quantize`."""
 NAMES = {"wte": "embedding", "ln": "norms", "C": "coda"}
 """Parts whose name differs from the prefix of their entries in the parameters."""
 
@@ -109,13 +111,23 @@ def combine(learnt: Params, frozen: Params, tune: TuneConfig) -> Params:
 
 
 def merge(params: Params) -> Params:
-    """`params` as `combine` returns them, with every low-rank pair added to its matrix, in the matrix's dtype."""
+    """`params` as `combine` returns them, with every low-rank pair added to its matrix, in the matrix's dtype.
+
+    Raises:
+      InputError: the matrix is quantized.
+    """
 
     def one(beside: Params, name: str) -> PyTree:
         x = beside[name]
         if isinstance(x, dict):
             return merge(x)
-        return _added(x, beside[name + LORA_A], beside[name + LORA_B]) if name + LORA_A in beside else x
+        if name + LORA_A not in beside:
+            return x
+        if name + SCALE in beside:
+            raise InputError(
+                f"merge: {name} is quantized ({x.dtype}), and would round the pair; quantize after merging"
+            )
+        return _added(x, beside[name + LORA_A], beside[name + LORA_B])
 
     return {name: one(params, name) for name in params if name == matrix_of(name)}
 

@@ -73,6 +73,7 @@ class Weights:
         if not is_huggingface(self.folder):
             stored = open_checkpoint(self.folder, ema=self.ema)
             stored.require_whole()
+            stored.require_float()
             return stored
         require(
             not self.ema, "init_ema", self.ema, f"must be false: {self.folder}, a Hugging Face folder, has no average"

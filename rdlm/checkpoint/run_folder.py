@@ -14,7 +14,8 @@ from jaxtyping import PyTree
 
 from rdlm.checkpoint.integrity import Meta, as_abstract, as_mapping, naming, reader_alone, wrong_sum
 from rdlm.config import InputError, ModelConfig, RunConfig, from_json, local_path, to_json
-from rdlm.model import Params, init_params
+from rdlm.model import Params, init_params, quantize
+from rdlm.model.quantize import Quantization
 from rdlm.optim import AverageState, average_of, optimizer
 from rdlm.runtime import together, write_atomically
 from rdlm.tokenizer import Tokenizer
@@ -139,9 +140,25 @@ class StoredCheckpoint:
                 "with rdlm.load, or write them as one with experiments/merge_adapter.py"
             )
 
+    @property
+    def quantized(self) -> Quantization | None:
+        """How its parameters are quantized, if they are."""
+        found = self.meta().get("quantized")
+        return found and Quantization(**found)
+
+    def require_float(self) -> None:
+        """Refuse quantized matrices, from which nothing can learn. Raises InputError."""
+        if self.quantized:
+            raise InputError(
+                f"run folder {self.folder}: its matrices are quantized ({self.quantized.dtype}), so it cannot be "
+                f"trained; train {self.meta().get('source', 'the model it was made from')}"
+            )
+
     def _fresh(self, key: jax.Array) -> Params:
-        """What the run learns, before its first step."""
-        return begin(init_params(self.run.model, key), self.run.tune, key)
+        """What the run learns, before its first step; of a quantized model, its parameters."""
+        params = init_params(self.run.model, key)
+        params = quantize(params, self.run.model, *self.quantized) if self.quantized else params
+        return begin(params, self.run.tune, key)
 
     @property
     def _path(self) -> Path:

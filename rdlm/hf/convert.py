@@ -43,7 +43,7 @@ from rdlm.hf.files import (
 )
 from rdlm.hf.names import ROTARY, Entry, bare, is_sandwich, rotary_buffer, table, to_ours, to_theirs
 from rdlm.hf.plain import FAMILIES
-from rdlm.model import Params
+from rdlm.model import Params, check_float
 from rdlm.runtime import set_aside
 from rdlm.runtime.files import is_scratch, scratch_folder
 
@@ -246,6 +246,7 @@ def save_huggingface(
             raise InputError(f"{target}: is not empty and holds no earlier export; choose another folder")
     except OSError as error:
         raise InputError(f"{target}: cannot be read ({error.strerror or error})") from error
+    check_float(params, "export")
     check_format(config)
     planned = _plan(params, config)
     dtype = np.dtype(params["wte"].dtype).name

@@ -36,6 +36,7 @@ from rdlm.model.network import (
     with_values,
 )
 from rdlm.model.noise import noisy
+from rdlm.model.quantize import check_float, quantization, quantize, quantized_specs
 from rdlm.model.retrofit import retrofit
 
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "bind_text",
     "cast",
     "check_depth",
+    "check_float",
     "check_ids",
     "check_rule",
     "check_shape",
@@ -69,6 +71,9 @@ __all__ = [
     "logical_axes",
     "noisy",
     "positions_of",
+    "quantization",
+    "quantize",
+    "quantized_specs",
     "readout",
     "retrofit",
     "split_steps",

@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Bool, Float, Float32, Int, PyTree
+from jaxtyping import Bool, Float, Float32, Int, PyTree, Shaped
 
 from rdlm.config import ModelConfig
 from rdlm.model.cache import KeyValue
 from rdlm.model.kernels import attend, attend_cached, attend_flash, attend_in_training
 from rdlm.remat import keep
-from rdlm.tune import LORA_A, LORA_B
+from rdlm.tune import LORA_A, LORA_B, SCALE
 
 Block = Callable[[dict[str, PyTree], Array], tuple[Array, KeyValue]]
 
@@ -133,19 +133,33 @@ def rotate(
     return jnp.stack([a * cos - b * sin, a * sin + b * cos], -1).reshape(x.shape).astype(x.dtype)
 
 
+class Quantized(NamedTuple):
+    """The matrix w * scale. w [.., D, F] in 8 bits, scale f32 [.., 1, F]."""
+
+    w: Array
+    scale: Array
+
+
 class LowRank(NamedTuple):
     """The matrix w + a b, whose sum is not formed. w [.., D, F], a [.., D, rank], b [.., rank, F]."""
 
-    w: Array
+    w: Array | Quantized
     a: Array
     b: Array
 
 
-def linear(x: Float[Array, "*tokens D"], w: Float[Array, "D F"] | LowRank) -> Float[Array, "*tokens F"]:
+def linear(x: Float[Array, "*tokens D"], w: Float[Array, "D F"] | Quantized | LowRank) -> Float[Array, "*tokens F"]:
     """x @ w, as one product over all tokens: on CPUs the batched form takes twice as long to differentiate."""
     if isinstance(w, LowRank):
         return linear(x, w.w) + linear(linear(x, w.a), w.b)
-    return (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[-1])
+    rows = x.reshape(-1, x.shape[-1])
+    if isinstance(w, Quantized):
+        # A TPU reads the 8 bits and widens them inside of the product; every value of theirs is exact in bf16.
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        out = (jnp.matmul(rows, w.w.astype(x.dtype), preferred_element_type=wide) * w.scale).astype(x.dtype)
+    else:
+        out = rows @ w
+    return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
 def normalise(x: Float[Array, "*tokens D"], scale: Float[Array, "D"] | None, eps: float) -> Float[Array, "*tokens D"]:
@@ -196,8 +210,10 @@ def weight(
 
 
 def matrix(module: nn.Module, name: str, shape: tuple[int, ...], std: float, axes: tuple[str | None, ...], dtype):
-    """As `weight`, with the low-rank pair where the parameters hold one beside it (`rdlm.tune`)."""
-    w = weight(module, name, shape, std, axes, dtype)
+    """As `weight`, with what the parameters hold beside it: scales (`quantize`), a low-rank pair (`rdlm.tune`)."""
+    scale = _beside(module, name + SCALE)
+    w: Any = weight(module, name, shape, std, axes, dtype if scale is None else None)
+    w = w if scale is None else Quantized(w, scale)
     a, b = _beside(module, name + LORA_A), _beside(module, name + LORA_B)
     return w if a is None or b is None else LowRank(w, a.astype(dtype), b.astype(dtype))
 
@@ -284,10 +300,10 @@ class SelfAttention(nn.Module):
         return RMSNorm(self.config, name=name)(x.reshape(shape)).reshape(x.shape)
 
 
-def halves(w: Float[Array, "2 D F"] | LowRank) -> list[Float[Array, "D F"] | LowRank]:
+def halves(w: Shaped[Array, "2 D F"] | Quantized | LowRank) -> list[Shaped[Array, "D F"] | Quantized | LowRank]:
     """The two matrices of one parameter. Not indexed: gradients of indexing are padded and added up."""
-    if isinstance(w, LowRank):
-        return [LowRank(*half) for half in zip(*map(halves, w), strict=True)]
+    if isinstance(w, (Quantized, LowRank)):
+        return [type(w)(*half) for half in zip(*map(halves, w), strict=True)]
     return [half[0] for half in jax.lax.split(w, (1, 1))]
 
 

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.tree_util import DictKey
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Float32, Int, Int32, Key, PyTree
 
@@ -38,7 +39,7 @@ from rdlm.model.blocks import (
 )
 from rdlm.model.cache import KeyValue
 from rdlm.model.kernels import fits_flash
-from rdlm.tune import LORA_A, LORA_B
+from rdlm.tune import LORA_A, LORA_B, SCALE
 
 Params = dict[str, PyTree]
 ADAPTER = ("adapter", "adapter" + LORA_A, "adapter" + LORA_B)
@@ -159,12 +160,18 @@ def _init(config: ModelConfig, key: Array) -> Params:
 
 def compute_dtype(params: Params, config: ModelConfig) -> jnp.dtype:
     """Dtype of activations: config.compute_dtype, or that of the parameters."""
-    return jnp.dtype(config.compute_dtype or params["wte"].dtype)
+    stored = config.param_dtype if "wte" + SCALE in params else params["wte"].dtype
+    return jnp.dtype(config.compute_dtype or stored)
 
 
 def cast(params: Params, dtype: DTypeLike) -> Params:
-    """Every parameter in `dtype`."""
-    return jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
+    """Every parameter in `dtype`; quantized matrices stay, and so do their scales."""
+
+    def one(path: tuple[DictKey, ...], x: Array) -> Array:
+        small = jnp.dtype(x.dtype).itemsize == 1 or path[-1].key.endswith(SCALE)
+        return x if small else jnp.asarray(x, dtype)
+
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def context(
@@ -251,7 +258,10 @@ def vectors(
     """What the prelude reads of tokens: their embeddings times `embed_scale`."""
     dtype = compute_dtype(params, config)
     scale = config.embed_dim**0.5 if config.embed_scale is None else config.embed_scale
-    return params["wte"][tokens].astype(dtype) * jnp.asarray(scale, dtype)
+    rows = params["wte"][tokens]
+    if (scales := params.get("wte" + SCALE)) is not None:  # of a quantized embedding
+        rows = rows.astype(jnp.float32) * scales[tokens]
+    return rows.astype(dtype) * jnp.asarray(scale, dtype)
 
 
 def inject(params: Params, config: ModelConfig, e: Float[Array, "*tokens D"]) -> Float[Array, "*tokens D"]:
@@ -380,6 +390,8 @@ def head(params: Params, config: ModelConfig, y: Float[Array, "*tokens D"]) -> F
     name = "wte" if config.tie_embeddings else "head"
     weights = params[name].astype(compute_dtype(params, config))
     out = jnp.einsum("nd,vd->nv", y.reshape(-1, config.embed_dim), weights, preferred_element_type=jnp.float32)
+    if (scales := params.get(name + SCALE)) is not None:
+        out = out * scales[:, 0][None]
     return out.reshape(*y.shape[:-1], -1)
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Key
 from rdlm.config import InputError, Loop, ModelConfig, require
 from rdlm.model.inputs import check_type, typed_key
 from rdlm.model.network import Params
+from rdlm.model.quantize import check_float
 
 Adapter = Literal["identity", "random"]
 
@@ -77,9 +78,10 @@ def retrofit(
       (params, config) of the recurrent model. Its layers are the source's arrays, not copies.
 
     Raises:
-      InputError: a model that is recurrent already, an unknown adapter, or a cut that does not fit (`cut`).
+      InputError: a model that is recurrent or quantized already, an unknown adapter, or a cut that does not fit.
     """
     check_type("config", config, ModelConfig)
+    check_float(params, "retrofit")
     if config.loop != ONCE or config.mean_recurrence != 1:
         raise InputError("config: the model is recurrent already; only a plain one, whose layers run once, can be cut")
     if config.value_tables or config.value_gates:

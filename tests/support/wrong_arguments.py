@@ -87,6 +87,10 @@ def decode_step(**options):
     return rdlm.decode_step(PARAMS, CONFIG, **given)
 
 
+def quantize(**options):
+    return rdlm.quantize(**{"params": PARAMS, "config": CONFIG, **options})
+
+
 def swapped(function):
     return function()
 
@@ -127,6 +131,10 @@ WRONG = {
     decode_step: {
         "cache": [None, {}], "token": [None, "a", [1.5, 2], [1], RAGGED, [2**40, 1]], "num_steps": DEPTHS,
         "state": ["a", np.zeros(2)], "init_scale": SCALES, "exit_rule": RULES, **ANY_DEPTH,
+    },
+    quantize: {
+        "params": [None, 5, {}, CONFIG, rdlm.quantize(PARAMS, CONFIG)], "config": [None, {}, PARAMS],
+        "dtype": [None, "int4", "bfloat16", 8, ["int8"], np.int8], "embeddings": [None, "yes", 2],
     },
     swapped: {
         "function": [
