@@ -62,6 +62,7 @@ reproduce: install
 	$(BIN)/python experiments/studies/baselines.py
 	$(BIN)/python experiments/studies/operators.py
 	$(BIN)/python experiments/studies/early_exit_methods.py
+	$(BIN)/python experiments/studies/parallel.py runs/quickstart
 	$(BIN)/python experiments/studies/thinking_in_words.py --saved runs/s3 $(patsubst %,runs/s3_seed%,1 2 3 4)
 
 lint: install-dev
