@@ -1,12 +1,17 @@
-"""A server as a process: its socket, its signals, its end."""
+"""A server as a process, with its signals and its end; or in a thread."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import dataclasses
 import logging
 import signal
 import socket
 import sys
+import threading
+import time
+from collections.abc import Iterator
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -14,7 +19,10 @@ from rdlm.config import InputError
 from rdlm.serve.options import ServeOptions
 
 if TYPE_CHECKING:
+    import uvicorn
+
     from rdlm.run import Run
+    from rdlm.serve.service import Service
 
 
 def serve(run: Run, options: ServeOptions | None = None, host: str = "127.0.0.1", port: int = 8000) -> int:
@@ -33,17 +41,9 @@ def serve(run: Run, options: ServeOptions | None = None, host: str = "127.0.0.1"
       InputError: options that the model cannot serve, an address that cannot be listened on, or the extra `serve` is
         not installed.
     """
-    try:
-        import uvicorn
+    service, config = _web(run, options)
+    import uvicorn
 
-        from rdlm.serve.app import make_app
-        from rdlm.serve.service import Service
-    except ModuleNotFoundError as error:
-        missing = f"{error.name}: not installed; a server needs the extra `serve` (pip install 'rdlm[serve]')"
-        raise InputError(missing) from error
-
-    service = Service(run, options or ServeOptions())
-    service.worker.require_memory()
     listening = open_socket(host, port)
 
     class Server(uvicorn.Server):
@@ -59,15 +59,6 @@ def serve(run: Run, options: ServeOptions | None = None, host: str = "127.0.0.1"
     plain = logging.StreamHandler(sys.stderr)
     plain.setFormatter(logging.Formatter("%(message)s"))
     log.handlers = [plain]
-    config = uvicorn.Config(
-        make_app(service),
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        ws="none",
-        timeout_graceful_shutdown=int(service.options.grace) + 5,
-        timeout_keep_alive=30,
-    )
     server = Server(config)
 
     def end() -> None:
@@ -88,6 +79,76 @@ def serve(run: Run, options: ServeOptions | None = None, host: str = "127.0.0.1"
     if service.worker.failure is not None:
         raise service.worker.failure
     return 0
+
+
+def _web(run: Run, options: ServeOptions | None) -> tuple[Service, uvicorn.Config]:
+    """What serves a model, and its settings for uvicorn.
+
+    Raises:
+      InputError: as `serve`.
+    """
+    try:
+        import uvicorn
+
+        from rdlm.serve.app import make_app
+        from rdlm.serve.service import Service
+    except ModuleNotFoundError as error:
+        missing = f"{error.name}: not installed; a server needs the extra `serve` (pip install 'rdlm[serve]')"
+        raise InputError(missing) from error
+
+    service = Service(run, options or ServeOptions())
+    service.worker.require_memory()
+    config = uvicorn.Config(
+        make_app(service),
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        ws="none",
+        timeout_graceful_shutdown=int(service.options.grace) + 5,
+        timeout_keep_alive=30,
+    )
+    return service, config
+
+
+@dataclasses.dataclass(frozen=True)
+class Background:
+    """A server in a thread of this process."""
+
+    url: str
+    service: Service
+    tasks: set[asyncio.Task[None]]
+    """One for each request that is being answered."""
+
+    def wait_until_ready(self) -> None:
+        """Until everything is compiled. Raises what went wrong, if anything did."""
+        worker = self.service.worker
+        while not worker.ready:
+            if worker.failure is not None:
+                raise worker.failure
+            time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def in_thread(run: Run, options: ServeOptions | None = None) -> Iterator[Background]:
+    """Serve a model on loopback, at a port that is free, until the end of the block.
+
+    Raises:
+      InputError: as `serve`.
+    """
+    service, config = _web(run, options)
+    import uvicorn
+
+    listening, server = open_socket("127.0.0.1", 0), uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, args=([listening],), name="server")
+    thread.start()
+    try:
+        while thread.is_alive() and not server.started:
+            time.sleep(0.005)
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        yield Background(url, service, server.server_state.tasks)
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 def _is_news(record: logging.LogRecord) -> bool:

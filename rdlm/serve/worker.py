@@ -98,7 +98,8 @@ class Worker:
         self._tokenizer: Tokenizer = run.require_tokenizer()
         self._inbox: queue.SimpleQueue[Answer | None] = queue.SimpleQueue()
         self._active: list[Answer] = []
-        self._engines: dict[str, Engine] = {}
+        self.engines: dict[str, Engine] = {}
+        """By kind of exit rule, once made. Others may run them while there is no request."""
         self._stopping = False
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
         self.ready = False
@@ -114,7 +115,7 @@ class Worker:
     def cache_usage(self) -> float:
         """Share of all lanes' positions that is in use."""
         options = self._depths.options
-        room = options.lanes * (options.max_context or 1) * max(len(self._engines), 1)
+        room = options.lanes * (options.max_context or 1) * max(len(self.engines), 1)
         used = [answer.served for answer in list(self._active) if answer.served is not None]
         return min(sum(len(s.prompt) + len(s.tokens) for s in used if s.tokens) / room, 1.0)
 
@@ -134,8 +135,8 @@ class Worker:
 
     def _main(self) -> None:
         try:
-            self._engines = {kind: self._engine(kind) for kind in self._depths.kinds}
-            for kind in self._engines:
+            self.engines = {kind: self._engine(kind) for kind in self._depths.kinds}
+            for kind in self.engines:
                 self._warm_up(DepthChoice(kind, kind, 1, self._depths.rule(kind)))
             self.ready = True
             self._call_soon(lambda: self.on_change())
@@ -229,7 +230,7 @@ class Worker:
                 if not self._score(answer):
                     continue
             self._begin(answer)
-        for engine in self._engines.values():
+        for engine in self.engines.values():
             engine.step()
         for answer in self._active:
             if answer.served is not None and answer.served.done:
@@ -256,7 +257,7 @@ class Worker:
             answer.fresh.append(End("length"))
             return
         try:
-            answer.served = self._engines[depth.kind].submit(
+            answer.served = self.engines[depth.kind].submit(
                 prompt,
                 max_new_tokens=ask.limits[answer.prompt],
                 num_steps=depth.num_steps,

@@ -13,7 +13,6 @@ from small_runs import saved
 import rdlm
 from rdlm.config import DataConfig
 from rdlm.serve.options import ServeOptions
-from rdlm.serve.service import Service
 from rdlm.tokenizer import Tokenizer
 
 CONTEXT = 32
@@ -32,9 +31,8 @@ def toy_run(tmp_path_factory):
 def server(toy_run):
     """Four lanes for each of two kinds of rules, at most 8 recurrences."""
     jax.config.update("jax_disable_most_optimizations", True)
-    with serving(
-        Service(toy_run, ServeOptions(lanes=4, prefill_chunk=8, exit=("kl", "latent_diff"), access_log=False))
-    ) as server:
+    options = ServeOptions(lanes=4, prefill_chunk=8, exit=("kl", "latent_diff"), access_log=False)
+    with serving(toy_run, options) as server:
         until(lambda: server.service.worker.ready or server.service.worker.failure, 300)
         jax.config.update("jax_disable_most_optimizations", False)
         assert server.service.worker.failure is None

@@ -23,7 +23,7 @@ from rdlm.serve.errors import APIError
 from rdlm.serve.guard import LOG
 from rdlm.serve.options import ServeOptions
 from rdlm.serve.server import _is_news, open_socket
-from rdlm.serve.service import Call, Service
+from rdlm.serve.service import Call
 from rdlm.serve.worker import End, Token, Worker
 
 pytestmark = pytest.mark.slow
@@ -52,7 +52,7 @@ def events(response):
 
 def busy_lanes(server):
     return sum(
-        s is not None and not s.done for engine in server.service.worker._engines.values() for s in engine._serving
+        s is not None and not s.done for engine in server.service.worker.engines.values() for s in engine._serving
     )
 
 
@@ -260,7 +260,7 @@ def test_probes_may_ask_with_head_and_the_schema_has_the_version_of_the_package(
 def test_before_everything_is_compiled_nothing_is_served(toy_run, monkeypatch):
     go_on = threading.Event()
     monkeypatch.setattr(Worker, "_warm_up", lambda self, depth: go_on.wait(60))
-    with serving(Service(toy_run, ServeOptions(lanes=4, exit=("kl",), access_log=False))) as server:
+    with serving(toy_run, ServeOptions(lanes=4, exit=("kl",), access_log=False)) as server:
         for path in ("health", "ready"):
             response = httpx.get(f"{server.url}/{path}")
             assert (response.status_code, response.json()["status"]) == (503, "warming_up")

@@ -3,14 +3,11 @@
 import asyncio
 import contextlib
 import dataclasses
-import threading
 import time
 
 import httpx
-import uvicorn
 
-from rdlm.serve.app import make_app
-from rdlm.serve.server import open_socket
+from rdlm.serve import in_thread
 from rdlm.serve.service import Service
 
 
@@ -34,7 +31,7 @@ class Server:
 
     def settle(self):
         """Wait until nobody holds anything any more: no request, no lane."""
-        engines = self.service.worker._engines.values()
+        engines = self.service.worker.engines.values()
         until(lambda: not self.requests and not self.service._calls and not self.service.worker._active)
         until(lambda: not any(s is not None and not s.done for e in engines for s in e._serving))
 
@@ -47,21 +44,7 @@ def until(condition, seconds=60):
 
 
 @contextlib.contextmanager
-def serving(service):
+def serving(run, options):
     """Serve in a thread until the end of the block."""
-    listening = open_socket("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(make_app(service), log_config=None, timeout_graceful_shutdown=5))
-    loops = []
-
-    async def main():
-        loops.append(asyncio.get_running_loop())
-        await server.serve(sockets=[listening])
-
-    thread = threading.Thread(target=lambda: asyncio.run(main()))
-    thread.start()
-    try:
-        until(lambda: server.started)
-        yield Server(f"http://127.0.0.1:{listening.getsockname()[1]}", service, loops[0], server.server_state.tasks)
-    finally:
-        server.should_exit = True
-        thread.join()
+    with in_thread(run, options) as server:
+        yield Server(server.url, server.service, server.service._loop, server.tasks)
