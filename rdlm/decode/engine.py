@@ -192,8 +192,7 @@ class Engine:
             init_scale=init_scale,
             any_bias=True,
         )
-        self._group = max(1, lanes // 4)  # requests that are prefilled together, lanes that are flushed together
-        self._flush, self._ticks = Flush(self._group, flush_every), ticks_per_step
+        self._group, self._ticks = max(1, lanes // 4), ticks_per_step  # requests that are prefilled together
         # Row 0 stands for every idle lane; making it also checks the engine's own options.
         self._idle, _ = as_requests(config, [[0]], 1, self._options)
         if any(np.shape(leaf)[:1] != (1,) for leaf in jax.tree.leaves(self._idle.depth)):
@@ -203,6 +202,8 @@ class Engine:
             )
         sets = cache.sets(next_power(int(np.max(self._idle.depth.num_steps)), minimum=1))
         self._sizes = Sizes(cache, sets, capacity, max_new_tokens)
+        together = np.max(self._idle.depth.num_steps) == 1  # whether all lanes stop after the same tick
+        self._flush = Flush(lanes if together else self._group, flush_every)
         self._serving: list[Served | None] = [None] * lanes
         check_memory(params, config, lanes, 1, (sets, capacity), self._idle.depth)
         usual = max(2 * lanes, 32 if jax.default_backend() == "cpu" else 128)

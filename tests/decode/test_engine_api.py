@@ -86,6 +86,14 @@ def test_usage_adds_up():
     assert made / (LANES // 4) <= e.usage.flushes <= made
 
 
+def test_no_lane_waits_where_every_token_takes_one_recurrence():
+    e = Engine(params(), TINY, lanes=8, max_new_tokens=NEW, capacity=16, num_steps=1)
+    for i in range(8):
+        e.submit([1 + i])
+    e.run()
+    assert e.usage.utilisation == 1.0
+
+
 def test_no_lane_waits_for_ever():
     # All tokens take one recurrence, so that all lanes wait at every tick, for a flush that takes two of eight.
     e = new_engine(KIND, ticks_per_step=1)
