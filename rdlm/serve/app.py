@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
@@ -35,7 +36,7 @@ from rdlm.serve.protocol import (
 from rdlm.serve.service import Call, Service, reads_too_slowly
 from rdlm.serve.worker import Ask
 
-_PAGE = Path(__file__).with_name("page.html")
+_PAGE, _DOCS = (Path(__file__).with_name(name) for name in ("page.html", "docs.html"))
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 
 
@@ -48,17 +49,26 @@ def make_app(service: Service) -> ASGIApp:
         yield
         await service.stop()
 
-    app = FastAPI(title="rdlm", version=versions()["rdlm"], lifespan=lifespan, description=__doc__)
+    app = FastAPI(
+        title="rdlm",
+        version=versions()["rdlm"],
+        description=__doc__,
+        lifespan=lifespan,
+        docs_url=None,  # FastAPI's own pages load scripts from elsewhere
+        redoc_url=None,
+    )
     app.state.service = service
     app.add_exception_handler(APIError, _on_api_error)
     app.add_exception_handler(RequestValidationError, _on_validation)
     app.add_exception_handler(HTTPException, _on_http)
     app.add_exception_handler(Exception, _on_bug)
     app.add_api_route("/", page, include_in_schema=False)
+    app.add_api_route("/docs", docs, include_in_schema=False)
     app.add_api_route("/metrics", metrics)
     for path, probe in (("/health", health), ("/ready", ready)):
         app.add_api_route(path, probe)
         app.add_api_route(path, probe, methods=["HEAD"], include_in_schema=False)
+    app.add_api_route("/tokenizer_info", tokenizer_info)
     app.add_api_route("/v1/models", models)
     app.add_api_route("/v1/models/{name:path}", model)
     errors: Any = {status: {"description": "An error object"} for status in (400, 401, 404, 413, 429, 500, 503)}
@@ -70,6 +80,11 @@ def make_app(service: Service) -> ASGIApp:
 async def page(request: Request) -> Response:
     """A chat in the browser: one file that asks for nothing from elsewhere."""
     return HTMLResponse(_PAGE.read_bytes(), headers={"Content-Security-Policy": _POLICY})
+
+
+async def docs(request: Request) -> Response:
+    """All paths and fields, for people; as self-contained."""
+    return HTMLResponse(_DOCS.read_bytes(), headers={"Content-Security-Policy": _POLICY})
 
 
 async def metrics(request: Request) -> Response:
@@ -127,11 +142,21 @@ async def tokenize(body: TokenizeBody, request: Request) -> Json:
         if body.messages is not None:
             ids = await asyncio.to_thread(encode_chat, service, body.messages)
         else:
-            bos = None if body.add_special_tokens in (None, True) else False
-            ids = await asyncio.to_thread(service.tokenizer.encode, body.prompt or "", bos)
+            bos, text = None if body.add_special_tokens in (None, True) else False, body.prompt or ""
+            if bos is False and text in service.tokenizer.special_ids:
+                ids = np.asarray([service.tokenizer.special_ids[text]])
+            else:
+                ids = await asyncio.to_thread(service.tokenizer.encode, text, bos)
     except InputError as error:
         raise from_input_error(error, "prompt") from error
     return {"tokens": ids.tolist(), "count": len(ids), "max_model_len": service.max_context}
+
+
+async def tokenizer_info(request: Request) -> Json:
+    """The texts of the begin and end tokens."""
+    tokenizer = _service(request).tokenizer
+    names = {token: text for text, token in tokenizer.special_ids.items()}
+    return {"bos_token": names.get(tokenizer.bos_id), "eos_token": names.get(tokenizer.eos_id)}
 
 
 async def detokenize(body: DetokenizeBody, request: Request) -> Json:
@@ -146,6 +171,8 @@ _POSTS: dict[str, Callable[..., Any]] = {
     "/v1/chat/completions": chat_completions,
     "/v1/tokenize": tokenize,
     "/v1/detokenize": detokenize,
+    "/tokenize": tokenize,  # where lm-eval looks
+    "/detokenize": detokenize,
 }
 
 

@@ -21,6 +21,7 @@ from rdlm.serve.options import ServeOptions
 LOG = logging.getLogger("rdlm.serve")
 _PROBES = ("/health", "/ready", "/metrics")  # asked every few seconds, so not in the log
 _COUNTED = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/v1/tokenize", "/v1/detokenize")
+_OPEN = ("/", "/docs", "/openapi.json", *_PROBES)  # need no key
 _BODY_SECONDS = 60  # in which a body must have come
 
 
@@ -29,7 +30,7 @@ class Guard:
 
     Args:
       app: what it protects.
-      keys: API keys, one of which paths below /v1 need; none: everybody is served.
+      keys: API keys, one of which is needed; none: everybody is served.
       options: limits of the server.
       counter: of requests, by path and status.
     """
@@ -78,7 +79,7 @@ class Guard:
 
     def _refusal(self, scope: Scope) -> APIError | None:
         headers = dict(scope["headers"])
-        if self._keys and scope["path"].startswith("/v1"):
+        if self._keys and scope["path"] not in _OPEN:
             scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
             matches = [hmac.compare_digest(key.strip(), known) for known in self._keys]  # all, whichever matches
             if scheme.lower() != b"bearer" or not any(matches):

@@ -10,14 +10,30 @@ from served import until
 pytestmark = pytest.mark.slow
 
 
-def test_it_asks_for_nothing_from_elsewhere(server):
-    response = httpx.get(server.url)
+@pytest.mark.parametrize("path", ["/", "/docs"])
+def test_pages_ask_for_nothing_from_elsewhere(server, path):
+    response = httpx.get(server.url + path)
     assert response.status_code == 200
     assert response.headers["Content-Type"].startswith("text/html")
     assert "default-src 'none'" in response.headers["Content-Security-Policy"]
     assert not re.findall(r"(?:src|href|url)\s*[=(]\s*[\"']?(?:https?:)?//", response.text)
+
+
+def test_the_chat_fits_dark_rooms_and_small_screens(server):
+    response = httpx.get(server.url)
     for mark in ("prefers-color-scheme: dark", "max-width: 760px", "<svg", 'type="range"'):
         assert mark in response.text
+
+
+@pytest.mark.skipif(browser.CHROMIUM is None, reason="needs Chromium")
+def test_the_documentation_lists_every_path_and_field(server, tmp_path):
+    schema = httpx.get(f"{server.url}/openapi.json").json()
+    with browser.page(f"{server.url}/docs", tmp_path) as page:
+        page.until("document.querySelectorAll('h2').length")
+        heads = page.run("[...document.querySelectorAll('h2')].map(h => h.textContent)")
+        fields = page.run("[...document.querySelectorAll('td code')].map(c => c.textContent)")
+    assert heads == [f"{method.upper()} {path}" for path, methods in schema["paths"].items() for method in methods]
+    assert {"prompt", "messages", "num_steps", "exit", "threshold", "max_completion_tokens"} <= set(fields)
 
 
 @pytest.mark.skipif(browser.CHROMIUM is None, reason="needs Chromium")
