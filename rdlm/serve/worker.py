@@ -192,7 +192,7 @@ class Worker:
         """Compile for prompts of every length, as requests will. Raises what the engine raises."""
         context = self._depths.options.max_context
         assert context is not None
-        for length in self._engines[depth.kind].prompt_lengths:
+        for length in self.engines[depth.kind].prompt_lengths:
             if self._stopping:
                 break
             prompt, limit = np.zeros(length, np.int32), min(2, context - length)

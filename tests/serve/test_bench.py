@@ -62,6 +62,6 @@ def test_it_measures_the_server_beside_its_engine(toy_run, server, command, tmp_
     ],
 )
 def test_what_cannot_be_measured_is_refused(toy_run, command, flags, words):
-    code, out, err = command("bench/serve", toy_run.folder, *flags)
+    code, _, err = command("bench/serve", toy_run.folder, *flags)
     assert (code, err.count("\n")) == (2, 1)
     assert words in err
