@@ -187,6 +187,7 @@ def _state(problem: APIError | None) -> Response:
 
 
 def _card(service: Service) -> Json:
+    found = service.depths.calibrated
     return {
         "id": service.name,
         "object": "model",
@@ -196,6 +197,7 @@ def _card(service: Service) -> Json:
         "num_steps": service.depths.choose(None, None, None, None).num_steps,
         "max_steps": service.options.max_steps,
         "exits": list(service.depths.offered),
+        "calibrated": None if found is None else found.guarantee,
     }
 
 

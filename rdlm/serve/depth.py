@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import cast
 
 from rdlm import exits
 from rdlm.config import ExitName, InputError
+from rdlm.evaluation.calibration import Calibrated
 from rdlm.exits import ExitRule
 from rdlm.serve.errors import from_input_error, wrong
 from rdlm.serve.options import ServeOptions
@@ -29,7 +31,7 @@ class Depths:
 
     options: ServeOptions  # resolved
     trained: int  # recurrences, in the mean
-    vocab_size: int
+    calibrations: Mapping[str, Calibrated]  # by rule, of these weights
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -40,7 +42,15 @@ class Depths:
     @property
     def offered(self) -> tuple[str, ...]:
         """What a request may say for `exit`, its default first."""
-        return tuple(dict.fromkeys((*(self.options.exit or ()), "none")))
+        found = () if self.calibrated is None else ("calibrated",)
+        return tuple(dict.fromkeys((*(self.options.exit or ()), "none", *found)))
+
+    @property
+    def calibrated(self) -> Calibrated | None:
+        """The calibration that a request gets: that of the first rule which has one within the depth served."""
+        known = [self.calibrations[kind] for kind in self.kinds if kind in self.calibrations]
+        most = self.options.max_steps or 1
+        return next((x for x in known if x.threshold is not None and x.goal.num_steps <= most), None)
 
     def rule(self, kind: str, threshold: float | None = None) -> ExitRule | None:
         """A rule of this kind; None for "none"."""
@@ -58,6 +68,8 @@ class Depths:
         name = self.offered[0] if exit is None else exit
         if name not in self.offered:
             raise wrong("exit", f"{name[:40]!r} is not served here; this server offers: {', '.join(self.offered)}")
+        if name == "calibrated":
+            return self._as_calibrated({"num_steps": num_steps, "threshold": threshold, "min_steps": min_steps})
         if name == "none" and threshold is not None:
             raise wrong("threshold", "exit 'none' takes no threshold; leave it out, or choose another exit")
         default = self.trained if name == "none" and self.offered[0] != "none" else options.steps or self.trained
@@ -82,6 +94,15 @@ class Depths:
         if rule.every_check and least:
             raise wrong("min_steps", f"exit {name!r} is checked at every recurrence; leave it out")
         return DepthChoice(name, name, steps, rule, least)
+
+    def _as_calibrated(self, given: dict[str, float | None]) -> DepthChoice:
+        """Depth and threshold of the calibration, whose guarantee holds for no others."""
+        found = self.calibrated
+        assert found is not None
+        for field, value in given.items():
+            if value is not None:
+                raise wrong(field, "exit 'calibrated' has its own; leave it out, or choose another exit")
+        return DepthChoice("calibrated", found.rule, found.goal.num_steps, self.rule(found.rule, found.threshold))
 
     def without_rule(self, steps: int) -> DepthChoice:
         """Exactly `steps` recurrences, in an engine whose rule is never checked."""

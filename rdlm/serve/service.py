@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable
 
 from rdlm.config import InputError, one_line
+from rdlm.evaluation import calibration
+from rdlm.evaluation.calibration import Calibrated
 from rdlm.run import Run
 from rdlm.serve.depth import Depths
 from rdlm.serve.errors import APIError
@@ -106,7 +108,7 @@ class Service:
         self.keys = options.read_keys()
         self.name = options.model_name or run.folder.resolve().name
         self.created = int(time.time())
-        self.depths = Depths(self.options, run.config.mean_recurrence, run.config.vocab_size)
+        self.depths = Depths(self.options, run.config.mean_recurrence, _calibrations(run))
         self.draining = False
         self.on_failure: Callable[[], None] = lambda: None
         self._calls: dict[Call, list[Answer]] = {}
@@ -227,6 +229,13 @@ class Service:
                 call.fail(APIError(503, "the server is stopping", code="stopping"))
 
         asyncio.get_running_loop().call_later(self.options.grace, expire)
+
+
+def _calibrations(run: Run) -> dict[str, Calibrated]:
+    """The calibrated rules of a run folder, if they are those of the weights that are served."""
+    if run.run_config is None or run.ema:
+        return {}
+    return {rule: found for rule, found in calibration.read(run.folder).items() if found.goal.step == run.step}
 
 
 def new_seed() -> int:
