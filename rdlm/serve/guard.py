@@ -22,6 +22,7 @@ LOG = logging.getLogger("rdlm.serve")
 _PROBES = ("/health", "/ready", "/metrics")  # asked every few seconds, so not in the log
 _COUNTED = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/v1/tokenize", "/v1/detokenize")
 _OPEN = ("/", "/docs", "/openapi.json", *_PROBES)  # need no key
+_PATIENCE = 16  # limits of a body that are read, since a client that is cut off while it sends reads no answer
 _BODY_SECONDS = 60  # in which a body must have come
 
 
@@ -85,7 +86,7 @@ class Guard:
             if scheme.lower() != b"bearer" or not any(matches):
                 return APIError(401, "send a valid API key: Authorization: Bearer KEY", code="invalid_api_key")
         length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length[:20]) > self._options.max_body:
+        if length.isdigit() and int(length[:20]) > _PATIENCE * self._options.max_body:
             return self._too_large()
         return None
 
@@ -101,14 +102,16 @@ class Guard:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         return None
-                    parts.append(message.get("body", b""))
-                    size += len(parts[-1])
-                    if size > self._options.max_body:
-                        raise self._too_large()
-                    if not message.get("more_body", False):
-                        return b"".join(parts)
+                    size += len(part := message.get("body", b""))
+                    if size <= self._options.max_body:
+                        parts.append(part)
+                    if size > _PATIENCE * self._options.max_body or not message.get("more_body", False):
+                        break
         except TimeoutError as error:
             raise APIError(408, "the body did not come in time", code="body_timeout") from error
+        if size > self._options.max_body:
+            raise self._too_large()
+        return b"".join(parts)
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

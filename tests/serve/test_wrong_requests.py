@@ -172,10 +172,7 @@ def test_a_large_body_is_refused_before_it_is_read(server):
         assert connection.recv(100).startswith(b"HTTP/1.1 413")
     with httpx.Client() as client:  # of a length that is not said
         pieces = (b"x" * 2**16 for _ in range(40))
-        try:
-            response = client.post(f"{server.url}/v1/completions", content=pieces)
-        except httpx.WriteError:  # closed while it was still being sent
-            return
+        response = client.post(f"{server.url}/v1/completions", content=pieces)  # which is read to its end
         refused(response, 413, None, "1048576 bytes")
 
 
