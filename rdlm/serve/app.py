@@ -270,10 +270,9 @@ class _Answer(Response):
             while not writer.done:
                 async with asyncio.timeout_at(deadline):
                     items = await call.take()
-                chunks = []
                 for index, item in items:
                     writer.add(index, item)
-                    chunks.append(writer.chunk(index))
+                chunks = [writer.chunk(index) for index in dict.fromkeys(index for index, _ in items)]
                 await self._events(send, [chunk for chunk in chunks if chunk is not None])
             closing = writer.closing()
             await self._events(send, [] if closing is None else [closing])

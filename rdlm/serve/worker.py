@@ -185,7 +185,7 @@ class Worker:
             cache=CachePolicy(options.cache_recurrences),
             max_queue=10**6,  # the service has counted
             prefill_chunk=options.prefill_chunk,
-            ticks_per_step=max(8, steps),
+            ticks_per_step=self._depths.trained,  # a token of every lane, about: then clients get theirs
         )
 
     def _warm_up(self, depth: DepthChoice) -> None:
@@ -282,6 +282,9 @@ class Worker:
         answer.fresh.append(Token(text, token, steps, answer.served.log_probs[-1], top))
         if answer.stream.stopped or token in answer.ask.stop_ids[STOPS:]:
             answer.served.cancel()
+        if len(answer.served.tokens) == 1 and not answer.cancelled:  # others' prompts may come first, and then a step
+            items, answer.fresh = answer.fresh, []
+            self._call_soon(lambda: answer.put(items))
 
     def _end(self, answer: Answer, served: Served) -> End:
         assert answer.stream is not None
