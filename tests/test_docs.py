@@ -21,7 +21,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("docs/**/*.md")])
 NEEDS = {"TPU", "network", "hours"}
 OTHER_PROGRAMS = {
-    "source", "cp", "pip", "python3", "pytest", "pre-commit", "make", "gcloud", "curl", "lm_eval", "${EDITOR:-vi}",
+    "source", "cp", "pip", "python3", "pytest", "pre-commit", "make", "gcloud", "curl", "lm_eval", "aiperf",
+    "${EDITOR:-vi}",
 }  # fmt: skip
 
 pytestmark = pytest.mark.usefixtures("quick_module")

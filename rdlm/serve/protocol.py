@@ -93,6 +93,7 @@ class Generate(Body):
     stop: Annotated[str | list[str] | None, BeforeValidator(_stop)] = None
     stop_token_ids: Annotated[list[Id], Field(max_length=64)] | None = None
     return_token_ids: bool | None = None
+    prefix: bool | None = None
     num_steps: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     exit: str | None = None
     threshold: Annotated[float, Field(ge=0)] | None = None
@@ -294,6 +295,10 @@ def understand(service: Service, body: Generate, prompts: list[np.ndarray]) -> A
         raise wrong("stream_options", "needs stream = true")
     if body.likeliest and not body.log_probs:
         raise wrong("top_logprobs", "needs logprobs = true")
+    if body.prefix and not service.run.config.prefix_attention:
+        raise wrong("prefix", "every token of this model sees only those before it; leave it out")
+    if body.prefix and echo and body.log_probs:
+        raise wrong("prefix", "the tokens of such a prompt have no log-probabilities; leave out echo or logprobs")
     depth = service.depths.choose(body.num_steps, body.exit, body.threshold, body.min_steps)
     tokenizer, words = service.tokenizer, [body.stop] if isinstance(body.stop, str) else body.stop or []
     special = [tokenizer.special_ids[word] for word in words if word in tokenizer.special_ids]
@@ -334,6 +339,7 @@ def understand(service: Service, body: Generate, prompts: list[np.ndarray]) -> A
         stop=tuple(word for word in words if word not in tokenizer.special_ids),
         stop_ids=stop_ids,
         likeliest=body.likeliest,
+        prefix=bool(body.prefix),
         scores=echo and body.log_probs,
     )
 

@@ -15,7 +15,7 @@ import numpy as np
 from rdlm.config import CachePolicy, InputError, Sampling, one_line
 from rdlm.decode import Engine
 from rdlm.decode.engine import Served
-from rdlm.decode.passes import check_memory, next_power
+from rdlm.decode.passes import check_memory
 from rdlm.decode.requests import sample_keys
 from rdlm.exits import Depth
 from rdlm.run import Run
@@ -60,6 +60,7 @@ class Ask:
     stop: tuple[str, ...] = ()
     stop_ids: tuple[int, ...] = ()
     likeliest: int = 0  # tokens wanted beside every one, with log-probabilities
+    prefix: bool = False  # whether the tokens of a prompt see each other in both directions
     scores: bool = False  # also of the prompts' tokens
     made: dict[int, PromptScores] = dataclasses.field(default_factory=dict)  # the worker's: scores by prompt
 
@@ -264,6 +265,7 @@ class Worker:
                 exit_rule=depth.rule,
                 min_steps=depth.min_steps,
                 sampling=dataclasses.replace(ask.sampling, stop_tokens=ask.stop_ids[:STOPS]),
+                prefix=ask.prefix,
                 key=ask.keys[answer.sample],
                 likeliest=ask.likeliest > 0,
                 on_token=lambda token, steps: self._heard(answer, token, steps),

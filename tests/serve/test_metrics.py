@@ -1,6 +1,9 @@
 """What Prometheus reads adds up."""
 
 import dataclasses
+import json
+import re
+from pathlib import Path
 
 import httpx
 import pytest
@@ -8,6 +11,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from served import until
 
 pytestmark = pytest.mark.slow
+
+NAMES = re.compile(r"rdlm:\w+")
 
 
 def read(server):
@@ -63,6 +68,17 @@ def test_streams_are_counted_by_how_they_end(server, rounds, monkeypatch):
     ended = [grown.get(("http_requests_total", "/v1/completions", status), 0) for status in ("200", "499", "504")]
     assert ended == [0, 1, 1]
     assert grown[("request_failure_total", "timeout")] == 1
+
+
+def test_the_dashboard_asks_for_what_is_there(server):
+    server.post("completions", prompt="ab", max_tokens=2)
+    text = httpx.get(f"{server.url}/metrics").text
+    there = {sample.name for family in text_string_to_metric_families(text) for sample in family.samples}
+    there |= {f"{family.name}_total" for family in text_string_to_metric_families(text) if family.type == "counter"}
+    dashboard = json.loads((Path(__file__).parents[2] / "docs" / "grafana.json").read_text())
+    asked = {name for panel in dashboard["panels"] for t in panel["targets"] for name in NAMES.findall(t["expr"])}
+    assert len(asked) > 10
+    assert asked <= there
 
 
 def test_gauges_show_what_is_in_flight(server, rounds):

@@ -3,9 +3,12 @@
 import dataclasses
 import json
 import socket
+import types
 
 import httpx
 import pytest
+
+from rdlm.decode import Engine
 
 pytestmark = pytest.mark.slow
 
@@ -36,6 +39,7 @@ WRONG_TEXTS = [
     ({"max_tokens": True}, "max_tokens", "valid integer"),
     ({"max_tokens": 31}, "max_tokens", "exceed the context of 32"),
     ({"max_tokens": 10**30}, "max_tokens", "exceed the context of 32"),
+    ({"prefix": True}, "prefix", "every token of this model sees only those before it"),
     ({"n": 0}, "n", "greater than or equal to 1"),
     ({"n": 129}, "n", "less than or equal to 128"),
     ({"n": 100}, "n", "at most 64"),
@@ -162,6 +166,22 @@ def test_values_that_change_nothing_are_taken(server):
     assert server.post("completions", **TEXT, **nothing)[0] == 200
     nothing = {"tools": [], "response_format": {"type": "text"}, "logprobs": False, "tool_choice": "none"}
     assert server.post("chat/completions", **CHAT, **nothing)[0] == 200
+
+
+def test_a_model_with_prefix_attention_is_asked_for_it(server, monkeypatch):
+    config, seen, submit = dataclasses.replace(server.run.config, prefix_attention=True), [], Engine.submit
+    monkeypatch.setattr(server.service, "run", types.SimpleNamespace(config=config))
+
+    def noted(self, prompt, prefix, **options):
+        seen.append(prefix)
+        return submit(self, prompt, **options)
+
+    monkeypatch.setattr(Engine, "submit", noted)
+    for prefix in (True, False):
+        assert server.post("completions", **TEXT, prefix=prefix)[0] == 200
+    assert seen == [True, False]
+    status, answer = server.post("completions", **TEXT, prefix=True, echo=True, logprobs=0)
+    assert (status, answer["error"]["param"]) == (400, "prefix")
 
 
 def test_a_large_body_is_refused_before_it_is_read(server):
