@@ -34,7 +34,7 @@ metric_list: [{metric: bits_per_byte}]
     "answers": """output_type: generate_until
 doc_to_text: "{{question}}"
 doc_to_target: "{{answer}}"
-generation_kwargs: {until: ["\\n", "e"], max_gen_toks: 6, do_sample: false}
+generation_kwargs: {until: ["\\n", "e", BOS], max_gen_toks: 6, do_sample: false}
 metric_list: [{metric: exact_match}]
 """,
 }
