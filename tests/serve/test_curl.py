@@ -1,4 +1,4 @@
-"""What docs/serve.md says to clients: its curl examples, on a server that runs."""
+"""The curl examples of docs/serve.md, on a server that runs."""
 
 import json
 import re
