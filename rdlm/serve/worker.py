@@ -15,7 +15,7 @@ import numpy as np
 from rdlm.config import CachePolicy, InputError, Sampling, one_line
 from rdlm.decode import Engine
 from rdlm.decode.engine import Served
-from rdlm.decode.passes import check_memory
+from rdlm.decode.passes import check_memory, next_power
 from rdlm.decode.requests import sample_keys
 from rdlm.exits import Depth
 from rdlm.run import Run
