@@ -416,7 +416,8 @@ class Engine:
         if not group or len(free) < len(group):
             return False
         with self._queue_lock:
-            self._queue = collections.deque(s for s in self._queue if s not in group)
+            for served in group:
+                self._queue.remove(served)
         if group[0]._in_chunks:
             self._begin_reading(group[0], free[0])
         else:
