@@ -1,6 +1,6 @@
 """How fast is the server, and how much of its engine's speed reaches its clients?
 
-    python experiments/bench/serve.py runs/quickstart
+    python experiments/bench/serve.py runs/quickstart --long-prompt 900
     python experiments/bench/serve.py models/smollm2 --streams 16 --rates 0.5 2 --json bench.json
 
 The server, its clients and the engine that it is compared with share this process and one set of compiled programs. The
