@@ -37,6 +37,7 @@ from rdlm.decode import Engine
 from rdlm.decode.engine import Served
 from rdlm.runtime import keep_compiled_programs, parse_arguments, run_command, write_output
 from rdlm.serve import ServeOptions, in_thread
+from rdlm.serve.server import Background
 
 Row = dict[str, object]
 TOGETHER = 1e-3
@@ -189,14 +190,17 @@ async def open_loop(url: str, turn: Turn, rate: float) -> None:
     await asyncio.gather(*(later(r, s) for r, s in zip(turn, np.cumsum(pauses).tolist(), strict=True)))
 
 
-def engine_alone(engine: Engine, turn: Turn, streams: int) -> None:
-    """The same without a server: as many requests in flight as there would be streams."""
+def engine_alone(engine: Engine, num_steps: int, turn: Turn, streams: int) -> None:
+    """The same without a server, at its depth: as many requests in flight as there would be streams."""
     waiting, flying = iter(turn), list[Served]()
 
     def submit(request: Request) -> Served:
         request.sent = time.perf_counter()
         return engine.submit(
-            request.prompt, max_new_tokens=request.new_tokens, on_token=lambda token, steps: request.heard(1)
+            request.prompt,
+            max_new_tokens=request.new_tokens,
+            num_steps=num_steps,
+            on_token=lambda token, steps: request.heard(1),
         )
 
     while True:
@@ -239,13 +243,14 @@ def latencies(turn: Turn) -> Row:
     return first | percentiles("TPOT", [r.per_token for r in turn]) | percentiles("ITL", gaps)
 
 
-def closed_rows(url: str, engine: Engine, work: Workload, streams: int) -> Iterator[Row]:
+def closed_rows(server: Background, work: Workload, streams: int) -> Iterator[Row]:
     """The server and its engine alone, taking turns; each one's fastest."""
     o = work.options
     count = o.requests or max(2 * streams, 4)
+    (engine,), depth = server.service.worker.engines.values(), server.service.options.steps or 1
     ways: dict[str, Callable[[Turn], None]] = {
-        "engine": lambda turn: engine_alone(engine, turn, streams),
-        "server": lambda turn: asyncio.run(closed_loop(url, turn, streams)),
+        "engine": lambda turn: engine_alone(engine, depth, turn, streams),
+        "server": lambda turn: asyncio.run(closed_loop(server.url, turn, streams)),
     }
     best: dict[str, Turn] = {}
     for i in range(o.turns + 1):  # the first compiles, so it does not count
@@ -331,7 +336,6 @@ def main() -> int:
     found: dict[str, list[Row]] = {}
     with in_thread(run, options) as server:
         server.wait_until_ready()
-        (engine,) = server.service.worker.engines.values()
         depth = server.service.options.steps
         work = Workload(o, run.config.vocab_size)
         print(
@@ -343,7 +347,7 @@ def main() -> int:
             show(title, rows)
 
         for streams in o.streams:
-            report(f"closed loop, {streams} streams", list(closed_rows(server.url, engine, work, streams)))
+            report(f"closed loop, {streams} streams", list(closed_rows(server, work, streams)))
         if o.rates:
             report("open loop", [open_row(server.url, work, rate) for rate in o.rates])
         if o.long_prompt:
