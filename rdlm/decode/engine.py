@@ -289,11 +289,10 @@ class Engine:
             self._queue.append(served)
         return served
 
-    @property
-    def prompt_lengths(self) -> list[int]:
-        """Prompts of these lengths, one after the other, compile everything that prompts need."""
+    def prompt_lengths(self, prefix: bool = False) -> list[int]:
+        """Prompts of these lengths, one after the other, compile everything that prompts with such a `prefix` need."""
         longest = self._sizes.capacity - 1
-        at_once = min(self._chunk, longest) if self._exact_chunks else longest
+        at_once = min(self._chunk, longest) if self._exact_chunks and not prefix else longest
         buckets = [16 << i for i in range(at_once.bit_length()) if 16 << i < at_once]
         return [*buckets, *range(at_once, min(at_once + 1, longest) + 1)]
 

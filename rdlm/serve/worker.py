@@ -191,13 +191,16 @@ class Worker:
 
     def _warm_up(self, depth: DepthChoice) -> None:
         """Compile for prompts of every length, as requests will. Raises what the engine raises."""
-        context = self._depths.options.max_context
+        context, engine = self._depths.options.max_context, self.engines[depth.kind]
         assert context is not None
-        for length in self.engines[depth.kind].prompt_lengths:
+        lengths = [(length, False) for length in engine.prompt_lengths()]
+        if self._run.config.prefix_attention:
+            lengths += [(length, True) for length in engine.prompt_lengths(prefix=True)]
+        for length, prefix in lengths:
             if self._stopping:
                 break
             prompt, limit = np.zeros(length, np.int32), min(2, context - length)
-            ask = Ask([prompt], [limit], 1, depth, Sampling(temperature=1.0), seed=0)
+            ask = Ask([prompt], [limit], 1, depth, Sampling(temperature=1.0), seed=0, prefix=prefix)
             answer = Answer(ask, 0, 0, lambda items: None)
             self._active = [answer]
             while self._active:

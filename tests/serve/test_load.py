@@ -15,9 +15,12 @@ import threading
 import httpx
 import pytest
 from served import serving, until
+from small_runs import saved
 from uvicorn.protocols.http import h11_impl
 
+import rdlm
 import rdlm.decode.engine
+from rdlm.decode.loop import begin
 from rdlm.serve.app import make_app
 from rdlm.serve.errors import APIError
 from rdlm.serve.guard import LOG
@@ -267,6 +270,19 @@ def test_before_everything_is_compiled_nothing_is_served(toy_run, monkeypatch):
         assert server.post("completions", **LONG)[0] == 503
         go_on.set()
         until(lambda: httpx.get(f"{server.url}/ready").status_code == 200)
+
+
+def test_a_long_prompt_whose_tokens_see_each_other_compiles_nothing(toy_run, tmp_path, quick_compile):
+    shape = {"prefix_attention": True, "max_length": 32}
+    folder = saved(
+        tmp_path / "toy", toy_run.config.vocab_size, {"data": toy_run.run_config.data}, toy_run.tokenizer, **shape
+    )
+    with serving(rdlm.load(folder), ServeOptions(lanes=2, prefill_chunk=8, exit=("none",), access_log=False)) as server:
+        until(lambda: server.service.worker.ready or server.service.worker.failure, 300)
+        programs = begin._cache_size()
+        for length in (3, 9, 17, 31):
+            assert server.post("completions", prompt=[1] * length, max_tokens=1, prefix=True)[0] == 200
+        assert begin._cache_size() == programs
 
 
 @contextlib.contextmanager
