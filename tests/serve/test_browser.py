@@ -37,6 +37,22 @@ def test_the_documentation_lists_every_path_and_field(server, tmp_path):
 
 
 @pytest.mark.skipif(browser.CHROMIUM is None, reason="needs Chromium")
+def test_the_documentation_breaks_no_word_on_a_small_screen(server, tmp_path):
+    table = "[...document.querySelectorAll('table')].find(t => t.textContent.includes('echo'))"
+    with browser.page(f"{server.url}/docs", tmp_path) as page:
+        page.call("Emulation.setDeviceMetricsOverride", width=390, height=900, deviceScaleFactor=1, mobile=True)
+        page.until("document.querySelectorAll('h2').length")
+        rows = page.run(f"[...{table}.rows].map(r => [r.offsetHeight, ...[...r.cells].map(c => c.textContent)])")
+        assert page.run("document.documentElement.scrollWidth") == 390
+    heights = {name: height for height, name, *_ in rows}
+    limits = {name: text for _, name, _, text in rows}
+    assert heights["stream"] == heights["ignore_eos"] == heights["model"] < 2 * heights["field"]
+    assert limits["seed"] == "at least -2^63, below 2^63"
+    assert limits["temperature"] == "at least 0, at most 2"
+    assert limits["prompt"] == "required"
+
+
+@pytest.mark.skipif(browser.CHROMIUM is None, reason="needs Chromium")
 def test_a_click_gets_an_answer_shaded_by_its_recurrences(server, tmp_path):
     with browser.page(server.url, tmp_path) as page:
         page.until("document.readyState === 'complete' && $('state').textContent === 'ready'")
