@@ -34,7 +34,8 @@ class ServeOptions:
     cache_recurrences: int | None = None
     """Recurrences whose keys and values are kept; None: all."""
     prefill_chunk: int | None = None
-    """Tokens of a long prompt that are read at once, between tokens of others; None: about two tokens' time."""
+    """Tokens of a long prompt that are read at once, between tokens of others; None: twice the lanes, but at least 32
+    on a CPU and 128 elsewhere."""
     max_queue: int = 64
     """Answers that may wait for a lane; more are refused with status 429."""
     max_body: int = 2**20
