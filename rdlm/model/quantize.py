@@ -58,8 +58,8 @@ def quantize(params: Params, config: ModelConfig, dtype: Small = "int8", embeddi
     check_float(params, "quantize")
 
     def one(path: Path, w: Array) -> tuple[Array, Array]:
-        small, scale = _quantized(w, dtype, _inputs(path))
-        if not isinstance(scale, jax.core.Tracer) and not jnp.isfinite(scale).all():
+        small, scale, finite = _quantized(w, dtype, _inputs(path))
+        if not isinstance(finite, jax.core.Tracer) and not finite:
             raise InputError(f"params {'/'.join(path)}: has values that are not finite, which no scale fits")
         return small, scale
 
@@ -99,12 +99,13 @@ def _inputs(path: Path) -> int:
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "axis"))
-def _quantized(w: Array, dtype: Small, axis: int) -> tuple[Array, Array]:
+def _quantized(w: Array, dtype: Small, axis: int) -> tuple[Array, Array, Array]:
+    """(Values, scales, whether all of `w` is finite: on CPUs a maximum may pass over NaN)."""
     wide = w.astype(jnp.float32)
     largest = 127.0 if dtype == "int8" else float(jnp.finfo(dtype).max)
     scale = jnp.maximum(jnp.max(jnp.abs(wide), axis, keepdims=True), 1e-30) / largest  # a channel of zeros stays one
     scaled = wide / scale
-    return (jnp.round(scaled) if dtype == "int8" else scaled).astype(dtype), scale
+    return (jnp.round(scaled) if dtype == "int8" else scaled).astype(dtype), scale, jnp.isfinite(wide).all()
 
 
 def _beside(tree: Params, embeddings: bool, make: Callable[[Path, Any], tuple[Any, Any]], path: Path = ()) -> Params:

@@ -78,12 +78,12 @@ def test_a_value_is_off_by_at_most_half_a_scale(seed, magnitude):
     w = draw.standard_normal((2, 5, 7)) * 10 ** (magnitude + draw.uniform(-3, 3, (2, 1, 7)))
     w[0, :, 0] = 0
     w = jnp.asarray(w, jnp.float32)
-    q, scale = MODULE._quantized(w, "int8", -2)
+    q, scale, _ = MODULE._quantized(w, "int8", -2)
     assert (q.dtype, scale.shape) == (jnp.int8, (2, 1, 7))
     assert share_of_bound(w, q, scale) <= 1 + 1e-4
     np.testing.assert_array_equal(q[0, :, 0], 0)  # a channel of zeros stays one
     assert (np.abs(np.asarray(q, int)).max(-2)[1] == 127).all()  # all of the range is used
-    q, scale = MODULE._quantized(w, "float8_e4m3fn", -2)
+    q, scale, _ = MODULE._quantized(w, "float8_e4m3fn", -2)
     error = jnp.abs(w - q.astype(jnp.float32) * scale)
     assert (error <= jnp.abs(w) * 2.0**-4 * (1 + 1e-5) + scale * 2.0**-9).all()
 
@@ -206,10 +206,17 @@ def nan_in(params):
     return params | {"core_0": jax.tree.map(lambda x: x * jnp.nan, params["core_0"])}
 
 
+def with_value(value):
+    """Wide embeddings, of which one number is another: a maximum on CPUs passed over a single NaN there."""
+    return {"wte": jax.random.normal(jax.random.key(0), (64, 128)).at[31, 57].set(value)}
+
+
 PLAIN = dataclasses.replace(TINY, loop=Loop(injection="none", start="embedding", bridge=False), mean_recurrence=1)
 REFUSED = {
     "twice": (lambda: rdlm.quantize(small(), TINY), r"quantize: the matrices are quantized \(int8\)"),
     "not finite": (lambda: rdlm.quantize(nan_in(floats()), TINY), "params core_0/attn/proj: has values that are not"),
+    "one NaN": (lambda: rdlm.quantize(with_value(jnp.nan), TINY, embeddings=True), "params wte: has values"),
+    "one infinity": (lambda: rdlm.quantize(with_value(-jnp.inf), TINY, embeddings=True), "params wte: has val"),
     "export": (lambda: rdlm.save_huggingface("never", small(), TINY), r"export: the matrices are quantized \(int8\)"),
     "retrofit": (
         lambda: rdlm.retrofit(small(dtype="float8_e4m3fn"), PLAIN, prelude=1, core=1, coda=1),
