@@ -157,7 +157,12 @@ def check_calibrated(args: Args) -> None:
     """Refuse what a calibrated threshold promises nothing about."""
     if args.exit == "none":
         raise InputError("--calibrated: --exit none has no threshold; name a rule, such as --exit kl")
-    given = {"--threshold": args.threshold, "--steps": args.steps, "--min-steps": args.min_steps or None}
+    given = {
+        "--threshold": args.threshold,
+        "--steps": args.steps,
+        "--min-steps": args.min_steps or None,
+        "--parallel.window": args.parallel.window,
+    }
     for flag, value in given.items():
         if value is not None:
             raise InputError(f"{flag} {value:g}: --calibrated promises nothing about it; leave one of them out")

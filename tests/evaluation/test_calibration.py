@@ -411,6 +411,7 @@ def refused(code, err, words):
         (("--threshold", "1e-3"), ["--threshold 0.001", "leave one of them out"]),
         (("--steps", "9"), ["--steps 9", "leave one of them out"]),
         (("--min-steps", "2"), ["--min-steps 2", "leave one of them out"]),
+        (("--parallel.window", "8"), ["--parallel.window 8", "leave one of them out"]),
     ],
 )
 def test_generate_refuses_what_no_promise_covers(arguments, words, text_run, command):
