@@ -102,6 +102,8 @@ def generate(
     check_callable("on_token", on_token)
     if parallel is not None:
         check_type("parallel", parallel, Parallel)
+        if speculative is not None:
+            raise InputError("parallel: cannot be combined with speculative; leave one of them out")
         options = with_rule(config, parallel, options)
     request, rows = as_requests(config, prompts, max_new_tokens, options, samples)
     tokens, lengths = padded(rows, config.max_length)
@@ -112,8 +114,6 @@ def generate(
         check_speculation(speculative, cache, options, np.asarray(max_steps))
         lookahead = speculative.lookahead
     if parallel is not None:
-        if speculative is not None:
-            raise InputError("parallel: cannot be combined with speculative; leave one of them out")
         check_parallel(config, parallel, cache, options, np.asarray(max_steps))
         cache, lookahead, width = ONE_SET, parallel.window, max(width, parallel.window)
         parallel = dataclasses.replace(parallel, rule=None, threshold=None)  # in the request: they compile nothing

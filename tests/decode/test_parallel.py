@@ -237,7 +237,7 @@ def test_a_wrong_setting_is_refused(setting, says):
     [
         ({"cache": CachePolicy(4)}, "recurrences=1"),
         ({"cache": CachePolicy(lookup="skip")}, "recurrences=1"),
-        ({"speculative": Speculative(1, 2)}, "speculative"),
+        ({"speculative": Speculative(1, 2)}, "^parallel: cannot be combined with speculative"),
         ({"parallel": Parallel(inner=9)}, "inner = 9: must be at most num_steps = 8"),
         ({"parallel": Parallel(rule="fixed", threshold=0.5)}, "fixed: r = 0.5"),
         ({"parallel": 4}, "parallel = 4"),
