@@ -65,10 +65,11 @@ def main() -> int:
         words += f"{len(failed)} FAILED: {'; '.join(failed)}." if failed else "None failed."
         text = "\n".join(["rdlm self-test", words, "", *columns(rows), "", *columns(list(facts.items())), ""])
         checks = [dataclasses.asdict(check) | {"verdict": check.verdict} for check in mine]
+        print(text, end="")  # first: the files may be impossible to write
         runtime.write_output(args.out / "report.txt", text)
         runtime.write_output(args.out / "report.html", checks_page("rdlm self-test", words, facts, rows))
         write_result(args.out / "report.json", {"failed": failed, "versions": facts, "checks": checks}, {})
-        print(f"{text}report: {args.out}/report.txt, report.json, report.html")
+        print(f"report: {args.out}/report.txt, report.json, report.html")
     return runtime.EXIT_FAILED if failed else runtime.EXIT_DONE
 
 

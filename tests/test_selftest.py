@@ -13,6 +13,7 @@ from experiment_scripts import script
 from golden_cases import LOGITS, cases, model
 
 from rdlm import selftest
+from rdlm.config import InputError
 from rdlm.model import blocks, kernels
 from rdlm.model.attention import softmax_attention
 from rdlm.perf.flops import Chip
@@ -225,3 +226,12 @@ def test_the_command_writes_a_page_and_exits_by_what_failed(wrong, monkeypatch, 
     assert ("1 FAILED: odd <b>." in text) == wrong
     assert "odd &lt;b&gt;" in page
     assert "<b>" not in page
+
+
+def test_the_page_is_shown_where_it_cannot_be_written(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(selftest, "every_check", lambda *_: [Check("slow", 2.0, "GB/s", least=1)])
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("sys.argv", ["selftest.py", "--out", str(tmp_path / "file")])
+    with pytest.raises(InputError, match="cannot be written"):
+        script("selftest").main()
+    assert "1 checks in" in capsys.readouterr().out
