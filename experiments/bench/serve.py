@@ -51,7 +51,7 @@ class Options:
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     """Run folder or Hugging Face folder."""
     streams: tuple[int, ...] = (1, 4, 16, 64)
-    """Closed loop: requests in flight."""
+    """Closed loop: requests in flight; no values: without these tables."""
     rates: tuple[float, ...] = ()
     """Open loop: requests per second."""
     requests: int = 0
@@ -311,9 +311,10 @@ def show(title: str, rows: list[Row]) -> None:
 
 def check(o: Options) -> None:
     """Refuse what cannot be measured."""
-    require(min(o.turns, *o.streams) >= 1, "turns, streams", (o.turns, *o.streams), "must be at least 1")
+    require(min((o.turns, *o.streams)) >= 1, "turns, streams", (o.turns, *o.streams), "must be at least 1")
     require(all(rate > 0 for rate in o.rates), "rates", o.rates, "must be positive")
-    require(o.requests >= 0, "requests", o.requests, "must not be negative")
+    for name in ("requests", "long_prompt"):
+        require(getattr(o, name) >= 0, name, getattr(o, name), "must not be negative")
     for name in ("prompt_tokens", "new_tokens"):
         least, most = getattr(o, name)
         require(1 <= least <= most, name, (least, most), "must be two numbers from 1 on, the smaller one first")

@@ -59,6 +59,8 @@ def test_it_measures_the_server_beside_its_engine(toy_run, server, command, tmp_
         (["--new-tokens", "4", "2"], "new_tokens = (4, 2)"),
         (["--streams", "0"], "must be at least 1"),
         (["--rates", "-1"], "rates"),
+        (["--long-prompt", "-5"], "long_prompt = -5: must not be negative"),
+        (["--streams", "--new-tokens", "4", "2"], "new_tokens = (4, 2)"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(toy_run, command, flags, words):
