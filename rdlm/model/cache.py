@@ -201,7 +201,7 @@ def append(
       new_kv: the keys and values of the pass.
       steps: recurrences each token ran.
       ran: recurrences of the pass; sets from `ran` up were not written, and get a copy of the deepest.
-      start: one position for all rows (a prefill chunk), or one for each (decoding).
+      start: one position for all rows (a first pass), or one for each.
       count: how many of the L tokens are real; padding is never visible, and overwritten later.
     """
     sets = cache.sets
