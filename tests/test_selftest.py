@@ -191,9 +191,10 @@ def test_verdicts(value, least, most, verdict):
     assert Check("x", value, least=least, most=most).verdict == verdict
 
 
-def test_a_check_that_ends_with_an_error_has_failed_and_the_next_begins(monkeypatch):
+@pytest.mark.parametrize("kind", [RuntimeError, AttributeError, ZeroDivisionError])
+def test_a_check_that_ends_with_an_error_has_failed_and_the_next_begins(kind, monkeypatch):
     def broken():
-        raise RuntimeError("no such\ndevice")
+        raise kind("no such\ndevice")
 
     for name in ("training", "decoding", "interconnect"):
         monkeypatch.setattr(selftest, name, lambda *_, **__: iter(()))
@@ -203,7 +204,7 @@ def test_a_check_that_ends_with_an_error_has_failed_and_the_next_begins(monkeypa
     said = []
     found = selftest.every_check(TINY, 0, said.append)
     assert failed(found) == ["numbers"]
-    assert found[0].note == "RuntimeError: no such device"
+    assert found[0].note == f"{kind.__name__}: no such device"
     assert found[-1].name == "late"
     assert len(said) == 6
 
