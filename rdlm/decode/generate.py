@@ -38,7 +38,7 @@ class Generation:
     prompt_steps: list[np.ndarray]  # int32, per prompt position
     core_passes: int  # sequential core recurrences of the whole batch
     log_probs: list[np.ndarray]  # f32 [n], ln p of each token by the model: before penalty, temperature and filters
-    parallel: ParallelUsage | None = dataclasses.field(default=None, kw_only=True)  # with `parallel` alone
+    parallel: ParallelUsage | None = dataclasses.field(default=None, kw_only=True)  # None without `parallel`
 
 
 def generate(

@@ -154,7 +154,7 @@ def linear(x: Float[Array, "*tokens D"], w: Float[Array, "D F"] | Quantized | Lo
         return linear(x, w.w) + linear(linear(x, w.a), w.b)
     rows = x.reshape(-1, x.shape[-1])
     if isinstance(w, Quantized):
-        # A TPU reads the 8 bits and widens them inside of the product; every value of theirs is exact in bf16.
+        # A TPU reads the 8 bits and widens them inside the product; every value of theirs is exact in bf16.
         wide = jnp.promote_types(x.dtype, jnp.float32)
         out = (jnp.matmul(rows, w.w.astype(x.dtype), preferred_element_type=wide) * w.scale).astype(x.dtype)
     else:
