@@ -109,7 +109,8 @@ def cross_entropy(
 
 def likeliest(logits: Float32[Array, "*tokens V"]) -> Int[Array, "*tokens"]:
     """The likeliest token, -1 where the logits are not finite: the argmax of NaN is 0, and so agrees with itself."""
-    return jnp.where(jnp.isfinite(logits.max(-1)), jnp.argmax(logits, axis=-1), -1)
+    sound = jnp.isfinite(logits.max(-1)) & ~jnp.isnan(logits).any(-1)  # the maximum may pass over a NaN on a CPU
+    return jnp.where(sound, jnp.argmax(logits, axis=-1), -1)
 
 
 def training_loss(

@@ -19,6 +19,16 @@ from rdlm.model.kernels import attend_flash
 from rdlm.recurrence import initial_state, spectral_radius, trajectory
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_the_likeliest_token_of_logits_that_are_not_finite(bad):
+    """One NaN is enough, and a logit of -inf is none: padding may have it."""
+    logits = np.random.default_rng(0).normal(size=(64, 128)).astype(np.float32)
+    logits[3, 5], logits[:, 127] = bad, -np.inf
+    expected = logits.argmax(-1)
+    expected[3] = -1
+    np.testing.assert_array_equal(losses.likeliest(jnp.asarray(logits)), expected)
+
+
 def test_loss_in_parts_never_holds_all_logits(monkeypatch):
     """Losses and gradients do not depend on how many logits are held at once; the largest array does."""
     config = dataclasses.replace(preset("nano").model, vocab_size=611)
