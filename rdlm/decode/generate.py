@@ -119,7 +119,7 @@ def generate(
         parallel = dataclasses.replace(parallel, rule=None, threshold=None)  # in the request: they compile nothing
     sizes = Sizes(
         cache,
-        cache.sets(next_power(int(np.max(max_steps)))),
+        cache.sets(next_power(int(np.max(max_steps)), minimum=min(8, config.mean_recurrence))),  # plain models: one
         next_power(int(max(lengths) + max_new_tokens + lookahead), 64),
         next_power(int(max_new_tokens), 16),
     )
