@@ -117,9 +117,10 @@ def generate(
         check_parallel(config, parallel, cache, options, np.asarray(max_steps))
         cache, lookahead, width = ONE_SET, parallel.window, max(width, parallel.window)
         parallel = dataclasses.replace(parallel, rule=None, threshold=None)  # in the request: they compile nothing
+    fewest = 1 if config.mean_recurrence == 1 else 8  # a plain model never asks for more
     sizes = Sizes(
         cache,
-        cache.sets(next_power(int(np.max(max_steps)), minimum=min(8, config.mean_recurrence))),  # plain models: one
+        cache.sets(next_power(int(np.max(max_steps)), fewest)),
         next_power(int(max(lengths) + max_new_tokens + lookahead), 64),
         next_power(int(max_new_tokens), 16),
     )
