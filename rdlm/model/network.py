@@ -167,8 +167,8 @@ def compute_dtype(params: Params, config: ModelConfig) -> jnp.dtype:
 def cast(params: Params, dtype: DTypeLike) -> Params:
     """Every parameter in `dtype`; quantized matrices stay, and so do their scales."""
 
-    def one(path: tuple[DictKey, ...], x: Array) -> Array:
-        small = jnp.dtype(x.dtype).itemsize == 1 or path[-1].key.endswith(SCALE)
+    def one(path: tuple[DictKey, ...], x: Array | np.ndarray) -> Array | np.ndarray:
+        small = x.dtype.itemsize == 1 or path[-1].key.endswith(SCALE)
         return x if small else jnp.asarray(x, dtype)
 
     return jax.tree_util.tree_map_with_path(one, params)
