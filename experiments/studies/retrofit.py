@@ -22,7 +22,7 @@ and more) and depth, on people who are not in training; loss of held-out text by
 damage; FLOPs of training and of an answer. Finished runs stay in runs/retrofit and are not made again; a run that was
 stopped goes on with the same command. Prints the hours that are left.
 
-Exit codes: 0 done; 75 stopped by a signal and saved; 2 wrong input. Memory: 12 GiB (estimated); disk: 2 GB a run.
+Exit codes: 0 done; 75 stopped by a signal and saved; 2 wrong input. Memory: 17 GiB; disk: 2 GB a run.
 Found: nothing yet, the long runs have not been made. Setting and open parts: docs/studies/retrofit.md.
 """
 
