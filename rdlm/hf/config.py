@@ -14,7 +14,7 @@ from collections.abc import Collection
 from rdlm.config import InputError, Loop, ModelConfig, require
 from rdlm.config.model import NOISES
 from rdlm.hf import parcae, plain
-from rdlm.hf.fields import Fields, Json, named_by, typed
+from rdlm.hf.fields import Fields, Json, named_by, typed, whole
 from rdlm.model.retrofit import START_STD
 
 # Reference field -> (field of ModelConfig, type, the reference's default).
@@ -248,8 +248,8 @@ def reference_fields(config: ModelConfig, dtype: str) -> Fields:
     window = config.attention_window
     require(window is None, "attention_window", window, "must be None for the reference, which has no window")
     fields = {name: getattr(config, ours) for name, (ours, _, _) in FIELDS.items()}
-    for name in ("rope_base", "test_time_noise"):  # the reference writes whole numbers as integers
-        fields[name] = int(fields[name]) if float(fields[name]).is_integer() else fields[name]
+    for name in ("rope_base", "test_time_noise"):
+        fields[name] = whole(fields[name])
     fields |= {name: FIXED[name] for name in WRITTEN}
     depth = config.prelude_layers + config.coda_layers + config.core_layers * config.mean_recurrence
     std = (2 / (5 * config.embed_dim)) ** 0.5

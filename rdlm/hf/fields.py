@@ -60,6 +60,11 @@ def typed(fields: Fields, name: str, kind: type, default: Json, where: str) -> J
     return value
 
 
+def whole(number: float) -> float:
+    """The number as it is written where the public code writes whole numbers, or takes them, without a point."""
+    return int(number) if float(number).is_integer() else number
+
+
 def named_by(names: Mapping[str, tuple[str, object]], error: InputError, where: str) -> InputError:
     """An error about a field of ModelConfig, as one about the field of config.json behind it.
 

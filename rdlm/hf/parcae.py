@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from rdlm.config import Block, InputError, Loop, ModelConfig
-from rdlm.hf.fields import Fields, Json, named_by, typed
+from rdlm.hf.fields import Fields, Json, named_by, typed, whole
 from rdlm.hf.plain import LARGEST_COUNT
 
 CLASS = "ParcaeConfig"
@@ -180,7 +180,6 @@ def _rope_base(fields: Fields, where: str) -> float:
 def model_fields(config: ModelConfig) -> Fields:
     """config.json of a model that this family `holds`."""
     fields = {name: getattr(config, ours) for name, (ours, _) in SHAPE.items()}
-    base = config.rope_base
     fields |= FIXED | FREE | OFF
     fields |= {
         "_class_name": CLASS,
@@ -190,6 +189,6 @@ def model_fields(config: ModelConfig) -> Fields:
         "prelude_norm": config.loop.entry_norm,
         "recurrent_embedding_dimension": config.embed_dim,
         "recurrent_intermediation_embedding_dimension": config.mlp_dim,
-        "rope_settings": {"rope_base": int(base) if base.is_integer() else base, **ROPE},
+        "rope_settings": {"rope_base": whole(config.rope_base), **ROPE},
     }
     return dict(sorted(fields.items()))

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from rdlm.config import Block, InputError, Loop, ModelConfig, RotaryScaling, differences
-from rdlm.hf.fields import Fields, Json, named_by, typed
+from rdlm.hf.fields import Fields, Json, named_by, typed, whole
 from rdlm.model.retrofit import ONCE
 
 CLOSED = dataclasses.replace(ONCE, close=True)
@@ -119,7 +119,7 @@ def _write_windows(config: ModelConfig) -> Fields:
     scalar = round((config.block.attention_scale or config.head_dim**-0.5) ** -2, 6)
     return {
         "layer_types": [full if i in config.full_attention_layers else near for i in range(layers)],
-        "query_pre_attn_scalar": int(scalar) if scalar.is_integer() else scalar,  # transformers 5 takes no 24.0
+        "query_pre_attn_scalar": whole(scalar),  # transformers 5 takes no 24.0
         "rope_local_base_freq": config.window_rope_base,
         "sliding_window": config.attention_window,
     }
