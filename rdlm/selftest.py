@@ -26,7 +26,7 @@ from rdlm.decode.passes import next_power
 from rdlm.model import Params, cast, forward, init_params, kernels
 from rdlm.model.attention import HIDDEN, causal_bias, softmax_attention
 from rdlm.optim import optimizer
-from rdlm.perf import flops
+from rdlm.perf import flops, hlo
 from rdlm.report.page import number
 from rdlm.runtime import exchange
 from rdlm.runtime.memory import free_memory
@@ -300,9 +300,8 @@ def training(name: str, sizes: Sizes, peaks: Peaks, twice: bool) -> Iterator[Che
     yield Check(f"{label}, first loss", loss, "nats per token", least=0.0)
     least = LEAST["training"] if sizes.speeds else None
     yield Check(f"{label}, {shape[1]} tokens a device", max(shares[1:]), "of the peak (MFU)", least=least)
-    memory, after = program.memory_analysis(), peak_memory()
-    needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
-    needed, shown = needed - memory.alias_size_in_bytes, None if after in (None, before) else after / 2**30
+    needed, after = hlo.Program.of(program).peak, peak_memory()
+    shown = None if after in (None, before) else after / 2**30
     note = f"predicted {needed / 2**30:.2f} GiB{'' if shown else '; the device does not say'}"
     yield Check(f"{label}, memory", shown, "GiB", most=1.1 * needed / 2**30 + 0.1, note=note)
     if twice:

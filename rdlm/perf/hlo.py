@@ -96,6 +96,18 @@ class Program:
     results: int
     shared: int
 
+    @classmethod
+    def of(cls, compiled: Any, text: str = "") -> Program:
+        """What the compiler says of an executable; its text where operations are to be counted."""
+        memory = compiled.memory_analysis()
+        return cls(
+            text,
+            memory.argument_size_in_bytes,
+            memory.temp_size_in_bytes,
+            memory.output_size_in_bytes,
+            memory.alias_size_in_bytes,
+        )
+
     @property
     def peak(self) -> int:
         """Bytes one chip needs to run it."""
@@ -253,14 +265,7 @@ def compile_program(lowered: Any) -> Program:
                 raise
             raise DoesNotFit(*found) from error
         text = "\n".join(path.read_text() for path in sorted(pathlib.Path(folder).glob("*.after_optimizations.txt")))
-    memory = compiled.memory_analysis()
-    return Program(
-        text,
-        memory.argument_size_in_bytes,
-        memory.temp_size_in_bytes,
-        memory.output_size_in_bytes,
-        memory.alias_size_in_bytes,
-    )
+    return Program.of(compiled, text)
 
 
 _HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
@@ -324,7 +329,7 @@ def _fused_by(computations: dict[str, list[str]]) -> dict[str, str]:
     found = {}
     for lines in computations.values():
         for match in filter(None, map(_RESULT.match, lines)):
-            for called in re.findall(r"calls=%?([\w.\-]+)", match.string):
+            for called in _CALLED.findall(match.string):
                 found[called] = match["name"]
     return found
 
@@ -347,7 +352,7 @@ def _moved(name: str, computations: dict[str, list[str]]) -> int:
         operation, arguments = match["operation"], _arguments(match)
         sizes[match["name"]] = _in_hbm(match["shape"])
         given = [sizes.get(argument, 0) for argument in arguments]
-        called = re.search(r"calls=%?([\w.\-]+)", match.string)
+        called = _CALLED.search(match.string)
         if operation in _FREE or operation.endswith("-done"):
             continue
         if operation == "copy-start":  # its result holds the source too
@@ -374,7 +379,7 @@ def _read(name: str, index: int, computations: dict[str, list[str]]) -> int | No
         arguments = _arguments(match)
         if not same.intersection(arguments):
             continue
-        called = re.search(r"calls=%?([\w.\-]+)", match.string)
+        called = _CALLED.search(match.string)
         first = arguments[0] in same and not same.intersection(arguments[1:])
         if match["operation"] == "bitcast" and not _is_root(match):
             same.add(match["name"])
@@ -396,7 +401,7 @@ def _written(name: str, computations: dict[str, list[str]]) -> int:
 
     def written(match: re.Match[str]) -> int:
         arguments = [found[argument] for argument in _arguments(match) if argument in found]
-        called = re.search(r"calls=%?([\w.\-]+)", match.string)
+        called = _CALLED.search(match.string)
         if match["operation"] == "tuple":
             return sum(map(written, arguments))
         if match["operation"] == "bitcast" and _in_hbm(match["shape"]):
@@ -445,6 +450,7 @@ def _group(line: str) -> int:
     raise ValueError(f"collective with unknown groups: {line.strip()[:300]}")
 
 
+_CALLED = re.compile(r"calls=%?([\w.\-]+)")
 _BODY = re.compile(r" while\(.*body=%?([\w.\-]+)")
 _SLICES = ("slice", "dynamic-slice", "gather")
 _UPDATES = ("dynamic-update-slice", "scatter")
