@@ -117,6 +117,8 @@ class _Reading:
     served: Served
     lane: int  # nobody else's until the whole prompt has been read
     cache: Cache  # of this prompt alone
+    row: Request  # as far as it concerns the tokens of the prompt
+    present: Array  # bool [1, V], the tokens of the whole prompt
     steps: list[np.ndarray] = dataclasses.field(default_factory=list)  # recurrences of the tokens of each chunk
 
 
@@ -479,10 +481,11 @@ class Engine:
             check_memory(self.params, self.config, 1, self._chunk, where, depth, coda_sets=coda_sets)
             dtype = compute_dtype(self.params, self.config)
             cache = allocate(self.config, sizes.policy, sizes.sets, 1, sizes.capacity, dtype, coda_sets)
+            present = np.zeros((1, self.config.vocab_size), bool)
+            present[0, served.prompt] = True
+            self._reading = _Reading(served, lane, cache, self._in_prompt(served._row), jnp.asarray(present))
         except BaseException as error:
             self._fail([served], error)
-        else:
-            self._reading = _Reading(served, lane, cache)
 
     def _in_prompt(self, row: Request) -> Request:
         """A request as far as it concerns the tokens of its prompt."""
@@ -496,8 +499,8 @@ class Engine:
             return False
         served, lane, start = reading.served, reading.lane, sum(map(len, reading.steps))
         chunk = served.prompt[start : start + self._chunk]
-        tokens, present = np.zeros((1, self._chunk), np.int32), np.zeros((1, self.config.vocab_size), bool)
-        tokens[0, : chunk.size], present[0, served.prompt] = chunk, True
+        tokens = np.zeros((1, self._chunk), np.int32)
+        tokens[0, : chunk.size] = chunk
         try:
             progress, steps = read_chunk(
                 self.params,
@@ -505,8 +508,8 @@ class Engine:
                 reading.cache,
                 jnp.asarray(tokens),
                 _one(chunk.size),
-                jnp.asarray(present),
-                self._in_prompt(served._row),
+                reading.present,
+                reading.row,
                 self._options.warm_start,
             )
             reading.cache = progress.cache
