@@ -197,7 +197,11 @@ def kernel_checks(sizes: Sizes) -> Iterator[Check]:
         "attend_in_training": biased(kernels.attend_in_training),
         "attend_flash": functools.partial(kernels.attend_flash, interpret=not on_tpu),
     }
-    cached: dict[str, Attention] = {"attend_cached": kernels.attend_cached, "attend_flat": kernels.attend_flat}
+    cached: dict[str, Attention] = {
+        "attend_cached": kernels.attend_cached,
+        "attend_filled": kernels.attend_filled,
+        "attend_flat": kernels.attend_flat,
+    }
     plain = with_gradients(biased(lambda q, k, v, bias: softmax_attention(q, (k, v, bias))))
     pairs = {name: (with_gradients(attend), plain) for name, attend in whole.items()}
     pairs |= {name: (over_cache(attend), over_cache(softmax_attention)) for name, attend in cached.items()}

@@ -58,7 +58,7 @@ def softmax_attention(q: Float[Array, "B L H Q"], *parts: KeysValues) -> Float[A
     """
     scores, values = [], []
     for k, v, bias in parts:
-        q_first, k_first, v_first = heads_first(q, k, v)
+        q_first, k_first, v_first = (heads_first(x) for x in (q, k, v))
         scores.append(scaled_scores(q_first, k_first, bias[:, None]))
         values.append(v_first)
     top = functools.reduce(jnp.maximum, [x.max(-1, keepdims=True) for x in scores])
@@ -71,11 +71,17 @@ def softmax_attention(q: Float[Array, "B L H Q"], *parts: KeysValues) -> Float[A
 
 
 def scaled_scores(
-    q: Float[Array, "B H L Q"], k: Float[Array, "B H T Q"], bias: Float32[Array, "#B 1 #L T"]
+    q: Float[Array, "B H L Q"], k: Float[Array, "B Hk T Q"], bias: Float32[Array, "#B 1 #L T"]
 ) -> Float32[Array, "B H L T"]:
     """q k / sqrt(Q) + bias, in f32."""
     scale = q.dtype.type(q.shape[-1] ** -0.5)
-    return masked(jnp.einsum("bhlq,bhtq->bhlt", q * scale, k, preferred_element_type=jnp.float32), bias)
+    scores = jnp.einsum("bknq,bktq->bknt", _by_key(q * scale, k), k, preferred_element_type=jnp.float32)
+    return masked(scores.reshape(*q.shape[:3], -1), bias)
+
+
+def _by_key(x: Float[Array, "B H L _"], k: Float[Array, "B K T Q"]) -> Float[Array, "B K H/K*L _"]:
+    """`x` with the query heads that a key head serves side by side, so that no key is copied for each of them."""
+    return x.reshape(x.shape[0], k.shape[1], -1, x.shape[-1])
 
 
 def masked(scores: Float32[Array, "*shape"], bias: Float32[Array, "*#shape"]) -> Float32[Array, "*shape"]:
@@ -94,17 +100,22 @@ def harmless(
     return jnp.where(broken, jnp.nan, k), jnp.where(broken, 0, v)
 
 
-def weighted_values(p: Float32[Array, "B H L T"], v: Float[Array, "B H T Q"]) -> Float32[Array, "B H L Q"]:
+def weighted_values(p: Float32[Array, "B H L T"], v: Float[Array, "B K T Q"]) -> Float32[Array, "B H L Q"]:
     """p v, in f32."""
-    return jnp.einsum("bhlt,bhtq->bhlq", p.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    mixed = jnp.einsum("bknt,bktq->bknq", _by_key(p.astype(v.dtype), v), v, preferred_element_type=jnp.float32)
+    return mixed.reshape(*p.shape[:3], -1)
 
 
-def heads_first(q: Float[Array, "B _ H Q"], *others: Float[Array, "B _ _ Q"]) -> list[Float[Array, "B H _ Q"]]:
-    """Every array as [B, H, T, Q], heads repeated to H: plain batched products, which CPUs compute several times faster
-    than `jax.nn.dot_product_attention`.
-    """
+def heads_first(x: Float[Array, "B T H Q"]) -> Float[Array, "B H T Q"]:
+    """`x` as batched matrix products want it: CPUs compute them several times faster than
+    `jax.nn.dot_product_attention`."""
+    return x.transpose(0, 2, 1, 3)
+
+
+def for_each_query_head(q: Float[Array, "B _ H Q"], *others: Float[Array, "B _ _ Q"]) -> list[Float[Array, "B H _ Q"]]:
+    """Every array as [B, H, T, Q], key and value heads repeated to H."""
     H = q.shape[2]
-    return [jnp.repeat(x, H // x.shape[2], axis=2).transpose(0, 2, 1, 3) for x in (q, *others)]
+    return [heads_first(jnp.repeat(x, H // x.shape[2], axis=2)) for x in (q, *others)]
 
 
 def heads_last(x: Float[Array, "B H L Q"]) -> Float[Array, "B L H*Q"]:

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Float32, Int, Shaped
 
 from rdlm.model.attention import (
     KeysValues,
+    for_each_query_head,
     harmless,
     heads_first,
     heads_last,
@@ -47,7 +48,7 @@ def attend(
       q, k, v: as in `softmax_attention`.
       bias: must hide every later token (as `causal_bias` does without a prefix), unless `causal` is False.
     """
-    q, k, v = heads_first(q, *harmless(k, v))
+    q, k, v = (heads_first(x) for x in (q, *harmless(k, v)))
     return heads_last(_forward(q, k, v, bias[:, None], causal)[0])
 
 
@@ -61,7 +62,7 @@ def attend_in_training(
 
     Without it a CPU multiplies with transposed sides, and the step of `bench/train.py` takes 11 % longer.
     """
-    q, k, v = heads_first(q, k, v)
+    q, k, v = for_each_query_head(q, k, v)
     return heads_last(_causal(q, k, v, bias[:, None]))
 
 
@@ -154,7 +155,7 @@ def attend_flash(
 
     B, L, _, Q = q.shape
     out_dtype = q.dtype
-    q, k, v = (keep(x) for x in heads_first(q * q.dtype.type(Q**-0.5), k, v))
+    q, k, v = (keep(x) for x in for_each_query_head(q * q.dtype.type(Q**-0.5), k, v))
     segments = jnp.broadcast_to(segments, (B, L))
 
     def kernel(q: Array, k: Array, v: Array, segments: Array) -> Array:
@@ -202,9 +203,31 @@ def attend_cached(q: Float[Array, "B L H Q"], new: KeysValues, cached: KeysValue
     """
     if q.shape[1] > 1:  # a token by itself hides from nobody
         new = (*harmless(new[0], new[1]), new[2])
-    if q.shape[1] > FEW_QUERIES:
+    elsewhere = attend_flat if q.shape[1] <= FEW_QUERIES else softmax_attention
+    return jax.lax.platform_dependent(q, cached, new, cpu=attend_filled, default=elsewhere)
+
+
+FILLED = 128
+"""Positions of a cache up to which a CPU reads all of it; beyond, it reads the next power of two that are filled."""
+
+
+def attend_filled(q: Float[Array, "B L H Q"], cached: KeysValues, new: KeysValues) -> Float[Array, "B L H*Q"]:
+    """`softmax_attention` that reads no more of the cache than its longest row fills.
+
+    A cache has room for whole conversations, which few rows use, and a CPU reads it more slowly than it multiplies.
+    """
+    k, v, bias = cached
+    T = k.shape[1]
+    sizes = [size for size in (FILLED << i for i in range(T.bit_length())) if size < T] + [T]
+    if len(sizes) == 1:
         return softmax_attention(q, cached, new)
-    return jax.lax.platform_dependent(q, cached, new, cpu=softmax_attention, default=attend_flat)
+    filled = jnp.where(bias >= 0, jnp.arange(T) + 1, 0).max()
+
+    def upto(size: int, q: Array, k: Array, v: Array, bias: Array, new: KeysValues) -> Array:
+        return softmax_attention(q, (k[:, :size], v[:, :size], bias[..., :size]), new)
+
+    branches = [functools.partial(upto, size) for size in sizes]
+    return jax.lax.switch((filled > jnp.array(sizes[:-1])).sum(), branches, q, k, v, bias, new)
 
 
 def attend_flat(q: Float[Array, "B L H Q"], *parts: KeysValues) -> Float[Array, "B L H*Q"]:

@@ -1,12 +1,15 @@
 """Attention with its hand-written backward pass against plain softmax attention differentiated by JAX."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rdlm.model import attention
 from rdlm.model.attention import HIDDEN, causal_bias
-from rdlm.model.kernels import attend, attend_cached, attend_flash, attend_flat, attend_in_training
+from rdlm.model.kernels import attend, attend_cached, attend_filled, attend_flash, attend_flat, attend_in_training
 
 B, H, Q = 2, 4, 8
 
@@ -100,6 +103,25 @@ def test_attend_cached_is_one_softmax_over_both_parts(L, T, heads):
         return softmax_attention(q, jnp.concatenate([past_k, k], 1), jnp.concatenate([past_v, v], 1), visible)
 
     assert_same(*both(ours, joined, (*own, *past)))
+
+
+@pytest.mark.parametrize("L", [1, 20])
+def test_attend_filled_reads_the_next_power_of_two_of_the_longest_row(L):
+    own, past = [jnp.asarray(x) for x in inputs(L, 2, 2)], (random(4, B, 300, 2, Q), random(5, B, 300, 2, Q))
+
+    @functools.partial(jax.jit, static_argnames="attend")
+    def over(attend, filled, k, v):
+        held = jnp.arange(300)[None, None] < filled[:, None, None]
+        return attend(own[0], (k, v, jnp.where(held, 0.0, HIDDEN)), (own[1], own[2], causal_bias(None, L)))
+
+    for longest, read in ((0, 128), (128, 128), (129, 256), (256, 256), (257, 300), (300, 300)):
+        filled = jnp.array([longest, longest // 3])
+        # Beyond what it reads there may be anything.
+        spoilt = [np.where(np.arange(300)[None, :, None, None] < read, x, np.nan) for x in past]
+        ours = over(attend_filled, filled, *spoilt)
+        np.testing.assert_allclose(ours, over(attention.softmax_attention, filled, *past), rtol=1e-5, atol=1e-6)
+        if read < 300:  # control
+            assert np.isnan(over(attention.softmax_attention, filled, *spoilt)).all()
 
 
 def test_attend_cached_with_an_empty_cache_is_attend():
