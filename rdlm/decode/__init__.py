@@ -4,6 +4,17 @@ from rdlm.decode.engine import Engine, Usage
 from rdlm.decode.generate import Generation, generate
 from rdlm.decode.parallel import ParallelUsage
 from rdlm.decode.passes import decode_step, prefill
+from rdlm.decode.requests import Constraint
 from rdlm.decode.sampling import probabilities
 
-__all__ = ["Engine", "Generation", "ParallelUsage", "Usage", "decode_step", "generate", "prefill", "probabilities"]
+__all__ = [
+    "Constraint",
+    "Engine",
+    "Generation",
+    "ParallelUsage",
+    "Usage",
+    "decode_step",
+    "generate",
+    "prefill",
+    "probabilities",
+]

@@ -31,10 +31,12 @@ from rdlm.decode.lanes import RECENT, Flush, Lanes, advance, empty_lanes, insert
 from rdlm.decode.loop import Sizes, begin, read_chunk
 from rdlm.decode.passes import check_memory, next_power
 from rdlm.decode.requests import (
+    Constraint,
     Prompt,
     Request,
     RequestOptions,
     WarmStart,
+    allowed_next,
     as_requests,
     not_finite,
     padded,
@@ -69,6 +71,8 @@ class Served:
     _in_chunks: bool = dataclasses.field(default=False, repr=False)  # whether its prompt is read so
     _on_token: OnToken | None = dataclasses.field(default=None, repr=False)
     _consumers: int = dataclasses.field(default=0, repr=False)
+    _constraint: Constraint | None = dataclasses.field(default=None, repr=False)
+    _allowed: np.ndarray | None = dataclasses.field(default=None, repr=False)  # next, by the constraint
 
     def _end(self, error: BaseException | None = None) -> None:
         if not self.done:
@@ -192,7 +196,7 @@ class Engine:
             check_every=check_every,
             warm_start=warm_start,
             init_scale=init_scale,
-            any_bias=True,
+            any_shape=True,
         )
         self._group, self._ticks = max(1, lanes // 4), ticks_per_step  # requests that are prefilled together
         # Row 0 stands for every idle lane; making it also checks the engine's own options.
@@ -231,10 +235,14 @@ class Engine:
         key: ArrayLike | None = None,
         on_token: OnToken | None = None,
         likeliest: bool = False,
+        constraint: Constraint | None = None,
     ) -> Served:
         """Queue a request. Arguments as in `generate`; exit_rule: the engine's kind with thresholds of its own.
 
         likeliest: also find the 20 likeliest tokens at every new position.
+
+        constraint: says which tokens may come next; others have no probability, as if `Sampling.logit_bias` said minus
+        infinity. Such a request gets at most one token in each `step`.
 
         on_token(token, steps) is called as tokens are made; if it raises, the request ends with that `error` and the
         others continue.
@@ -283,7 +291,12 @@ class Engine:
             raise InputError(f"Sampling.stop_tokens: the engine serves at most {width} per request")
         if row.keys.dtype != self._idle.keys.dtype:
             raise InputError(f"key: {row.keys.dtype}, but this engine's are {self._idle.keys.dtype}")
+        allowed = None if constraint is None else allowed_next(constraint, self.config.vocab_size)
+        if allowed is not None:
+            sampling_row = row.sampling._replace(constrained=jnp.ones(1, bool), allowed=jnp.asarray(allowed[None]))
+            row = row._replace(sampling=sampling_row)
         served = Served(prompt, limit, row, self, _on_token=on_token, _wants_likeliest=bool(likeliest))
+        served._constraint, served._allowed = constraint, allowed
         served._in_chunks = self._exact_chunks and prompt.size > self._chunk and not np.any(prefix)
         with self._queue_lock:
             if sum(not s.done for s in self._queue) >= self.max_queue:
@@ -361,10 +374,13 @@ class Engine:
         group = self._next()
         wake = max(len(group) - len(self._free), 1) if group else len(alive) + 1
         most = min(self._ticks, RECENT) if self._wanted else self._ticks
-        if self._reading is not None:  # no more than every lane needs for a token
+        constrained = any(s is not None and s._constraint is not None for s in self._serving)
+        if self._reading is not None or constrained:  # no more than every lane needs for a token
             most = min(most, self._sizes.sets + self._flush.every)
         ticks = jnp.int32(most), jnp.int32(wake)
         try:
+            if constrained:
+                self._allow()
             self._lanes = advance(
                 self.params, self.config, self._lanes, jnp.asarray(alive), *ticks, self._flush, self._options.warm_start
             )
@@ -375,6 +391,18 @@ class Engine:
             return True
         self._deliver(made)
         return True
+
+    def _allow(self) -> None:
+        """Tell the lanes of constrained requests which tokens may come next."""
+        request = self._lanes.request
+        rows = np.zeros(request.sampling.allowed.shape, np.uint32)
+        for lane, s in enumerate(self._serving):
+            if s is not None and s._allowed is not None:
+                rows[lane] = s._allowed
+        # Through an operation on what is there, so that the program sees an array of the same placement.
+        allowed = jnp.where(request.sampling.constrained[:, None], jnp.asarray(rows), request.sampling.allowed)
+        sampling = request.sampling._replace(allowed=allowed)
+        self._lanes = self._lanes._replace(request=request._replace(sampling=sampling))
 
     def _empty_lanes(self) -> Lanes:
         rows = _stack([self._idle] * len(self._serving))
@@ -538,7 +566,8 @@ class Engine:
         for lane, served in enumerate(self._serving):
             if served is None or served.done:
                 continue
-            for j in range(len(served.tokens), made.count[lane]):
+            before = len(served.tokens)
+            for j in range(before, made.count[lane]):
                 served.tokens.append(int(made.tokens[lane, j]))
                 served.steps.append(int(made.steps[lane, j]))
                 served.log_probs.append(float(made.log_probs[lane, j]))
@@ -555,6 +584,12 @@ class Engine:
             if not made.busy[lane]:
                 served._end(not_finite("request", len(served.tokens)) if made.failed[lane] else None)
                 self._serving[lane] = None
+            elif served._constraint is not None and len(served.tokens) > before and not served.done:
+                try:
+                    served._constraint.accept(served.tokens[-1])
+                    served._allowed = allowed_next(served._constraint, self.config.vocab_size)
+                except Exception as error:
+                    served._end(error)
 
 
 class _Made(NamedTuple):

@@ -139,27 +139,34 @@ def advance(
     flush: Flush,
     warm_start: WarmStart,
 ) -> Lanes:
-    """Tick until `max_ticks` have passed, `wake` requests have ended or every lane is idle.
+    """Tick until `max_ticks` have passed, `wake` requests have ended or every lane is idle or waits.
+
+    A lane whose request is constrained gets one token at most, and waits for the next call with the following one.
 
     alive: False to give up the lane's request.
     """
     lanes = lanes._replace(busy=lanes.busy & alive, iterating=lanes.iterating & alive)
-    start, serving = lanes.ticks, lanes.busy.sum()
+    start, counts, serving = lanes.ticks, lanes.count, lanes.busy.sum()
+
+    def waits(p: Lanes) -> Array:
+        # What a constraint allows holds for one token; the host says it for the next one before the next call.
+        return p.request.sampling.constrained & (p.count > counts) & p.busy & ~p.iterating
 
     def unfinished(p: Lanes) -> Array:
-        return jnp.any(p.busy) & (p.ticks - start < max_ticks) & (serving - p.busy.sum() < wake)
+        return jnp.any(p.busy & ~waits(p)) & (p.ticks - start < max_ticks) & (serving - p.busy.sum() < wake)
 
     def body(p: Lanes) -> Lanes:
         p = _tick(params, config, p)
-        stopped = (p.busy & ~p.iterating).sum()
+        ready = p.busy & ~p.iterating & ~waits(p)
+        stopped = ready.sum()
         due = (stopped >= flush.width) | ((stopped > 0) & ((p.since >= flush.every) | ~jnp.any(p.iterating)))
 
-        def nothing(p: Lanes) -> tuple[Array, _Exit, _Entry]:
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(flushed, p))
+        def nothing(p: Lanes, ready: Array) -> tuple[Array, _Exit, _Entry]:
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(flushed, p, ready))
             return jnp.full(flush.width, p.busy.size), *zeros[1:]
 
         flushed = functools.partial(_flush, params, config, width=flush.width, warm_start=warm_start)
-        p = _apply(p, *lax.cond(due, flushed, nothing, p))
+        p = _apply(p, *lax.cond(due, flushed, nothing, p, ready))
         return p._replace(flushes=p.flushes + due, since=jnp.where(due, 0, p.since))
 
     return lax.while_loop(unfinished, body, lanes)
@@ -230,12 +237,16 @@ def _check(params: Params, config: ModelConfig, p: Lanes, ctx: Context) -> tuple
 
 
 def _flush(
-    params: Params, config: ModelConfig, p: Lanes, *, width: int, warm_start: WarmStart
+    params: Params, config: ModelConfig, p: Lanes, ready: Array, *, width: int, warm_start: WarmStart
 ) -> tuple[Array, _Exit, _Entry]:
-    """Take up to `width` stopped lanes through coda, sampling and the next prelude: (lanes, ends, beginnings)."""
+    """Take up to `width` of the lanes that are ready through coda, sampling and the next prelude.
+
+    Returns:
+      lanes, ends, beginnings.
+    """
     B = p.busy.size
     first = p.ticks % B  # begin the search at another lane each time, so that none is starved
-    lane = jnp.nonzero(jnp.roll(p.busy & ~p.iterating, -first), size=width, fill_value=B)[0].astype(jnp.int32)
+    lane = jnp.nonzero(jnp.roll(ready, -first), size=width, fill_value=B)[0].astype(jnp.int32)
     lane = jnp.where(lane < B, (lane + first) % B, B)
     row = jnp.minimum(lane, B - 1)
     position, ran, s = p.cache.length[row], p.ran[row], p.s[row]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -41,8 +41,21 @@ class RequestOptions:
     init_scale: float = 1.0
     key: ArrayLike | None = None
     prefix: bool | Sequence[bool] = False
-    any_bias: bool = False  # one shape for requests with and without biases
+    any_shape: bool = False  # one shape for requests with and without biases and constraints
     likeliest: bool = False  # also find the likeliest tokens at every position; the engine alone gives them
+
+
+class Constraint(Protocol):
+    """Says which tokens may come next in the output of one request, such as those of a grammar.
+
+    What either method raises ends the request with that error.
+    """
+
+    def allowed(self) -> np.ndarray:
+        """uint32 [ceil(V / 32)]: bit i % 32 of word i // 32 is set if token i may come next; V = vocab_size."""
+
+    def accept(self, token: int) -> None:
+        """Called with every token of the output that does not end the request."""
 
 
 class Request(NamedTuple):
@@ -89,7 +102,9 @@ def as_requests(
     check_depth(num_steps)
     num_steps = per_row(num_steps, B, "num_steps", np.int32)
     min_steps = per_row(options.min_steps, B, "min_steps", np.int32)
-    sampling = as_arrays(options.sampling, B, options.any_bias)
+    sampling = as_arrays(options.sampling, B, options.any_shape)
+    if options.any_shape:
+        sampling = sampling._replace(allowed=jnp.zeros((B, -(-config.vocab_size // 32)), jnp.uint32))
     if (largest := int(np.max(sampling.bias_tokens, initial=-1))) >= config.vocab_size:
         raise InputError(f"Sampling.logit_bias: {largest} is no token; ids are below {config.vocab_size}")
     if options.key is None and np.any(np.asarray(options.sampling.temperature) > 0):
@@ -154,6 +169,23 @@ def _ids(config: ModelConfig, prompt: Prompt, name: str, max_new_tokens: int) ->
             f"config.max_length = {config.max_length}"
         )
     return row.astype(np.int32)
+
+
+def allowed_next(constraint: Constraint, vocab_size: int) -> np.ndarray:
+    """What a constraint allows, uint32 [ceil(V / 32)].
+
+    Raises:
+      InputError: another shape or dtype, or no token at all.
+    """
+    words = np.asarray(constraint.allowed())
+    shape = (-(-vocab_size // 32),)
+    if words.dtype != np.uint32 or words.shape != shape:
+        raise InputError(f"constraint: allows {words.dtype} {list(words.shape)}; must be uint32 {list(shape)}")
+    known = words.copy()
+    known[-1] &= np.uint32((1 << ((vocab_size - 1) % 32 + 1)) - 1)
+    if not known.any():
+        raise InputError("constraint: allows no token; it must allow one, such as an end of the text")
+    return known
 
 
 def not_finite(name: str, made: int) -> InputError:

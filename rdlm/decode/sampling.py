@@ -42,6 +42,8 @@ class SamplingArrays(NamedTuple):
     min_tokens: Array  # int32 [B]
     bias_tokens: Array  # int32 [B, MAX_BIASES], padded with -1; [B, 0] where nobody has any
     biases: Array  # f32, of the same shape
+    constrained: Array  # bool [B], whether only tokens of `allowed` may come next
+    allowed: Array  # uint32 [B, ceil(V / 32)], see `Constraint`; [B, 0] where nobody is constrained
 
 
 def per_row(value: object, rows: int, name: str, dtype: DTypeLike) -> Shaped[np.ndarray, "{rows}"]:
@@ -99,6 +101,8 @@ def as_arrays(sampling: Sampling, rows: int, any_bias: bool = False) -> Sampling
         stop_tokens=jnp.asarray(table),
         bias_tokens=jnp.asarray(biased),
         biases=jnp.asarray(biases),
+        constrained=jnp.zeros(rows, bool),
+        allowed=jnp.zeros((rows, 0), jnp.uint32),
     )
 
 
@@ -160,8 +164,11 @@ def penalise(
 def adjusted(
     logits: Float[Array, "B V"], made: Int[Array, "B N"], count: Int[Array, "B"], s: SamplingArrays
 ) -> Float[Array, "B V"]:
-    """Logits with the row's biases and penalties for its new tokens, made[:, :count]; no stop token comes too early."""
-    used = (s.presence_penalty != 0) | (s.frequency_penalty != 0) | (s.bias_tokens >= 0).any(-1)
+    """Logits with the row's biases and penalties for its new tokens, made[:, :count].
+
+    No stop token comes too early, and no token that the row's constraint forbids.
+    """
+    used = (s.presence_penalty != 0) | (s.frequency_penalty != 0) | (s.bias_tokens >= 0).any(-1) | s.constrained
 
     def adjust(logits: Array) -> Array:
         V, rows = logits.shape[1], jnp.arange(len(logits))[:, None]
@@ -170,7 +177,12 @@ def adjusted(
         logits = logits - s.frequency_penalty[:, None] * times - s.presence_penalty[:, None] * (times > 0)
         logits = logits.at[rows, jnp.where(s.bias_tokens < 0, V, s.bias_tokens)].add(s.biases, mode="drop")
         early = (count < s.min_tokens)[:, None] & (s.stop_tokens >= 0)
-        return logits.at[rows, jnp.where(early, s.stop_tokens, V)].set(-jnp.inf, mode="drop")
+        logits = logits.at[rows, jnp.where(early, s.stop_tokens, V)].set(-jnp.inf, mode="drop")
+        if s.allowed.shape[1] == 0:
+            return logits
+        bits = (s.allowed[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)[None, None]) & 1
+        allowed = (bits == 1).reshape(len(logits), -1)[:, :V]
+        return jnp.where(allowed | ~s.constrained[:, None], logits, -jnp.inf)
 
     # Most requests use none of it, and a pass over the vocabulary is not free.
     return jax.lax.cond(jnp.any(used | (count < s.min_tokens)), adjust, lambda x: x, logits)
