@@ -5,6 +5,7 @@
     python experiments/aot_check.py huginn_3p5b --topology v5e:2x2 --only train --tune.lora-rank 16
     python experiments/aot_check.py huginn_3p5b --topology v5e:2x2 --only decode --batch 16 --capacity 1024
     python experiments/aot_check.py small --only decode --exit none latent_diff gated_kl --mean-depth 12
+    python experiments/aot_check.py huginn_3p5b --only decode --batch 1 --recurrences 1 --exit none --window 128
 
 Training: compiles one optimizer step of the preset for the whole topology (all chips share the parameters unless
 --data says otherwise) and prints bytes per chip against the limit; the collectives inside each of the
@@ -13,7 +14,8 @@ ESTIMATE of the time of a step from these counts and the chip's datasheet. --sea
 
 Decoding: compiles the token loop of `generate` (adaptive, every row at its own depth) for one chip of the topology, for
 each exit rule, and prints the bytes that a token reads and writes in HBM beside the least possible, what bounds it, and
-the tokens/s that this allows.
+the tokens/s that this allows. --window: also the parallel sampler (docs/parallel.md), and what an outer step reads and
+writes against a token of ordinary decoding.
 
 Exits with 2 when something does not fit, saying what to change. Needs the extra `aot`. Two CPU cores take two to four
 minutes for each program of the 3.5B model. It proves memory, collectives and copies; never numbers or speed.
@@ -25,6 +27,7 @@ import dataclasses
 import json
 import sys
 import time
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import jax
@@ -33,10 +36,23 @@ import tyro
 from jax.sharding import SingleDeviceSharding
 
 from rdlm import exits
-from rdlm.config import CachePolicy, Gather, InputError, MeshConfig, Remat, RunConfig, TuneConfig, preset
-from rdlm.decode.loop import Sizes, decode_tokens, progress_shapes
-from rdlm.decode.requests import RequestOptions, as_requests
-from rdlm.model import cast, init_params
+from rdlm.config import (
+    CachePolicy,
+    Gather,
+    InputError,
+    MeshConfig,
+    ModelConfig,
+    Parallel,
+    Remat,
+    RunConfig,
+    TuneConfig,
+    preset,
+    require,
+)
+from rdlm.decode.loop import Progress, Sizes, decode_tokens, progress_shapes
+from rdlm.decode.parallel import ONE_SET, advance, open_window, with_rule
+from rdlm.decode.requests import Request, RequestOptions, as_requests
+from rdlm.model import Params, cast, init_params
 from rdlm.perf import flops, hlo
 from rdlm.runtime import parse_arguments, run_command
 from rdlm.train.roofline import lower_train_step, roofline, state_bytes, wire_bytes
@@ -85,6 +101,10 @@ class Options:
     """Exit rules; each is a program of its own."""
     mean_depth: float | None = None
     """Recurrences that the batch runs for a token, in the estimate; None: num_steps, as always with exit none."""
+    window: int | None = None
+    """Unfinished positions of the parallel sampler, compiled too and compared with the last exit rule; None: no."""
+    inner: int = 4
+    """Recurrences of its outer steps."""
 
 
 def as_run(base: RunConfig, o: Options, chips: int, batch: int) -> RunConfig:
@@ -203,29 +223,65 @@ def train_report(name: str, base: RunConfig, o: Options, devices: list[Any], bat
 
 GATED_CHECKS = 2.0
 """How often a token under a gated rule runs coda and head for it (docs/decoding.md)."""
+TOKENS_PER_STEP = (0.25, 0.5, 0.75, 1.0)
+"""Tokens that an outer step may make final; with one position entering per step it is one at most, in the long run."""
+
+
+def decoding_shapes(
+    config: ModelConfig, options: RequestOptions, policy: CachePolicy, o: Options, device: Any
+) -> tuple[Params, Progress, Request, jax.ShapeDtypeStruct]:
+    """Shapes of what a token loop on one chip needs, the last one of a whole number."""
+    request = as_requests(config, [[1]] * (o.batch or 16), 1, options)[0]
+    params = jax.eval_shape(lambda: cast(init_params(config, jax.random.key(0)), jnp.bfloat16))
+    sizes = Sizes(policy, policy.sets(o.num_steps), o.capacity, o.capacity)
+    shapes = params, progress_shapes(params, config, request, sizes), request, jnp.int32(0)
+    return hlo.specs(shapes, SingleDeviceSharding(device))
+
+
+def decoding_counts(
+    config: ModelConfig, device: Any, lowered: Any, cache: int, tokens: flops.Decoding, width: int = 1
+) -> dict[str, Any]:
+    """Compile a token loop and count what `tokens` takes.
+
+    cache: bytes of the cache. width: positions of each row at once.
+    """
+    start = time.perf_counter()
+    program, chip = hlo.compile_program(lowered), flops.datasheet(device.device_kind)
+    least, moved = tokens.parts(config, 2), program.decoding_traffic()
+    if tokens.checks == 1:  # coda and head run once, with the rest; looking at the state costs little
+        least["token"] += least.pop("check")
+        moved["recurrence"] += moved.pop("check")
+    seconds = {"HBM": tokens.total(moved) / chip.memory, "arithmetic": width * tokens.flops(config) / chip.flops}
+    return {
+        "compile_seconds": time.perf_counter() - start,
+        "parameters_gib": 2 * flops.parameters(config) / GIB,
+        "cache_gib": cache / GIB,
+        "updated_in_place_gib": program.shared / GIB,
+        "temporaries_gib": program.temporaries / GIB,
+        "peak_gib": program.peak / GIB,
+        "limit_gib": chip.gib,
+        "copies": [[count, shape, looped] for (looped, shape), count in sorted(program.copies(2**23).items())],
+        "moved_gib": {part: size / GIB for part, size in moved.items()} | {"in all": tokens.total(moved) / GIB},
+        "least_gib": {part: size / GIB for part, size in least.items()} | {"in all": tokens.total(least) / GIB},
+        "seconds": seconds,
+        "bound": max(seconds, key=lambda what: seconds[what]),
+    }
 
 
 def check_decoding(name: str, base: RunConfig, o: Options, device: Any, rule: Exit) -> dict[str, Any]:
     """Compile the token loop for one chip and count: everything that is printed."""
-    config, batch = dataclasses.replace(base.model, compute_dtype="bfloat16"), o.batch or 16
-    place, policy = SingleDeviceSharding(device), CachePolicy(o.recurrences)
+    config, batch, policy = (
+        dataclasses.replace(base.model, compute_dtype="bfloat16"),
+        o.batch or 16,
+        CachePolicy(o.recurrences),
+    )
     options = RequestOptions(num_steps=o.num_steps, exit_rule=exits.named(rule))
-    request = as_requests(config, [[1]] * batch, 1, options)[0]
-    params = jax.eval_shape(lambda: cast(init_params(config, jax.random.key(0)), jnp.bfloat16))
-    start = time.perf_counter()
-    sizes = Sizes(policy, policy.sets(o.num_steps), o.capacity, o.capacity)
-    progress = progress_shapes(params, config, request, sizes)
-    params, *rest = hlo.specs((params, progress, request, jnp.int32(0), jnp.int32(0)), place)
-    program = hlo.compile_program(decode_tokens.lower(params, config, *rest, False))
-    chip = flops.datasheet(device.device_kind)
+    params, progress, request, number = decoding_shapes(config, options, policy, o, device)
+    lowered = decode_tokens.lower(params, config, progress, request, number, number, False)
     depth = o.num_steps if rule == "none" or o.mean_depth is None else o.mean_depth
     tokens = flops.Decoding(batch, depth, {"kl": depth, "gated_kl": GATED_CHECKS}.get(rule, 1.0), o.capacity)
-    least, moved = tokens.parts(config, 2), program.decoding_traffic()
-    if rule not in ("kl", "gated_kl"):  # coda and head run once, with the rest; looking at the state costs little
-        least["token"] += least.pop("check")
-        moved["recurrence"] += moved.pop("check")
-    seconds = {"HBM": tokens.total(moved) / chip.memory, "arithmetic": tokens.flops(config) / chip.flops}
-    bound = max(seconds, key=lambda what: seconds[what])
+    cache = flops.cache_bytes(config, policy, o.num_steps, batch, o.capacity, 2)
+    found = decoding_counts(config, device, lowered, cache, tokens)
     return {
         "preset": name,
         "topology": o.topology,
@@ -235,19 +291,38 @@ def check_decoding(name: str, base: RunConfig, o: Options, device: Any, rule: Ex
         "exit": rule,
         "depth": depth,
         "checks": tokens.checks,
-        "compile_seconds": time.perf_counter() - start,
-        "parameters_gib": 2 * flops.parameters(config) / GIB,
-        "cache_gib": flops.cache_bytes(config, policy, o.num_steps, batch, o.capacity, 2) / GIB,
-        "updated_in_place_gib": program.shared / GIB,
-        "temporaries_gib": program.temporaries / GIB,
-        "peak_gib": program.peak / GIB,
-        "limit_gib": chip.gib,
-        "copies": [[count, shape, looped] for (looped, shape), count in sorted(program.copies(2**23).items())],
-        "moved_gib": {part: size / GIB for part, size in moved.items()} | {"in all": tokens.total(moved) / GIB},
-        "least_gib": {part: size / GIB for part, size in least.items()} | {"in all": tokens.total(least) / GIB},
-        "seconds": seconds,
-        "bound": bound,
-        "tokens_per_second": batch / seconds[bound],
+        **found,
+        "tokens_per_second": batch / found["seconds"][found["bound"]],
+    }
+
+
+def check_window(
+    name: str, base: RunConfig, o: Options, device: Any, parallel: Parallel, ordinary: dict[str, Any]
+) -> dict[str, Any]:
+    """The same for the parallel sampler, and for a token of it against one of `ordinary` decoding."""
+    config, batch = dataclasses.replace(base.model, compute_dtype="bfloat16"), o.batch or 16
+    options = with_rule(config, parallel, RequestOptions(num_steps=o.num_steps))
+    params, progress, request, number = decoding_shapes(config, options, ONE_SET, o, device)
+    wave = jax.eval_shape(
+        lambda *shapes: open_window(shapes[0], config, *shapes[1:], parallel), params, progress, request
+    )
+    wave = hlo.specs(wave, SingleDeviceSharding(device))
+    lowered = advance.lower(params, config, wave, request, number, number, parallel, False)
+    tokens = flops.Decoding(batch, parallel.inner, 1.0, o.capacity)
+    cache = flops.cache_bytes(config, ONE_SET, o.num_steps, batch, o.capacity, 2)
+    found = decoding_counts(config, device, lowered, cache, tokens, parallel.window)
+    step, token = found["moved_gib"]["in all"], ordinary["moved_gib"]["in all"]
+    return {
+        "preset": name,
+        "topology": o.topology,
+        "batch": batch,
+        "capacity": o.capacity,
+        "num_steps": o.num_steps,
+        "window": parallel.window,
+        "inner": parallel.inner,
+        **found,
+        "tokens_per_step": [{"tokens": n, "gib": step / n, "share": step / n / token} for n in TOKENS_PER_STEP],
+        "even_at": step / token,
     }
 
 
@@ -257,6 +332,26 @@ def show_decoding(found: dict[str, Any]) -> None:
         f"{found['preset']}, decoding {found['batch']} x {found['capacity']}, {found['num_steps']} recurrences, exit "
         f"{found['exit']}, one chip of {found['topology']}"
     )
+    what = f"one token of every row, full cache, {found['depth']:g} recurrences, coda and head {found['checks']:g} x"
+    show_counts(found, what)
+    print(f"    at most {found['tokens_per_second']:,.0f} tokens/s (from counts and datasheet, not a measurement)")
+
+
+def show_window(found: dict[str, Any]) -> None:
+    """Print what `check_window` found."""
+    print(
+        f"{found['preset']}, decoding {found['batch']} x {found['capacity']}, {found['num_steps']} recurrences, window "
+        f"{found['window']}, one chip of {found['topology']}"
+    )
+    show_counts(found, f"one outer step of every row, full cache, {found['inner']} recurrences, coda and head 1 x")
+    print("  tokens that an outer step makes final    GiB in HBM per token   of ordinary decoding's")
+    for row in found["tokens_per_step"]:
+        print(f"    {row['tokens']:<36} {row['gib']:23.2f} {row['share']:24.0%}")
+    print(f"    less than ordinary decoding from {found['even_at']:.2f} tokens on")
+
+
+def show_counts(found: dict[str, Any], what: str) -> None:
+    """Print what `decoding_counts` found for `what`."""
     print(f"  compiled in                {found['compile_seconds']:8.1f} s")
     print(f"  parameters                 {found['parameters_gib']:8.2f} GiB")
     print(f"  cache                      {found['cache_gib']:8.2f} GiB, ", end="")
@@ -266,7 +361,7 @@ def show_decoding(found: dict[str, Any]) -> None:
     print(f"  copies of 8 MiB or more    {sum(count for count, *_ in found['copies']):8d}")
     for count, shape, looped in found["copies"]:
         print(f"    {count} x {shape} {'in a loop' if looped else 'once'}")
-    print(f"  one token of every row, full cache, {found['depth']:g} recurrences, coda and head {found['checks']:g} x")
+    print(f"  {what}")
     print("                               GiB in HBM   least possible")
     for part, size in found["moved_gib"].items():
         print(f"    {part:24} {size:11.3f} {found['least_gib'][part]:16.3f}")
@@ -275,19 +370,35 @@ def show_decoding(found: dict[str, Any]) -> None:
     print(
         f"  bound by {found['bound']}: HBM {times['HBM'] * 1e3:.2f} ms, arithmetic {times['arithmetic'] * 1e3:.2f} ms"
     )
-    print(f"    at most {found['tokens_per_second']:,.0f} tokens/s (from counts and datasheet, not a measurement)")
 
 
-def decode_report(name: str, base: RunConfig, o: Options, device: Any) -> None:
-    """Check decoding with every exit rule."""
-    for rule in o.exit:
-        found = check_decoding(name, base, o, device, rule)
+def decode_report(name: str, base: RunConfig, o: Options, device: Any, parallel: Parallel | None) -> None:
+    """Check decoding with every exit rule, and in a window."""
+
+    def report(found: dict[str, Any], show: Callable[[dict[str, Any]], None]) -> None:
         if o.json:
             print(json.dumps(found), flush=True)
         else:
-            show_decoding(found)
+            show(found)
         if found["peak_gib"] > found["limit_gib"]:
             raise hlo.DoesNotFit(round(found["peak_gib"], 2), found["limit_gib"])
+
+    found: dict[str, Any] = {}
+    for rule in o.exit:
+        found = check_decoding(name, base, o, device, rule)
+        report(found, show_decoding)
+    if parallel is not None:
+        report(check_window(name, base, o, device, parallel, found), show_window)
+
+
+def window(o: Options) -> Parallel | None:
+    """The window, if one was asked for."""
+    if o.window is None:
+        require(o.inner == 4, "inner", o.inner, "needs --window")
+        return None
+    require(o.inner <= o.num_steps, "inner", o.inner, f"must be at most num_steps = {o.num_steps}")
+    require(bool(o.exit), "exit", o.exit, "--window is compared with ordinary decoding; name a rule, or none")
+    return Parallel(window=o.window, inner=o.inner)
 
 
 def main() -> int:
@@ -301,11 +412,12 @@ def main() -> int:
         raise InputError(f"capacity = {o.capacity}: must be 2 .. {base.model.max_length}")
     if o.mean_depth is not None and not 0 < o.mean_depth <= o.num_steps:
         raise InputError(f"mean_depth = {o.mean_depth:g}: must be above 0 and at most num_steps = {o.num_steps}")
+    parallel = window(o)
     devices = hlo.tpu_devices(o.topology)
     if o.only != "decode":
         train_report(o.preset, base, o, devices, o.batch or 1)
     if o.only != "train":
-        decode_report(o.preset, base, o, devices[0])
+        decode_report(o.preset, base, o, devices[0], parallel)
     return 0
 
 

@@ -237,7 +237,8 @@ class _OuterStep:
             return core_step(params, config, carry[0], injected, ctx, cached_kv)
 
         no_kv = tuple(zeros(config, text.tokens.shape, e.dtype) for _ in range(config.core_calls))
-        s, core_kv = lax.fori_loop(0, self.parallel.inner, recur, (s, no_kv))
+        with jax.named_scope("recurrence_window"):
+            s, core_kv = lax.fori_loop(0, self.parallel.inner, recur, (s, no_kv))
         (y, _), coda_kv = coda(params, config, s, ctx, p.cache.coda)
         new_kv = NewKV(prelude_kv, jax.tree.map(lambda x: x[None], core_kv), coda_kv)
         return w._replace(states=s, rule=rule), known(config, head(params, config, y)), new_kv

@@ -59,8 +59,11 @@ _SCOPES = {
 }
 LOOPS = ("recurrence_free", "recurrence_forward", "recurrence_backward")
 """The loops of `rdlm.recurrence.unroll`, found in a compiled program by the scopes it names."""
+_DECODING_SCOPES = ("recurrence_until", "recurrence_window")
 DECODING = ("recurrence", "check", "token")
-"""The parts of a token loop: a recurrence, a check of an exit rule, and what a token needs once."""
+"""The parts of a token loop: a recurrence, a check of an exit rule, and what a token needs once. The parallel sampler
+makes outer steps in place of tokens.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +187,7 @@ class Program:
             total[part] += _moved(name, computations) * trips.get(name, 1)
             for line in computations[name]:
                 if body := _BODY.search(line):
-                    add(body[1], "recurrence" if "recurrence_until" in line else part)
+                    add(body[1], "recurrence" if _decoding_recurrence(line) else part)
                 elif " conditional(" in line and part != "token":
                     for branch in _branches(line):
                         add(branch, "check")
@@ -324,6 +327,11 @@ def _loop(line: str) -> str:
     return next((loop for scope, loop in _SCOPES.items() if scope in line), "other")
 
 
+def _decoding_recurrence(line: str) -> bool:
+    """Whether a line with a `while` is the loop over the recurrences of a token, or of a window."""
+    return any(scope in line for scope in _DECODING_SCOPES)
+
+
 def _fused_by(computations: dict[str, list[str]]) -> dict[str, str]:
     """Of every computation that an instruction fuses, the name of that instruction."""
     found = {}
@@ -336,7 +344,8 @@ def _fused_by(computations: dict[str, list[str]]) -> dict[str, str]:
 
 def _known_trips(text: str) -> dict[str, int]:
     """Trip counts known to the compiler, by loop body; without the recurrences, which callers count themselves."""
-    lines = [line for line in text.splitlines() if "known_trip_count" in line and _loop(line) == "other"]
+    lines = [line for line in text.splitlines() if "known_trip_count" in line]
+    lines = [line for line in lines if _loop(line) == "other" and not _decoding_recurrence(line)]
     found = [re.search(r"body=%?([\w.\-]+).*?known_trip_count\D+(\d+)", line) for line in lines]
     return {match[1]: int(match[2]) for match in found if match}
 

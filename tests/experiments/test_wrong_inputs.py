@@ -396,6 +396,10 @@ OTHERS = """
     aot_check nano --only decode --capacity 1
     aot_check nano --only decode --mean-depth 0
     aot_check nano --only decode --mean-depth 33
+    aot_check nano --only decode --capacity 64 --window 0
+    aot_check nano --only decode --capacity 64 --inner 2
+    aot_check nano --only decode --capacity 64 --window 8 --inner 33
+    aot_check nano --only decode --capacity 64 --window 8 --exit
 """
 """Whole command lines."""
 

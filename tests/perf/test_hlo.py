@@ -82,5 +82,13 @@ def test_control_what_is_read_or_written_whole_counts_whole(old, new, part, more
     assert traffic(TEXT.replace(old, new))[part] - traffic(TEXT)[part] == more
 
 
+def test_a_recurrence_of_a_window_counts_once_however_many_an_outer_step_has():
+    known = 'op_name="recurrence_window/while"}, backend_config={"known_trip_count":{"n":"4"}}'
+    window = TEXT.replace('op_name="recurrence_until/while"}', known)
+    assert window != TEXT
+    assert traffic(window) == traffic(TEXT)
+    assert traffic(window.replace("recurrence_window", "other"))["token"] > 4 * traffic(TEXT)["recurrence"]
+
+
 def test_control_a_loop_without_its_scope_is_no_recurrence():
     assert traffic(TEXT.replace("recurrence_until", "other"))["recurrence"] == 0
