@@ -30,6 +30,7 @@ from rdlm.config import CachePolicy, InputError, ModelConfig, Sampling
 from rdlm.decode.lanes import RECENT, Flush, Lanes, advance, empty_lanes, insert
 from rdlm.decode.loop import Sizes, begin, read_chunk
 from rdlm.decode.passes import check_memory, next_power
+from rdlm.decode.prompt_cache import PromptCache
 from rdlm.decode.requests import (
     Constraint,
     Prompt,
@@ -44,7 +45,7 @@ from rdlm.decode.requests import (
 )
 from rdlm.exits import ExitRule
 from rdlm.model import Params, check_shape, compute_dtype, typed_key
-from rdlm.model.cache import Cache, allocate
+from rdlm.model.cache import Cache, allocate, cache_bytes
 from rdlm.model.inputs import check_callable, check_integers, check_type
 
 OnToken = Callable[[int, int], None]
@@ -61,6 +62,7 @@ class Served:
     tokens: list[int] = dataclasses.field(default_factory=list)  # the stop token included
     steps: list[int] = dataclasses.field(default_factory=list)  # recurrences of each, as in `generate`
     prompt_steps: np.ndarray | None = None  # int32 per prompt position, once the prompt has been read
+    cached_tokens: int = 0  # of the prompt, which earlier prompts left in the engine's prompt cache
     done: bool = False  # no more tokens will come
     cancelled: bool = False
     error: BaseException | None = None  # why the request ended early
@@ -123,6 +125,7 @@ class _Reading:
     cache: Cache  # of this prompt alone
     row: Request  # as far as it concerns the tokens of the prompt
     present: Array  # bool [1, V], the tokens of the whole prompt
+    names: list[bytes]  # of its blocks in the prompt cache
     steps: list[np.ndarray] = dataclasses.field(default_factory=list)  # recurrences of the tokens of each chunk
 
 
@@ -145,6 +148,9 @@ class Engine:
         `step`, and others get their tokens in between. No result changes; where one would, prompts are read at once:
         with a cache of fewer recurrences, `prefill_exit="together"` or `prefix`. Default: twice the lanes, at least 32
         on a CPU and 128 elsewhere.
+      prompt_cache: bytes of keys and values that the engine keeps of prompts read in chunks. A prompt that begins with
+        the same chunks, at the same depth, does not read them again. Where initial states are random, requests share
+        only with those of the same `key`. No result changes.
 
     Raises:
       InputError: impossible sizes.
@@ -169,6 +175,7 @@ class Engine:
         flush_every: int = 4,
         ticks_per_step: int = 64,
         prefill_chunk: int | None = None,
+        prompt_cache: int = 0,
     ):
         numbers = {
             "lanes": lanes,
@@ -185,6 +192,8 @@ class Engine:
         for name, value in (numbers | {"capacity": capacity}).items():
             check_shape(f"Engine: {name}", value, ())
             check_integers(f"Engine: {name}", value, 1)
+        check_shape("Engine: prompt_cache", prompt_cache, ())
+        check_integers("Engine: prompt_cache", prompt_cache, 0)
         lanes, max_new_tokens, capacity = int(lanes), int(max_new_tokens), int(capacity)
         if not 2 <= capacity <= config.max_length:
             raise InputError(f"Engine: capacity = {capacity}: must be in [2, config.max_length = {config.max_length}]")
@@ -215,12 +224,38 @@ class Engine:
         usual = max(2 * lanes, 32 if jax.default_backend() == "cpu" else 128)
         self._chunk = usual if prefill_chunk is None else int(prefill_chunk)
         self._exact_chunks = cache.recurrences is None and prefill_exit != "together"
+        if prompt_cache:
+            self._check_prompt_cache(int(prompt_cache))
+        self._prompts = PromptCache(config, self._chunk, int(prompt_cache))
         self._reading: _Reading | None = None
         self._lanes = self._empty_lanes()
         self._queue: collections.deque[Served] = collections.deque()
         self._queue_lock = threading.Lock()  # requests may come while another thread runs a step
         self._running, self._inside = threading.RLock(), False
         self._turn: tuple[asyncio.AbstractEventLoop, asyncio.Lock] | None = None
+
+    def _check_prompt_cache(self, room: int) -> None:
+        if not self._exact_chunks:
+            raise InputError(
+                f"prompt_cache = {room}: this engine reads prompts at once; leave out CachePolicy(recurrences) "
+                'and prefill_exit="together", or the prompt cache'
+            )
+        dtype = compute_dtype(self.params, self.config)
+        chunk = min(self._chunk, self._sizes.capacity)
+        least = cache_bytes(self.config, self._sizes.sets, 1, chunk, dtype, self._coda_sets)
+        if room < least:
+            raise InputError(f"prompt_cache = {room}: a chunk of {chunk} tokens takes {least} bytes")
+
+    @property
+    def _coda_sets(self) -> bool:
+        """Whether reading a chunk needs what `Cache.coda_sets` holds."""
+        rule = self._in_prompt(self._idle).depth.rule
+        return rule is not None and rule.needs_logits
+
+    @property
+    def prompt_cache_bytes(self) -> int:
+        """Bytes that the prompt cache holds now."""
+        return self._prompts.bytes
 
     def submit(
         self,
@@ -305,11 +340,12 @@ class Engine:
         return served
 
     def prompt_lengths(self, prefix: bool = False) -> list[int]:
-        """Prompts of these lengths, one after the other, compile everything that prompts with such a `prefix` need."""
+        """Prompts of these lengths and one token alone, in turn, compile all that prompts with such a `prefix` need."""
         longest = self._sizes.capacity - 1
         at_once = min(self._chunk, longest) if self._exact_chunks and not prefix else longest
         buckets = [16 << i for i in range(at_once.bit_length()) if 16 << i < at_once]
-        return [*buckets, *range(at_once, min(at_once + 1, longest) + 1)]
+        chunked = [] if at_once == longest else [at_once + 1] * 2  # for the second, the prompt cache holds a chunk
+        return [*buckets, at_once, *chunked]
 
     def samples(self, prompt: Prompt, count: int, key: ArrayLike, **options: Any) -> list[Served]:
         """Queue `count` requests for different continuations of one prompt: those of `generate(samples=count)`.
@@ -502,16 +538,19 @@ class Engine:
         return _Made.read(self._lanes), depth
 
     def _begin_reading(self, served: Served, lane: int) -> None:
-        sizes, depth = self._sizes, self._in_prompt(self._idle).depth
-        coda_sets = depth.rule is not None and depth.rule.needs_logits
-        where = sizes.sets, sizes.capacity
+        sizes, depth, where = self._sizes, self._in_prompt(self._idle).depth, (self._sizes.sets, self._sizes.capacity)
         try:
-            check_memory(self.params, self.config, 1, self._chunk, where, depth, coda_sets=coda_sets)
+            check_memory(self.params, self.config, 1, self._chunk, where, depth, coda_sets=self._coda_sets)
             dtype = compute_dtype(self.params, self.config)
-            cache = allocate(self.config, sizes.policy, sizes.sets, 1, sizes.capacity, dtype, coda_sets)
+            cache = allocate(self.config, sizes.policy, sizes.sets, 1, sizes.capacity, dtype, self._coda_sets)
             present = np.zeros((1, self.config.vocab_size), bool)
             present[0, served.prompt] = True
-            self._reading = _Reading(served, lane, cache, self._in_prompt(served._row), jnp.asarray(present))
+            row = self._in_prompt(served._row)
+            names = self._prompts.names(served.prompt, row)
+            # The last token is always read: what follows depends on its logits.
+            cache, steps = self._prompts.fill(cache, names[: (served.prompt.size - 1) // self._chunk])
+            served.cached_tokens = sum(map(len, steps))
+            self._reading = _Reading(served, lane, cache, row, jnp.asarray(present), names, steps)
         except BaseException as error:
             self._fail([served], error)
 
@@ -542,7 +581,10 @@ class Engine:
             )
             reading.cache = progress.cache
             reading.steps.append(np.asarray(steps)[0, : chunk.size])
-            if start + chunk.size < served.prompt.size and not progress.failed[0]:
+            failed = bool(progress.failed[0])
+            if chunk.size == self._chunk and not failed:
+                self._prompts.keep(reading.names[start // self._chunk], reading.cache, start, reading.steps[-1])
+            if start + chunk.size < served.prompt.size and not failed:
                 return True
             rest = _one(served.prompt.size), served._row, _one(served.max_new_tokens), _one(lane)
             self._lanes = insert(self.params, self.config, self._lanes, progress, *rest)

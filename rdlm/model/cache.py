@@ -229,6 +229,16 @@ def append(
     )
 
 
+def entries(cache: Cache, start: Int[Array, ""], count: int) -> tuple[NewKV, Int[Array, "B {count}"]]:
+    """Keys and values of `count` positions from `start`, and recurrences of their tokens, as `append` takes them."""
+
+    def cut(x: Array, axis: int = -2) -> Array:
+        return lax.dynamic_slice_in_dim(x, start, count, axis)
+
+    new_kv = jax.tree.map(cut, NewKV(cache.prelude, cache.core, cache.coda, cache.coda_sets))
+    return new_kv, cut(cache.depth, 1)
+
+
 def grow(cache: Cache, sets: int, capacity: int) -> Cache:
     """A copy with at least `sets` core sets and `capacity` positions; the cache itself if it has both.
 

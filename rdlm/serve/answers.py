@@ -67,7 +67,7 @@ class Writer:
         if wanted.log_probs and not wanted.chat:
             for i, choice in enumerate(self._choices):
                 choice.plain = tokenizer.decode_stream(after=ask.prompts[i // ask.samples].tolist())
-        self.steps_total = self.completion_tokens = 0
+        self.steps_total = self.completion_tokens = self.cached_tokens = 0
 
     @property
     def prompt_tokens(self) -> int:
@@ -94,6 +94,8 @@ class Writer:
         choice.text += item.text
         if isinstance(item, End):
             choice.reason = item.reason
+            if index % self._ask.samples == 0:  # a prompt counts once, whatever the number of its answers
+                self.cached_tokens += item.cached
             return
         choice.tokens.append(item)
         if choice.plain is not None:
@@ -145,6 +147,7 @@ class Writer:
             "prompt_tokens": prompt,
             "completion_tokens": new,
             "total_tokens": prompt + new,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
             "mean_steps": round(self.steps_total / new, 4) if new else None,
         }
 

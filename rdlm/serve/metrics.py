@@ -37,6 +37,8 @@ class Metrics:
         self.ended = counter("request_success", "Answers that are complete", "finished_reason")
         self.failed = counter("request_failure", "Requests that began and failed", "code")
         self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts")
+        self.looked_up = counter("prefix_cache_queries", "Tokens of prompts that were looked for in the prompt cache")
+        self.cached = counter("prefix_cache_hits", "Tokens of prompts that the prompt cache held")
         self.new_tokens = counter("generation_tokens", "New tokens")
         self.steps = histogram("recurrences_per_token", "Recurrences of new tokens", _DEPTHS, "exit")
         self.first = histogram("time_to_first_token_seconds", "From the request to its first token", _SECONDS)
@@ -81,5 +83,6 @@ class AnswerClock:
             if isinstance(item, End):
                 metrics.whole.observe(now - self._began)
                 metrics.new_sizes.observe(self._count)
+                metrics.cached.inc(item.cached)
                 if item.reason is not None:
                     metrics.ended.labels(item.reason).inc()

@@ -36,6 +36,9 @@ class ServeOptions:
     prefill_chunk: int | None = None
     """Tokens of a long prompt that are read at once, between tokens of others; None: twice the lanes, but at least 32
     on a CPU and 128 elsewhere."""
+    prompt_cache: float | None = None
+    """GiB of keys and values, for each kind of exit rule, that are kept of long prompts for later ones that begin
+    alike; 0: none. None: as much as an eighth of the lanes hold, or nothing with --cache-recurrences."""
     max_queue: int = 64
     """Answers that may wait for a lane; more are refused with status 429."""
     max_body: int = 2**20
@@ -63,6 +66,10 @@ class ServeOptions:
         for name in ("request_timeout", "write_timeout", "grace"):
             value = getattr(self, name)
             require(0 < value < 1e6, f"--{name.replace('_', '-')}", value, "must be a number of seconds above 0")
+        room = self.prompt_cache
+        require(room is None or 0 <= room < 1e6, "--prompt-cache", room, "must be a number of GiB, at least 0")
+        if room and self.cache_recurrences is not None:
+            raise InputError("--prompt-cache: cannot be combined with --cache-recurrences; leave one of them out")
         if self.exit is not None:
             require(len(self.exit) > 0, "--exit", self.exit, "name at least one rule, or leave it out")
             require(len(set(self.exit)) == len(self.exit), "--exit", self.exit, "names a rule twice")

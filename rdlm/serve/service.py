@@ -199,6 +199,7 @@ class Service:
         for tokens in ask.prompts:
             self.metrics.prompt_sizes.observe(len(tokens))
             self.metrics.prompt_tokens.inc(len(tokens))
+            self.metrics.looked_up.inc(len(tokens) * ask.samples)
         for answer in answers:
             self.worker.submit(answer)
         return call

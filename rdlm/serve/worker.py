@@ -18,6 +18,8 @@ from rdlm.decode.engine import Served
 from rdlm.decode.passes import check_memory, next_power
 from rdlm.decode.requests import sample_keys
 from rdlm.exits import Depth
+from rdlm.model import compute_dtype
+from rdlm.model.cache import cache_bytes
 from rdlm.run import Run
 from rdlm.serve.depth import DepthChoice, Depths
 from rdlm.serve.scores import PromptScores, score_prompt
@@ -42,6 +44,7 @@ class End(NamedTuple):
     reason: Literal["stop", "length"] | None  # None: an error
     text: str = ""  # what was held back, because it could have become a stop string
     error: Exception | None = None
+    cached: int = 0  # tokens of the prompt that the prompt cache held
 
 
 Item = Token | End | PromptScores
@@ -162,7 +165,7 @@ class Worker:
         assert options.max_steps is not None
         assert options.max_context is not None
         sets = CachePolicy(options.cache_recurrences).sets(next_power(options.max_steps, minimum=1))
-        rows = options.lanes * len(self._depths.kinds)
+        rows = (options.lanes + self._kept_prompts) * len(self._depths.kinds)
         try:
             check_memory(run.params, run.config, rows, 1, (sets, options.max_context), Depth(1))
         except InputError as error:
@@ -170,14 +173,24 @@ class Worker:
             fix = "lower --lanes, --max-context or --cache-recurrences"
             raise InputError(f"--lanes {options.lanes}: {need}; {fix}") from error
 
+    @property
+    def _kept_prompts(self) -> int:
+        """Prompts as long as the context that the prompt cache of an engine holds by default."""
+        options = self._depths.options
+        wanted = options.prompt_cache is None and options.cache_recurrences is None
+        return max(options.lanes // 8, 1) if wanted else 0
+
     def _engine(self, kind: str) -> Engine:
         options, config = self._depths.options, self._run.config
         steps, context = options.max_steps, options.max_context
         assert steps is not None
         assert context is not None
+        sets, dtype = next_power(steps, minimum=1), compute_dtype(self._run.params, config)
+        room = cache_bytes(config, sets, self._kept_prompts, context, dtype, coda_sets=True)
         return Engine(
             self._run.params,
             config,
+            prompt_cache=room if options.prompt_cache is None else int(options.prompt_cache * 2**30),
             lanes=options.lanes,
             max_new_tokens=context,
             capacity=context,
@@ -298,7 +311,7 @@ class Worker:
             answer.error = served.error if isinstance(served.error, Exception) else RuntimeError("stopped")
             return End(None, error=answer.error)
         stopped = answer.stream.stopped or served.tokens[-1] in answer.ask.stop_ids
-        return End("stop" if stopped else "length", answer.stream.end())
+        return End("stop" if stopped else "length", answer.stream.end(), cached=served.cached_tokens)
 
     def _hand_over(self) -> None:
         """Give what has come to the event loop, all at once."""

@@ -54,6 +54,22 @@ def test_counters_are_those_of_the_answers(server):
     assert after[("kv_cache_usage_perc",)] == 0
 
 
+def test_the_prompt_cache_shows_in_usage_and_counters(server):
+    before, letters = read(server), [*"abcdefgh"] * 3
+    long = server.run.tokenizer.encode("".join(letters))[:20].tolist()
+    body = {"prompt": long, "max_tokens": 2, "n": 2, "seed": 3, "num_steps": 3, "return_token_ids": True}
+    first, second = (server.post("completions", **body)[1] for _ in range(2))
+    other = server.post("completions", **body | {"seed": 4})[1]  # control: initial states of its own
+    cached = [answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in (first, second, other)]
+    assert cached == [0, 16, 0]  # two chunks of 8 of the first sample; the others have keys of their own
+    assert [c["token_ids"] for c in first["choices"]] == [c["token_ids"] for c in second["choices"]]
+    server.settle()
+    after = read(server)
+    names = [(f"prefix_cache_{name}_total",) for name in ("hits", "queries")]
+    grown = [after[name] - before[name] for name in names]
+    assert grown == [32, 3 * 2 * 20]
+
+
 def test_streams_are_counted_by_how_they_end(server, rounds, monkeypatch):
     url, body = f"{server.url}/v1/completions", {"prompt": "ab", "stream": True}
     before = read(server)
