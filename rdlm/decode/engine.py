@@ -28,9 +28,9 @@ from jaxtyping import Int32
 
 from rdlm.config import CachePolicy, InputError, ModelConfig, Sampling
 from rdlm.decode.lanes import RECENT, Flush, Lanes, advance, empty_lanes, insert
-from rdlm.decode.loop import Sizes, begin, read_chunk
+from rdlm.decode.loop import Sizes, begin
 from rdlm.decode.passes import check_memory, next_power
-from rdlm.decode.prompt_cache import PromptCache
+from rdlm.decode.reading import Reader, Reading
 from rdlm.decode.requests import (
     Constraint,
     Prompt,
@@ -45,7 +45,6 @@ from rdlm.decode.requests import (
 )
 from rdlm.exits import ExitRule
 from rdlm.model import Params, check_shape, compute_dtype, typed_key
-from rdlm.model.cache import Cache, allocate, cache_bytes
 from rdlm.model.inputs import check_callable, check_integers, check_type
 
 OnToken = Callable[[int, int], None]
@@ -114,19 +113,6 @@ class Usage:
     ticks: int  # recurrences, of all lanes together
     utilisation: float  # mean share of lanes that took part
     flushes: int
-
-
-@dataclasses.dataclass
-class _Reading:
-    """A long prompt that is read chunk by chunk."""
-
-    served: Served
-    lane: int  # nobody else's until the whole prompt has been read
-    cache: Cache  # of this prompt alone
-    row: Request  # as far as it concerns the tokens of the prompt
-    present: Array  # bool [1, V], the tokens of the whole prompt
-    names: list[bytes]  # of its blocks in the prompt cache
-    steps: list[np.ndarray] = dataclasses.field(default_factory=list)  # recurrences of the tokens of each chunk
 
 
 class Engine:
@@ -222,40 +208,21 @@ class Engine:
         self._serving: list[Served | None] = [None] * lanes
         check_memory(params, config, lanes, 1, (sets, capacity), self._idle.depth)
         usual = max(2 * lanes, 32 if jax.default_backend() == "cpu" else 128)
-        self._chunk = usual if prefill_chunk is None else int(prefill_chunk)
-        self._exact_chunks = cache.recurrences is None and prefill_exit != "together"
-        if prompt_cache:
-            self._check_prompt_cache(int(prompt_cache))
-        self._prompts = PromptCache(config, self._chunk, int(prompt_cache))
-        self._reading: _Reading | None = None
+        chunk = usual if prefill_chunk is None else int(prefill_chunk)
+        self._reader = Reader(
+            params, config, self._sizes, self._options, self._idle.depth, chunk=chunk, prompt_cache=int(prompt_cache)
+        )
+        self._reading: tuple[Served, int, Reading] | None = None  # a long prompt, and the lane that it will have
         self._lanes = self._empty_lanes()
         self._queue: collections.deque[Served] = collections.deque()
         self._queue_lock = threading.Lock()  # requests may come while another thread runs a step
         self._running, self._inside = threading.RLock(), False
         self._turn: tuple[asyncio.AbstractEventLoop, asyncio.Lock] | None = None
 
-    def _check_prompt_cache(self, room: int) -> None:
-        if not self._exact_chunks:
-            raise InputError(
-                f"prompt_cache = {room}: this engine reads prompts at once; leave out CachePolicy(recurrences) "
-                'and prefill_exit="together", or the prompt cache'
-            )
-        dtype = compute_dtype(self.params, self.config)
-        chunk = min(self._chunk, self._sizes.capacity)
-        least = cache_bytes(self.config, self._sizes.sets, 1, chunk, dtype, self._coda_sets)
-        if room < least:
-            raise InputError(f"prompt_cache = {room}: a chunk of {chunk} tokens takes {least} bytes")
-
-    @property
-    def _coda_sets(self) -> bool:
-        """Whether reading a chunk needs what `Cache.coda_sets` holds."""
-        rule = self._in_prompt(self._idle).depth.rule
-        return rule is not None and rule.needs_logits
-
     @property
     def prompt_cache_bytes(self) -> int:
         """Bytes that the prompt cache holds now."""
-        return self._prompts.bytes
+        return self._reader.kept.bytes
 
     def submit(
         self,
@@ -332,7 +299,7 @@ class Engine:
             row = row._replace(sampling=sampling_row)
         served = Served(prompt, limit, row, self, _on_token=on_token, _wants_likeliest=bool(likeliest))
         served._constraint, served._allowed = constraint, allowed
-        served._in_chunks = self._exact_chunks and prompt.size > self._chunk and not np.any(prefix)
+        served._in_chunks = prompt.size > self._reader.chunk and not np.any(prefix)
         with self._queue_lock:
             if sum(not s.done for s in self._queue) >= self.max_queue:
                 raise InputError(f"Engine: max_queue = {self.max_queue} requests are waiting; run the engine first")
@@ -342,7 +309,7 @@ class Engine:
     def prompt_lengths(self, prefix: bool = False) -> list[int]:
         """Prompts of these lengths and one token alone, in turn, compile all that prompts with such a `prefix` need."""
         longest = self._sizes.capacity - 1
-        at_once = min(self._chunk, longest) if self._exact_chunks and not prefix else longest
+        at_once = longest if prefix else min(self._reader.chunk, longest)
         buckets = [16 << i for i in range(at_once.bit_length()) if 16 << i < at_once]
         chunked = [] if at_once == longest else [at_once + 1] * 2  # for the second, the prompt cache holds a chunk
         return [*buckets, at_once, *chunked]
@@ -398,7 +365,7 @@ class Engine:
 
     def _step(self) -> bool:
         self._serving = [None if s is None or s.done else s for s in self._serving]
-        if self._reading is not None and self._reading.served.done:
+        if self._reading is not None and self._reading[0].done:
             self._reading = None
         while self._admit():
             pass
@@ -472,7 +439,7 @@ class Engine:
     @property
     def _free(self) -> list[int]:
         """Lanes that nobody has."""
-        kept = None if self._reading is None else self._reading.lane
+        kept = None if self._reading is None else self._reading[1]
         return [lane for lane, s in enumerate(self._serving) if s is None and lane != kept]
 
     def _admit(self) -> bool:
@@ -538,53 +505,22 @@ class Engine:
         return _Made.read(self._lanes), depth
 
     def _begin_reading(self, served: Served, lane: int) -> None:
-        sizes, depth, where = self._sizes, self._in_prompt(self._idle).depth, (self._sizes.sets, self._sizes.capacity)
         try:
-            check_memory(self.params, self.config, 1, self._chunk, where, depth, coda_sets=self._coda_sets)
-            dtype = compute_dtype(self.params, self.config)
-            cache = allocate(self.config, sizes.policy, sizes.sets, 1, sizes.capacity, dtype, self._coda_sets)
-            present = np.zeros((1, self.config.vocab_size), bool)
-            present[0, served.prompt] = True
-            row = self._in_prompt(served._row)
-            names = self._prompts.names(served.prompt, row)
-            # The last token is always read: what follows depends on its logits.
-            cache, steps = self._prompts.fill(cache, names[: (served.prompt.size - 1) // self._chunk])
-            served.cached_tokens = sum(map(len, steps))
-            self._reading = _Reading(served, lane, cache, row, jnp.asarray(present), names, steps)
+            reading = self._reader.begin(served.prompt, served._row)
         except BaseException as error:
             self._fail([served], error)
-
-    def _in_prompt(self, row: Request) -> Request:
-        """A request as far as it concerns the tokens of its prompt."""
-        never = self._options.prefill_exit == "never"
-        return row._replace(depth=row.depth._replace(rule=None)) if never else row
+        else:
+            served.cached_tokens = reading.length
+            self._reading = served, lane, reading
 
     def _read_chunk(self) -> bool:
-        """Prefill the next chunk of a long prompt, and after the last put it into its lane. False: there is none."""
-        reading = self._reading
-        if reading is None:
+        """Read the next chunk of a long prompt, and after the last put it into its lane. False: there is none."""
+        if self._reading is None:
             return False
-        served, lane, start = reading.served, reading.lane, sum(map(len, reading.steps))
-        chunk = served.prompt[start : start + self._chunk]
-        tokens = np.zeros((1, self._chunk), np.int32)
-        tokens[0, : chunk.size] = chunk
+        served, lane, reading = self._reading
         try:
-            progress, steps = read_chunk(
-                self.params,
-                self.config,
-                reading.cache,
-                jnp.asarray(tokens),
-                _one(chunk.size),
-                reading.present,
-                reading.row,
-                self._options.warm_start,
-            )
-            reading.cache = progress.cache
-            reading.steps.append(np.asarray(steps)[0, : chunk.size])
-            failed = bool(progress.failed[0])
-            if chunk.size == self._chunk and not failed:
-                self._prompts.keep(reading.names[start // self._chunk], reading.cache, start, reading.steps[-1])
-            if start + chunk.size < served.prompt.size and not failed:
+            progress = self._reader.read(reading)
+            if progress is None:
                 return True
             rest = _one(served.prompt.size), served._row, _one(served.max_new_tokens), _one(lane)
             self._lanes = insert(self.params, self.config, self._lanes, progress, *rest)
@@ -593,7 +529,7 @@ class Engine:
             self._reading = None
             self._fail([served], error)
             return True
-        self._reading, self._serving[lane], served.prompt_steps = None, served, np.concatenate(reading.steps)
+        self._reading, self._serving[lane], served.prompt_steps = None, served, np.concatenate(reading.chunks)
         self._deliver(made)
         return True
 

@@ -11,6 +11,7 @@ from engine_cases import KINDS, NEW, TINY, Ask, crowd, generated, new_engine, ou
 from oracle import random_params
 
 import rdlm.decode.engine
+import rdlm.decode.reading
 from rdlm import exits
 from rdlm.config import CachePolicy, ModelConfig
 from rdlm.decode.loop import Sizes, begin, read_chunk
@@ -162,7 +163,7 @@ def read(monkeypatch):
         sizes.append(tokens.shape[1])
         return begin(params, config, tokens, *rest)
 
-    monkeypatch.setattr(rdlm.decode.engine, "read_chunk", chunk)
+    monkeypatch.setattr(rdlm.decode.reading, "read_chunk", chunk)
     monkeypatch.setattr(rdlm.decode.engine, "begin", at_once)
     return sizes
 
@@ -226,7 +227,7 @@ def test_a_prompt_that_is_cancelled_or_fails_leaves_its_lane(monkeypatch):
     e.step()
     gone.cancel()
     broken = submit(e, KIND, batch[0])
-    monkeypatch.setattr(rdlm.decode.engine, "read_chunk", lambda *_: 1 / 0)
+    monkeypatch.setattr(rdlm.decode.reading, "read_chunk", lambda *_: 1 / 0)
     e.run()
     monkeypatch.undo()
     assert (gone.tokens, gone.error) == ([], None)

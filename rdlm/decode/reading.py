@@ -1,0 +1,124 @@
+"""Long prompts, which an engine reads chunk by chunk, each into a cache of its own, between the tokens of others."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from rdlm.config import InputError, ModelConfig
+from rdlm.decode.loop import Progress, Sizes, read_chunk
+from rdlm.decode.passes import check_memory
+from rdlm.decode.prompt_cache import PromptCache
+from rdlm.decode.requests import Request, RequestOptions
+from rdlm.exits import Depth
+from rdlm.model import Params, compute_dtype
+from rdlm.model.cache import Cache, allocate, cache_bytes
+
+
+@dataclasses.dataclass
+class Reading:
+    """A prompt of which a part has been read."""
+
+    prompt: np.ndarray  # int32
+    row: Request  # as far as it concerns the tokens of the prompt
+    cache: Cache  # of this prompt alone
+    present: Array  # bool [1, V], the tokens of the whole prompt
+    names: list[bytes]  # of its chunks in the prompt cache
+    chunks: list[np.ndarray]  # int32, recurrences of the tokens of each chunk that has been read
+
+    @property
+    def length(self) -> int:
+        """Tokens that have been read."""
+        return sum(map(len, self.chunks))
+
+
+class Reader:
+    """Reads prompts.
+
+    Args:
+      params, config: the model.
+      sizes: of the lanes that prompts go to.
+      options: of the engine.
+      usual: depth of its requests.
+      chunk: most tokens that are read at once; where chunks would change results, prompts are read at once.
+      prompt_cache: bytes of chunks that are kept for later prompts.
+
+    Raises:
+      InputError: a prompt cache that would hold nothing.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        config: ModelConfig,
+        sizes: Sizes,
+        options: RequestOptions,
+        usual: Depth,
+        *,
+        chunk: int,
+        prompt_cache: int,
+    ):
+        self._params, self._config, self._sizes, self._options = params, config, sizes, options
+        self._depth = self._in_prompt(usual)
+        rule = self._depth.rule
+        self._coda_sets = rule is not None and rule.needs_logits
+        self._dtype = compute_dtype(params, config)
+        self._exact = sizes.policy.recurrences is None and options.prefill_exit != "together"
+        self.chunk = chunk if self._exact else sizes.capacity
+        """Most tokens that are read at once."""
+        if prompt_cache:
+            self._check(prompt_cache)
+        self.kept = PromptCache(config, self.chunk, prompt_cache)
+
+    def _check(self, prompt_cache: int) -> None:
+        if not self._exact:
+            raise InputError(
+                f"prompt_cache = {prompt_cache}: this engine reads prompts at once; leave out "
+                'CachePolicy(recurrences) and prefill_exit="together", or the prompt cache'
+            )
+        chunk = min(self.chunk, self._sizes.capacity)
+        least = cache_bytes(self._config, self._sizes.sets, 1, chunk, self._dtype, self._coda_sets)
+        if prompt_cache < least:
+            raise InputError(f"prompt_cache = {prompt_cache}: a chunk of {chunk} tokens takes {least} bytes")
+
+    def _in_prompt(self, depth: Depth) -> Depth:
+        """The depth of a prompt's tokens."""
+        return depth._replace(rule=None) if self._options.prefill_exit == "never" else depth
+
+    def begin(self, prompt: np.ndarray, request: Request) -> Reading:
+        """A prompt, of which what the prompt cache holds has been read.
+
+        Raises:
+          InputError: too little memory.
+        """
+        config, sizes, coda_sets = self._config, self._sizes, self._coda_sets
+        where = sizes.sets, sizes.capacity
+        check_memory(self._params, config, 1, self.chunk, where, self._depth, coda_sets=coda_sets)
+        row = request._replace(depth=self._in_prompt(request.depth))
+        present = np.zeros((1, config.vocab_size), bool)
+        present[0, prompt] = True
+        cache = allocate(config, sizes.policy, sizes.sets, 1, sizes.capacity, self._dtype, coda_sets)
+        names = self.kept.names(prompt, row)
+        # The last token is always read: what follows depends on its logits.
+        cache, chunks = self.kept.fill(cache, names[: (prompt.size - 1) // self.chunk])
+        return Reading(prompt, row, cache, jnp.asarray(present), names, chunks)
+
+    def read(self, reading: Reading) -> Progress | None:
+        """Read the next chunk: the token loop after the first new token, once the whole prompt has been read."""
+        start = reading.length
+        chunk = reading.prompt[start : start + self.chunk]
+        tokens = np.zeros((1, self.chunk), np.int32)
+        tokens[0, : chunk.size] = chunk
+        count = jnp.full(1, chunk.size, jnp.int32)
+        given = jnp.asarray(tokens), count, reading.present, reading.row, self._options.warm_start
+        progress, steps = read_chunk(self._params, self._config, reading.cache, *given)
+        reading.cache = progress.cache
+        reading.chunks.append(np.asarray(steps)[0, : chunk.size])
+        if progress.failed[0]:
+            return progress
+        if chunk.size == self.chunk:
+            self.kept.keep(reading.names[start // self.chunk], reading.cache, start, reading.chunks[-1])
+        return progress if reading.length == reading.prompt.size else None
