@@ -31,6 +31,7 @@ from rdlm.serve.protocol import (
     check_fields,
     encode_chat,
     encode_texts,
+    grammar_of,
     understand,
 )
 from rdlm.serve.service import Call, Service, reads_too_slowly
@@ -121,7 +122,8 @@ async def completions(body: CompletionBody, request: Request) -> Response:
     service = _service(request)
     check_fields(body, service)
     prompts = await asyncio.to_thread(encode_texts, service, body.prompt)
-    return _generate(service, body, understand(service, body, prompts))
+    grammar = await grammar_of(service, body)
+    return _generate(service, body, understand(service, body, prompts, grammar))
 
 
 async def chat_completions(body: ChatBody, request: Request) -> Response:
@@ -129,7 +131,8 @@ async def chat_completions(body: ChatBody, request: Request) -> Response:
     service = _service(request)
     check_fields(body, service)
     prompt = await asyncio.to_thread(encode_chat, service, body.messages)
-    return _generate(service, body, understand(service, body, [prompt]))
+    grammar = await grammar_of(service, body)
+    return _generate(service, body, understand(service, body, [prompt], grammar))
 
 
 async def tokenize(body: TokenizeBody, request: Request) -> Json:

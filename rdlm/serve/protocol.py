@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from rdlm.config import InputError, Sampling
 from rdlm.decode.sampling import MAX_BIASES, as_arrays
 from rdlm.serve.errors import APIError, from_input_error, wrong
+from rdlm.serve.grammar import Grammar
 from rdlm.serve.service import Service, new_seed
 from rdlm.serve.worker import STOPS, Ask
 
@@ -64,6 +66,39 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = None
 
 
+class JsonSchema(BaseModel):
+    """A schema that the answer must follow."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    name: str | None = None
+    strict: bool | None = None  # it is always followed
+
+
+class ResponseFormat(BaseModel):
+    """What the answer must be: any text, any JSON object, or JSON of a schema."""
+
+    model_config = ConfigDict(strict=True)
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            need = "needs" if self.json_schema is None else "takes no"
+            raise ValueError(f"type {self.type!r} {need} json_schema, an object with a schema")
+        return self
+
+    @property
+    def schema_wanted(self) -> dict[str, Any] | None:
+        """The schema of the answer, if it must follow one."""
+        if self.json_schema is not None:
+            return self.json_schema.schema_
+        return {"type": "object"} if self.type == "json_object" else None
+
+
 class Body(BaseModel):
     """Any request about the model. Null is as good as leaving a field out."""
 
@@ -92,6 +127,7 @@ class Generate(Body):
     ignore_eos: bool | None = None
     stop: Annotated[str | list[str] | None, BeforeValidator(_stop)] = None
     stop_token_ids: Annotated[list[Id], Field(max_length=64)] | None = None
+    response_format: ResponseFormat | None = None
     return_token_ids: bool | None = None
     prefix: bool | None = None
     num_steps: Annotated[int, Field(ge=1, lt=2**31)] | None = None
@@ -210,7 +246,6 @@ _UNSERVED: dict[str, tuple[object, ...]] = {  # fields that would change the ans
     "functions": ([],),
     "modalities": (["text"],),
     "prediction": (),
-    "response_format": ({"type": "text"},),
     "suffix": (),
     "tools": ([],),
 }
@@ -265,7 +300,28 @@ def encode_texts(service: Service, prompt: str | list[str] | list[int] | list[li
         raise from_input_error(error, "prompt") from error
 
 
-def understand(service: Service, body: Generate, prompts: list[np.ndarray]) -> Ask:
+async def grammar_of(service: Service, body: Generate) -> Grammar | None:
+    """The grammar of the answers, if they must have one.
+
+    Raises:
+      APIError: none can be had, or fields that contradict it.
+    """
+    schema = None if body.response_format is None else body.response_format.schema_wanted
+    if schema is None:
+        return None
+    for name in ("min_tokens", "ignore_eos"):
+        if getattr(body, name):
+            raise wrong(name, "an answer with a response_format ends when it is complete; leave one of them out")
+    if (refusal := service.admission()) is not None:
+        raise refusal
+    try:
+        async with asyncio.timeout(service.options.request_timeout):
+            return await service.grammars.of(schema)
+    except TimeoutError as error:
+        raise APIError(504, "the request took too long", code="timeout") from error
+
+
+def understand(service: Service, body: Generate, prompts: list[np.ndarray], grammar: Grammar | None) -> Ask:
     """What a body asks for.
 
     Raises:
@@ -341,6 +397,7 @@ def understand(service: Service, body: Generate, prompts: list[np.ndarray]) -> A
         likeliest=body.likeliest,
         prefix=bool(body.prefix),
         scores=echo and body.log_probs,
+        grammar=grammar,
     )
 
 

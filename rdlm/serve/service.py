@@ -15,6 +15,7 @@ from rdlm.evaluation.calibration import Calibrated
 from rdlm.run import Run
 from rdlm.serve.depth import Depths
 from rdlm.serve.errors import APIError
+from rdlm.serve.grammar import Grammars
 from rdlm.serve.metrics import AnswerClock, Metrics
 from rdlm.serve.options import ServeOptions
 from rdlm.serve.worker import Answer, Ask, End, Item, Token, Worker
@@ -107,6 +108,7 @@ class Service:
         self.options = options.resolved(run.config)
         self.keys = options.read_keys()
         self.name = options.model_name or run.folder.resolve().name
+        self.grammars = Grammars(self.tokenizer, run.config.vocab_size)
         self.created = int(time.time())
         self.depths = Depths(self.options, run.config.mean_recurrence, _calibrations(run))
         self.draining = False

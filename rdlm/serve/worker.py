@@ -22,6 +22,7 @@ from rdlm.model import compute_dtype
 from rdlm.model.cache import cache_bytes
 from rdlm.run import Run
 from rdlm.serve.depth import DepthChoice, Depths
+from rdlm.serve.grammar import Grammar
 from rdlm.serve.scores import PromptScores, score_prompt
 from rdlm.tokenizer import DecodeStream, Tokenizer
 
@@ -65,6 +66,7 @@ class Ask:
     likeliest: int = 0  # tokens wanted beside every one, with log-probabilities
     prefix: bool = False  # whether the tokens of a prompt see each other in both directions
     scores: bool = False  # also of the prompts' tokens
+    grammar: Grammar | None = None  # of every answer
     made: dict[int, PromptScores] = dataclasses.field(default_factory=dict)  # the worker's: scores by prompt
 
     @functools.cached_property
@@ -284,6 +286,7 @@ class Worker:
                 prefix=ask.prefix,
                 key=ask.keys[answer.sample],
                 likeliest=ask.likeliest > 0,
+                constraint=None if ask.grammar is None else ask.grammar.start(),
                 on_token=lambda token, steps: self._heard(answer, token, steps),
             )
         except InputError as error:

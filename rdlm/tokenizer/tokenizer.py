@@ -264,8 +264,8 @@ class Tokenizer:
         """The bytes of one token within a text; of a special token, those of its name; b"" outside the vocabulary."""
         if not self._is_text(token, skip_special=False):
             return b""
-        if self._pieces is not None:
-            return self._pieces[token]
+        if self.pieces is not None:
+            return self.pieces[token]
         return self._backend.decode([token], skip_special_tokens=False).encode()
 
     @functools.cached_property
@@ -359,9 +359,9 @@ class Tokenizer:
         Text is what `decode` gives back, and a space that the tokenizer puts before a text counts. All zeros if the
         tokenizer does not say what the bytes of a token are; -1 for the token of unknown characters.
         """
-        if self._pieces is None:
+        if self.pieces is None:
             return np.zeros(self.vocab_size, np.int32)
-        lengths = np.array([len(piece) for piece in self._pieces], np.int32)
+        lengths = np.array([len(piece) for piece in self.pieces], np.int32)
         lengths[list(self.special_ids.values())] = 0
         if self._loses_characters:
             lengths[self._backend.token_to_id(str(self._unknown))] = -1
@@ -453,7 +453,7 @@ class Tokenizer:
         return _Decoding(False, space, "ByteFallback" in kinds, drops)
 
     @functools.cached_property
-    def _pieces(self) -> list[bytes] | None:
+    def pieces(self) -> list[bytes] | None:
         """The bytes of every token (special tokens: of their text), or None if its neighbours decide as well."""
         how = self._decoding
         if how is None:
@@ -625,7 +625,7 @@ class DecodeStream:
 
     def _decoded(self, tokens: Sequence[int]) -> str:
         kept = [i for i in _ids(tokens) if self._tokenizer._is_text(i, self._skip_special)]
-        pieces = self._tokenizer._pieces
+        pieces = self._tokenizer.pieces
         if pieces is None:
             self._ids += kept
             return self._fresh(hold="\ufffd") if kept else ""

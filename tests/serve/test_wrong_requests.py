@@ -105,7 +105,6 @@ WRONG_CHATS = [
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
     ({"top_logprobs": 3}, "top_logprobs", "needs logprobs"),
     ({"tools": [{"type": "function"}]}, "tools", "not served"),
-    ({"response_format": {"type": "json_object"}}, "response_format", "not served"),
 ]  # fmt: skip
 ALL = [("completions", TEXT, *w) for w in WRONG_TEXTS] + [("chat/completions", CHAT, *w) for w in WRONG_CHATS]
 

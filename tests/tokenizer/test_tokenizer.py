@@ -103,7 +103,7 @@ def test_a_lone_surrogate_is_refused():
 
 
 def test_token_bytes_are_those_of_each_single_token():
-    alone = [len(TOKENIZER._pieces[i]) for i in range(384)]
+    alone = [len(TOKENIZER.pieces[i]) for i in range(384)]
     expected = [0 if i in TOKENIZER.special_ids.values() else n for i, n in enumerate(alone)]
     np.testing.assert_array_equal(TOKENIZER.token_bytes, expected)
     assert sum(n == 1 for n in expected) == 256  # every byte has its token
@@ -674,12 +674,12 @@ def test_long_texts_encode_in_pieces_as_they_do_whole(parts, long):
             patch.setattr("rdlm.tokenizer.tokenizer._LONG", long)
             patch.setattr("rdlm.tokenizer.tokenizer._ENCODED_AT_ONCE", 2 * long)
             assert tokenizer.encode(text, bos=False).tolist() == whole
-            assert "".join(tokenizer._pieces_of(text)) == text
+            assert "".join(tokenizer.pieces_of(text)) == text
 
 
 def test_a_long_text_is_cut(monkeypatch, word_level):
     monkeypatch.setattr("rdlm.tokenizer.tokenizer._LONG", 50)
-    assert len(list(TOKENIZER._pieces_of("".join(TEXTS)))) > 20
+    assert len(list(TOKENIZER.pieces_of("".join(TEXTS)))) > 20
     assert len(list(word_level._pieces_of("".join(TEXTS)))) == 1  # unknown rules: left whole
 
 

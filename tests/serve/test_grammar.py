@@ -1,0 +1,145 @@
+"""Schemas as grammars over the tokens of any tokenizer: no server, no model, a random choice of what is allowed."""
+
+import asyncio
+import json
+import sys
+import time
+
+import numpy as np
+import pytest
+from foreign_tokenizers import load
+
+from rdlm.serve.errors import APIError
+from rdlm.serve.grammar import MAX_SCHEMA, Grammars
+from rdlm.tokenizer import Tokenizer
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 5},
+        "size": {"type": "integer", "minimum": -9, "maximum": 99},
+        "tags": {"type": "array", "items": {"enum": ["é", "12", None, True]}, "maxItems": 3},
+    },
+    "required": ["name", "size", "tags"],
+    "additionalProperties": False,
+}
+BYTES = Tokenizer.bytes_only()
+
+
+def grammar(schema, tokenizer=BYTES, more=0):
+    return asyncio.run(Grammars(tokenizer, tokenizer.vocab_size + more).of(schema))
+
+
+def allowed(progress):
+    return np.flatnonzero(np.unpackbits(progress.allowed().view(np.uint8), bitorder="little")).tolist()
+
+
+def at_random(grammar, tokenizer, rng, most=200):
+    """Tokens chosen from what is allowed, the last one included."""
+    progress, tokens = grammar.start(), []
+    while len(tokens) < most:
+        tokens.append(int(rng.choice(allowed(progress))))
+        if tokens[-1] in tokenizer.end_ids:
+            break
+        progress.accept(tokens[-1])
+    return tokens
+
+
+@pytest.mark.parametrize("kind", ["bytes", "learned", "llama2", "mistral", "gemma"])
+def test_whatever_is_chosen_is_json_of_the_schema(kind, tmp_path):
+    if kind == "bytes":
+        tokenizer = BYTES
+    elif kind == "learned":
+        tokenizer = Tokenizer.train(['{"name": "the cat", "size": 12, "tags": [null, true]}'] * 9, 280)
+    else:
+        tokenizer = load(kind, tmp_path)
+    rng, found = np.random.default_rng(0), grammar(SCHEMA, tokenizer)
+    texts = set()
+    for _ in range(20):
+        tokens = at_random(found, tokenizer, rng)
+        assert tokens[-1] in tokenizer.end_ids
+        assert not {*tokens[:-1]} & {*tokenizer.special_ids.values()}
+        text = tokenizer.decode(tokens, after=[tokenizer.bos_id])
+        value = json.loads(text)
+        assert list(value) == ["name", "size", "tags"]
+        assert len(value["name"]) <= 5
+        assert -9 <= value["size"] <= 99
+        assert all(tag in ("é", "12", None, True) for tag in value["tags"])
+        texts.add(text)
+    assert len(texts) > 15
+
+
+def test_a_complete_answer_can_only_end():
+    progress = grammar({"type": "boolean"}).start()
+    for token in b"true":
+        assert not {*allowed(progress)} & {*BYTES.end_ids}
+        progress.accept(token)
+    assert allowed(progress) == list(BYTES.end_ids)
+
+
+def test_answers_to_one_request_do_not_share_their_progress():
+    found = grammar({"type": "boolean"})
+    one, other = found.start(), found.start()
+    one.accept(ord("t"))
+    assert allowed(one) == [ord("r")]
+    assert allowed(other) == [ord("f"), ord("t")]
+
+
+def many(schema, levels):
+    for _ in range(levels):
+        schema = {"type": "array", "items": schema}
+    return schema
+
+
+@pytest.mark.parametrize(
+    ("schema", "words"),
+    [
+        ({"type": "nope"}, "Invalid type: nope"),
+        ({"type": "object", "properties": 5}, "properties must be an object"),
+        ({"$ref": "https://example.com/schema"}, "cannot be compiled"),
+        ({"$ref": "file:///etc/passwd"}, "cannot be compiled"),
+        ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}, "cannot be compiled"),
+        ({"not": {"type": "string"}}, 'Unimplemented keys: ["not"]'),
+        ({"type": "string", "pattern": "("}, "unclosed group"),
+        ({"type": "integer", "minimum": 5, "maximum": 3}, "minimum (5) is greater than maximum (3)"),
+        ({"enum": ["x" * MAX_SCHEMA]}, f"at most {MAX_SCHEMA}"),
+        ({"type": "number", "minimum": float("inf")}, "not finite"),
+        (many({"type": "boolean"}, 200), "recursion limit"),
+        (many({"type": "boolean"}, 3000), "nested too deeply"),
+        ({"enum": ["\ud800"]}, "cannot be compiled"),
+    ],
+)
+def test_what_cannot_be_compiled_is_said_in_one_line(schema, words):
+    with pytest.raises(APIError) as refusal:
+        grammar(schema)
+    error = refusal.value
+    assert (error.status, error.param) == (400, "response_format")
+    assert words in error.message
+    assert "\n" not in error.message
+    assert len(error.message) < 300
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "integer", "multipleOf": 99999999},
+        {"type": "string", "allOf": [{"pattern": f"(a|b)*a(a|b){{{30 + i}}}c"} for i in range(40)]},
+    ],
+)
+def test_a_schema_that_would_take_for_ever_is_refused_and_remembered(schema):
+    grammars = Grammars(BYTES, BYTES.vocab_size)
+    for seconds in (50.0, 0.5):
+        begin = time.monotonic()
+        with pytest.raises(APIError, match="too complex"):
+            asyncio.run(grammars.of(schema))
+        assert time.monotonic() - begin < seconds
+
+
+def test_what_such_an_answer_needs_and_is_not_there(tmp_path, monkeypatch):
+    with pytest.raises(APIError, match="does not say what the bytes of its tokens are"):
+        grammar(SCHEMA, load("bert", tmp_path / "bert"))
+    with pytest.raises(APIError, match="no token of this model can begin"):
+        grammar(SCHEMA, load("t5", tmp_path / "t5"))
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with pytest.raises(APIError, match=r"not installed on the server \(pip install llguidance\)"):
+        grammar(SCHEMA)
