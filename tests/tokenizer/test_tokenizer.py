@@ -674,12 +674,12 @@ def test_long_texts_encode_in_pieces_as_they_do_whole(parts, long):
             patch.setattr("rdlm.tokenizer.tokenizer._LONG", long)
             patch.setattr("rdlm.tokenizer.tokenizer._ENCODED_AT_ONCE", 2 * long)
             assert tokenizer.encode(text, bos=False).tolist() == whole
-            assert "".join(tokenizer.pieces_of(text)) == text
+            assert "".join(tokenizer._pieces_of(text)) == text
 
 
 def test_a_long_text_is_cut(monkeypatch, word_level):
     monkeypatch.setattr("rdlm.tokenizer.tokenizer._LONG", 50)
-    assert len(list(TOKENIZER.pieces_of("".join(TEXTS)))) > 20
+    assert len(list(TOKENIZER._pieces_of("".join(TEXTS)))) > 20
     assert len(list(word_level._pieces_of("".join(TEXTS)))) == 1  # unknown rules: left whole
 
 
