@@ -213,10 +213,16 @@ class Checkpoints:
           good: given a checkpoint's meta, whether training may resume from it.
 
         Raises:
-          InputError: none of the checkpoints can be read; nothing is renamed then.
+          InputError: the folder holds weights alone, or none of the checkpoints can be read; nothing is renamed then.
         """
         aside: list[tuple[int, str, str]] = []
         steps = json.loads(exchange(json.dumps(sorted(self.manager.all_steps(), reverse=True)))[0])
+        paths = [Path(self.manager.directory) / str(step) for step in steps]
+        if steps and all((path / "meta").exists() and not (path / "optimizer").exists() for path in paths):
+            raise InputError(
+                f"run folder {self.folder}: holds weights alone, no state of an optimizer, so no run can go on there; "
+                f"begin one from these weights: --init {self.folder} --run-dir ANOTHER"
+            )
         for step in steps:
             found, problem = None, ""
             try:

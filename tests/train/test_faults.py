@@ -117,6 +117,16 @@ def test_the_newest_whole_checkpoint_is_used_and_the_others_are_set_aside(damage
         assert (kept / "1").exists()
 
 
+def test_weights_alone_are_not_called_damaged(saved):
+    folder, _, restore = saved
+    for step in "1234":
+        shutil.rmtree(folder / "checkpoints" / step / "optimizer")
+    with Checkpoints(folder, 9) as checkpoints:
+        with pytest.raises(InputError, match=r"holds weights alone.*--init .*--run-dir ANOTHER"):
+            restore(checkpoints)
+        assert saved_steps(folder) == [1, 2, 3, 4]
+
+
 # Losses and gradients that are not finite
 
 
