@@ -153,8 +153,8 @@ class Tokenizer:
                 size, count = size + len(pieces[count][1]), count + 1
             try:
                 encodings = self._plain.encode_batch_fast([p for _, p in pieces[:count]], add_special_tokens=False)
-            except TypeError as error:  # raised for lone surrogates as well as for other types than str
-                raise InputError(f"text: cannot be encoded ({error}); give valid Unicode strings") from error
+            except TypeError as error:  # of a str, the library's way to refuse this
+                raise InputError("text: not valid Unicode, it holds half of a surrogate pair; correct it") from error
             for (i, _), encoding in zip(pieces[:count], encodings, strict=True):
                 found[i].append(np.array(encoding.ids, np.int32))
             del pieces[:count]
