@@ -102,6 +102,16 @@ class Grammars:
         self._threads = concurrent.futures.ThreadPoolExecutor(1, "grammar")  # slow schemas wait for each other alone
         self._known = functools.lru_cache(16)(self._compile)
 
+    def prepare(self) -> None:
+        """Read the tokens now: of a large vocabulary that takes a second, in which no other thread runs."""
+
+        def read() -> None:
+            with contextlib.suppress(ModuleNotFoundError):
+                if self._model.pieces is not None:
+                    _ = self._tokenizer
+
+        self._threads.submit(read)
+
     async def of(self, schema: Mapping[str, object]) -> Grammar:
         """The grammar of JSON that a schema describes.
 

@@ -133,6 +133,7 @@ class Service:
     def start(self) -> None:
         """Begin to compile; ready after that."""
         self._loop = asyncio.get_running_loop()
+        self.grammars.prepare()
         self.worker.start()
 
     async def stop(self) -> None:

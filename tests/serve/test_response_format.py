@@ -38,6 +38,10 @@ def programs():
     return [f._cache_size() for f in (begin, read_chunk, insert, advance)]
 
 
+def test_the_tokens_have_been_read_before_the_first_request(server):
+    assert "_tokenizer" in vars(server.service.grammars)
+
+
 def test_an_answer_follows_its_schema(server):
     free, before = server.post("completions", **ASK, seed=3), programs()
     status, answer = server.post("completions", **ASK, n=6, seed=3, response_format=SEEN)
