@@ -47,81 +47,157 @@ def test_a_window_of_one_gives_the_tokens_of_ordinary_decoding_for_200_prompts(t
     assert (np.concatenate(out.steps) == 8).all()
 
 
+start_at = jax.jit(lambda key, position: initial_state(key, position[None], TINY.embed_dim)[0])
+
+
+@jax.jit
+def noise_at(key, position, outer):
+    return start_at(jax.random.fold_in(jax.random.fold_in(key, parallel._NOISE), outer), position)
+
+
+@jax.jit
+def filler_at(key, position):
+    here = jax.random.fold_in(jax.random.fold_in(key, parallel._FILLER), position)
+    return jax.random.randint(here, (), 0, TINY.vocab_size)
+
+
 def draws(key):
     """The random parts as docs/parallel.md states them."""
 
-    def at(key, position):
-        return np.asarray(initial_state(key, jnp.array([position]), TINY.embed_dim)[0], np.float64)
+    def number(function):
+        return lambda *at: np.asarray(function(key, *map(jnp.int32, at)), np.float64)
 
-    def noise(position, outer):
-        return at(jax.random.fold_in(jax.random.fold_in(key, parallel._NOISE), outer), position)
-
-    def filler(position):
-        key_here = jax.random.fold_in(jax.random.fold_in(key, parallel._FILLER), position)
-        return int(jax.random.randint(key_here, (), 0, TINY.vocab_size))
-
-    return Draws(lambda position: at(key, position), noise, filler)
+    return Draws(number(start_at), number(noise_at), lambda position: int(filler_at(key, position)))
 
 
-SETTINGS = {
-    "relative change": Parallel(window=4, inner=2, threshold=0.2),
-    "only what has settled": Parallel(window=4, inner=2, threshold=0.0),
-    "noise": Parallel(window=5, inner=2, threshold=0.3, noise=0.5, headway=2),
-    "constant noise and averages": Parallel(
-        window=3, inner=4, threshold=0.3, noise=0.1, schedule="constant", ema=0.3, headway=3
-    ),
-    "unchanged token": Parallel(window=4, inner=1, threshold=3, rule="argmax_stability"),
-    "fixed": Parallel(window=4, inner=2, threshold=4, rule="fixed"),
-    "the last": Parallel(window=4, inner=2, threshold=1.0, freeze="last", headway=2),
-}
+@dataclasses.dataclass
+class Case:
+    """Prompts, and all that is asked for them. Lists have an entry per prompt."""
+
+    settings: Parallel  # its rule is `rule`
+    rule: str
+    prompts: list
+    keys: jax.Array
+    thresholds: list
+    num_steps: list
+    min_steps: list
+    stop: list
+    max_new_tokens: int
+    warm: bool = False
+
+    @classmethod
+    def drawn(cls, rng, settings, rule, rows, warm):
+        """A case at random; nothing of it compiles another program than `settings`, `rule`, `rows` and `warm` do."""
+        thresholds = {
+            "latent_diff": lambda: 10 ** rng.uniform(-2, 0.3),
+            "kl": lambda: 10 ** rng.uniform(-4, 0),
+            "argmax_stability": lambda: int(rng.integers(1, 5)),
+            "fixed": lambda: int(rng.integers(1, 12)),
+        }
+        each = range(rows)
+        return cls(
+            settings=settings,
+            rule=rule,
+            prompts=[rng.integers(0, TINY.vocab_size, rng.integers(1, 8)).tolist() for _ in each],
+            keys=jax.random.split(jax.random.key(int(rng.integers(2**31))), rows),
+            thresholds=[thresholds[rule]() for _ in each],
+            num_steps=rng.integers(settings.inner, 13, rows).tolist(),
+            min_steps=rng.integers(0, 5, rows).tolist(),
+            stop=[(int(rng.integers(TINY.vocab_size)),) for _ in each],
+            max_new_tokens=int(rng.integers(2, 10)),
+            warm=warm,
+        )
+
+    def made(self, **options):
+        """What `generate` makes of it."""
+        rule = exits.fixed(self.thresholds) if self.rule == "fixed" else getattr(exits, self.rule)(self.thresholds)
+        return generate(
+            PARAMS, TINY, self.prompts, max_new_tokens=self.max_new_tokens, num_steps=self.num_steps, exit_rule=rule,
+            prefill_exit="never", min_steps=self.min_steps, sampling=Sampling(stop_tokens=tuple(self.stop)),
+            warm_start="raw" if self.warm else False, key=self.keys,
+            parallel=dataclasses.replace(self.settings, rule=None, threshold=None), **options,
+        )  # fmt: skip
+
+    def right(self, row):
+        """The oracle's answer for one of the prompts."""
+        settings = dataclasses.replace(self.settings, threshold=float(self.thresholds[row]))
+        return ParallelOracle(PARAMS, TINY).sample(
+            self.prompts[row], self.max_new_tokens, self.num_steps[row], settings, self.rule, draws(self.keys[row]),
+            self.stop[row], self.warm, self.min_steps[row],
+        )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_the_oracle_gives_the_same_tokens_states_and_counters(name, monkeypatch):
-    settings, seen = SETTINGS[name], []
+def compare(case, monkeypatch):
+    """Prompts that were compared with the oracle, and states; no decision of these was too close to call in float32."""
+    seen = []
 
     def spy(*args):
         wave = parallel.advance(*args)
         p, w = wave
+        outer, size, ran, states = map(np.array, (w.outer_steps, w.size, w.ran, w.states))
         for row in np.flatnonzero(~np.asarray(p.done)):  # what a finished row still computes means nothing
-            seen.append((row, *(np.array(x[row]) for x in (w.outer_steps, w.size, w.ran, w.states))))
+            seen.append((row, outer[row], size[row], ran[row], states[row]))
         return wave
 
     monkeypatch.setattr(sys.modules["rdlm.decode.generate"], "advance", spy)
-    keys = jax.random.split(jax.random.key(1), 4)
-    stop = Sampling(stop_tokens=((2,), (), (7,), ()))
-    out = sampled(RAGGED, settings, key=keys, sampling=stop, on_token=lambda *_: None)
-    results = [out]
-    if name == "noise":
-        results.append(sampled(RAGGED[:1], settings, key=keys[0], sampling=Sampling(stop_tokens=(2,))))
-    compared, lengths = 0, set()
-    for row, prompt in enumerate(RAGGED):
-        right = ParallelOracle(PARAMS, TINY).sample(
-            prompt, 9, 8, settings, settings.rule or "latent_diff", draws(keys[row]), stop.stop_tokens[row]
-        )
+    made, prompts, states = case.made(on_token=lambda *_: None), 0, 0
+    for row in range(len(case.prompts)):
+        right = case.right(row)
         if right.close:
             continue
-        for made in results if row == 0 else results[:1]:
-            assert made.tokens[row].tolist() == right.tokens
-            assert made.steps[row].tolist() == right.steps
-            assert made.parallel.frozen[row].tolist() == right.frozen
-            assert made.parallel.outer_steps[row] == len(right.frozen)
-            assert made.parallel.tokens_forward[row] == right.tokens_forward
-            assert made.parallel.standing_waves[row] == right.standing_waves
-        for _, outer, size, ran, states in (x for x in seen if x[0] == row and x[1] > 0):
+        prompts += 1
+        assert made.tokens[row].tolist() == right.tokens, case
+        assert made.steps[row].tolist() == right.steps, case
+        assert made.parallel.frozen[row].tolist() == right.frozen, case
+        assert made.parallel.outer_steps[row] == len(right.frozen)
+        assert made.parallel.tokens_forward[row] == right.tokens_forward
+        assert made.parallel.standing_waves[row] == right.standing_waves
+        for _, outer, size, ran, found in (x for x in seen if x[0] == row and x[1] > 0):
             window = right.windows[outer - 1]
             assert (size, ran[:size].tolist()) == (len(window), [x[1] for x in window])
             for j, (_, recurrences, state) in enumerate(window):
                 if recurrences:  # a position gets its state when it first runs
-                    np.testing.assert_allclose(states[j], state, atol=2e-4)
-                    compared += 1
-        lengths.add(len(right.frozen))
-    assert compared > 5
-    assert len(lengths) > 1 or name == "fixed", "rows must take different numbers of outer steps"
+                    np.testing.assert_allclose(found[j], state, atol=2e-4)
+                    states += 1
+    return prompts, states
+
+
+KINDS = [
+    ("latent_diff", "prefix", 4), ("latent_diff", "prefix", 1), ("kl", "prefix", 1), ("argmax_stability", "prefix", 4),
+    ("fixed", "prefix", 4), ("latent_diff", "last", 4),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(len(KINDS)))
+def test_the_oracle_gives_the_same_tokens_states_and_counters(seed, monkeypatch):
+    """Everything else is drawn: what selects the program once per seed, what `Case.drawn` lists eight times."""
+    rng, (rule, freeze, rows) = np.random.default_rng(seed), KINDS[seed]
+    window, warm = int(rng.integers(2, 7)), bool(rng.integers(2))
+    settings = Parallel(
+        window=window,
+        inner=int(rng.integers(1, 4)),
+        headway=int(rng.integers(1, min(window, 3) + 1)),
+        freeze=freeze,
+        noise=float(rng.choice([0.0, rng.uniform(0, 0.6)])),
+        schedule=str(rng.choice(["damped", "constant"])),
+        ema=float(rng.choice([0.0, rng.uniform(0, 0.6)])),
+    )
+    prompts = states = 0
+    for _ in range(8):
+        case = Case.drawn(rng, settings, rule, rows, warm)
+        if freeze == "last":  # with a low threshold it would stand still
+            case.thresholds, case.min_steps = rng.uniform(1.5, 2.5, rows).tolist(), [0] * rows
+        found = compare(case, monkeypatch)
+        prompts, states = prompts + found[0], states + found[1]
+    assert prompts >= 6 * rows
+    assert states > prompts
+
+
+NOISY = Parallel(window=5, inner=2, threshold=0.3, noise=0.5, headway=2)
 
 
 def test_a_request_does_not_depend_on_its_batch():
-    settings = SETTINGS["noise"]
+    settings = NOISY
     options = {"sampling": Sampling(temperature=1.0), "max_new_tokens": 9}
     keys = jax.random.split(jax.random.key(2), 4)
     out = sampled(RAGGED, settings, key=keys, **options)
@@ -264,4 +340,4 @@ def test_a_model_with_test_time_noise_is_refused():
 
 def test_a_wave_that_stands_for_ever_is_given_up():
     with pytest.raises(InputError, match=r"4096 outer steps gave prompts\[0\] only 1 tokens"):
-        sampled(RAGGED, dataclasses.replace(SETTINGS["the last"], threshold=0.0))
+        sampled(RAGGED, Parallel(window=4, inner=2, threshold=0.0, freeze="last"))

@@ -66,7 +66,7 @@ class ParallelOracle(Oracle):
             x = self._block(f"core_{layer}", 0, x, at)
         return x
 
-    def sample(self, prompt, max_new_tokens, num_steps, parallel, kind, draws, stop=(), warm=False):
+    def sample(self, prompt, max_new_tokens, num_steps, parallel, kind, draws, stop=(), warm=False, min_steps=0):
         """Greedy tokens. kind: the rule, a name of `latest_value` or "fixed"; its threshold is parallel's."""
         L, V = len(prompt), self.config.vocab_size
         first = self.process(prompt, np.stack([draws.initial(i) for i in range(L)]), num_steps).logits[-1, :V]
@@ -99,7 +99,7 @@ class ParallelOracle(Oracle):
                 now = x.token if j == 0 else drawn[j - 1]
                 x.settled = x.settled + parallel.inner if now == x.token else 0
                 x.token = now
-                done.append(self.decide(out, x, kind, parallel.threshold))
+                done.append(self.decide(out, x, kind, parallel.threshold) and x.ran > min_steps)
             if parallel.freeze == "last":
                 leave = max([j for j, d in enumerate(done) if d], default=0)
             else:
