@@ -1,6 +1,7 @@
 """What does it take to decode several tokens at once? The parallel sampler against ordinary, adaptive and speculative.
 
     python experiments/studies/parallel.py runs/quickstart
+    python experiments/studies/parallel.py runs/s3_local --new-tokens 32
     python experiments/studies/parallel.py models/smollm2-retrofit --texts prompts.txt --depth 8
     python experiments/studies/parallel.py runs/quickstart --quick  # only shows that everything works, two minutes
 
@@ -9,7 +10,8 @@ inner with threshold. Of every way to decode:
 passes: recurrences in sequence per token behind the first, mean over prompts; they do not depend on the machine.
 forward: recurrences of single positions per token, guesses included; coda and head, once per outer step, are not in it.
 agreement: the share of tokens that ordinary decoding at full depth takes after the same tokens (teacher-forced).
-rate: tokens per second of one prompt at a time; the fastest of some turns, in which all ways alternate.
+speed: tokens per second against ordinary decoding, of one prompt at a time; of each the fastest of some turns, in which
+all ways alternate.
 
 Hardware: any. Everything on the quickstart model takes some ten processor minutes, most of it compilation.
 Found: 2.1 passes instead of 16 with inner 2 on the quickstart model, all tokens equal; numbers and limits:
@@ -36,6 +38,8 @@ from rdlm.decode import Generation, generate
 from rdlm.model import forward
 from rdlm.run import Run, load
 from rdlm.runtime import parse_arguments, run_command
+from rdlm.tasks import named
+from rdlm.tasks.instance import TEST_STREAM, batch
 
 TIMED = 4  # prompts in a turn of timing
 CENTRE = Parallel(window=16, inner=2, threshold=0.03)
@@ -49,7 +53,7 @@ class Args:
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     """Run folder or Hugging Face folder."""
     texts: Path | None = None
-    """File of prompts, one a line; None: the first tokens of the run's validation rows."""
+    """File of prompts, one a line; None: the first tokens of the run's validation rows, or of its task's instances."""
     prompts: int = 32
     """Number of prompts."""
     prompt_tokens: int = 32
@@ -61,7 +65,7 @@ class Args:
     turns: int = 3
     """Turns of timing; 0: only count."""
     results: Path = Path("experiments/studies/results")
-    """Folder for parallel.json and parallel.png."""
+    """Folder for parallel_RUN.json and parallel_RUN.png."""
     quick: bool = False
     """Two prompts, a few tokens and ways; writes to runs/quick."""
 
@@ -88,11 +92,15 @@ def prompts_of(run: Run, args: Args) -> list[np.ndarray]:
       InputError: no file, or too few prompts in it.
     """
     count = 2 if args.quick else args.prompts
-    if args.texts is None:
-        rows: list[np.ndarray] = []
-        for batch in run.validation().batches(None):
-            alone = (batch["segment_ids"][:, : args.prompt_tokens] == batch["segment_ids"][:, :1]).all(1)
-            rows += list(np.asarray(batch["tokens"])[alone, : args.prompt_tokens])
+    rows: list[np.ndarray] = []
+    data = run.require_config().data if args.texts is None else None
+    if data is not None and data.task:
+        task = named(data.task, data.task_size)
+        rows = list(batch(task, seed=TEST_STREAM, index=0, size=count)["tokens"][:, : args.prompt_tokens])
+    elif args.texts is None:
+        for found in run.validation().batches(None):
+            alone = (found["segment_ids"][:, : args.prompt_tokens] == found["segment_ids"][:, :1]).all(1)
+            rows += list(np.asarray(found["tokens"])[alone, : args.prompt_tokens])
             if len(rows) >= count:
                 break
     else:
@@ -196,11 +204,11 @@ def picture(path: Path, rows: dict[str, Json], depth: int) -> None:
 
 def show(rows: dict[str, Json]) -> str:
     """The table for the terminal."""
-    lines = [f"{'':46} passes  forward  agreement  free-running  tokens/s"]
+    lines = [f"{'':46} passes  forward  agreement  free-running  speed"]
     for name, row in rows.items():
-        numbers = row["passes"], row["forward"], row["agreement"], row["free_running"], row.get("rate", float("nan"))
+        numbers = row["passes"], row["forward"], row["agreement"], row["free_running"], row.get("speed", float("nan"))
         lines.append(
-            f"{name:46} {numbers[0]:6.2f} {numbers[1]:8.1f} {numbers[2]:10.4f} {numbers[3]:13.4f} {numbers[4]:9.0f}"
+            f"{name:46} {numbers[0]:6.2f} {numbers[1]:8.1f} {numbers[2]:10.4f} {numbers[3]:13.4f} {numbers[4]:6.2f}"
         )
     return "\n".join(lines)
 
@@ -221,8 +229,9 @@ def main() -> int:
         print(name, rows[name], flush=True)
     timed = ["ordinary", "latent_diff 0.03", "speculative 2, 8", *(n for n in options if n.endswith("threshold 0.03"))]
     timed = [name for name in timed if name in options and args.turns]
-    for name, rate in work.rates({n: options[n] for n in timed}, 1 if args.quick else args.turns).items():
-        rows[name]["rate"] = round(rate, 1)
+    rates = work.rates({n: options[n] for n in timed}, 1 if args.quick else args.turns)
+    for name, rate in rates.items():
+        rows[name]["speed"] = round(rate / rates["ordinary"], 3)
     print(show(rows))
     folder = Path("runs/quick") if args.quick else args.results
     units = {
@@ -230,11 +239,16 @@ def main() -> int:
         "forward": "recurrences of single positions per such token",
         "agreement": "share of tokens that ordinary decoding takes after the same tokens",
         "free_running": "share of tokens equal to those of ordinary decoding, place by place",
-        "rate": "tokens per second, one prompt at a time, the fastest turn",
+        "speed": "tokens per second against ordinary decoding, one prompt at a time, the fastest turn of each",
     }
     about = {"folder": str(args.folder), "step": run.step, "depth": args.depth, "prompts": len(work.prompts)}
     about |= {"new_tokens": work.new_tokens, "centre": dataclasses.asdict(CENTRE), "ways": rows}
-    publish(folder / "parallel.json", about, units, functools.partial(picture, rows=rows, depth=args.depth))
+    publish(
+        folder / f"parallel_{args.folder.resolve().name}.json",
+        about,
+        units,
+        functools.partial(picture, rows=rows, depth=args.depth),
+    )
     return 0
 
 

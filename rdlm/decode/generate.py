@@ -21,12 +21,13 @@ from rdlm.decode.parallel import (
     usage,
     with_rule,
 )
-from rdlm.decode.passes import check_memory, next_power
+from rdlm.decode.passes import check_memory, memory_needed, next_power
 from rdlm.decode.requests import Prompt, RequestOptions, WarmStart, as_requests, not_finite, padded
 from rdlm.decode.speculative import check_speculation, speculate
 from rdlm.exits import Counts, ExitRule
 from rdlm.model import Params
 from rdlm.model.inputs import check_callable, check_type
+from rdlm.runtime.memory import require_memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +126,14 @@ def generate(
         next_power(int(max_new_tokens), 16),
     )
     kept = sizes.sets, sizes.capacity
-    check_memory(params, config, len(rows), width, kept, request.depth, all_logits=parallel is not None)
+    if parallel is None:
+        check_memory(params, config, len(rows), width, kept, request.depth)
+    else:
+        require_memory(
+            f"Parallel.window = {parallel.window}, for {len(rows)} prompts and a cache of {sizes.capacity} positions",
+            memory_needed(params, config, len(rows), width, kept, request.depth, all_logits=True),
+            "use a smaller window, or give fewer or shorter prompts",
+        )
     progress, prompt_steps = begin(
         params, config, jnp.asarray(tokens), jnp.asarray(lengths), request, sizes, options.prefill_exit, warm_start
     )

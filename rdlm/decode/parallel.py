@@ -26,7 +26,7 @@ from rdlm.config import CachePolicy, InputError, ModelConfig, Parallel
 from rdlm.decode.loop import Made, Progress, extend, request_start, token_keys
 from rdlm.decode.passes import continuation
 from rdlm.decode.requests import Request, RequestOptions, WarmStart, check_unadjusted
-from rdlm.decode.sampling import choose
+from rdlm.decode.sampling import choose, finite
 from rdlm.exits import ExitRule, Observation
 from rdlm.model import Params, Text, check_depth, compute_dtype, known
 from rdlm.model.cache import KeyValue, NewKV, append, read_set, zeros
@@ -284,6 +284,9 @@ class _OuterStep:
         done = exits.exits(rule, value) & (ran > depth.min_steps) & in_use
         if self.parallel.freeze == "last":
             frozen = jnp.max(jnp.where(done, self.offsets, 0), axis=1)
+            # Without finite logits a position is never done. When nothing else can leave, it ends its prompt.
+            broken = ~finite(logits[:, :2]) & in_use[:, :2]
+            frozen = jnp.maximum(frozen, jnp.max(jnp.where(broken, self.offsets[:, :2] + 1, 0), axis=1))
         else:  # never a position that thought about another token than the one it has now
             done = (done | (settled >= depth.num_steps)) & (settled > 0) & in_use
             frozen = jnp.cumprod(done.astype(jnp.int32), axis=1).sum(1)

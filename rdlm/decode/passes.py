@@ -86,7 +86,30 @@ def check_memory(
     all_logits: bool = False,
     coda_sets: bool = False,
 ) -> None:
-    """Refuse a cache that cannot fit, before it is asked for.
+    """Refuse a cache that cannot fit, before it is asked for: arguments as in `memory_needed`.
+
+    Raises:
+      InputError: it needs more memory than is free.
+    """
+    require_memory(
+        f"cache: {sizes[0]} recurrences x {batch} prompts x {sizes[1]} positions",
+        memory_needed(params, config, batch, length, sizes, depth, all_logits, coda_sets),
+        "keep fewer recurrences (cache=CachePolicy(recurrences=k)), run fewer (num_steps), or give fewer or shorter "
+        "prompts",
+    )
+
+
+def memory_needed(
+    params: Params,
+    config: ModelConfig,
+    batch: int,
+    length: int,
+    sizes: tuple[int, int],
+    depth: Depth,
+    all_logits: bool = False,
+    coda_sets: bool = False,
+) -> int:
+    """Bytes of a cache and of the passes that fill it.
 
     Args:
       params, config: the model.
@@ -96,9 +119,6 @@ def check_memory(
       depth: its rule may read the logits of all tokens.
       all_logits: the pass returns them.
       coda_sets: the cache has them.
-
-    Raises:
-      InputError: it needs more memory than is free.
     """
     sets, capacity = sizes
     dtype, D, H = compute_dtype(params, config), config.embed_dim, config.num_heads
@@ -108,12 +128,7 @@ def check_memory(
     activations = batch * length * (6 * D + 3 * config.mlp_dim) * dtype.itemsize
     first = cache_bytes(config, sets, batch, length, dtype) + scores + activations + logits
     later = batch * capacity * (2 * D * dtype.itemsize + 32 * H)  # a layer's keys and values with their heads split
-    require_memory(
-        f"cache: {sets} recurrences x {batch} prompts x {capacity} positions",
-        int(1.05 * (cache_bytes(config, sets, batch, capacity, dtype, coda_sets) + max(first, later))),
-        "keep fewer recurrences (cache=CachePolicy(recurrences=k)), run fewer (num_steps), or give fewer or shorter "
-        "prompts",
-    )
+    return int(1.05 * (cache_bytes(config, sets, batch, capacity, dtype, coda_sets) + max(first, later)))
 
 
 def prefill(

@@ -341,3 +341,25 @@ def test_a_model_with_test_time_noise_is_refused():
 def test_a_wave_that_stands_for_ever_is_given_up():
     with pytest.raises(InputError, match=r"4096 outer steps gave prompts\[0\] only 1 tokens"):
         sampled(RAGGED, Parallel(window=4, inner=2, threshold=0.0, freeze="last"))
+
+
+def test_a_prompt_whose_logits_are_not_finite_ends_with_freeze_last():
+    untied = dataclasses.replace(TINY, tie_embeddings=False)
+    params = random_params(untied, 5)
+    options = {
+        "max_new_tokens": 9,
+        "num_steps": 8,
+        "parallel": Parallel(window=4, inner=2, threshold=2.0, freeze="last"),
+    }
+    plain = generate(params, untied, RAGGED, **options).tokens[0]
+    place = next(
+        i for i, token in enumerate(plain) if i and token not in {*plain[:i], *np.concatenate(RAGGED).tolist()}
+    )
+    poisoned = {**params, "wte": params["wte"].at[plain[place]].set(jnp.nan)}
+    with pytest.raises(InputError, match=r"^prompts\[\d\]: the logits of new token \d are not finite"):
+        generate(poisoned, untied, RAGGED, **options)
+
+
+def test_a_window_that_does_not_fit_is_named():
+    with pytest.raises(InputError, match=r"^Parallel.window = 1000000000, .*needs .* GiB .*use a smaller window"):
+        sampled(RAGGED, Parallel(window=10**9))
