@@ -225,10 +225,14 @@ def main() -> int:
     ordinary = work.generate(work.prompts, {}).tokens
     rows: dict[str, Json] = {}
     for name, way in options.items():
-        rows[name] = work.counted(way, ordinary)
-        print(name, rows[name], flush=True)
+        try:
+            rows[name] = work.counted(way, ordinary)
+        except InputError as given_up:  # freeze = "last" can stand still for ever
+            print(f"{name}: left out: {given_up}", flush=True)
+        else:
+            print(name, rows[name], flush=True)
     timed = ["ordinary", "latent_diff 0.03", "speculative 2, 8", *(n for n in options if n.endswith("threshold 0.03"))]
-    timed = [name for name in timed if name in options and args.turns]
+    timed = [name for name in timed if name in rows and args.turns]
     rates = work.rates({n: options[n] for n in timed}, 1 if args.quick else args.turns)
     for name, rate in rates.items():
         rows[name]["speed"] = round(rate / rates["ordinary"], 3)
