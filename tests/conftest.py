@@ -13,6 +13,7 @@ import jax
 import pytest
 from annotations import CHECKED
 from experiment_scripts import EXPERIMENTS, script
+from jaxlib import xla_client
 from jaxtyping import install_import_hook
 
 install_import_hook(CHECKED, "annotations.check")  # checks only what is imported after it
@@ -21,6 +22,12 @@ from rdlm.config import PRESETS  # noqa: E402
 from rdlm.runtime import run_command  # noqa: E402
 
 os.environ.setdefault("RDLM_COMPILE_CACHE", "off")  # no test depends on what an earlier one left on disk
+
+# Tests compile more than they run: the CPU's other code generator needs a quarter less time for the same programs.
+# XLA reads its flags once, here. The compiler for TPUs would read them again, and ends the process over this one.
+with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false")
+    xla_client.CompileOptions().executable_build_options.debug_options  # noqa: B018
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
