@@ -89,13 +89,14 @@ def evaluate(
       InputError: a request that the model cannot answer, or a document that lacks a column.
     """
     leaves = [leaf for t in tasks for leaf in ([t] if isinstance(t, Task) else t.get_all_tasks())]
-    rows = []
+    rows, no_names = [], TaskManager(include_defaults=False)  # its own would read 13,000 files to find no name in them
     for row, (depth, rule) in enumerate(lm.rows):
         lm.row = row
         try:
             results = simple_evaluate(
                 model=lm,
                 tasks=list(tasks),
+                task_manager=no_names,
                 num_fewshot=protocol.fewshot,
                 limit=limit,
                 log_samples=False,
