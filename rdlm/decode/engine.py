@@ -45,6 +45,7 @@ from rdlm.decode.requests import (
 )
 from rdlm.exits import ExitRule
 from rdlm.model import Params, check_shape, compute_dtype, typed_key
+from rdlm.model.cache import cache_bytes
 from rdlm.model.inputs import check_callable, check_integers, check_type
 
 OnToken = Callable[[int, int], None]
@@ -206,7 +207,8 @@ class Engine:
         together = np.max(self._idle.depth.num_steps) == 1  # whether all lanes stop after the same tick
         self._flush = Flush(lanes if together else self._group, flush_every)
         self._serving: list[Served | None] = [None] * lanes
-        check_memory(params, config, lanes, 1, (sets, capacity), self._idle.depth)
+        kept = -(-int(prompt_cache) // cache_bytes(config, sets, 1, capacity, compute_dtype(params, config)))
+        check_memory(params, config, lanes + kept, 1, (sets, capacity), self._idle.depth)
         usual = max(2 * lanes, 32 if jax.default_backend() == "cpu" else 128)
         chunk = usual if prefill_chunk is None else int(prefill_chunk)
         self._reader = Reader(
@@ -244,7 +246,7 @@ class Engine:
         likeliest: also find the 20 likeliest tokens at every new position.
 
         constraint: says which tokens may come next; others have no probability, as if `Sampling.logit_bias` said minus
-        infinity. Such a request gets at most one token in each `step`.
+        infinity. Such a request gets at most one token in each `step`, beside the one that comes with its prompt.
 
         on_token(token, steps) is called as tokens are made; if it raises, the request ends with that `error` and the
         others continue.
@@ -293,6 +295,8 @@ class Engine:
             raise InputError(f"Sampling.stop_tokens: the engine serves at most {width} per request")
         if row.keys.dtype != self._idle.keys.dtype:
             raise InputError(f"key: {row.keys.dtype}, but this engine's are {self._idle.keys.dtype}")
+        if constraint is not None and sampling.min_tokens:
+            raise InputError("constraint: cannot be combined with Sampling.min_tokens; leave one of them out")
         allowed = None if constraint is None else allowed_next(constraint, self.config.vocab_size)
         if allowed is not None:
             sampling_row = row.sampling._replace(constrained=jnp.ones(1, bool), allowed=jnp.asarray(allowed[None]))
@@ -307,7 +311,7 @@ class Engine:
         return served
 
     def prompt_lengths(self, prefix: bool = False) -> list[int]:
-        """Prompts of these lengths and one token alone, in turn, compile all that prompts with such a `prefix` need."""
+        """Requests for one token after prompts of these lengths compile all that prompts with such a `prefix` need."""
         longest = self._sizes.capacity - 1
         at_once = longest if prefix else min(self._reader.chunk, longest)
         buckets = [16 << i for i in range(at_once.bit_length()) if 16 << i < at_once]
@@ -322,6 +326,8 @@ class Engine:
         Raises:
           InputError: as `submit`; nothing is queued.
         """
+        if "constraint" in options:
+            raise InputError("constraint: every request needs one of its own; call submit for each, with its own key")
         check_shape("count", count, ())
         check_integers("count", count, 1)
         check_shape("key", key := typed_key(key), ())
@@ -372,10 +378,10 @@ class Engine:
         read = self._read_chunk()
         if not any(self._serving):
             return read
-        alive = np.asarray([s is not None for s in self._serving])
+        told = np.asarray([-1 if s is None else len(s.tokens) for s in self._serving], np.int32)
         # Stop as soon as the next group finds its lanes: some may be free already.
         group = self._next()
-        wake = max(len(group) - len(self._free), 1) if group else len(alive) + 1
+        wake = max(len(group) - len(self._free), 1) if group else len(told) + 1
         most = min(self._ticks, RECENT) if self._wanted else self._ticks
         constrained = any(s is not None and s._constraint is not None for s in self._serving)
         if self._reading is not None or constrained:  # no more than every lane needs for a token
@@ -385,7 +391,7 @@ class Engine:
             if constrained:
                 self._allow()
             self._lanes = advance(
-                self.params, self.config, self._lanes, jnp.asarray(alive), *ticks, self._flush, self._options.warm_start
+                self.params, self.config, self._lanes, jnp.asarray(told), *ticks, self._flush, self._options.warm_start
             )
             made = _Made.read(self._lanes)
         except BaseException as error:

@@ -132,7 +132,7 @@ def generate(
         require_memory(
             f"Parallel.window = {parallel.window}, for {len(rows)} prompts and a cache of {sizes.capacity} positions",
             memory_needed(params, config, len(rows), width, kept, request.depth, all_logits=True),
-            "use a smaller window, or give fewer or shorter prompts",
+            "use a smaller window, make fewer new tokens, or give fewer or shorter prompts",
         )
     progress, prompt_steps = begin(
         params, config, jnp.asarray(tokens), jnp.asarray(lengths), request, sizes, options.prefill_exit, warm_start

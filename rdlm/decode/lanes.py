@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
-from jaxtyping import Bool, Int, PyTree
+from jaxtyping import Int, PyTree
 
 from rdlm import exits
 from rdlm.config import ModelConfig
@@ -133,7 +133,7 @@ def advance(
     params: Params,
     config: ModelConfig,
     lanes: Lanes,
-    alive: Bool[Array, "B"],
+    told: Int[Array, "B"],
     max_ticks: Int[Array, ""],
     wake: Int[Array, ""],
     flush: Flush,
@@ -143,14 +143,17 @@ def advance(
 
     A lane whose request is constrained gets one token at most, and waits for the next call with the following one.
 
-    alive: False to give up the lane's request.
+    told: tokens of each lane that the host knows; -1 to give up the lane's request.
     """
-    lanes = lanes._replace(busy=lanes.busy & alive, iterating=lanes.iterating & alive)
-    start, counts, serving = lanes.ticks, lanes.count, lanes.busy.sum()
+    busy = lanes.busy & (told >= 0)
+    # An idle lane has no tokens: a CPU reads as much of the cache as the longest lane fills.
+    cache = dataclasses.replace(lanes.cache, length=jnp.where(busy, lanes.cache.length, 0))
+    lanes = lanes._replace(cache=cache, busy=busy, iterating=lanes.iterating & busy)
+    start, serving = lanes.ticks, busy.sum()
 
     def waits(p: Lanes) -> Array:
         # What a constraint allows holds for one token; the host says it for the next one before the next call.
-        return p.request.sampling.constrained & (p.count > counts) & p.busy & ~p.iterating
+        return p.request.sampling.constrained & (p.count > told) & p.busy & ~p.iterating
 
     def unfinished(p: Lanes) -> Array:
         return jnp.any(p.busy & ~waits(p)) & (p.ticks - start < max_ticks) & (serving - p.busy.sum() < wake)

@@ -1,8 +1,8 @@
 """Keys and values of prompts that were read, for later prompts that begin with the same tokens.
 
-A prompt is kept in blocks of as many tokens as an engine reads at once. A block is found by a hash of its tokens, of
-all tokens before it and of all else that its keys and values depend on, so that it holds, to the bit, what reading the
-tokens again would give. Blocks are copied into the cache of a request, which may then write whatever it likes.
+A prompt is kept in the chunks in which an engine reads it. A chunk is found by a hash of its tokens, of all tokens
+before it and of all else that its keys and values depend on, so that it holds, to the bit, what reading the tokens
+again would give. Chunks are copied into the cache of a request, which may then write whatever it likes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rdlm.decode.requests import Request
 from rdlm.model.cache import Cache, NewKV, append, entries
 
 
-class _Block(NamedTuple):
+class _Chunk(NamedTuple):
     new_kv: NewKV
     depth: Array  # int32 [1, C], recurrences of its tokens
     steps: np.ndarray  # the same on the host, [C]
@@ -34,17 +34,17 @@ class _Block(NamedTuple):
 
 
 class PromptCache:
-    """Blocks of `size` tokens, `max_bytes` of them in all; those that were not used for longest leave first."""
+    """Chunks of `size` tokens, `max_bytes` in all. Those that were not used for longest leave first."""
 
     def __init__(self, config: ModelConfig, size: int, max_bytes: int):
         self._size, self._max_bytes = size, max_bytes
         self._random = config.loop.start == "noise" or config.test_time_noise > 0
-        self._blocks: collections.OrderedDict[bytes, _Block] = collections.OrderedDict()  # the latest used last
+        self._chunks: collections.OrderedDict[bytes, _Chunk] = collections.OrderedDict()  # the latest used last
         self.bytes = 0
         """That are kept."""
 
     def names(self, prompt: np.ndarray, request: Request) -> list[bytes]:
-        """Names of the whole blocks of a prompt, in order. request: one row, as far as it concerns the prompt."""
+        """Names of the whole chunks of a prompt, in order. request: one row, as far as it concerns the prompt."""
         keys = jax.random.key_data(request.keys) if self._random else ()
         name = hashlib.sha256()
         for leaf in jax.device_get(jax.tree.leaves((request.depth, request.init_scale, keys))):
@@ -56,30 +56,39 @@ class PromptCache:
         return names
 
     def fill(self, cache: Cache, names: list[bytes]) -> tuple[Cache, list[np.ndarray]]:
-        """Copy the longest known beginning into an empty cache of one row: (cache, recurrences of each block's tokens).
+        """Copy the longest known beginning into an empty cache of one row: (cache, recurrences of each chunk's tokens).
 
         cache: donated.
         """
         known = 0
-        while known < len(names) and names[known] in self._blocks:
+        while known < len(names) and names[known] in self._chunks:
             known += 1
-        for name in reversed(names[:known]):  # a beginning is of use without what follows, not the other way round
-            self._blocks.move_to_end(name)
-        found = [self._blocks[name] for name in names[:known]]
-        for i, block in enumerate(found):
-            cache = _put(cache, block.new_kv, block.depth, jnp.int32(i * self._size))
-        return cache, [block.steps for block in found]
+        self._use(names[:known])
+        found = [self._chunks[name] for name in names[:known]]
+        for i, chunk in enumerate(found):
+            cache = _put(cache, chunk.new_kv, chunk.depth, jnp.int32(i * self._size))
+        return cache, [chunk.steps for chunk in found]
 
-    def keep(self, name: bytes, cache: Cache, start: int, steps: np.ndarray) -> None:
-        """Keep the block that begins at `start` of a cache of one row; steps int32 [size]."""
-        if name in self._blocks or not self._max_bytes:
+    def keep(self, names: list[bytes], cache: Cache, steps: np.ndarray) -> None:
+        """Keep the last of the chunks `names` that a cache of one row begins with.
+
+        steps: int32 [size], recurrences of its tokens.
+        """
+        if not self._max_bytes:
             return
-        new_kv, depth = _take(cache, jnp.int32(start), self._size)
-        block = _Block(new_kv, depth, steps)
-        self._blocks[name] = block
-        self.bytes += block.bytes
+        if names[-1] not in self._chunks:
+            new_kv, depth = _take(cache, jnp.int32((len(names) - 1) * self._size), self._size)
+            self._chunks[names[-1]] = chunk = _Chunk(new_kv, depth, steps)
+            self.bytes += chunk.bytes
+        self._use(names)
         while self.bytes > self._max_bytes:
-            self.bytes -= self._blocks.popitem(last=False)[1].bytes
+            self.bytes -= self._chunks.popitem(last=False)[1].bytes
+
+    def _use(self, names: list[bytes]) -> None:
+        """Note that these chunks of one prompt are in use, the first as the latest: the others are lost without it."""
+        for name in reversed(names):
+            if name in self._chunks:
+                self._chunks.move_to_end(name)
 
 
 _take = jax.jit(entries, static_argnames="count")

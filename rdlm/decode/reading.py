@@ -82,7 +82,7 @@ class Reader:
         chunk = min(self.chunk, self._sizes.capacity)
         least = cache_bytes(self._config, self._sizes.sets, 1, chunk, self._dtype, self._coda_sets)
         if prompt_cache < least:
-            raise InputError(f"prompt_cache = {prompt_cache}: a chunk of {chunk} tokens takes {least} bytes")
+            raise InputError(f"prompt_cache = {prompt_cache}: give 0, or at least {least}, the bytes of {chunk} tokens")
 
     def _in_prompt(self, depth: Depth) -> Depth:
         """The depth of a prompt's tokens."""
@@ -120,5 +120,5 @@ class Reader:
         if progress.failed[0]:
             return progress
         if chunk.size == self.chunk:
-            self.kept.keep(reading.names[start // self.chunk], reading.cache, start, reading.chunks[-1])
+            self.kept.keep(reading.names[: len(reading.chunks)], reading.cache, reading.chunks[-1])
         return progress if reading.length == reading.prompt.size else None

@@ -48,7 +48,8 @@ class RequestOptions:
 class Constraint(Protocol):
     """Says which tokens may come next in the output of one request, such as those of a grammar.
 
-    What either method raises ends the request with that error.
+    Every request needs one of its own. `submit` raises what the first `allowed()` raises; later, what either method
+    raises ends the request with that error.
     """
 
     def allowed(self) -> np.ndarray:
@@ -102,9 +103,7 @@ def as_requests(
     check_depth(num_steps)
     num_steps = per_row(num_steps, B, "num_steps", np.int32)
     min_steps = per_row(options.min_steps, B, "min_steps", np.int32)
-    sampling = as_arrays(options.sampling, B, options.any_shape)
-    if options.any_shape:
-        sampling = sampling._replace(allowed=jnp.zeros((B, -(-config.vocab_size // 32)), jnp.uint32))
+    sampling = as_arrays(options.sampling, B, config.vocab_size if options.any_shape else None)
     if (largest := int(np.max(sampling.bias_tokens, initial=-1))) >= config.vocab_size:
         raise InputError(f"Sampling.logit_bias: {largest} is no token; ids are below {config.vocab_size}")
     if options.key is None and np.any(np.asarray(options.sampling.temperature) > 0):

@@ -62,10 +62,11 @@ def per_row(value: object, rows: int, name: str, dtype: DTypeLike) -> Shaped[np.
     return np.broadcast_to(array, (rows,))
 
 
-def as_arrays(sampling: Sampling, rows: int, any_bias: bool = False) -> SamplingArrays:
+def as_arrays(sampling: Sampling, rows: int, any_shape: int | None = None) -> SamplingArrays:
     """Spread `sampling` over `rows` prompts.
 
-    any_bias: with room for biases though there are none, so that all requests of an engine have the same shapes.
+    any_shape: the vocabulary's size, to make room for biases and a constraint though there are none, so that all
+      requests of an engine have the same shapes.
 
     Raises:
       InputError: a field out of its range, or with the wrong number of values.
@@ -74,7 +75,7 @@ def as_arrays(sampling: Sampling, rows: int, any_bias: bool = False) -> Sampling
         name: per_row(getattr(sampling, name), rows, f"Sampling.{name}", np.int32 if name in _INTEGERS else np.float32)
         for name in _NUMBERS
     }
-    allowed = {
+    ranges = {
         "temperature": (fields["temperature"] >= 0, "must not be negative"),
         "top_k": (fields["top_k"] >= 0, "must not be negative (0 is off)"),
         "top_p": ((fields["top_p"] > 0) & (fields["top_p"] <= 1), "must be in (0, 1] (1.0 is off)"),
@@ -87,7 +88,7 @@ def as_arrays(sampling: Sampling, rows: int, any_bias: bool = False) -> Sampling
         "frequency_penalty": (np.abs(fields["frequency_penalty"]) < 1e6, "must be a number between -1e6 and 1e6"),
         "min_tokens": (fields["min_tokens"] >= 0, "must not be negative (0 is off)"),
     }
-    for name, (good, fix) in allowed.items():
+    for name, (good, fix) in ranges.items():
         if not np.all(good):
             raise InputError(f"Sampling.{name} = {getattr(sampling, name)!r}: {fix}")
     # Next to 0 the likeliest token has all the probability, and f32 cannot say how small the others' is.
@@ -95,14 +96,14 @@ def as_arrays(sampling: Sampling, rows: int, any_bias: bool = False) -> Sampling
     each = _stop_rows(sampling.stop_tokens, rows)
     width = max(4, *(len(s) for s in each))
     table = np.asarray([s + [-1] * (width - len(s)) for s in each], np.int32).reshape(rows, width)
-    biased, biases = _bias_rows(sampling.logit_bias, rows, any_bias)
+    biased, biases = _bias_rows(sampling.logit_bias, rows, any_shape is not None)
     return SamplingArrays(
         **{k: jnp.asarray(v) for k, v in fields.items()},
         stop_tokens=jnp.asarray(table),
         bias_tokens=jnp.asarray(biased),
         biases=jnp.asarray(biases),
         constrained=jnp.zeros(rows, bool),
-        allowed=jnp.zeros((rows, 0), jnp.uint32),
+        allowed=jnp.zeros((rows, -(-(any_shape or 0) // 32)), jnp.uint32),
     )
 
 

@@ -2,12 +2,14 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 from engine_cases import MANY, NEW, TINY, Ask, crowd, engine, generated, outcome, submit
 
 from rdlm.config import InputError, Sampling
 from rdlm.decode import Engine
+from rdlm.decode.engine import _Made
 from rdlm.decode.lanes import advance, insert
 from rdlm.decode.loop import begin
 
@@ -146,3 +148,33 @@ def test_lanes_of_one_recurrence_wait_for_their_masks():
     assert [len(s.tokens) for s in served] == [2, NEW]  # with the prompt comes a token of each
     e.run()
     assert in_turn(served[0].tokens)
+
+
+def test_an_interrupted_step_draws_no_token_with_an_old_mask(monkeypatch):
+    e = Engine(engine(KIND).params, TINY, lanes=2, max_new_tokens=NEW, capacity=16, num_steps=1)
+    whole = e.submit([3], constraint=Turns())
+    e.run()
+    cut, read = e.submit([3], constraint=Turns()), _Made.read
+    e.step()
+
+    def interrupted(lanes):
+        read(lanes)
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        monkeypatch.setattr(_Made, "read", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            e.step()
+        monkeypatch.setattr(_Made, "read", read)
+        e.step()
+    e.run()
+    assert cut.tokens == whole.tokens
+    assert in_turn(cut.tokens)
+
+
+def test_refused_beside_a_constraint():
+    e = engine(KIND)
+    with pytest.raises(InputError, match="constraint: cannot be combined with Sampling"):
+        submit(e, KIND, Ask((1,), sampling=Sampling(min_tokens=2)), constraint=Turns())
+    with pytest.raises(InputError, match="constraint: every request needs one of its own"):
+        e.samples((1,), 2, jax.random.key(0), constraint=Turns())

@@ -33,7 +33,9 @@ from hypothesis import strategies as st
 import rdlm.decode.engine
 from rdlm.config import Sampling
 from rdlm.decode import lanes
-from rdlm.decode.lanes import advance
+from rdlm.decode.lanes import advance, insert
+from rdlm.decode.loop import begin, read_chunk
+from rdlm.model import kernels
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -231,3 +233,25 @@ def test_agreement_in_bf16(capsys):
     assert found[1] >= 0.998
     assert found[2] >= 0.99
     assert control[2] < 0.9  # 0.7333: the precision itself matters far more
+
+
+def test_what_lanes_read_follows_the_longest_request_in_flight(monkeypatch):
+    monkeypatch.setattr(kernels, "FILLED", 4)
+    programs = begin, insert, advance, read_chunk  # compiled for another number of positions
+    for program in programs:
+        program.clear_cache()
+    try:
+        e = new_engine("latest, kl", prefill_chunk=5)
+        rng = np.random.default_rng(0)
+        long, *short = [tuple(rng.integers(0, TINY.vocab_size, n).tolist()) for n in (TINY.max_length - NEW, 3, 1, 9)]
+        first = Ask(long, new=2)
+        later = [Ask(prompt, comes=4) for prompt in short]
+        served = serve("latest, kl", [first, *later], e)
+        assert [outcome(s) for s in served] == generated("latest, kl", [first, *later])
+        submit(e, "latest, kl", later[0])
+        e.step()
+        assert sorted(np.asarray(e._lanes.cache.length) > 0) == [False] * 7 + [True]  # none of those that left
+        e.run()
+    finally:
+        for program in programs:
+            program.clear_cache()
