@@ -38,7 +38,8 @@ class ServeOptions:
     on a CPU and 128 elsewhere."""
     prompt_cache: float | None = None
     """GiB of keys and values, for each kind of exit rule, that are kept of long prompts for later ones that begin
-    alike; 0: none. None: as much as an eighth of the lanes hold, or nothing with --cache-recurrences."""
+    alike; 0: none. None: as much as an eighth of the lanes hold, and at least one lane, or nothing with
+    --cache-recurrences."""
     max_queue: int = 64
     """Answers that may wait for a lane; more are refused with status 429."""
     max_body: int = 2**20

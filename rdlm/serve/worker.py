@@ -15,12 +15,13 @@ import numpy as np
 from rdlm.config import CachePolicy, InputError, Sampling, one_line
 from rdlm.decode import Engine
 from rdlm.decode.engine import Served
-from rdlm.decode.passes import check_memory, next_power
+from rdlm.decode.passes import memory_needed, next_power
 from rdlm.decode.requests import sample_keys
 from rdlm.exits import Depth
 from rdlm.model import compute_dtype
 from rdlm.model.cache import cache_bytes
 from rdlm.run import Run
+from rdlm.runtime.memory import require_memory
 from rdlm.serve.depth import DepthChoice, Depths
 from rdlm.serve.grammar import Grammar
 from rdlm.serve.scores import PromptScores, score_prompt
@@ -158,41 +159,63 @@ class Worker:
             self._call_soon(lambda: self.on_change())
 
     def require_memory(self) -> None:
-        """Refuse caches that cannot fit, before anything is made.
+        """Refuse caches that cannot fit, and a prompt cache that would hold nothing, before anything is made.
 
         Raises:
-          InputError: they need more memory than is free.
+          InputError: they need more memory than is free, or the prompt cache has less than a chunk needs.
         """
         options, run = self._depths.options, self._run
-        assert options.max_steps is not None
-        assert options.max_context is not None
-        sets = CachePolicy(options.cache_recurrences).sets(next_power(options.max_steps, minimum=1))
-        rows = (options.lanes + self._kept_prompts) * len(self._depths.kinds)
-        try:
-            check_memory(run.params, run.config, rows, 1, (sets, options.max_context), Depth(1))
-        except InputError as error:
-            need = str(error).partition("; ")[0].replace(f"{rows} prompts", f"{rows} lanes")
-            fix = "lower --lanes, --max-context or --cache-recurrences"
-            raise InputError(f"--lanes {options.lanes}: {need}; {fix}") from error
+        steps, context = self._sizes
+        sets = CachePolicy(options.cache_recurrences).sets(next_power(steps, minimum=1))
+        kinds, room = self._depths.kinds, self._prompt_cache
+        by_logits = any(rule is not None and rule.needs_logits for rule in map(self._depths.rule, kinds))
+        chunk = self._kept_bytes(min(self._chunk, context), by_logits)
+        if options.prompt_cache and room < chunk:
+            least = (chunk * 10**6 // 2**30 + 1) / 10**6
+            fix = f"a chunk of a prompt takes more; give at least {least:.6f} GiB, or 0"
+            raise InputError(f"--prompt-cache {options.prompt_cache}: {fix}")
+        rows = options.lanes * len(kinds)
+        needed = memory_needed(run.params, run.config, rows, 1, (sets, context), Depth(1)) + room * len(kinds)
+        what = f"cache: {sets} recurrences x {rows} lanes x {context} positions"
+        what += f" and {room * len(kinds) / 2**30:,.1f} GiB for prompts" if room else ""
+        fix = "lower --lanes, --max-context, --cache-recurrences or --prompt-cache"
+        require_memory(f"--lanes {options.lanes}: {what}", needed, fix)
 
     @property
-    def _kept_prompts(self) -> int:
-        """Prompts as long as the context that the prompt cache of an engine holds by default."""
-        options = self._depths.options
-        wanted = options.prompt_cache is None and options.cache_recurrences is None
-        return max(options.lanes // 8, 1) if wanted else 0
-
-    def _engine(self, kind: str) -> Engine:
-        options, config = self._depths.options, self._run.config
-        steps, context = options.max_steps, options.max_context
+    def _sizes(self) -> tuple[int, int]:
+        """The most recurrences, and the context."""
+        steps, context = self._depths.options.max_steps, self._depths.options.max_context
         assert steps is not None
         assert context is not None
-        sets, dtype = next_power(steps, minimum=1), compute_dtype(self._run.params, config)
-        room = cache_bytes(config, sets, self._kept_prompts, context, dtype, coda_sets=True)
+        return steps, context
+
+    @property
+    def _chunk(self) -> int:
+        """Most tokens of a prompt that are read at once."""
+        options = self._depths.options
+        return options.prefill_chunk or max(2 * options.lanes, 32 if jax.default_backend() == "cpu" else 128)
+
+    @property
+    def _prompt_cache(self) -> int:
+        """Bytes of the prompt cache of an engine."""
+        options = self._depths.options
+        if options.prompt_cache is not None:
+            return int(options.prompt_cache * 2**30)
+        if options.cache_recurrences is not None:
+            return 0
+        return max(options.lanes // 8, 1) * self._kept_bytes(self._sizes[1], coda_sets=True)
+
+    def _kept_bytes(self, tokens: int, coda_sets: bool) -> int:
+        """Bytes of the keys and values of so many tokens in the prompt cache."""
+        config, sets = self._run.config, next_power(self._sizes[0], minimum=1)
+        return cache_bytes(config, sets, 1, tokens, compute_dtype(self._run.params, config), coda_sets)
+
+    def _engine(self, kind: str) -> Engine:
+        options, (steps, context) = self._depths.options, self._sizes
         return Engine(
             self._run.params,
-            config,
-            prompt_cache=room if options.prompt_cache is None else int(options.prompt_cache * 2**30),
+            self._run.config,
+            prompt_cache=self._prompt_cache,
             lanes=options.lanes,
             max_new_tokens=context,
             capacity=context,
@@ -200,7 +223,7 @@ class Worker:
             exit_rule=self._depths.rule(kind),
             cache=CachePolicy(options.cache_recurrences),
             max_queue=10**6,  # the service has counted
-            prefill_chunk=options.prefill_chunk,
+            prefill_chunk=self._chunk,
             ticks_per_step=self._depths.trained,  # a token of every lane, about: then clients get theirs
         )
 
@@ -289,7 +312,7 @@ class Worker:
                 constraint=None if ask.grammar is None else ask.grammar.start(),
                 on_token=lambda token, steps: self._heard(answer, token, steps),
             )
-        except InputError as error:
+        except Exception as error:  # a constraint may raise anything
             answer.error = error
             answer.fresh.append(End(None, error=error))
 

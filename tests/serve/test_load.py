@@ -8,6 +8,7 @@ import inspect
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import threading
@@ -20,13 +21,14 @@ from uvicorn.protocols.http import h11_impl
 
 import rdlm
 import rdlm.decode.engine
+from rdlm.config import InputError
 from rdlm.decode.loop import begin
 from rdlm.serve.app import make_app
 from rdlm.serve.errors import APIError
 from rdlm.serve.guard import LOG
 from rdlm.serve.options import ServeOptions
 from rdlm.serve.server import _is_news, open_socket
-from rdlm.serve.service import Call
+from rdlm.serve.service import Call, Service
 from rdlm.serve.worker import End, Token, Worker
 
 pytestmark = pytest.mark.slow
@@ -356,7 +358,12 @@ def test_the_command_ends_when_the_engine_cannot_go_on(toy_run, server, command,
         (["--exit", "gate"], ["--exit gate", "no exit gate"]),
         (["--exit", "kl", "kl"], ["--exit", "twice"]),
         (["--lanes", "0"], ["--lanes", "at least 1"]),
-        (["--lanes", "100000000"], ["--lanes 100000000", "GiB", "--max-context or --cache-recurrences"]),
+        (
+            ["--lanes", "100000000"],
+            ["--lanes 100000000", "GiB", "--max-context, --cache-recurrences or"],
+        ),
+        (["--prompt-cache", "900000"], ["--lanes 16", "900,000.0 GiB for prompts", "or --prompt-cache"]),
+        (["--prompt-cache", "1e-12"], ["--prompt-cache 1e-12", "give at least 0.0", "GiB, or 0"]),
         (["--max-context", "33"], ["--max-context", "32"]),
         (["--steps", "9", "--max-steps", "8"], ["--steps", "--max-steps 8"]),
         (["--threshold", "-1"], ["--threshold"]),
@@ -371,6 +378,23 @@ def test_wrong_flags_are_named_in_one_line(toy_run, command, flags, words):
     assert (code, out, err.count("\n")) == (2, "", 1)
     for word in words:
         assert word in err
+
+
+def test_the_least_prompt_cache_that_is_named_is_enough(toy_run):
+    def worker(room):
+        options = ServeOptions(lanes=4, prefill_chunk=8, exit=("latent_diff", "kl"), prompt_cache=room)
+        return Service(toy_run, options).worker
+
+    with pytest.raises(InputError, match="give at least") as refusal:
+        worker(1e-9).require_memory()
+    least = float(re.search("at least ([0-9.]+) GiB", str(refusal.value))[1])
+    with pytest.raises(InputError):
+        worker(least - 2e-6).require_memory()
+    worker(least).require_memory()
+    for kind in ("latent_diff", "kl"):
+        worker(least)._engine(kind)
+    with pytest.raises(InputError, match="a chunk"):  # control: the engine's own words
+        worker(least - 2e-6)._engine("kl")
 
 
 def test_a_folder_that_is_absent_is_named_with_what_is_needed(command, tmp_path):
