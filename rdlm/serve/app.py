@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from pathlib import Path
@@ -35,7 +36,6 @@ from rdlm.serve.protocol import (
     understand,
 )
 from rdlm.serve.service import Call, Service, reads_too_slowly
-from rdlm.serve.worker import Ask
 
 _PAGE, _DOCS = (Path(__file__).with_name(name) for name in ("page.html", "docs.html"))
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
@@ -119,20 +119,12 @@ async def model(name: str, request: Request) -> Json:
 
 async def completions(body: CompletionBody, request: Request) -> Response:
     """Continue a text."""
-    service = _service(request)
-    check_fields(body, service)
-    prompts = await asyncio.to_thread(encode_texts, service, body.prompt)
-    grammar = await grammar_of(service, body)
-    return _generate(service, body, understand(service, body, prompts, grammar))
+    return await _generate(request, body, lambda service: encode_texts(service, body.prompt))
 
 
 async def chat_completions(body: ChatBody, request: Request) -> Response:
     """Reply to a chat."""
-    service = _service(request)
-    check_fields(body, service)
-    prompt = await asyncio.to_thread(encode_chat, service, body.messages)
-    grammar = await grammar_of(service, body)
-    return _generate(service, body, understand(service, body, [prompt], grammar))
+    return await _generate(request, body, lambda service: [encode_chat(service, body.messages)])
 
 
 async def tokenize(body: TokenizeBody, request: Request) -> Json:
@@ -204,18 +196,29 @@ def _card(service: Service) -> Json:
     }
 
 
-def _generate(service: Service, body: Generate, ask: Ask) -> Response:
-    call = service.open(ask)
+async def _generate(request: Request, body: Generate, encode: Callable[[Service], list[np.ndarray]]) -> Response:
+    """Tokens for a request. encode: its prompts."""
+    service = _service(request)
+    deadline = asyncio.get_running_loop().time() + service.options.request_timeout
+    check_fields(body, service)
+    ask = understand(service, body, await asyncio.to_thread(encode, service))
+    try:
+        async with asyncio.timeout_at(deadline):
+            grammar = await grammar_of(service, body)
+    except TimeoutError as error:
+        raise _too_late() from error
+    ask = dataclasses.replace(ask, grammar=grammar)
     writer = Writer(ask, Wanted.of(body), service.name, service.tokenizer)
-    return _Answer(service, call, writer, stream=bool(body.stream))
+    return _Answer(service, service.open(ask), writer, deadline, stream=bool(body.stream))
 
 
 class _Answer(Response):
     """The answer to a request for tokens. Whatever ends it, the engine's lanes are freed."""
 
-    def __init__(self, service: Service, call: Call, writer: Writer, stream: bool):
+    def __init__(self, service: Service, call: Call, writer: Writer, deadline: float, stream: bool):
         super().__init__()
         self._service, self._call, self._writer, self._stream = service, call, writer, stream
+        self._deadline = deadline  # by the event loop's clock
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI: answer until done, the client leaves, or time is up."""
@@ -248,7 +251,7 @@ class _Answer(Response):
     async def _whole(self, scope: Scope, receive: Receive, send: Send) -> APIError | None:
         error: APIError | None = None
         try:
-            async with asyncio.timeout(self._service.options.request_timeout):
+            async with asyncio.timeout_at(self._deadline):
                 while not self._writer.done:
                     for index, item in await self._call.take():
                         self._writer.add(index, item)
@@ -263,15 +266,13 @@ class _Answer(Response):
     async def _in_pieces(self, send: Send) -> APIError | None:
         call, writer = self._call, self._writer
         error: APIError | None = None
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._service.options.request_timeout
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
         headers.append((b"x-accel-buffering", b"no"))
         await self._write(send({"type": "http.response.start", "status": 200, "headers": headers}))
         await self._events(send, writer.openings())
         try:
             while not writer.done:
-                async with asyncio.timeout_at(deadline):
+                async with asyncio.timeout_at(self._deadline):
                     items = await call.take()
                 for index, item in items:
                     writer.add(index, item)

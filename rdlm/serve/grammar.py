@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import concurrent.futures
 import contextlib
 import functools
+import importlib.util
 import json
+import logging
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -15,15 +19,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rdlm.config import InputError
-from rdlm.serve.errors import wrong
+from rdlm.serve.errors import APIError, wrong
 from rdlm.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import llguidance
 
+_LOG = logging.getLogger("rdlm.serve")
 FIELD = "response_format"
 MAX_SCHEMA = 2**16
-"""Most bytes of a schema."""
+"""Most bytes of a schema, written in ASCII."""
+MAX_WAITING = 8
+"""Most schemas that may wait to be compiled, the one that is being compiled included."""
+_REMEMBERED = 16  # schemas
 _STYLE = {
     "whitespace_flexible": False,  # or a small model may write white space for ever
     "item_separator": ", ",
@@ -40,6 +48,8 @@ for what, most in ((resource.RLIMIT_CPU, 2), (resource.RLIMIT_AS, 2**28)):
         pass
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
+print("begin", flush=True)
+
 class Bytes:
     eos_token_id = bos_token_id = 256
     tokens = [bytes([i]) for i in range(256)] + [b"<end>"]
@@ -54,9 +64,10 @@ matcher.compute_bitmask()
 sys.stdout.write("error: " + matcher.get_error() if matcher.is_error() else "good")
 """
 _TRIAL_SECONDS = 60.0  # by the clock; its processor time is limited too
+_LIMITS = (-signal.SIGKILL, -signal.SIGXCPU, -signal.SIGABRT, -signal.SIGSEGV)  # ends by too much time, memory or stack
 
 
-class Progress:
+class InGrammar:
     """How far one answer is in its grammar: a `Constraint` of the engine."""
 
     def __init__(self, matcher: llguidance.LLMatcher, words: int):
@@ -64,7 +75,7 @@ class Progress:
 
     def allowed(self) -> np.ndarray:
         """See `Constraint`. Once the text is complete, only tokens that end it."""
-        bits = self._matcher.compute_bitmask()  # one more than there are tokens
+        bits = self._matcher.compute_bitmask()  # one for each token, and one more
         self._check()
         return np.frombuffer(bits, "<u4")[: self._words]
 
@@ -84,9 +95,9 @@ class Grammar:
     def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int):
         self._matcher, self._words = matcher, -(-vocab_size // 32)
 
-    def start(self) -> Progress:
+    def start(self) -> InGrammar:
         """For one answer, at its beginning."""
-        return Progress(self._matcher.deep_copy(), self._words)
+        return InGrammar(self._matcher.deep_copy(), self._words)
 
 
 class Grammars:
@@ -99,8 +110,10 @@ class Grammars:
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int):
         self._model, self._vocab_size = tokenizer, vocab_size
-        self._threads = concurrent.futures.ThreadPoolExecutor(1, "grammar")  # slow schemas wait for each other alone
-        self._known = functools.lru_cache(16)(self._compile)
+        # One thread, so that clients with many schemas leave the other cores to the engine.
+        self._threads = concurrent.futures.ThreadPoolExecutor(1, "grammar")
+        self._known: collections.OrderedDict[str, Grammar | str] = collections.OrderedDict()  # the latest used last
+        self._coming: dict[str, asyncio.Task[Grammar | str]] = {}
 
     def prepare(self) -> None:
         """Read the tokens now: of a large vocabulary that takes a second, in which no other thread runs."""
@@ -113,35 +126,59 @@ class Grammars:
         self._threads.submit(read)
 
     async def of(self, schema: Mapping[str, object]) -> Grammar:
-        """The grammar of JSON that a schema describes.
+        """The grammar of JSON that a schema describes; at once, if it is remembered.
 
         Raises:
-          APIError: llguidance is not there, does not know the tokenizer's kind, or cannot compile the schema.
+          APIError: llguidance is not there, does not know the tokenizer's kind, or cannot compile the schema; or too
+            many other schemas wait.
         """
-        found = await asyncio.get_running_loop().run_in_executor(self._threads, self._of, schema)
+        text = self._as_text(schema)
+        if text in self._known:
+            self._known.move_to_end(text)
+            found = self._known[text]
+        else:
+            found = await asyncio.shield(self._task(text))  # others may wait for the same schema
         if isinstance(found, str):
             raise wrong(FIELD, found)
         return found
 
-    def _of(self, schema: Mapping[str, object]) -> Grammar | str:
-        """The grammar, or what is wrong."""
-        try:
-            import llguidance  # noqa: F401
-        except ModuleNotFoundError:
-            return "needs llguidance, which is not installed on the server (pip install llguidance)"
+    def _as_text(self, schema: Mapping[str, object]) -> str:
+        """A schema for llguidance. Raises what is wrong with it, as `of`."""
+        if importlib.util.find_spec("llguidance") is None:
+            raise wrong(FIELD, "needs llguidance, which is not installed on the server (pip install llguidance)")
         if self._model.pieces is None:
-            return "this model's tokenizer does not say what the bytes of its tokens are; leave it out"
+            raise wrong(FIELD, "this model's tokenizer does not say what the bytes of its tokens are; leave it out")
         given = schema.get("x-guidance")  # llguidance's own options
         style = {**(given if isinstance(given, dict) else {}), **_STYLE}
         try:
             text = json.dumps({**schema, "x-guidance": style}, allow_nan=False)
-        except (ValueError, RecursionError):
-            return "the schema is nested too deeply, or holds numbers that are not finite"
+        except (ValueError, RecursionError) as error:
+            raise wrong(FIELD, "the schema is nested too deeply, or holds numbers that are not finite") from error
         if len(text) > MAX_SCHEMA:
-            return f"a schema of {len(text)} bytes; at most {MAX_SCHEMA} are served"
-        return self._known(f"{_ANY_TOKENS}\nstart: %json {text}")
+            raise wrong(FIELD, f"a schema of {len(text)} bytes; at most {MAX_SCHEMA} are served")
+        return f"{_ANY_TOKENS}\nstart: %json {text}"
+
+    def _task(self, text: str) -> asyncio.Task[Grammar | str]:
+        """What compiles a schema, and remembers the grammar or what is wrong."""
+        if text not in self._coming:
+            if len(self._coming) >= MAX_WAITING:
+                message = f"{FIELD}: too many schemas are waiting to be compiled; try again later"
+                raise APIError(429, message, FIELD, "queue_full", retry_after=1)
+            self._coming[text] = asyncio.create_task(self._remember(text))
+        return self._coming[text]
+
+    async def _remember(self, text: str) -> Grammar | str:
+        try:
+            found = await asyncio.get_running_loop().run_in_executor(self._threads, self._compile, text)
+        finally:
+            del self._coming[text]
+        self._known[text] = found
+        if len(self._known) > _REMEMBERED:
+            self._known.popitem(last=False)
+        return found
 
     def _compile(self, text: str) -> Grammar | str:
+        """The grammar, or what is wrong. Raises what is wrong with the server."""
         import llguidance
 
         if (said := _tried(text)) is not None:
@@ -174,20 +211,32 @@ class _Tokens:
         self._tokenizer = tokenizer
 
     def __call__(self, text: bytes) -> list[int]:
-        return self._tokenizer.encode(
-            text.decode(errors="replace"), bos=False
-        ).tolist()  # for nothing that is used here
+        # llguidance asks for it, but with `no_forcing` never calls it, beyond one trial.
+        return self._tokenizer.encode(text.decode(errors="replace"), bos=False).tolist()
 
 
 def _tried(grammar: str) -> str | None:
-    """Compile a grammar in a process of its own; what is wrong with it, if anything is."""
-    said = ""
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        command = [sys.executable, "-I", "-c", _TRIAL]
-        said = subprocess.run(command, input=grammar, capture_output=True, text=True, timeout=_TRIAL_SECONDS).stdout
-    if said.startswith("error: "):
+    """Compile a grammar in a process of its own; what is wrong with it, if anything is.
+
+    Raises:
+      APIError: the process does not do its work, whatever the grammar.
+    """
+    command = [sys.executable, "-P", "-c", _TRIAL]  # without modules of the current folder
+    try:
+        done = subprocess.run(command, input=grammar, capture_output=True, text=True, timeout=_TRIAL_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        message = f"{FIELD}: the server is too busy to compile the schema; try again later"
+        raise APIError(503, message, code="busy", retry_after=5) from error
+    begun, _, said = done.stdout.partition("\n")
+    if begun and said == "good":
+        return None
+    if begun and said.startswith("error: "):
         return f"the schema cannot be compiled ({_short(said.removeprefix('error: '))})"
-    return None if said == "good" else "the schema is too complex: it takes more than 2 seconds or 256 MiB to compile"
+    if begun and (done.returncode in _LIMITS or "MemoryError" in done.stderr):
+        return "the schema is too complex: it takes more than 2 seconds or 256 MiB to compile"
+    last = (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1]
+    _LOG.error("%s: the process that compiles schemas fails: %s", FIELD, last)
+    raise APIError(500, f"{FIELD}: the server cannot compile schemas; its log says why", code="internal_error")
 
 
 def _short(text: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import re
 from collections.abc import Sequence
@@ -87,8 +86,8 @@ class ResponseFormat(BaseModel):
     @model_validator(mode="after")
     def _complete(self) -> ResponseFormat:
         if (self.type == "json_schema") != (self.json_schema is not None):
-            need = "needs" if self.json_schema is None else "takes no"
-            raise ValueError(f"type {self.type!r} {need} json_schema, an object with a schema")
+            need = "needs json_schema, an object with a schema" if self.json_schema is None else "takes no json_schema"
+            raise ValueError(f"type {self.type!r} {need}")
         return self
 
     @property
@@ -314,15 +313,11 @@ async def grammar_of(service: Service, body: Generate) -> Grammar | None:
             raise wrong(name, "an answer with a response_format ends when it is complete; leave one of them out")
     if (refusal := service.admission()) is not None:
         raise refusal
-    try:
-        async with asyncio.timeout(service.options.request_timeout):
-            return await service.grammars.of(schema)
-    except TimeoutError as error:
-        raise APIError(504, "the request took too long", code="timeout") from error
+    return await service.grammars.of(schema)
 
 
-def understand(service: Service, body: Generate, prompts: list[np.ndarray], grammar: Grammar | None) -> Ask:
-    """What a body asks for.
+def understand(service: Service, body: Generate, prompts: list[np.ndarray]) -> Ask:
+    """What a body asks for, but for the grammar of the answers.
 
     Raises:
       APIError: something that is not served.
@@ -397,7 +392,6 @@ def understand(service: Service, body: Generate, prompts: list[np.ndarray], gram
         likeliest=body.likeliest,
         prefix=bool(body.prefix),
         scores=echo and body.log_probs,
-        grammar=grammar,
     )
 
 

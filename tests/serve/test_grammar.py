@@ -2,15 +2,18 @@
 
 import asyncio
 import json
+import logging
 import sys
+import threading
 import time
 
 import numpy as np
 import pytest
 from foreign_tokenizers import load
 
+import rdlm.serve.grammar
 from rdlm.serve.errors import APIError
-from rdlm.serve.grammar import MAX_SCHEMA, Grammars
+from rdlm.serve.grammar import MAX_SCHEMA, MAX_WAITING, Grammars
 from rdlm.tokenizer import Tokenizer
 
 SCHEMA = {
@@ -133,6 +136,66 @@ def test_a_schema_that_would_take_for_ever_is_refused_and_remembered(schema):
         with pytest.raises(APIError, match="too complex"):
             asyncio.run(grammars.of(schema))
         assert time.monotonic() - begin < seconds
+
+
+def test_a_remembered_schema_waits_for_no_other_and_few_others_may_wait():
+    async def ask():
+        grammars, hold = Grammars(BYTES, BYTES.vocab_size), threading.Event()
+        await grammars.of({"type": "boolean"})
+        grammars._threads.submit(hold.wait)
+        try:
+            new = [*range(MAX_WAITING), 0]  # one is wanted twice
+            waiting = [asyncio.create_task(grammars.of({"const": i})) for i in new]
+            await asyncio.sleep(0)
+            await asyncio.wait_for(grammars.of({"type": "boolean"}), 10)
+            with pytest.raises(APIError, match="too many schemas") as refusal:
+                await grammars.of({"const": "new"})
+            assert refusal.value.status == 429
+            assert "Retry-After" in refusal.value.headers
+        finally:
+            hold.set()
+        found = await asyncio.gather(*waiting)
+        assert found[0] is found[-1]
+        await grammars.of({"const": "new"})
+
+    asyncio.run(ask())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "status", "words"),
+    [
+        ("_TRIAL", "raise SystemExit('no library')", 500, "its log says why"),
+        ("_TRIAL", "print('begin')\nraise SystemExit('no library')", 500, "its log says why"),
+        ("_TRIAL_SECONDS", 0.001, 503, "too busy"),
+    ],
+)
+def test_a_failure_of_the_server_is_not_remembered_as_the_schemas(monkeypatch, caplog, name, value, status, words):
+    grammars = Grammars(BYTES, BYTES.vocab_size)
+    monkeypatch.setattr(rdlm.serve.grammar, name, value)
+    monkeypatch.setattr(logging.getLogger("rdlm.serve"), "propagate", True)
+    with pytest.raises(APIError, match=words) as refusal:
+        asyncio.run(grammars.of(SCHEMA))
+    assert refusal.value.status == status
+    assert ("no library" in caplog.text) == (status == 500)
+    monkeypatch.undo()
+    asyncio.run(grammars.of(SCHEMA))
+
+
+def test_schemas_are_tried_with_the_modules_that_the_server_has(monkeypatch, tmp_path):
+    (tmp_path / "only_here.py").write_text("")
+    monkeypatch.setattr(rdlm.serve.grammar, "_TRIAL", f"import only_here\n{rdlm.serve.grammar._TRIAL}")
+    with pytest.raises(APIError, match="cannot compile schemas"):  # control
+        grammar(SCHEMA)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    grammar(SCHEMA)
+
+
+def test_tokens_are_read_before_the_first_request():
+    grammars = Grammars(BYTES, BYTES.vocab_size)
+    assert "_tokenizer" not in vars(grammars)
+    grammars.prepare()
+    grammars._threads.shutdown()
+    assert "_tokenizer" in vars(grammars)
 
 
 def test_what_such_an_answer_needs_and_is_not_there(tmp_path, monkeypatch):

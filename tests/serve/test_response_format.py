@@ -1,6 +1,7 @@
 """`response_format`: even a model of random weights answers with JSON of the schema."""
 
 import concurrent.futures
+import dataclasses
 import json
 from typing import Literal
 
@@ -36,10 +37,6 @@ ASK = {"prompt": "a", "max_tokens": 28, "temperature": 1.0}
 
 def programs():
     return [f._cache_size() for f in (begin, read_chunk, insert, advance)]
-
-
-def test_the_tokens_have_been_read_before_the_first_request(server):
-    assert "_tokenizer" in vars(server.service.grammars)
 
 
 def test_an_answer_follows_its_schema(server):
@@ -133,6 +130,7 @@ JSON = {"type": "json_object"}
         ({"response_format": JSON | {"json_schema": {"schema": {}}}}, "response_format", "takes no json_schema"),
         ({"response_format": format_of({"type": "nope"})}, "response_format", "Invalid type: nope"),
         ({"response_format": format_of({"enum": ["x" * 70_000]})}, "response_format", "at most 65536"),
+        ({"response_format": format_of({"type": "nope"}), "max_tokens": 99}, "max_tokens", "exceed the context"),
         ({"response_format": JSON, "min_tokens": 2}, "min_tokens", "leave one of them out"),
         ({"response_format": JSON, "ignore_eos": True}, "ignore_eos", "leave one of them out"),
     ],
@@ -143,7 +141,7 @@ def test_what_cannot_be_is_refused_by_name(server, fields, param, words):
 
 
 def test_a_grammar_that_fails_ends_its_own_answer(server, monkeypatch):
-    accept, sick = rdlm.serve.grammar.Progress.accept, []
+    accept, sick = rdlm.serve.grammar.InGrammar.accept, []
 
     def fails(self, token):
         accept(self, token)
@@ -152,7 +150,7 @@ def test_a_grammar_that_fails_ends_its_own_answer(server, monkeypatch):
             raise InputError("response_format: the answer cannot go on (on purpose)")
 
     other = server.post("completions", **ASK, seed=1)[1]["choices"]
-    monkeypatch.setattr(rdlm.serve.grammar.Progress, "accept", fails)
+    monkeypatch.setattr(rdlm.serve.grammar.InGrammar, "accept", fails)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         bad = pool.submit(server.post, "completions", **ASK, response_format=SEEN)
         good = pool.submit(server.post, "completions", **ASK, seed=1)
@@ -162,3 +160,30 @@ def test_a_grammar_that_fails_ends_its_own_answer(server, monkeypatch):
     assert good.result()[1]["choices"] == other
     monkeypatch.undo()
     assert server.post("completions", **ASK, response_format=DIGIT)[0] == 200
+
+
+def test_a_grammar_that_fails_at_once_ends_its_own_answer(server, monkeypatch):
+    def fails(self):
+        raise RuntimeError("on purpose")
+
+    monkeypatch.setattr(rdlm.serve.grammar.InGrammar, "allowed", fails)
+    status, answer = server.post("completions", **ASK, response_format=SEEN)
+    assert (status, answer["error"]["code"]) == (500, "engine_error")
+    monkeypatch.undo()
+    assert server.post("completions", **ASK, response_format=DIGIT)[0] == 200
+
+
+def test_the_time_of_a_request_begins_once(server, rounds, monkeypatch):
+    service = server.service
+    of, options = service.grammars.of, service.options
+
+    async def then_patient(schema):
+        monkeypatch.setattr(service, "options", dataclasses.replace(options, request_timeout=1000.0))
+        return await of(schema)
+
+    monkeypatch.setattr(service.grammars, "of", then_patient)
+    for stream in (False, True):
+        monkeypatch.setattr(service, "options", dataclasses.replace(options, request_timeout=0.3))
+        body = ASK | {"response_format": DIGIT, "stream": stream}
+        assert '"timeout"' in httpx.post(f"{server.url}/v1/completions", json=body).text
+        assert service.options.request_timeout == 1000
