@@ -393,7 +393,7 @@ def test_the_least_prompt_cache_that_is_named_is_enough(toy_run):
     worker(least).require_memory()
     for kind in ("latent_diff", "kl"):
         worker(least)._engine(kind)
-    with pytest.raises(InputError, match="prompt_cache = .* at least"):  # control: the engine agrees
+    with pytest.raises(InputError, match="prompt_cache = "):  # control: the engine agrees
         worker(least - 2e-6)._engine("kl")
 
 
