@@ -39,6 +39,7 @@ from rdlm.decode.requests import (
     WarmStart,
     allowed_next,
     as_requests,
+    check_constraint,
     not_finite,
     padded,
     sample_keys,
@@ -179,8 +180,8 @@ class Engine:
         for name, value in (numbers | {"capacity": capacity}).items():
             check_shape(f"Engine: {name}", value, ())
             check_integers(f"Engine: {name}", value, 1)
-        check_shape("Engine: prompt_cache", prompt_cache, ())
-        check_integers("Engine: prompt_cache", prompt_cache, 0)
+        if not isinstance(prompt_cache, int) or prompt_cache < 0:
+            raise InputError(f"Engine: prompt_cache = {prompt_cache!r}: must be a number of bytes, at least 0")
         lanes, max_new_tokens, capacity = int(lanes), int(max_new_tokens), int(capacity)
         if not 2 <= capacity <= config.max_length:
             raise InputError(f"Engine: capacity = {capacity}: must be in [2, config.max_length = {config.max_length}]")
@@ -207,12 +208,12 @@ class Engine:
         together = np.max(self._idle.depth.num_steps) == 1  # whether all lanes stop after the same tick
         self._flush = Flush(lanes if together else self._group, flush_every)
         self._serving: list[Served | None] = [None] * lanes
-        kept = -(-int(prompt_cache) // cache_bytes(config, sets, 1, capacity, compute_dtype(params, config)))
+        kept = -(-prompt_cache // cache_bytes(config, sets, 1, capacity, compute_dtype(params, config)))
         check_memory(params, config, lanes + kept, 1, (sets, capacity), self._idle.depth)
         usual = max(2 * lanes, 32 if jax.default_backend() == "cpu" else 128)
         chunk = usual if prefill_chunk is None else int(prefill_chunk)
         self._reader = Reader(
-            params, config, self._sizes, self._options, self._idle.depth, chunk=chunk, prompt_cache=int(prompt_cache)
+            params, config, self._sizes, self._options, self._idle.depth, chunk=chunk, prompt_cache=prompt_cache
         )
         self._reading: tuple[Served, int, Reading] | None = None  # a long prompt, and the lane that it will have
         self._lanes = self._empty_lanes()
@@ -295,6 +296,8 @@ class Engine:
             raise InputError(f"Sampling.stop_tokens: the engine serves at most {width} per request")
         if row.keys.dtype != self._idle.keys.dtype:
             raise InputError(f"key: {row.keys.dtype}, but this engine's are {self._idle.keys.dtype}")
+        if constraint is not None:
+            check_constraint(constraint)
         if constraint is not None and sampling.min_tokens:
             raise InputError("constraint: cannot be combined with Sampling.min_tokens; leave one of them out")
         allowed = None if constraint is None else allowed_next(constraint, self.config.vocab_size)

@@ -170,6 +170,13 @@ def _ids(config: ModelConfig, prompt: Prompt, name: str, max_new_tokens: int) ->
     return row.astype(np.int32)
 
 
+def check_constraint(constraint: object) -> None:
+    """Refuse what is no `Constraint`. Raises InputError."""
+    methods = (getattr(constraint, name, None) for name in ("allowed", "accept"))
+    if isinstance(constraint, type) or not all(map(callable, methods)):
+        raise InputError(f"constraint = {constraint!r}: must be an object with the methods allowed() and accept(token)")
+
+
 def allowed_next(constraint: Constraint, vocab_size: int) -> np.ndarray:
     """What a constraint allows, uint32 [ceil(V / 32)].
 

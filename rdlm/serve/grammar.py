@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rdlm.config import InputError
 from rdlm.serve.errors import APIError, wrong
 from rdlm.tokenizer import Tokenizer
 
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger("rdlm.serve")
 FIELD = "response_format"
+ANY_OBJECT = {"type": "object"}
 MAX_SCHEMA = 2**16
 """Most bytes of a schema, written in ASCII."""
 MAX_WAITING = 8
@@ -86,7 +86,8 @@ class InGrammar:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise InputError(f"{FIELD}: the answer cannot go on ({_short(self._matcher.get_error())})")
+            why = _short(self._matcher.get_error())
+            raise wrong(FIELD, f"the schema is too complex, the answer cannot go on ({why})")
 
 
 class Grammar:
@@ -114,6 +115,7 @@ class Grammars:
         self._threads = concurrent.futures.ThreadPoolExecutor(1, "grammar")
         self._known: collections.OrderedDict[str, Grammar | str] = collections.OrderedDict()  # the latest used last
         self._coming: dict[str, asyncio.Task[Grammar | str]] = {}
+        self._any_object = _written(ANY_OBJECT)  # always remembered
 
     def prepare(self) -> None:
         """Read the tokens now: of a large vocabulary that takes a second, in which no other thread runs."""
@@ -148,15 +150,15 @@ class Grammars:
             raise wrong(FIELD, "needs llguidance, which is not installed on the server (pip install llguidance)")
         if self._model.pieces is None:
             raise wrong(FIELD, "this model's tokenizer does not say what the bytes of its tokens are; leave it out")
-        given = schema.get("x-guidance")  # llguidance's own options
-        style = {**(given if isinstance(given, dict) else {}), **_STYLE}
         try:
-            text = json.dumps({**schema, "x-guidance": style}, allow_nan=False)
+            text, number = _written(schema), _inexact(schema)
         except (ValueError, RecursionError) as error:
             raise wrong(FIELD, "the schema is nested too deeply, or holds numbers that are not finite") from error
+        if number is not None:
+            raise wrong(FIELD, f"the schema holds {number}; integers beyond 2^53 would not be kept, use strings")
         if len(text) > MAX_SCHEMA:
             raise wrong(FIELD, f"a schema of {len(text)} bytes; at most {MAX_SCHEMA} are served")
-        return f"{_ANY_TOKENS}\nstart: %json {text}"
+        return text
 
     def _task(self, text: str) -> asyncio.Task[Grammar | str]:
         """What compiles a schema, and remembers the grammar or what is wrong."""
@@ -174,7 +176,7 @@ class Grammars:
             del self._coming[text]
         self._known[text] = found
         if len(self._known) > _REMEMBERED:
-            self._known.popitem(last=False)
+            del self._known[next(key for key in self._known if key != self._any_object)]
         return found
 
     def _compile(self, text: str) -> Grammar | str:
@@ -215,6 +217,21 @@ class _Tokens:
         return self._tokenizer.encode(text.decode(errors="replace"), bos=False).tolist()
 
 
+def _written(schema: Mapping[str, object]) -> str:
+    """A schema for llguidance."""
+    given = schema.get("x-guidance")  # its own options
+    style = {**(given if isinstance(given, dict) else {}), **_STYLE}
+    return f"{_ANY_TOKENS}\nstart: %json {json.dumps({**schema, 'x-guidance': style}, allow_nan=False)}"
+
+
+def _inexact(value: object) -> int | None:
+    """An integer in a schema that llguidance, which computes with doubles, would change; None: there is none."""
+    if isinstance(value, int):
+        return value if abs(value) > 2**53 else None
+    inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return next((number for x in inside if (number := _inexact(x)) is not None), None)
+
+
 def _tried(grammar: str) -> str | None:
     """Compile a grammar in a process of its own; what is wrong with it, if anything is.
 
@@ -223,7 +240,10 @@ def _tried(grammar: str) -> str | None:
     """
     command = [sys.executable, "-P", "-c", _TRIAL]  # without modules of the current folder
     try:
-        done = subprocess.run(command, input=grammar, capture_output=True, text=True, timeout=_TRIAL_SECONDS)
+        done = subprocess.run(
+            command, input=grammar, capture_output=True, text=True, timeout=_TRIAL_SECONDS,
+            start_new_session=True,  # Ctrl-C is for the server
+        )  # fmt: skip
     except subprocess.TimeoutExpired as error:
         message = f"{FIELD}: the server is too busy to compile the schema; try again later"
         raise APIError(503, message, code="busy", retry_after=5) from error
@@ -242,4 +262,5 @@ def _tried(grammar: str) -> str | None:
 def _short(text: str) -> str:
     """An error of llguidance in one line; it may quote the schema, which is the client's own."""
     line = " ".join(text.replace("<non-verbose/>", "").split())
+    line = line.partition(" 1 | %llguidance")[0]  # then the schema as it was compiled
     return line if len(line) <= 200 else f"{line[:200]}..."

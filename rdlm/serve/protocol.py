@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from rdlm.config import InputError, Sampling
 from rdlm.decode.sampling import MAX_BIASES, as_arrays
 from rdlm.serve.errors import APIError, from_input_error, wrong
-from rdlm.serve.grammar import Grammar
+from rdlm.serve.grammar import ANY_OBJECT, Grammar
 from rdlm.serve.service import Service, new_seed
 from rdlm.serve.worker import STOPS, Ask
 
@@ -95,7 +95,7 @@ class ResponseFormat(BaseModel):
         """The schema of the answer, if it must follow one."""
         if self.json_schema is not None:
             return self.json_schema.schema_
-        return {"type": "object"} if self.type == "json_object" else None
+        return ANY_OBJECT if self.type == "json_object" else None
 
 
 class Body(BaseModel):

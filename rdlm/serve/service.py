@@ -86,7 +86,9 @@ def reads_too_slowly() -> APIError:
 
 
 def _as_answer(error: Exception) -> APIError:
-    """An engine's error for a client."""
+    """An engine's error for a client, or a grammar's."""
+    if isinstance(error, APIError):
+        return error
     if isinstance(error, InputError):
         return APIError(500, one_line(error), code="engine_error")
     return APIError(500, "the engine failed while it served this request", code="engine_error")

@@ -23,6 +23,7 @@ from rdlm.model.cache import cache_bytes
 from rdlm.run import Run
 from rdlm.runtime.memory import require_memory
 from rdlm.serve.depth import DepthChoice, Depths
+from rdlm.serve.errors import APIError
 from rdlm.serve.grammar import Grammar
 from rdlm.serve.scores import PromptScores, score_prompt
 from rdlm.tokenizer import DecodeStream, Tokenizer
@@ -333,7 +334,7 @@ class Worker:
     def _end(self, answer: Answer, served: Served) -> End:
         assert answer.stream is not None
         if served.error is not None:
-            self.sick = self.sick or not isinstance(served.error, InputError)
+            self.sick = self.sick or not isinstance(served.error, (InputError, APIError))
             answer.error = served.error if isinstance(served.error, Exception) else RuntimeError("stopped")
             return End(None, error=answer.error)
         stopped = answer.stream.stopped or served.tokens[-1] in answer.ask.stop_ids

@@ -176,5 +176,8 @@ def test_refused_beside_a_constraint():
     e = engine(KIND)
     with pytest.raises(InputError, match="constraint: cannot be combined with Sampling"):
         submit(e, KIND, Ask((1,), sampling=Sampling(min_tokens=2)), constraint=Turns())
+    for nothing in (object(), Turns):
+        with pytest.raises(InputError, match="must be an object with the methods"):
+            submit(e, KIND, Ask((1,)), constraint=nothing)
     with pytest.raises(InputError, match="constraint: every request needs one of its own"):
         e.samples((1,), 2, jax.random.key(0), constraint=Turns())

@@ -13,7 +13,7 @@ from foreign_tokenizers import load
 
 import rdlm.serve.grammar
 from rdlm.serve.errors import APIError
-from rdlm.serve.grammar import MAX_SCHEMA, MAX_WAITING, Grammars
+from rdlm.serve.grammar import ANY_OBJECT, MAX_SCHEMA, MAX_WAITING, Grammars
 from rdlm.tokenizer import Tokenizer
 
 SCHEMA = {
@@ -105,6 +105,7 @@ def many(schema, levels):
         ({"not": {"type": "string"}}, 'Unimplemented keys: ["not"]'),
         ({"type": "string", "pattern": "("}, "unclosed group"),
         ({"type": "integer", "minimum": 5, "maximum": 3}, "minimum (5) is greater than maximum (3)"),
+        ({"enum": [1, -(2**53) - 1]}, "holds -9007199254740993"),
         ({"enum": ["x" * MAX_SCHEMA]}, f"at most {MAX_SCHEMA}"),
         ({"type": "number", "minimum": float("inf")}, "not finite"),
         (many({"type": "boolean"}, 200), "recursion limit"),
@@ -120,6 +121,7 @@ def test_what_cannot_be_compiled_is_said_in_one_line(schema, words):
     assert words in error.message
     assert "\n" not in error.message
     assert len(error.message) < 300
+    assert "llguidance {" not in error.message
 
 
 @pytest.mark.parametrize(
@@ -136,6 +138,33 @@ def test_a_schema_that_would_take_for_ever_is_refused_and_remembered(schema):
         with pytest.raises(APIError, match="too complex"):
             asyncio.run(grammars.of(schema))
         assert time.monotonic() - begin < seconds
+
+
+def test_a_schema_that_is_too_complex_in_the_middle_of_an_answer():
+    flags = {f"p{i}": {"type": "boolean"} for i in range(900)}
+    progress = grammar({"type": "object", "properties": flags, "additionalProperties": False}).start()
+
+    def write(text):
+        for token in text:
+            progress.allowed()
+            progress.accept(token)
+
+    with pytest.raises(APIError, match="too complex, the answer cannot go on") as refusal:
+        write(b'{"p0":')
+    assert (refusal.value.status, refusal.value.param) == (400, "response_format")
+
+
+def test_any_object_is_always_remembered():
+    async def ask():
+        grammars = Grammars(BYTES, BYTES.vocab_size)
+        for schema in (ANY_OBJECT, *({"const": i} for i in range(20))):
+            await grammars.of(schema)
+        grammars._threads.shutdown()  # whatever is not remembered fails now
+        await grammars.of(ANY_OBJECT)
+        with pytest.raises(RuntimeError):  # control
+            await grammars.of({"const": 0})
+
+    asyncio.run(ask())
 
 
 def test_a_remembered_schema_waits_for_no_other_and_few_others_may_wait():

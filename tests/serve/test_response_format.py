@@ -12,9 +12,9 @@ import pytest
 from test_wrong_requests import refused
 
 import rdlm.serve.grammar
-from rdlm.config import InputError
 from rdlm.decode.lanes import advance, insert
 from rdlm.decode.loop import begin, read_chunk
+from rdlm.serve.errors import wrong
 
 pytestmark = pytest.mark.slow
 
@@ -147,7 +147,7 @@ def test_a_grammar_that_fails_ends_its_own_answer(server, monkeypatch):
         accept(self, token)
         sick.append(token)
         if len(sick) == 4:
-            raise InputError("response_format: the answer cannot go on (on purpose)")
+            raise wrong("response_format", "the answer cannot go on (on purpose)")
 
     other = server.post("completions", **ASK, seed=1)[1]["choices"]
     monkeypatch.setattr(rdlm.serve.grammar.InGrammar, "accept", fails)
@@ -155,7 +155,8 @@ def test_a_grammar_that_fails_ends_its_own_answer(server, monkeypatch):
         bad = pool.submit(server.post, "completions", **ASK, response_format=SEEN)
         good = pool.submit(server.post, "completions", **ASK, seed=1)
     status, answer = bad.result()
-    assert (status, answer["error"]["code"]) == (500, "engine_error")
+    assert (status, answer["error"]["param"]) == (400, "response_format")
+    assert httpx.get(f"{server.url}/health").status_code == 200
     assert "cannot go on" in answer["error"]["message"]
     assert good.result()[1]["choices"] == other
     monkeypatch.undo()
