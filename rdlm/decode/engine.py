@@ -29,7 +29,7 @@ from jaxtyping import Int32
 from rdlm.config import CachePolicy, InputError, ModelConfig, Sampling
 from rdlm.decode.lanes import RECENT, Flush, Lanes, advance, empty_lanes, insert
 from rdlm.decode.loop import Sizes, begin
-from rdlm.decode.passes import check_memory, next_power
+from rdlm.decode.passes import check_memory, memory_needed, next_power
 from rdlm.decode.reading import Reader, Reading
 from rdlm.decode.requests import (
     Constraint,
@@ -46,8 +46,8 @@ from rdlm.decode.requests import (
 )
 from rdlm.exits import ExitRule
 from rdlm.model import Params, check_shape, compute_dtype, typed_key
-from rdlm.model.cache import cache_bytes
 from rdlm.model.inputs import check_callable, check_integers, check_type
+from rdlm.runtime.memory import require_memory
 
 OnToken = Callable[[int, int], None]
 
@@ -208,8 +208,12 @@ class Engine:
         together = np.max(self._idle.depth.num_steps) == 1  # whether all lanes stop after the same tick
         self._flush = Flush(lanes if together else self._group, flush_every)
         self._serving: list[Served | None] = [None] * lanes
-        kept = -(-prompt_cache // cache_bytes(config, sets, 1, capacity, compute_dtype(params, config)))
-        check_memory(params, config, lanes + kept, 1, (sets, capacity), self._idle.depth)
+        prompts = f" and prompt_cache = {prompt_cache} bytes" if prompt_cache else ""
+        require_memory(
+            f"cache: {sets} recurrences x {lanes} lanes x {capacity} positions{prompts}",
+            memory_needed(params, config, lanes, 1, (sets, capacity), self._idle.depth) + prompt_cache,
+            "use fewer lanes or a smaller capacity, or keep fewer recurrences (cache=CachePolicy(recurrences=k))",
+        )
         usual = max(2 * lanes, 32 if jax.default_backend() == "cpu" else 128)
         chunk = usual if prefill_chunk is None else int(prefill_chunk)
         self._reader = Reader(

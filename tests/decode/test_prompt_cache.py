@@ -155,6 +155,7 @@ def test_prompts_of_the_named_lengths_compile_everything():
     [
         ({"prompt_cache": -1}, "prompt_cache = -1: must be a number of bytes, at least 0"),
         ({"prompt_cache": 1.5}, "prompt_cache"),
+        ({"prompt_cache": 2**50}, f"lanes x 32 positions and prompt_cache = {2**50} bytes"),
         ({"prompt_cache": 9, "cache": CachePolicy(2)}, "prompt_cache = 9: this engine reads prompts at once"),
         ({"prompt_cache": 9, "prefill_exit": "together"}, "prompt_cache = 9: this engine reads prompts at once"),
         ({"prompt_cache": CHUNK_BYTES - 1, "prefill_chunk": CHUNK}, "prompt_cache = .*: give 0, or at least"),
