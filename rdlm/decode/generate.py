@@ -66,8 +66,8 @@ def generate(
 ) -> Generation:
     """Continue prompts of any lengths (docs/semantics.md, Generate). Tokens and steps do not depend on other prompts.
 
-    One program is compiled per (batch size, length bucket, kind of rule, settings of `speculative` and `parallel`), none
-    per other value.
+    One program is compiled per (batch size, length bucket, kind of rule, settings of `speculative` and `parallel`),
+    none per other value.
 
     Args:
       params, config: the model.
