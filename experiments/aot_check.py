@@ -268,13 +268,21 @@ def decoding_counts(
     }
 
 
+def decoded(name: str, o: Options) -> dict[str, Any]:
+    """What is decoded."""
+    return {
+        "preset": name,
+        "topology": o.topology,
+        "batch": o.batch or 16,
+        "capacity": o.capacity,
+        "num_steps": o.num_steps,
+    }
+
+
 def check_decoding(name: str, base: RunConfig, o: Options, device: Any, rule: Exit) -> dict[str, Any]:
     """Compile the token loop for one chip and count: everything that is printed."""
-    config, batch, policy = (
-        dataclasses.replace(base.model, compute_dtype="bfloat16"),
-        o.batch or 16,
-        CachePolicy(o.recurrences),
-    )
+    config, batch = dataclasses.replace(base.model, compute_dtype="bfloat16"), o.batch or 16
+    policy = CachePolicy(o.recurrences)
     options = RequestOptions(num_steps=o.num_steps, exit_rule=exits.named(rule))
     params, progress, request, number = decoding_shapes(config, options, policy, o, device)
     lowered = decode_tokens.lower(params, config, progress, request, number, number, False)
@@ -283,11 +291,7 @@ def check_decoding(name: str, base: RunConfig, o: Options, device: Any, rule: Ex
     cache = flops.cache_bytes(config, policy, o.num_steps, batch, o.capacity, 2)
     found = decoding_counts(config, device, lowered, cache, tokens)
     return {
-        "preset": name,
-        "topology": o.topology,
-        "batch": batch,
-        "capacity": o.capacity,
-        "num_steps": o.num_steps,
+        **decoded(name, o),
         "exit": rule,
         "depth": depth,
         "checks": tokens.checks,
@@ -313,11 +317,7 @@ def check_window(
     found = decoding_counts(config, device, lowered, cache, tokens, parallel.window)
     step, token = found["moved_gib"]["in all"], ordinary["moved_gib"]["in all"]
     return {
-        "preset": name,
-        "topology": o.topology,
-        "batch": batch,
-        "capacity": o.capacity,
-        "num_steps": o.num_steps,
+        **decoded(name, o),
         "window": parallel.window,
         "inner": parallel.inner,
         **found,
