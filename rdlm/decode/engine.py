@@ -30,7 +30,7 @@ from rdlm.config import CachePolicy, InputError, ModelConfig, Sampling
 from rdlm.decode.lanes import RECENT, Flush, Lanes, advance, empty_lanes, insert
 from rdlm.decode.loop import Sizes, begin
 from rdlm.decode.passes import check_memory, memory_needed, next_power
-from rdlm.decode.reading import Reader, Reading
+from rdlm.decode.reading import Reader, Reading, usual_chunk
 from rdlm.decode.requests import (
     Constraint,
     Prompt,
@@ -214,8 +214,7 @@ class Engine:
             memory_needed(params, config, lanes, 1, (sets, capacity), self._idle.depth) + prompt_cache,
             "use fewer lanes or a smaller capacity, or keep fewer recurrences (cache=CachePolicy(recurrences=k))",
         )
-        usual = max(2 * lanes, 32 if jax.default_backend() == "cpu" else 128)
-        chunk = usual if prefill_chunk is None else int(prefill_chunk)
+        chunk = usual_chunk(lanes) if prefill_chunk is None else int(prefill_chunk)
         self._reader = Reader(
             params, config, self._sizes, self._options, self._idle.depth, chunk=chunk, prompt_cache=prompt_cache
         )
@@ -300,12 +299,12 @@ class Engine:
             raise InputError(f"Sampling.stop_tokens: the engine serves at most {width} per request")
         if row.keys.dtype != self._idle.keys.dtype:
             raise InputError(f"key: {row.keys.dtype}, but this engine's are {self._idle.keys.dtype}")
+        allowed = None
         if constraint is not None:
             check_constraint(constraint)
-        if constraint is not None and sampling.min_tokens:
-            raise InputError("constraint: cannot be combined with Sampling.min_tokens; leave one of them out")
-        allowed = None if constraint is None else allowed_next(constraint, self.config.vocab_size)
-        if allowed is not None:
+            if sampling.min_tokens:
+                raise InputError("constraint: cannot be combined with Sampling.min_tokens; leave one of them out")
+            allowed = allowed_next(constraint, self.config.vocab_size)
             sampling_row = row.sampling._replace(constrained=jnp.ones(1, bool), allowed=jnp.asarray(allowed[None]))
             row = row._replace(sampling=sampling_row)
         served = Served(prompt, limit, row, self, _on_token=on_token, _wants_likeliest=bool(likeliest))

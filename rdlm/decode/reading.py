@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -16,6 +17,11 @@ from rdlm.decode.requests import Request, RequestOptions
 from rdlm.exits import Depth
 from rdlm.model import Params, compute_dtype
 from rdlm.model.cache import Cache, allocate, cache_bytes
+
+
+def usual_chunk(lanes: int) -> int:
+    """Tokens of a prompt that take about as long to read as two tokens of every lane."""
+    return max(2 * lanes, 32 if jax.default_backend() == "cpu" else 128)
 
 
 @dataclasses.dataclass

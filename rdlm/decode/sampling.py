@@ -62,10 +62,10 @@ def per_row(value: object, rows: int, name: str, dtype: DTypeLike) -> Shaped[np.
     return np.broadcast_to(array, (rows,))
 
 
-def as_arrays(sampling: Sampling, rows: int, any_shape: int | None = None) -> SamplingArrays:
+def as_arrays(sampling: Sampling, rows: int, vocab_size: int | None = None) -> SamplingArrays:
     """Spread `sampling` over `rows` prompts.
 
-    any_shape: the vocabulary's size, to make room for biases and a constraint though there are none, so that all
+    vocab_size: makes room for biases and a constraint though there are none, so that all
       requests of an engine have the same shapes.
 
     Raises:
@@ -96,14 +96,14 @@ def as_arrays(sampling: Sampling, rows: int, any_shape: int | None = None) -> Sa
     each = _stop_rows(sampling.stop_tokens, rows)
     width = max(4, *(len(s) for s in each))
     table = np.asarray([s + [-1] * (width - len(s)) for s in each], np.int32).reshape(rows, width)
-    biased, biases = _bias_rows(sampling.logit_bias, rows, any_shape is not None)
+    biased, biases = _bias_rows(sampling.logit_bias, rows, vocab_size is not None)
     return SamplingArrays(
         **{k: jnp.asarray(v) for k, v in fields.items()},
         stop_tokens=jnp.asarray(table),
         bias_tokens=jnp.asarray(biased),
         biases=jnp.asarray(biases),
         constrained=jnp.zeros(rows, bool),
-        allowed=jnp.zeros((rows, -(-(any_shape or 0) // 32)), jnp.uint32),
+        allowed=jnp.zeros((rows, -(-(vocab_size or 0) // 32)), jnp.uint32),
     )
 
 

@@ -16,6 +16,7 @@ from rdlm.config import CachePolicy, InputError, Sampling, one_line
 from rdlm.decode import Engine
 from rdlm.decode.engine import Served
 from rdlm.decode.passes import memory_needed, next_power
+from rdlm.decode.reading import usual_chunk
 from rdlm.decode.requests import sample_keys
 from rdlm.exits import Depth
 from rdlm.model import compute_dtype
@@ -194,7 +195,7 @@ class Worker:
     def _chunk(self) -> int:
         """Most tokens of a prompt that are read at once."""
         options = self._depths.options
-        return options.prefill_chunk or max(2 * options.lanes, 32 if jax.default_backend() == "cpu" else 128)
+        return options.prefill_chunk or usual_chunk(options.lanes)
 
     @property
     def _prompt_cache(self) -> int:
