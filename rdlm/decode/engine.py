@@ -230,6 +230,13 @@ class Engine:
         """Bytes that the prompt cache holds now."""
         return self._reader.kept.bytes
 
+    @property
+    def in_flight(self) -> list[Served]:
+        """Requests that have a lane. One whose long prompt is being read has no token yet. Any thread may ask."""
+        reading = self._reading
+        held = dict.fromkeys([None if reading is None else reading[0], *self._serving])  # it may just have moved
+        return [served for served in held if served is not None and not served.done]
+
     def submit(
         self,
         prompt: Prompt,

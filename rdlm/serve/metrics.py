@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 from rdlm.serve.worker import End, Item, Token
 
@@ -20,9 +23,10 @@ class Metrics:
 
     Args:
       gauges: name and meaning of each number that is read when Prometheus asks, and how to read it.
+      lanes: read then, too.
     """
 
-    def __init__(self, gauges: dict[tuple[str, str], Callable[[], float]]):
+    def __init__(self, gauges: dict[tuple[str, str], Callable[[], float]], lanes: Collector):
         self._registry = CollectorRegistry()
 
         def counter(name: str, text: str, *labels: str) -> Counter:
@@ -33,6 +37,7 @@ class Metrics:
 
         for (name, text), read in gauges.items():
             Gauge(f"rdlm:{name}", text, registry=self._registry).set_function(read)
+        self._registry.register(lanes)
         self.http = counter("http_requests", "Requests by path and status; 499: the client left", "path", "status")
         self.ended = counter("request_success", "Answers that are complete", "finished_reason")
         self.failed = counter("request_failure", "Requests that began and failed", "code")
@@ -50,6 +55,41 @@ class Metrics:
     def text(self) -> bytes:
         """In Prometheus' format."""
         return generate_latest(self._registry)
+
+
+class LaneGauges(Collector):
+    """The lanes of each engine, and those that are busy by depth. An engine is named by its kind of exit rule.
+
+    Args:
+      lanes: of each engine.
+      max_steps: most recurrences of a token.
+      read: by engine, the recurrences of each busy lane's latest token; 0: it has none yet.
+    """
+
+    def __init__(self, lanes: int, max_steps: int, read: Callable[[], Mapping[str, Sequence[int]]]):
+        self._lanes, self._read = lanes, read
+        self._labels = [_bucket(0), *(_bucket(1 << i) for i in range((max_steps - 1).bit_length() + 1))]
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """All engines as they are at one moment, also where nothing is busy."""
+        lanes = GaugeMetricFamily("rdlm:lanes", "Lanes", labels=["engine"])
+        text = "Lanes with a request, by the recurrences of its latest token; prompt: it has no token yet"
+        busy = GaugeMetricFamily("rdlm:lanes_busy", text, labels=["engine", "recurrences"])
+        for engine, steps in self._read().items():
+            lanes.add_metric([engine], self._lanes)
+            counts = collections.Counter(map(_bucket, steps))
+            for label in self._labels:
+                busy.add_metric([engine, label], counts[label])
+        yield lanes
+        yield busy
+
+
+def _bucket(steps: int) -> str:
+    """Recurrences between powers of two: 5, 6, 7 and 8 are "5-8"."""
+    if steps == 0:
+        return "prompt"
+    last = 1 << (steps - 1).bit_length()
+    return str(last) if last <= 2 else f"{last // 2 + 1}-{last}"
 
 
 class AnswerClock:

@@ -16,7 +16,7 @@ from rdlm.run import Run
 from rdlm.serve.depth import Depths
 from rdlm.serve.errors import APIError
 from rdlm.serve.grammar import Grammars
-from rdlm.serve.metrics import AnswerClock, Metrics
+from rdlm.serve.metrics import AnswerClock, LaneGauges, Metrics
 from rdlm.serve.options import ServeOptions
 from rdlm.serve.worker import Answer, Ask, End, Item, Token, Worker
 
@@ -117,12 +117,14 @@ class Service:
         self.on_failure: Callable[[], None] = lambda: None
         self._calls: dict[Call, list[Answer]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
+        lanes, steps = self.options.lanes, self.options.max_steps or 1
         self.metrics = Metrics(
             {
                 ("num_requests_running", "Answers that have a token and are not done"): lambda: self.running,
                 ("num_requests_waiting", "Answers without a token"): lambda: self.waiting,
                 ("kv_cache_usage_perc", "Share of the lanes' positions in use"): lambda: self.worker.cache_usage,
-            }
+            },
+            LaneGauges(lanes, steps, lambda: self.worker.busy_lanes),
         )
         self.worker = Worker(run, self.depths, self._call_soon)
         self.worker.on_change = self._changed

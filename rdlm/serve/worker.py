@@ -128,6 +128,12 @@ class Worker:
         used = [answer.served for answer in list(self._active) if answer.served is not None]
         return min(sum(len(s.prompt) + len(s.tokens) for s in used if s.tokens) / room, 1.0)
 
+    @property
+    def busy_lanes(self) -> dict[str, list[int]]:
+        """By kind of exit rule: the recurrences of each busy lane's latest token; 0: it has none yet."""
+        served = {kind: engine.in_flight for kind, engine in self.engines.items()}
+        return {kind: [s.steps[-1] if s.steps else 0 for s in served.get(kind, [])] for kind in self._depths.kinds}
+
     def start(self) -> None:
         """Compile, then serve."""
         self._thread.start()

@@ -1,5 +1,6 @@
 """What Prometheus reads adds up."""
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -9,6 +10,8 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from served import until
+
+from rdlm.serve.metrics import LaneGauges, _bucket
 
 pytestmark = pytest.mark.slow
 
@@ -95,6 +98,46 @@ def test_the_dashboard_asks_for_what_is_there(server):
     asked = {name for panel in dashboard["panels"] for t in panel["targets"] for name in NAMES.findall(t["expr"])}
     assert len(asked) > 10
     assert asked <= there
+
+
+def lanes(server):
+    """Busy lanes by engine and depth, but for those that are none; and all lanes by engine."""
+    now = read(server)
+    busy = {key[1:]: int(value) for key, value in now.items() if key[0] == "lanes_busy" and value}
+    return busy, {key[1]: int(value) for key, value in now.items() if key[0] == "lanes"}
+
+
+def test_lanes_are_counted_by_the_recurrences_of_their_tokens(server, rounds):
+    def ask(stack, **fields):
+        body = {"stream": True, "max_tokens": 8, "ignore_eos": True, "seed": 1} | fields
+        stack.enter_context(httpx.stream("POST", f"{server.url}/v1/completions", json=body))
+
+    assert lanes(server) == ({}, {"kl": 4, "latent_diff": 4})
+    known = {key[1:] for key in read(server) if key[0] == "lanes_busy"}
+    depths = ("prompt", "1", "2", "3-4", "5-8")
+    assert known == {(engine, depth) for engine in ("kl", "latent_diff") for depth in depths}
+    with contextlib.ExitStack() as stack:
+        ask(stack, prompt="ab", n=2, exit="none", num_steps=3)  # in the first engine
+        ask(stack, prompt=[1] * 20, num_steps=2)  # in chunks of 8
+        ask(stack, prompt="c", exit="latent_diff", threshold=0, num_steps=8)
+        assert lanes(server)[0] == {}  # they wait
+        expected = {("kl", "3-4"): 2, ("kl", "prompt"): 1, ("latent_diff", "5-8"): 1}
+        rounds.release(2)  # one of the first request alone
+        until(lambda: len(lanes(server)[0]) == len(expected))
+        assert lanes(server) == (expected, {"kl": 4, "latent_diff": 4})
+        engines = server.service.worker.engines
+        held = {kind: sum(s is not None for s in engine._serving) for kind, engine in engines.items()}
+        assert held == {"kl": 2, "latent_diff": 1}  # and the lane that is kept for the long prompt
+        rounds.release(1000)
+        until(lambda: lanes(server)[0] == {})
+
+
+@pytest.mark.parametrize(("steps", "label"), [(0, "prompt"), (1, "1"), (2, "2"), (3, "3-4"), (4, "3-4"), (33, "33-64")])
+def test_depths_are_named_by_powers_of_two(steps, label):
+    assert _bucket(steps) == label
+    (_, busy) = LaneGauges(4, 40, lambda: {"kl": [steps, steps]}).collect()
+    assert [s.labels["recurrences"] for s in busy.samples if s.value] == [label]
+    assert sum(s.value for s in busy.samples) == 2
 
 
 def test_gauges_show_what_is_in_flight(server, rounds):
