@@ -243,11 +243,16 @@ def latencies(turn: Turn) -> Row:
     return first | percentiles("TPOT", [r.per_token for r in turn]) | percentiles("ITL", gaps)
 
 
+def default_depth(server: Background) -> int:
+    """Recurrences of a request that does not say, or the most of them."""
+    return server.service.depths.choose(None, None, None, None).num_steps
+
+
 def closed_rows(server: Background, work: Workload, streams: int) -> Iterator[Row]:
     """The server and its engine alone, taking turns; each one's fastest."""
     o = work.options
     count = o.requests or max(2 * streams, 4)
-    (engine,), depth = server.service.worker.engines.values(), server.service.options.steps or 1
+    (engine,), depth = server.service.worker.engines.values(), default_depth(server)
     ways: dict[str, Callable[[Turn], None]] = {
         "engine": lambda turn: engine_alone(engine, depth, turn, streams),
         "server": lambda turn: asyncio.run(closed_loop(server.url, turn, streams)),
@@ -337,7 +342,7 @@ def main() -> int:
     found: dict[str, list[Row]] = {}
     with in_thread(run, options) as server:
         server.wait_until_ready()
-        depth = server.service.options.steps
+        depth = default_depth(server)
         work = Workload(o, run.config.vocab_size)
         print(
             f"{run.folder.name}, {jax.devices()[0].device_kind}, {o.lanes} lanes, num_steps = {depth}, {o.turns} turns"

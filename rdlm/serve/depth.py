@@ -32,6 +32,7 @@ class Depths:
     options: ServeOptions  # resolved
     trained: int  # recurrences, in the mean
     calibrations: Mapping[str, Calibrated]  # by rule, of these weights
+    plain_steps: int  # of a request without a rule that does not say
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -72,7 +73,7 @@ class Depths:
             return self._as_calibrated({"num_steps": num_steps, "threshold": threshold, "min_steps": min_steps})
         if name == "none" and threshold is not None:
             raise wrong("threshold", "exit 'none' takes no threshold; leave it out, or choose another exit")
-        default = self.trained if name == "none" and self.offered[0] != "none" else options.steps or self.trained
+        default = self.plain_steps if name == "none" else options.steps or self.trained
         most = options.max_steps or default
         steps = min(default, most) if num_steps is None else num_steps
         if not 1 <= steps <= most:

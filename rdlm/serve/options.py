@@ -24,7 +24,8 @@ class ServeOptions:
     max_context: int | None = None
     """Tokens of prompt and answer together; None: the model's maximum, at most 2,048."""
     steps: int | None = None
-    """Recurrences per token where a request does not say; the maximum, with an exit rule."""
+    """Recurrences per token where a request does not say; the maximum, with an exit rule. None: as many as in training
+    without a rule, and twice as many with one; always as in training where the model was made for exactly so many."""
     max_steps: int | None = None
     """Most recurrences that a request may ask for."""
     exit: tuple[Literal["none"] | ExitName, ...] | None = None
@@ -85,8 +86,9 @@ class ServeOptions:
         trained = config.mean_recurrence
         rules = self.exit or (("none",) if trained == 1 else ("kl",))
         fixed = trained == 1 or config.loop.close  # made for exactly so many
-        steps = self.steps or (trained if fixed or rules[0] == "none" else 2 * trained)
-        max_steps = self.max_steps or max(steps, trained if fixed else 2 * trained)
+        usual = trained if fixed else 2 * trained  # with a rule
+        max_steps = self.max_steps or max(self.steps or 1, usual)
+        steps = self.steps or min(usual, max_steps)
         require(steps <= max_steps, "--steps", steps, f"must be at most --max-steps {max_steps}")
         context = min(config.max_length, 2048) if self.max_context is None else self.max_context
         fits = 2 <= context <= config.max_length

@@ -112,7 +112,8 @@ class Service:
         self.name = options.model_name or run.folder.resolve().name
         self.grammars = Grammars(self.tokenizer, run.config.vocab_size)
         self.created = int(time.time())
-        self.depths = Depths(self.options, run.config.mean_recurrence, _calibrations(run))
+        trained = run.config.mean_recurrence
+        self.depths = Depths(self.options, trained, _calibrations(run), plain_steps=options.steps or trained)
         self.draining = False
         self.on_failure: Callable[[], None] = lambda: None
         self._calls: dict[Call, list[Answer]] = {}

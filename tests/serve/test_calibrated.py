@@ -19,7 +19,7 @@ def found(rule, threshold, steps=6, checkpoint=7):
 
 def depths(*calibrations):
     options = ServeOptions(exit=("kl", "latent_diff"), steps=8, max_steps=8)
-    return Depths(options, 4, {each.rule: each for each in calibrations})
+    return Depths(options, 4, {each.rule: each for each in calibrations}, plain_steps=8)
 
 
 def test_it_gets_depth_and_threshold_of_the_first_rule_that_has_them():
