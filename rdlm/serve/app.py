@@ -202,6 +202,8 @@ async def _generate(request: Request, body: Generate, encode: Callable[[Service]
     deadline = asyncio.get_running_loop().time() + service.options.request_timeout
     check_fields(body, service)
     ask = understand(service, body, await asyncio.to_thread(encode, service))
+    if (refusal := service.admission()) is not None:
+        raise refusal
     try:
         async with asyncio.timeout_at(deadline):
             grammar = await grammar_of(service, body)

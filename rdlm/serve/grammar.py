@@ -112,7 +112,7 @@ class Grammars:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int):
         self._model, self._vocab_size = tokenizer, vocab_size
         # One thread, so that clients with many schemas leave the other cores to the engine.
-        self._threads = concurrent.futures.ThreadPoolExecutor(1, "grammar")
+        self._threads = concurrent.futures.ThreadPoolExecutor(1, "grammar", initializer=_hold_back_sigterm)
         self._known: collections.OrderedDict[str, Grammar | str] = collections.OrderedDict()  # the latest used last
         self._coming: dict[str, asyncio.Task[Grammar | str]] = {}
         self._any_object = _written(ANY_OBJECT)  # always remembered
@@ -230,6 +230,11 @@ def _inexact(value: object) -> int | None:
         return value if abs(value) > 2**53 else None
     inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
     return next((number for x in inside if (number := _inexact(x)) is not None), None)
+
+
+def _hold_back_sigterm() -> None:
+    """For this thread and the processes that it starts: some send SIGTERM to all processes of a server."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
 
 def _tried(grammar: str) -> str | None:

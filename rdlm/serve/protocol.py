@@ -300,7 +300,7 @@ def encode_texts(service: Service, prompt: str | list[str] | list[int] | list[li
 
 
 async def grammar_of(service: Service, body: Generate) -> Grammar | None:
-    """The grammar of the answers, if they must have one.
+    """The grammar of the answers to an admitted request, if they must have one.
 
     Raises:
       APIError: none can be had, or fields that contradict it.
@@ -311,9 +311,7 @@ async def grammar_of(service: Service, body: Generate) -> Grammar | None:
     for name in ("min_tokens", "ignore_eos"):
         if getattr(body, name):
             raise wrong(name, "an answer with a response_format ends when it is complete; leave one of them out")
-    if (refusal := service.admission()) is not None:
-        raise refusal
-    return await service.grammars.of(schema)
+    return await service.grammar(schema)
 
 
 def understand(service: Service, body: Generate, prompts: list[np.ndarray]) -> Ask:

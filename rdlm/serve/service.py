@@ -7,7 +7,7 @@ import collections
 import functools
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from rdlm.config import InputError, one_line
 from rdlm.evaluation import calibration
@@ -15,7 +15,7 @@ from rdlm.evaluation.calibration import Calibrated
 from rdlm.run import Run
 from rdlm.serve.depth import Depths
 from rdlm.serve.errors import APIError
-from rdlm.serve.grammar import Grammars
+from rdlm.serve.grammar import Grammar, Grammars
 from rdlm.serve.metrics import AnswerClock, LaneGauges, Metrics
 from rdlm.serve.options import ServeOptions
 from rdlm.serve.worker import Answer, Ask, End, Item, Token, Worker
@@ -80,6 +80,10 @@ def _deliver(call: Call, index: int, clock: AnswerClock, items: list[Item]) -> N
     call.put(index, items)
 
 
+def _stopping(retry_after: int | None = None) -> APIError:
+    return APIError(503, "the server is stopping", code="stopping", retry_after=retry_after)
+
+
 def reads_too_slowly() -> APIError:
     """What a client is told that has fallen too far behind, if it reads that."""
     return APIError(503, "the client reads too slowly", code="slow_reader")
@@ -118,6 +122,7 @@ class Service:
         self.on_failure: Callable[[], None] = lambda: None
         self._calls: dict[Call, list[Answer]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._expired: asyncio.Future[None] | None = None  # done after the grace period
         lanes, steps = self.options.lanes, self.options.max_steps or 1
         self.metrics = Metrics(
             {
@@ -138,6 +143,7 @@ class Service:
     def start(self) -> None:
         """Begin to compile; ready after that."""
         self._loop = asyncio.get_running_loop()
+        self._expired = self._loop.create_future()
         self.grammars.prepare()
         self.worker.start()
 
@@ -176,20 +182,35 @@ class Service:
         return None
 
     def admission(self) -> APIError | None:
-        """What keeps a request from being served; None: nothing."""
-        if self.draining:
-            return APIError(503, "the server is stopping", code="stopping", retry_after=5)
-        if self.worker.failure is not None or not self.worker.ready:
-            return self.health()
-        return None
+        """What keeps a new request from being served; None: nothing."""
+        return _stopping(retry_after=5) if self.draining else self._unready()
 
-    def open(self, ask: Ask) -> Call:
-        """Queue a request; `close` it in any case.
+    def _unready(self) -> APIError | None:
+        return self.health() if self.worker.failure is not None or not self.worker.ready else None
+
+    async def grammar(self, schema: Mapping[str, object]) -> Grammar:
+        """The grammar of the answers to a request that has been admitted.
 
         Raises:
-          APIError: no room, or not ready.
+          APIError: the grace period ends before the schema is compiled; or as `Grammars.of`.
         """
-        if (refusal := self.admission()) is not None:
+        assert self._expired is not None
+        compiling = asyncio.ensure_future(self.grammars.of(schema))
+        try:
+            await asyncio.wait((compiling, self._expired), return_when=asyncio.FIRST_COMPLETED)
+            if self._expired.done():
+                raise _stopping()
+            return compiling.result()
+        finally:
+            compiling.cancel()
+
+    def open(self, ask: Ask) -> Call:
+        """Queue a request that has been admitted; `close` it in any case.
+
+        Raises:
+          APIError: no room, or the engine has failed.
+        """
+        if (refusal := self._unready()) is not None:
             raise refusal
         count, most = len(ask.prompts) * ask.samples, self.options.max_queue
         if count > most:
@@ -234,8 +255,10 @@ class Service:
         self.draining = True
 
         def expire() -> None:
+            assert self._expired is not None
+            self._expired.set_result(None)
             for call in self._calls:
-                call.fail(APIError(503, "the server is stopping", code="stopping"))
+                call.fail(_stopping())
 
         asyncio.get_running_loop().call_later(self.options.grace, expire)
 

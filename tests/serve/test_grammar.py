@@ -210,6 +210,14 @@ def test_a_failure_of_the_server_is_not_remembered_as_the_schemas(monkeypatch, c
     asyncio.run(grammars.of(SCHEMA))
 
 
+def test_a_signal_to_all_processes_of_the_server_does_not_end_the_one_that_compiles(monkeypatch):
+    kill = "import os, signal; os.kill(os.getpid(), signal.SIGTERM)"
+    monkeypatch.setattr(rdlm.serve.grammar, "_TRIAL", f"{kill}\n{rdlm.serve.grammar._TRIAL}")
+    grammar(SCHEMA)
+    with pytest.raises(APIError, match="cannot compile schemas"):  # control: from a thread that takes the signal
+        rdlm.serve.grammar._tried("")
+
+
 def test_schemas_are_tried_with_the_modules_that_the_server_has(monkeypatch, tmp_path):
     (tmp_path / "only_here.py").write_text("")
     monkeypatch.setattr(rdlm.serve.grammar, "_TRIAL", f"import only_here\n{rdlm.serve.grammar._TRIAL}")

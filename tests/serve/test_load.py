@@ -12,6 +12,7 @@ import re
 import signal
 import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor as Pool
 
 import httpx
 import pytest
@@ -21,6 +22,7 @@ from uvicorn.protocols.http import h11_impl
 
 import rdlm
 import rdlm.decode.engine
+import rdlm.serve.grammar
 from rdlm.config import InputError
 from rdlm.decode.loop import begin
 from rdlm.serve.app import make_app
@@ -82,6 +84,28 @@ def test_a_full_queue_of_one_rule_refuses_nobody_of_another(server, rounds, monk
         assert [response.status_code for response in waiting] == [200] * 6
         assert [response.status_code for response in others] == [200] * 4 + [429] * 2
         rounds.release(1000)
+
+
+def schema(digit):
+    """Only this digit is an answer."""
+    return {"type": "json_schema", "json_schema": {"name": "digit", "schema": {"const": digit}}}
+
+
+@contextlib.contextmanager
+def schema_in_the_works(monkeypatch):
+    """(set once a schema is being compiled, set to let it be done)."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def tried(grammar):
+        begun.set()
+        go_on.wait(60)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rdlm.serve.grammar, "_tried", tried)
+        try:
+            yield begun, go_on
+        finally:
+            go_on.set()
 
 
 def asked(server, fields):
@@ -242,7 +266,10 @@ def test_logits_that_are_not_finite_end_their_request_alone(server, rounds, monk
 def test_a_server_that_stops_ends_its_streams(server, rounds, monkeypatch):
     options(server, monkeypatch, grace=0.5)
     monkeypatch.setattr(server.service, "draining", False)
-    with streams(server, 1) as (response,):
+    monkeypatch.setattr(server.service, "_expired", server.loop.create_future())
+    with streams(server, 1) as (response,), schema_in_the_works(monkeypatch) as (begun, _), Pool(1) as pool:
+        compiling = pool.submit(server.post, "completions", **LONG, response_format=schema(1))
+        begun.wait(60)
         server.loop.call_soon_threadsafe(server.service.drain)
         until(lambda: httpx.get(f"{server.url}/ready").status_code == 503)
         assert httpx.get(f"{server.url}/health").status_code == 200
@@ -251,6 +278,8 @@ def test_a_server_that_stops_ends_its_streams(server, rounds, monkeypatch):
         error, done = events(response)
         assert json.loads(error)["error"]["code"] == "stopping"
         assert done == "[DONE]"
+        status, answer = compiling.result(60)
+        assert (status, answer["error"]["code"]) == (503, "stopping")
 
 
 def test_probes_may_ask_with_head_and_the_schema_has_the_version_of_the_package(server):
@@ -317,14 +346,21 @@ def ready(url):
     return False
 
 
-def test_the_command_serves_until_a_signal_and_ends_what_it_has_begun(toy_run, server, command):
+def test_the_command_serves_until_a_signal_and_ends_what_it_has_begun(toy_run, server, command, monkeypatch):
     url, seen = f"http://127.0.0.1:{(port := free_port())}", []
 
     def client():
         until(lambda: ready(url), 120)
-        with httpx.stream("POST", f"{url}/v1/completions", json=LONG | {"stream": True}, timeout=60) as response:
-            os.kill(os.getpid(), signal.SIGTERM)
-            seen.extend(events(response))
+        ask = LONG | {"max_tokens": 9, "response_format": schema(2)}
+        with schema_in_the_works(monkeypatch) as (begun, go_on), Pool(1) as pool:
+            compiling = pool.submit(httpx.post, f"{url}/v1/completions", json=ask, timeout=60)
+            begun.wait(60)
+            with httpx.stream("POST", f"{url}/v1/completions", json=LONG | {"stream": True}, timeout=60) as response:
+                os.kill(os.getpid(), signal.SIGTERM)
+                seen.extend(events(response))
+            until(lambda: not ready(url))
+            go_on.set()
+            assert compiling.result().json()["choices"][0]["text"] == "2"
 
     with beside(client):
         flags = ("--lanes", "4", "--exit", "kl", "latent_diff", "--port", port)
@@ -332,7 +368,8 @@ def test_the_command_serves_until_a_signal_and_ends_what_it_has_begun(toy_run, s
     assert code == 0
     assert seen[-1] == "[DONE]"
     assert json.loads(seen[-2])["choices"][0]["finish_reason"] in ("length", "stop")
-    line = json.loads(err.splitlines()[-1])
+    line, other = sorted(map(json.loads, err.splitlines()[-2:]), key=lambda line: line["completion_tokens"] == 2)
+    assert (other["status"], other["completion_tokens"]) == (200, 2)  # "2" and its end
     assert (line["path"], line["status"], line["prompt_tokens"]) == ("/v1/completions", 200, 3)
     assert line["completion_tokens"] == sum(len(json.loads(e)["choices"][0]["steps"]) for e in seen[:-1])
     assert "ab" not in {*line.values()}
