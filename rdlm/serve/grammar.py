@@ -32,6 +32,7 @@ MAX_SCHEMA = 2**16
 MAX_WAITING = 8
 """Most schemas that may wait to be compiled, the one that is being compiled included."""
 _REMEMBERED = 16  # schemas
+_OPTIONS = "x-guidance"  # of llguidance, at the top of a schema
 _STYLE = {
     "whitespace_flexible": False,  # or a small model may write white space for ever
     "item_separator": ", ",
@@ -150,6 +151,8 @@ class Grammars:
             raise wrong(FIELD, "needs llguidance, which is not installed on the server (pip install llguidance)")
         if self._model.pieces is None:
             raise wrong(FIELD, "this model's tokenizer does not say what the bytes of its tokens are; leave it out")
+        if _OPTIONS in schema:  # such as one that ignores what cannot be compiled
+            raise wrong(FIELD, f"the schema holds {_OPTIONS!r}, but how schemas are compiled is fixed; leave it out")
         try:
             text, number = _written(schema), _inexact(schema)
         except (ValueError, RecursionError) as error:
@@ -219,9 +222,7 @@ class _Tokens:
 
 def _written(schema: Mapping[str, object]) -> str:
     """A schema for llguidance."""
-    given = schema.get("x-guidance")  # its own options
-    style = {**(given if isinstance(given, dict) else {}), **_STYLE}
-    return f"{_ANY_TOKENS}\nstart: %json {json.dumps({**schema, 'x-guidance': style}, allow_nan=False)}"
+    return f"{_ANY_TOKENS}\nstart: %json {json.dumps({**schema, _OPTIONS: _STYLE}, allow_nan=False)}"
 
 
 def _inexact(value: object) -> int | None:

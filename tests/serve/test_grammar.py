@@ -72,6 +72,12 @@ def test_whatever_is_chosen_is_json_of_the_schema(kind, tmp_path):
     assert len(texts) > 15
 
 
+def test_a_key_of_an_answer_may_have_the_name_of_an_option():
+    schema = {"type": "object", "properties": {"x-guidance": {"const": 1}}, "required": ["x-guidance"]}
+    tokens = at_random(grammar(schema | {"additionalProperties": False}), BYTES, np.random.default_rng(0))
+    assert BYTES.decode(tokens) == '{"x-guidance": 1}'
+
+
 def test_a_complete_answer_can_only_end():
     progress = grammar({"type": "boolean"}).start()
     for token in b"true":
@@ -103,6 +109,8 @@ def many(schema, levels):
         ({"$ref": "file:///etc/passwd"}, "cannot be compiled"),
         ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}, "cannot be compiled"),
         ({"not": {"type": "string"}}, 'Unimplemented keys: ["not"]'),
+        ({"not": {"type": "string"}, "x-guidance": {"lenient": True}}, "holds 'x-guidance'"),
+        ({"type": "boolean", "x-guidance": None}, "holds 'x-guidance'"),
         ({"type": "string", "pattern": "("}, "unclosed group"),
         ({"type": "integer", "minimum": 5, "maximum": 3}, "minimum (5) is greater than maximum (3)"),
         ({"enum": [1, -(2**53) - 1]}, "holds -9007199254740993"),
