@@ -14,7 +14,7 @@ from rdlm.decode.loop import Progress, Sizes, read_chunk
 from rdlm.decode.passes import check_memory
 from rdlm.decode.prompt_cache import PromptCache
 from rdlm.decode.requests import Request, RequestOptions
-from rdlm.exits import Depth
+from rdlm.exits import Depth, ExitRule
 from rdlm.model import Params, compute_dtype
 from rdlm.model.cache import Cache, allocate, cache_bytes
 
@@ -22,6 +22,26 @@ from rdlm.model.cache import Cache, allocate, cache_bytes
 def usual_chunk(lanes: int) -> int:
     """Tokens of a prompt that take about as long to read as two tokens of every lane."""
     return max(2 * lanes, 32 if jax.default_backend() == "cpu" else 128)
+
+
+def least_prompt_cache(
+    params: Params, config: ModelConfig, sizes: tuple[int, int], chunk: int, rule: ExitRule | None
+) -> int:
+    """Bytes of the keys and values of a chunk: a prompt cache of fewer would hold nothing.
+
+    Args:
+      params, config: the model.
+      sizes: core sets and positions of a lane.
+      chunk: tokens that are read at once.
+      rule: of the tokens of prompts.
+    """
+    sets, capacity = sizes
+    return cache_bytes(config, sets, 1, min(chunk, capacity), compute_dtype(params, config), _has_coda_sets(rule))
+
+
+def _has_coda_sets(rule: ExitRule | None) -> bool:
+    """Whether the cache of a prompt that is read in chunks has them."""
+    return rule is not None and rule.needs_logits
 
 
 @dataclasses.dataclass
@@ -69,8 +89,7 @@ class Reader:
     ):
         self._params, self._config, self._sizes, self._options = params, config, sizes, options
         self._depth = self._in_prompt(usual)
-        rule = self._depth.rule
-        self._coda_sets = rule is not None and rule.needs_logits
+        self._coda_sets = _has_coda_sets(self._depth.rule)
         self._dtype = compute_dtype(params, config)
         self._exact = sizes.policy.recurrences is None and options.prefill_exit != "together"
         self.chunk = chunk if self._exact else sizes.capacity
@@ -85,10 +104,12 @@ class Reader:
                 f"prompt_cache = {prompt_cache}: this engine reads prompts at once; leave out "
                 'CachePolicy(recurrences) and prefill_exit="together", or the prompt cache'
             )
-        chunk = min(self.chunk, self._sizes.capacity)
-        least = cache_bytes(self._config, self._sizes.sets, 1, chunk, self._dtype, self._coda_sets)
+        sizes = self._sizes.sets, self._sizes.capacity
+        least = least_prompt_cache(self._params, self._config, sizes, self.chunk, self._depth.rule)
         if prompt_cache < least:
-            raise InputError(f"prompt_cache = {prompt_cache}: give 0, or at least {least}, the bytes of {chunk} tokens")
+            raise InputError(
+                f"prompt_cache = {prompt_cache}: give 0, or at least {least}, the bytes of a chunk of a prompt"
+            )
 
     def _in_prompt(self, depth: Depth) -> Depth:
         """The depth of a prompt's tokens."""

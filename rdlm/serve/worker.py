@@ -16,7 +16,7 @@ from rdlm.config import CachePolicy, InputError, Sampling, one_line
 from rdlm.decode import Engine
 from rdlm.decode.engine import Served
 from rdlm.decode.passes import memory_needed, next_power
-from rdlm.decode.reading import usual_chunk
+from rdlm.decode.reading import least_prompt_cache, usual_chunk
 from rdlm.decode.requests import sample_keys
 from rdlm.exits import Depth
 from rdlm.model import compute_dtype
@@ -176,14 +176,15 @@ class Worker:
         steps, context = self._sizes
         sets = CachePolicy(options.cache_recurrences).sets(next_power(steps, minimum=1))
         kinds, room = self._depths.kinds, self._prompt_cache
-        by_logits = any(rule is not None and rule.needs_logits for rule in map(self._depths.rule, kinds))
-        chunk = self._kept_bytes(min(self._chunk, context), by_logits)
-        if options.prompt_cache and room < chunk:
-            least = (chunk * 10**6 // 2**30 + 1) / 10**6
-            fix = f"a chunk of a prompt takes more; give at least {least:.6f} GiB, or 0"
+        sizes = sets, context
+        rules = map(self._depths.rule, kinds)
+        least = max(least_prompt_cache(run.params, run.config, sizes, self._chunk, rule) for rule in rules)
+        if options.prompt_cache and room < least:
+            shown = (least * 10**6 // 2**30 + 1) / 10**6
+            fix = f"a chunk of a prompt takes more; give at least {shown:.6f} GiB, or 0"
             raise InputError(f"--prompt-cache {options.prompt_cache}: {fix}")
         rows = options.lanes * len(kinds)
-        needed = memory_needed(run.params, run.config, rows, 1, (sets, context), Depth(1)) + room * len(kinds)
+        needed = memory_needed(run.params, run.config, rows, 1, sizes, Depth(1)) + room * len(kinds)
         what = f"cache: {sets} recurrences x {rows} lanes x {context} positions"
         what += f" and {room * len(kinds) / 2**30:,.1f} GiB for prompts" if room else ""
         fix = "lower --lanes, --max-context, --cache-recurrences or --prompt-cache"
@@ -211,12 +212,9 @@ class Worker:
             return int(options.prompt_cache * 2**30)
         if options.cache_recurrences is not None:
             return 0
-        return max(options.lanes // 8, 1) * self._kept_bytes(self._sizes[1], coda_sets=True)
-
-    def _kept_bytes(self, tokens: int, coda_sets: bool) -> int:
-        """Bytes of the keys and values of so many tokens in the prompt cache."""
-        config, sets = self._run.config, next_power(self._sizes[0], minimum=1)
-        return cache_bytes(config, sets, 1, tokens, compute_dtype(self._run.params, config), coda_sets)
+        (steps, context), config = self._sizes, self._run.config
+        sets, dtype = next_power(steps, minimum=1), compute_dtype(self._run.params, config)
+        return max(options.lanes // 8, 1) * cache_bytes(config, sets, 1, context, dtype, coda_sets=True)
 
     def _engine(self, kind: str) -> Engine:
         options, (steps, context) = self._depths.options, self._sizes
