@@ -308,9 +308,7 @@ class Engine:
             raise InputError(f"key: {row.keys.dtype}, but this engine's are {self._idle.keys.dtype}")
         allowed = None
         if constraint is not None:
-            check_constraint(constraint)
-            if sampling.min_tokens:
-                raise InputError("constraint: cannot be combined with Sampling.min_tokens; leave one of them out")
+            check_constraint(constraint, sampling)
             allowed = allowed_next(constraint, self.config.vocab_size)
             sampling_row = row.sampling._replace(constrained=jnp.ones(1, bool), allowed=jnp.asarray(allowed[None]))
             row = row._replace(sampling=sampling_row)

@@ -22,7 +22,16 @@ from rdlm.decode.parallel import (
     with_rule,
 )
 from rdlm.decode.passes import check_memory, memory_needed, next_power
-from rdlm.decode.requests import Prompt, RequestOptions, WarmStart, as_requests, not_finite, padded
+from rdlm.decode.requests import (
+    Constraint,
+    Constraints,
+    Prompt,
+    RequestOptions,
+    WarmStart,
+    as_requests,
+    not_finite,
+    padded,
+)
 from rdlm.decode.speculative import check_speculation, speculate
 from rdlm.exits import Counts, ExitRule
 from rdlm.model import Params
@@ -63,11 +72,12 @@ def generate(
     key: ArrayLike | None = None,
     samples: int = 1,
     on_token: Callable[[int, int, int], object] | None = None,
+    constraint: Constraint | Sequence[Constraint | None] | None = None,
 ) -> Generation:
     """Continue prompts of any lengths (docs/semantics.md, Generate). Tokens and steps do not depend on other prompts.
 
-    One program is compiled per (batch size, length bucket, kind of rule, settings of `speculative` and `parallel`),
-    none per other value.
+    One program is compiled per (batch size, length bucket, kind of rule, settings of `speculative` and `parallel`,
+    whether there is a `constraint`), none per other value.
 
     Args:
       params, config: the model.
@@ -92,6 +102,8 @@ def generate(
       samples: continuations of each prompt, with different randomness; those of a prompt follow each other in all
         results, and the first is the one of samples=1.
       on_token: called with (prompt index, token, recurrences) as tokens are made; a true result ends that prompt.
+      constraint: says which tokens may come next, as in `Engine.submit`; for several prompts or samples a list with one
+        or None for each.
 
     Raises:
       InputError (a ValueError): empty prompts, ids out of range, too long, a depth below 1, sampling without a key, or
@@ -102,6 +114,10 @@ def generate(
     )
     check_type("cache", cache, CachePolicy)
     check_callable("on_token", on_token)
+    for name, other in (("speculative", speculative), ("parallel", parallel)):
+        if constraint is not None and other is not None:
+            raise InputError(f"constraint: cannot be combined with {name}; leave one of them out")
+    options = dataclasses.replace(options, any_shape=constraint is not None)
     if parallel is not None:
         check_type("parallel", parallel, Parallel)
         if speculative is not None:
@@ -135,15 +151,18 @@ def generate(
             memory_needed(params, config, len(rows), width, kept, request.depth, all_logits=True),
             "use a smaller window, make fewer new tokens, or give fewer or shorter prompts",
         )
+    constraints = None if constraint is None else Constraints(constraint, len(rows), options)
+    if constraints is not None:
+        request = constraints.restrict(request, range(len(rows)), config.vocab_size)
     progress, prompt_steps = begin(
         params, config, jnp.asarray(tokens), jnp.asarray(lengths), request, sizes, options.prefill_exit, warm_start
     )
     wave = None if parallel is None else open_window(params, config, progress, request, parallel)
     max_tokens, shown, most = jnp.int32(max_new_tokens), np.zeros(len(rows), int), np.full(len(rows), max_new_tokens)
     while True:
-        # Without a listener one call makes everything; with one, each call makes the next token of the slowest row.
+        # One call makes everything, unless somebody asks before each token: then it makes that of the slowest row.
         behind = shown[~np.asarray(progress.done)]
-        limit = max_tokens if on_token is None else jnp.int32(min(behind, default=0) + 1)
+        limit = max_tokens if on_token is None and constraints is None else jnp.int32(min(behind, default=0) + 1)
         if parallel is not None and wave is not None:
             wave = advance(
                 params, config, wave._replace(progress=progress), request, limit, max_tokens, parallel, warm_start
@@ -155,12 +174,12 @@ def generate(
         else:
             progress = speculate(params, config, progress, request, limit, max_tokens, speculative)
         count, made, steps = (np.asarray(x) for x in (progress.count, progress.tokens, progress.steps))
-        if on_token is None:
+        if on_token is None and constraints is None:
             break
         count = np.minimum(count, most)
         for b in range(len(rows)):
             for j in range(shown[b], count[b]):
-                if on_token(b, int(made[b, j]), int(steps[b, j])):
+                if on_token is not None and on_token(b, int(made[b, j]), int(steps[b, j])):
                     most[b] = count[b] = j + 1
                     break
         shown = count
@@ -168,6 +187,9 @@ def generate(
         progress = progress._replace(done=jnp.asarray(ended))
         if ended.all():
             break
+        if constraints is not None:
+            latest = {int(b): int(made[b, count[b] - 1]) for b in np.flatnonzero(~ended)}
+            request = constraints.follow(request, latest, config.vocab_size)
     for row in np.flatnonzero(np.asarray(progress.failed)):
         raise not_finite(f"prompts[{row}]", int(count[row]))
 

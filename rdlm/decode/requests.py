@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple, Protocol
 
 import jax
@@ -48,8 +48,8 @@ class RequestOptions:
 class Constraint(Protocol):
     """Says which tokens may come next in the output of one request, such as those of a grammar.
 
-    Every request needs one of its own. `submit` raises what the first `allowed()` raises; later, what either method
-    raises ends the request with that error.
+    Every request needs one of its own. `generate` raises what either method raises. `Engine.submit` raises what the
+    first `allowed()` raises; later, what either method raises ends the request with that error.
     """
 
     def allowed(self) -> np.ndarray:
@@ -170,11 +170,13 @@ def _ids(config: ModelConfig, prompt: Prompt, name: str, max_new_tokens: int) ->
     return row.astype(np.int32)
 
 
-def check_constraint(constraint: object) -> None:
-    """Refuse what is no `Constraint`. Raises InputError."""
+def check_constraint(constraint: object, sampling: Sampling) -> None:
+    """Refuse what is no `Constraint`, or contradicts it. Raises InputError."""
     methods = (getattr(constraint, name, None) for name in ("allowed", "accept"))
     if isinstance(constraint, type) or not all(map(callable, methods)):
         raise InputError(f"constraint = {constraint!r}: must be an object with the methods allowed() and accept(token)")
+    if np.any(np.asarray(sampling.min_tokens) != 0):
+        raise InputError("constraint: cannot be combined with Sampling.min_tokens; leave one of them out")
 
 
 def allowed_next(constraint: Constraint, vocab_size: int) -> np.ndarray:
@@ -192,6 +194,44 @@ def allowed_next(constraint: Constraint, vocab_size: int) -> np.ndarray:
     if not known.any():
         raise InputError("constraint: allows no token; it must allow one, such as an end of the text")
     return known
+
+
+class Constraints:
+    """The constraints of a batch, for `generate`.
+
+    Args:
+      given: one for each row, or None for those without; for one row, it alone.
+      rows: of the batch.
+      options: of the batch.
+
+    Raises:
+      InputError: not as many as there are rows, or what `Engine.submit` refuses.
+    """
+
+    def __init__(self, given: Constraint | Sequence[Constraint | None], rows: int, options: RequestOptions):
+        self._each: list[Constraint | None] = list(given) if isinstance(given, Sequence) else [given]
+        found = [each for each in self._each if each is not None]
+        for each in found:
+            check_constraint(each, options.sampling)
+        if len(self._each) != rows or len({id(each) for each in found}) < len(found):
+            raise InputError(f"constraint: give a list of {rows}, one object or None for each new text")
+
+    def follow(self, request: Request, tokens: Mapping[int, int], vocab_size: int) -> Request:
+        """Take note of these tokens, by row, and let only such tokens come next in these rows as may."""
+        for row, token in tokens.items():
+            if (constraint := self._each[row]) is not None:
+                constraint.accept(token)
+        return self.restrict(request, tokens, vocab_size)
+
+    def restrict(self, request: Request, rows: Iterable[int], vocab_size: int) -> Request:
+        """Let only such tokens come next in these rows as may; the others need none."""
+        allowed = np.zeros((len(self._each), -(-vocab_size // 32)), np.uint32)
+        for row in rows:
+            if (constraint := self._each[row]) is not None:
+                allowed[row] = allowed_next(constraint, vocab_size)
+        constrained = np.asarray([constraint is not None for constraint in self._each])
+        sampling = request.sampling._replace(constrained=jnp.asarray(constrained), allowed=jnp.asarray(allowed))
+        return request._replace(sampling=sampling)
 
 
 def not_finite(name: str, made: int) -> InputError:

@@ -5,10 +5,10 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from engine_cases import MANY, NEW, TINY, Ask, crowd, engine, generated, outcome, submit
+from engine_cases import MANY, NEW, TINY, Ask, crowd, engine, generated, outcome, params, submit
 
-from rdlm.config import InputError, Sampling
-from rdlm.decode import Engine
+from rdlm.config import InputError, Parallel, Sampling, Speculative
+from rdlm.decode import Engine, generate
 from rdlm.decode.engine import _Made
 from rdlm.decode.lanes import advance, insert
 from rdlm.decode.loop import begin
@@ -107,6 +107,57 @@ def test_every_token_has_a_mask_of_its_own_and_nobody_else_notices():
             assert served_with([Turns()], [batch[i]])[1] == [together[i]]
         else:
             assert together[i] == free[i]
+
+
+def test_generate_takes_constraints_too():
+    batch = shallow()
+    masked = [i % 3 == 0 for i in range(MANY)]
+    _, served = served_with([Turns() if m else None for m in masked], batch)
+    got = generated(KIND, batch, constraint=[Turns() if m else None for m in masked])
+    assert got == served
+    assert [in_turn(tokens) for tokens, _, _ in got] == masked  # so some are not
+
+
+class Heard(Only):
+    """Notes what it is told."""
+
+    def __init__(self, tokens):
+        super().__init__(tokens)
+        self.told = []
+
+    def accept(self, token):
+        self.told.append(token)
+
+
+def test_a_constraint_hears_of_no_token_that_ends_a_text():
+    end = dataclasses.replace(Ask((1, 2)), sampling=Sampling(stop_tokens=(7,)))
+    one, other, whole = Heard([7]), Heard([8]), Heard([9])
+    out = generated(KIND, [end, end], constraint=[one, other])
+    assert [tokens for tokens, _, _ in out] == [[7], [8] * NEW]
+    assert (one.told, other.told) == ([], [8] * (NEW - 1))
+    third = generated(
+        KIND, [end, end], constraint=[whole, None], on_token=lambda i, *_: i == 0 and len(whole.told) == 2
+    )
+    assert (third[0][0], whole.told) == ([9, 9, 9], [9, 9])
+    with pytest.raises(RuntimeError, match="no more"):
+        generated(KIND, [end, end], constraint=[None, Turns(fails_at=2)])
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"constraint": Turns()}, "constraint: give a list of 2, one object or None for each new text"),
+        ({"constraint": [Turns(), None, None]}, "give a list of 2"),
+        ({"constraint": [Only([1])] * 2}, "give a list of 2, one object"),
+        ({"constraint": [Turns(), object()]}, "must be an object with the methods"),
+        ({"constraint": [None, Turns()], "sampling": Sampling(min_tokens=(0, 2))}, "with Sampling.min_tokens"),
+        ({"constraint": [None, Turns()], "speculative": Speculative(2, 2)}, "with speculative; leave one"),
+        ({"constraint": [None, Turns()], "parallel": Parallel()}, "with parallel; leave one"),
+    ],
+)
+def test_generate_refuses_by_name(fields, words):
+    with pytest.raises(InputError, match=words):
+        generate(params(), TINY, [[1], [2]], max_new_tokens=2, num_steps=2, **fields)
 
 
 def test_control_masks_of_the_token_before(monkeypatch):

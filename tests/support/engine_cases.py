@@ -117,7 +117,7 @@ def alone(kind, ask, engine):
     return outcome(*serve(kind, [dataclasses.replace(ask, comes=0, leaves=None)], engine))
 
 
-def generated(kind, batch):
+def generated(kind, batch, **options):
     """What `generate` makes of the same requests in one batch."""
     k = KINDS[kind]
     sampling = {f.name: [getattr(ask.sampling, f.name) for ask in batch] for f in dataclasses.fields(Sampling)}
@@ -126,7 +126,7 @@ def generated(kind, batch):
         num_steps=[ask.depth for ask in batch],
         exit_rule=k.rule and k.rule(np.array([ask.threshold for ask in batch], np.float32)),
         min_steps=[ask.least for ask in batch], sampling=Sampling(**sampling),
-        key=jnp.stack([jax.random.key(ask.seed) for ask in batch]), **k.shared,
+        key=jnp.stack([jax.random.key(ask.seed) for ask in batch]), **k.shared, **options,
     )  # fmt: skip
     rows = zip(batch, out.tokens, out.steps, out.prompt_steps, strict=True)
     return [(t[: ask.new].tolist(), s[: ask.new].tolist(), p.tolist()) for ask, t, s, p in rows]
