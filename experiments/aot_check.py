@@ -308,7 +308,7 @@ def check_window(
     options = with_rule(config, parallel, RequestOptions(num_steps=o.num_steps))
     params, progress, request, number = decoding_shapes(config, options, ONE_SET, o, device)
     wave = jax.eval_shape(
-        lambda *shapes: open_window(shapes[0], config, *shapes[1:], parallel), params, progress, request
+        lambda params, *rest: open_window(params, config, rest[0], rest[1], parallel), params, progress, request
     )
     wave = hlo.specs(wave, SingleDeviceSharding(device))
     lowered = advance.lower(params, config, wave, request, number, number, parallel, False)

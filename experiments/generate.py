@@ -100,6 +100,8 @@ class Args:
     parallel: Window = Window()
     ema: bool = False
     """Use the moving average of the weights, if the run kept one (optimizer.ema_decay)."""
+    tensor: int = 1
+    """Devices that share the model, each with some of its heads and columns."""
     seed: int = 0
     """Of the initial states and of sampling."""
     show_steps: bool = True
@@ -120,7 +122,7 @@ def main() -> int:
     from rdlm.evaluation.calibration import load
     from rdlm.run import find
 
-    run = find(args.run_dir, ema=args.ema)
+    run = find(args.run_dir, ema=args.ema, tensor=args.tensor)
     tokenizer = run.require_tokenizer()
     if args.calibrated:
         found = load(args.run_dir, args.exit, run.step, f"python experiments/calibrate_exits.py {args.run_dir}")

@@ -37,6 +37,8 @@ class Args:
     """Port to listen on; 0 takes one that is free."""
     ema: bool = False
     """Use the moving average of the weights, if the run kept one (optimizer.ema_decay)."""
+    tensor: int = 1
+    """Devices that share the model, each with some of its heads and columns."""
 
 
 def main() -> int:
@@ -46,7 +48,7 @@ def main() -> int:
     from rdlm.serve import serve
 
     keep_compiled_programs()
-    return serve(find(args.folder, ema=args.ema), args.options, args.host, args.port)
+    return serve(find(args.folder, ema=args.ema, tensor=args.tensor), args.options, args.host, args.port)
 
 
 if __name__ == "__main__":

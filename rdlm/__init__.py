@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from rdlm.model.forward import forward
     from rdlm.model.quantize import quantize
     from rdlm.model.retrofit import retrofit
+    from rdlm.model.tensor_parallel import tensor_parallel
     from rdlm.optim import ellis_adam
     from rdlm.run import Run, load
 
@@ -81,6 +82,7 @@ _ROOM_OF = {
     "quantize": "model",
     "retrofit": "model",
     "save_huggingface": "hf",
+    "tensor_parallel": "model",
 }
 _ROOMS = [room.name for room in pkgutil.iter_modules(__path__)]
 

@@ -17,10 +17,11 @@ from rdlm.data import Batch, Chain
 from rdlm.decode import Generation, generate
 from rdlm.evaluation.depth import DepthCurve, depth_curve
 from rdlm.evaluation.held_out import validation
-from rdlm.hf import is_huggingface, load_huggingface
+from rdlm.hf import is_huggingface
 from rdlm.model import Params
+from rdlm.model.tensor_parallel import tensor_mesh, with_heads
 from rdlm.tokenizer import Tokenizer
-from rdlm.weights import merged_model, read_run
+from rdlm.weights import merged_model, read_huggingface, read_run
 
 Chat = Sequence[Mapping[str, str]]
 """Messages {"role": ..., "content": ...}."""
@@ -42,13 +43,14 @@ class Run:
     ema: bool  # whether parameters are their moving average
     tokenizer: Tokenizer | None  # None where the folder has none
     run_config: RunConfig | None  # how it was trained; None for a Hugging Face folder
+    tensor: int = 1  # devices that share the model, see `rdlm.tensor_parallel`
 
     @functools.cached_property
     def _model(self) -> tuple[Params, ModelConfig]:
         if self.run_config is None:
-            params, config = load_huggingface(self.folder)
+            params, config = read_huggingface(self.folder, self.tensor)
         else:
-            params, config = read_run(self.folder, self.step, self.ema)
+            params, config = read_run(self.folder, self.step, self.ema, self.tensor)
         return params, self._masked(config)
 
     def _masked(self, config: ModelConfig) -> ModelConfig:
@@ -63,7 +65,9 @@ class Run:
     @property
     def config(self) -> ModelConfig:
         """The shape of the model. Ids that the tokenizer does not have count as padding rows."""
-        return self._model[1] if self.run_config is None else self._masked(merged_model(self.run_config))
+        if self.run_config is None:
+            return self._model[1]
+        return self._masked(with_heads(merged_model(self.run_config), self.tensor))
 
     def require_tokenizer(self) -> Tokenizer:
         """The tokenizer.
@@ -209,9 +213,11 @@ def _encode(tokenizer: Tokenizer, prompt: str | Chat) -> np.ndarray:
     return tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(prompt)
 
 
-def find(folder: str | Path, step: int | None = None, ema: bool = False) -> Run:
+def find(folder: str | Path, step: int | None = None, ema: bool = False, tensor: int = 1) -> Run:
     """As `load`, but parameters are read on first use."""
     folder = local_path(folder)
+    if tensor != 1:
+        tensor_mesh(tensor)  # refuses what is no number of devices
     if not folder.exists():
         needed = "a run folder (train a model there first) or a Hugging Face folder"
         raise InputError(f"run folder {folder}: does not exist; give {needed}")
@@ -219,25 +225,27 @@ def find(folder: str | Path, step: int | None = None, ema: bool = False) -> Run:
         if step is not None or ema:
             raise InputError(f"{folder}: a Hugging Face folder has one set of weights; leave out step and ema")
         found = (folder / "tokenizer.json").exists()
-        return Run(folder, 0, False, Tokenizer.load(folder) if found else None, None)
+        return Run(folder, 0, False, Tokenizer.load(folder) if found else None, None, tensor)
     config = read_config(folder)
     read_meta(folder, step)  # refuses a step that is not saved
     step = saved_steps(folder)[-1] if step is None else step
     found = (folder / "tokenizer" / "tokenizer.json").exists()
-    return Run(folder, step, ema, load_tokenizer(folder, step) if found else None, config)
+    return Run(folder, step, ema, load_tokenizer(folder, step) if found else None, config, tensor)
 
 
-def load(folder: str | Path, step: int | None = None, ema: bool = False) -> Run:
+def load(folder: str | Path, step: int | None = None, ema: bool = False, tensor: int = 1) -> Run:
     """A trained model from a run folder or a Hugging Face folder.
 
     Args:
       folder: made by training or conversion, or of the reference's kind.
       step: checkpoint of a run folder; None: the newest.
       ema: the moving average of the parameters in their place, if the run kept one.
+      tensor: devices that share the model, each with some of its heads and columns (`rdlm.tensor_parallel`).
 
     Raises:
-      InputError: no such folder or checkpoint, damaged files, or a tokenizer that is not the checkpoint's.
+      InputError: no such folder or checkpoint, damaged files, a tokenizer that is not the checkpoint's, or dimensions
+        that do not divide by `tensor`.
     """
-    run = find(folder, step, ema)
+    run = find(folder, step, ema, tensor)
     _ = run.params
     return run

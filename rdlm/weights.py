@@ -20,8 +20,9 @@ from rdlm import sharding
 from rdlm.checkpoint import StoredCheckpoint, as_abstract, open_checkpoint, read_config, saved_steps
 from rdlm.config import InputError, MeshConfig, ModelConfig, RunConfig, differences, local_path, require
 from rdlm.data import prepared_tokenizer
-from rdlm.hf import StoredModel, is_huggingface, open_huggingface
+from rdlm.hf import StoredModel, is_huggingface, load_huggingface, open_huggingface
 from rdlm.model import Params, cast, init_params
+from rdlm.model.tensor_parallel import placement, tensor_mesh, tensor_parallel, widened, with_heads
 from rdlm.runtime import together
 from rdlm.tokenizer import Tokenizer
 from rdlm.tune import combine, divide, merge
@@ -305,20 +306,38 @@ def merged_model(run: RunConfig) -> ModelConfig:
     return _held_in_float32(run.model) if run.tune.lora_rank else run.model
 
 
-def read_run(folder: str | Path, step: int | None = None, ema: bool = False) -> tuple[Params, ModelConfig]:
+def read_huggingface(folder: str | Path, tensor: int = 1) -> tuple[Params, ModelConfig]:
+    """(params, config) of a Hugging Face folder, as `rdlm.load_huggingface`; on `tensor` devices, as `read_run`."""
+    if tensor == 1:
+        return load_huggingface(folder)
+    mesh, source = tensor_mesh(tensor), open_huggingface(folder)
+    config, shapes = source.config, source.shapes()
+    held = source.load(as_abstract(shapes, placement(config, mesh, shapes)))
+    return widened(held, config, mesh), with_heads(config, tensor)
+
+
+def read_run(
+    folder: str | Path, step: int | None = None, ema: bool = False, tensor: int = 1
+) -> tuple[Params, ModelConfig]:
     """(params, config) of a run folder, as `rdlm.load_checkpoint`; also of one that holds only what it learnt.
 
     Then its base is read from where the run says (`init` in config.json), and low-rank pairs are merged in float32.
+    With `tensor` the result is that of `rdlm.tensor_parallel`, and every device reads its part alone.
 
     Raises:
-      InputError: as `load_checkpoint`; no such base, or one with other weights.
+      InputError: as `load_checkpoint` and `tensor_parallel`; no such base, or one with other weights.
     """
+    mesh = tensor_mesh(tensor)
     stored = open_checkpoint(folder, step, ema)
-    run, learnt = dataclasses.replace(stored.run, run_dir=str(folder)), stored.load()
+    run = dataclasses.replace(stored.run, run_dir=str(folder))
+    if not run.tune.freezes and mesh.size > 1:
+        wider = with_heads(run.model, mesh.size)
+        return widened(stored.load(placement(run.model, mesh, stored.shapes())), run.model, mesh), wider
+    learnt = stored.load()
     if not run.tune.freezes:
         return learnt, run.model
     here = sharding.replicated(sharding.make_mesh(MeshConfig(1, 1), run.model, jax.local_devices()[:1]))
     shapes = jax.eval_shape(lambda: init_params(run.model, jax.random.key(0)))
     base = Weights(run).load(as_abstract(shapes, jax.tree.map(lambda _: here, shapes)), run.weights_digest)
     model, params = merged_model(run), combine(learnt, divide(base, run.tune)[1], run.tune)
-    return merge(cast(params, model.param_dtype)), model
+    return tensor_parallel(merge(cast(params, model.param_dtype)), model, tensor)

@@ -121,7 +121,7 @@ class StoredCheckpoint:
         Raises:
           InputError: as `load_checkpoint`.
         """
-        shapes = jax.eval_shape(self._fresh, jax.random.key(0))
+        shapes = self.shapes()
         if shardings is None:
             one = SingleDeviceSharding(jax.local_devices()[0])
             shardings = jax.tree.map(lambda _: one, shapes)
@@ -131,6 +131,10 @@ class StoredCheckpoint:
         if not self.ema and (problem := wrong_sum(self.meta(), params=params)):
             raise InputError(f"checkpoint {self._path}: {problem}; {_way_out(self.folder, self.step)}")
         return params
+
+    def shapes(self) -> Params:
+        """Shapes and dtypes of what `load` returns."""
+        return jax.eval_shape(self._fresh, jax.random.key(0))
 
     def require_whole(self) -> None:
         """Refuse a checkpoint that holds only what learns beside a frozen base. Raises InputError."""

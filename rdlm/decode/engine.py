@@ -30,6 +30,7 @@ from rdlm.config import CachePolicy, InputError, ModelConfig, Sampling
 from rdlm.decode.lanes import RECENT, Flush, Lanes, advance, empty_lanes, insert
 from rdlm.decode.loop import Sizes, begin
 from rdlm.decode.passes import check_memory, memory_needed, next_power
+from rdlm.decode.program import local_config
 from rdlm.decode.reading import Reader, Reading, usual_chunk
 from rdlm.decode.requests import (
     Constraint,
@@ -45,7 +46,7 @@ from rdlm.decode.requests import (
     sample_keys,
 )
 from rdlm.exits import ExitRule
-from rdlm.model import Params, check_shape, compute_dtype, typed_key
+from rdlm.model import Params, check_shape, typed_key
 from rdlm.model.inputs import check_callable, check_integers, check_type
 from rdlm.runtime.memory import require_memory
 
@@ -209,9 +210,10 @@ class Engine:
         self._flush = Flush(lanes if together else self._group, flush_every)
         self._serving: list[Served | None] = [None] * lanes
         prompts = f" and prompt_cache = {prompt_cache} bytes" if prompt_cache else ""
+        here = local_config(params, config)
         require_memory(
             f"cache: {sets} recurrences x {lanes} lanes x {capacity} positions{prompts}",
-            memory_needed(params, config, lanes, 1, (sets, capacity), self._idle.depth) + prompt_cache,
+            memory_needed(params, here, lanes, 1, (sets, capacity), self._idle.depth) + prompt_cache,
             "use fewer lanes or a smaller capacity, or keep fewer recurrences (cache=CachePolicy(recurrences=k))",
         )
         chunk = usual_chunk(lanes) if prefill_chunk is None else int(prefill_chunk)
@@ -426,7 +428,7 @@ class Engine:
 
     def _empty_lanes(self) -> Lanes:
         rows = _stack([self._idle] * len(self._serving))
-        return empty_lanes(self.config, rows, self._sizes, compute_dtype(self.params, self.config))
+        return empty_lanes(self.params, self.config, rows, self._sizes)
 
     def _fail(self, concerned: list[Served], error: BaseException) -> None:
         """End the requests concerned with `error`, and if the lanes are lost with it, all that are in flight."""
@@ -513,9 +515,8 @@ class Engine:
         request = _stack([s._row for s in group] + [self._idle] * rest)
         sizes = self._sizes._replace(capacity=tokens.shape[1], tokens=1)
         ways = self._options.prefill_exit, self._options.warm_start
-        check_memory(
-            self.params, self.config, len(tokens), sizes.capacity, (sizes.sets, sizes.capacity), self._idle.depth
-        )
+        where = local_config(self.params, self.config), len(tokens), sizes.capacity, (sizes.sets, sizes.capacity)
+        check_memory(self.params, *where, self._idle.depth)
         progress, prompt_steps = begin(self.params, self.config, jnp.asarray(tokens), lengths, request, sizes, *ways)
         depth = np.asarray(prompt_steps)  # errors of the program appear here, while the lanes are untouched
         self._lanes = insert(self.params, self.config, self._lanes, progress, lengths, request, max_tokens, lane)

@@ -22,6 +22,7 @@ from rdlm.decode.parallel import (
     with_rule,
 )
 from rdlm.decode.passes import check_memory, memory_needed, next_power
+from rdlm.decode.program import local_config
 from rdlm.decode.requests import (
     Constraint,
     Constraints,
@@ -142,13 +143,13 @@ def generate(
         next_power(int(max(lengths) + max_new_tokens + lookahead), 64),
         next_power(int(max_new_tokens), 16),
     )
-    kept = sizes.sets, sizes.capacity
+    kept, here = (sizes.sets, sizes.capacity), local_config(params, config)
     if parallel is None:
-        check_memory(params, config, len(rows), width, kept, request.depth)
+        check_memory(params, here, len(rows), width, kept, request.depth)
     else:
         require_memory(
             f"Parallel.window = {parallel.window}, for {len(rows)} prompts and a cache of {sizes.capacity} positions",
-            memory_needed(params, config, len(rows), width, kept, request.depth, all_logits=True),
+            memory_needed(params, here, len(rows), width, kept, request.depth, all_logits=True),
             "use a smaller window, make fewer new tokens, or give fewer or shorter prompts",
         )
     constraints = None if constraint is None else Constraints(constraint, len(rows), options)

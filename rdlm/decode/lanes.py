@@ -16,16 +16,29 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.typing import DTypeLike
 from jaxtyping import Int, PyTree
 
 from rdlm import exits
 from rdlm.config import ModelConfig
 from rdlm.decode.loop import Progress, Sizes, token_keys
+from rdlm.decode.program import program
 from rdlm.decode.requests import Request, WarmStart
 from rdlm.decode.sampling import Likeliest, adjusted, choose, finite, likeliest, log_probability, no_likeliest, stops
 from rdlm.exits import Observation
-from rdlm.model import Params, begin, coda, context, core_step, embed, head, inject, known, noisy, with_values
+from rdlm.model import (
+    Params,
+    begin,
+    coda,
+    compute_dtype,
+    context,
+    core_step,
+    embed,
+    head,
+    inject,
+    known,
+    noisy,
+    with_values,
+)
 from rdlm.model.blocks import Context
 from rdlm.model.cache import Cache, allocate, cached_bias, skip_bias, write
 from rdlm.model.kernels import after
@@ -96,14 +109,15 @@ class _Exit(NamedTuple):
     failed: Array  # bool [W], whether there is none, because logits were not finite
 
 
-def empty_lanes(config: ModelConfig, request: Request, sizes: Sizes, dtype: DTypeLike) -> Lanes:
-    """Idle lanes, one per row of `request`."""
-    B = len(request.keys)
+@program("config", "sizes")
+def empty_lanes(params: Params, config: ModelConfig, request: Request, sizes: Sizes) -> Lanes:
+    """Idle lanes, one per row of `request`, where the parameters are."""
+    B, dtype = len(request.keys), compute_dtype(params, config)
     s, injected = (jnp.zeros((B, 1, width), dtype) for width in (config.state_dim, config.embed_dim))
     zero, no = jnp.zeros(B, jnp.int32), jnp.zeros(B, bool)
     rule = request.depth.rule
     table, scalar = jnp.zeros((B, sizes.tokens), jnp.int32), jnp.int32(0)
-    lanes = Lanes(
+    return Lanes(
         cache=allocate(config, sizes.policy, sizes.sets, B, sizes.capacity, dtype),
         request=request,
         max_tokens=zero,
@@ -125,10 +139,9 @@ def empty_lanes(config: ModelConfig, request: Request, sizes: Sizes, dtype: DTyp
         flushes=scalar,
         since=scalar,
     )
-    return jax.tree.map(jnp.copy, lanes)  # donated later, so no two may share a buffer
 
 
-@functools.partial(jax.jit, static_argnames=("config", "flush", "warm_start"), donate_argnames="lanes")
+@program("config", "flush", "warm_start", donate="lanes")
 def advance(
     params: Params,
     config: ModelConfig,
@@ -344,7 +357,7 @@ def _put(target: PyTree, lane: Array, rows: PyTree) -> PyTree:
     return jax.tree.map(lambda x, y: x.at[lane].set(y, mode="drop"), target, rows)
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="lanes")
+@program("config", donate="lanes")
 def insert(
     params: Params,
     config: ModelConfig,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,6 +12,7 @@ from jaxtyping import Bool, Float, Int, Int32, Key
 
 from rdlm.config import CachePolicy, ModelConfig
 from rdlm.decode.passes import continuation, run_pass
+from rdlm.decode.program import program
 from rdlm.decode.requests import Request, WarmStart
 from rdlm.decode.sampling import Likeliest, adjusted, choose, finite, likeliest, log_probability, no_likeliest, stops
 from rdlm.model import Params, Pass, Start, Text, compute_dtype, known, start_from
@@ -47,7 +47,7 @@ class Sizes(NamedTuple):
     tokens: int  # N, new tokens per row
 
 
-@functools.partial(jax.jit, static_argnames=("config", "sizes", "prefill_exit", "warm_start"))
+@program("config", "sizes", "prefill_exit", "warm_start")
 def begin(
     params: Params,
     config: ModelConfig,
@@ -72,7 +72,7 @@ def begin(
     return _first_token(config, done, cache, request, lengths, present, sizes.tokens, warm_start), done.steps
 
 
-@functools.partial(jax.jit, static_argnames=("config", "warm_start"), donate_argnames="cache")
+@program("config", "warm_start", donate="cache")
 def read_chunk(
     params: Params,
     config: ModelConfig,
@@ -227,7 +227,7 @@ def until(limit: Int[Array, ""], one_round: Callable[[Progress], Progress], prog
     return lax.while_loop(lambda p: jnp.any(~p.done & (p.count < limit)), one_round, progress)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "warm_start"), donate_argnames="progress")
+@program("config", "warm_start", donate="progress")
 def decode_tokens(
     params: Params,
     config: ModelConfig,

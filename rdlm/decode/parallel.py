@@ -12,7 +12,6 @@ offsets they use. Nothing of a row depends on another.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import NamedTuple
 
 import jax
@@ -25,6 +24,7 @@ from rdlm import exits
 from rdlm.config import CachePolicy, InputError, ModelConfig, Parallel
 from rdlm.decode.loop import Made, Progress, extend, request_start, token_keys
 from rdlm.decode.passes import continuation
+from rdlm.decode.program import program
 from rdlm.decode.requests import Request, RequestOptions, WarmStart, check_unadjusted
 from rdlm.decode.sampling import choose, finite
 from rdlm.exits import ExitRule, Observation
@@ -117,7 +117,7 @@ def check_parallel(
         raise InputError("parallel: cannot be combined with Sampling.repetition_penalty; leave one of them out")
 
 
-@functools.partial(jax.jit, static_argnames=("config", "parallel"))
+@program("config", "parallel")
 def open_window(params: Params, config: ModelConfig, progress: Progress, request: Request, parallel: Parallel) -> Wave:
     """The window behind a prefill: one position, that of the first new token."""
     shape = (len(progress.token), parallel.window)
@@ -139,7 +139,7 @@ def open_window(params: Params, config: ModelConfig, progress: Progress, request
     return Wave(progress, window)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "parallel", "warm_start"), donate_argnames="wave")
+@program("config", "parallel", "warm_start", donate="wave")
 def advance(
     params: Params,
     config: ModelConfig,

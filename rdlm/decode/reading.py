@@ -12,11 +12,18 @@ from jax import Array
 from rdlm.config import InputError, ModelConfig
 from rdlm.decode.loop import Progress, Sizes, read_chunk
 from rdlm.decode.passes import check_memory
+from rdlm.decode.program import local_config, program
 from rdlm.decode.prompt_cache import PromptCache
 from rdlm.decode.requests import Request, RequestOptions
 from rdlm.exits import Depth, ExitRule
 from rdlm.model import Params, compute_dtype
 from rdlm.model.cache import Cache, allocate, cache_bytes
+
+
+@program("config", "sizes", "coda_sets")
+def _empty(params: Params, config: ModelConfig, sizes: Sizes, coda_sets: bool) -> Cache:
+    """The cache of one prompt, where the parameters are."""
+    return allocate(config, sizes.policy, sizes.sets, 1, sizes.capacity, compute_dtype(params, config), coda_sets)
 
 
 def usual_chunk(lanes: int) -> int:
@@ -123,11 +130,12 @@ class Reader:
         """
         config, sizes, coda_sets = self._config, self._sizes, self._coda_sets
         where = sizes.sets, sizes.capacity
-        check_memory(self._params, config, 1, self.chunk, where, self._depth, coda_sets=coda_sets)
+        here = local_config(self._params, config)
+        check_memory(self._params, here, 1, self.chunk, where, self._depth, coda_sets=coda_sets)
         row = request._replace(depth=self._in_prompt(request.depth))
         present = np.zeros((1, config.vocab_size), bool)
         present[0, prompt] = True
-        cache = allocate(config, sizes.policy, sizes.sets, 1, sizes.capacity, self._dtype, coda_sets)
+        cache = _empty(self._params, config, sizes, coda_sets)
         names = self.kept.names(prompt, row)
         # The last token is always read: what follows depends on its logits.
         cache, chunks = self.kept.fill(cache, names[: (prompt.size - 1) // self.chunk])

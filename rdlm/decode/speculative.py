@@ -8,7 +8,6 @@ verification runs only the remaining recurrences, on all drafts in parallel, and
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import NamedTuple
 
 import jax
@@ -20,6 +19,7 @@ from jaxtyping import Bool, Float, Float32, Int, Int32
 from rdlm.config import CachePolicy, InputError, ModelConfig, Speculative
 from rdlm.decode.loop import Made, Progress, extend, request_start, token_keys, until
 from rdlm.decode.passes import continuation, run_pass
+from rdlm.decode.program import program
 from rdlm.decode.requests import Request, RequestOptions, check_unadjusted
 from rdlm.decode.sampling import finite, penalise, probabilities
 from rdlm.exits import Depth
@@ -53,7 +53,7 @@ def check_speculation(
         )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "speculative"), donate_argnames="progress")
+@program("config", "speculative", donate="progress")
 def speculate(
     params: Params,
     config: ModelConfig,

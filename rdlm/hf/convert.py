@@ -43,7 +43,7 @@ from rdlm.hf.files import (
 )
 from rdlm.hf.names import ROTARY, Entry, bare, is_sandwich, rotary_buffer, table, to_ours, to_theirs
 from rdlm.hf.plain import FAMILIES
-from rdlm.model import Params, check_float
+from rdlm.model import Params, check_float, init_params
 from rdlm.runtime import set_aside
 from rdlm.runtime.files import is_scratch, scratch_folder
 
@@ -104,6 +104,16 @@ class StoredModel:
         parts = self.pieces[path]
         with _naming(next(iter(parts.values()))[0].file):
             return _assembled(parts)
+
+    def shapes(self) -> Params:
+        """Shapes and dtypes of what `load_huggingface` returns."""
+        whole = flatten_dict(jax.eval_shape(lambda: init_params(self.config, jax.random.key(0))))
+
+        def one(path: tuple[str, ...]) -> jax.ShapeDtypeStruct:
+            codes = {stored.code for stored, _ in self.pieces[path].values()}
+            return jax.ShapeDtypeStruct(whole[path].shape, jnp.result_type(*(DTYPES[code] for code in codes)))
+
+        return unflatten_dict({path: one(path) for path in self.pieces})
 
     def load(self, target: PyTree[jax.ShapeDtypeStruct]) -> Params:
         """The parameters in the dtypes and shardings of `target`: one at a time in host memory, then its shards.

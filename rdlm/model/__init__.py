@@ -38,6 +38,7 @@ from rdlm.model.network import (
 from rdlm.model.noise import noisy
 from rdlm.model.quantize import check_float, quantization, quantize, quantized_specs
 from rdlm.model.retrofit import retrofit
+from rdlm.model.tensor_parallel import tensor_parallel
 
 __all__ = [
     "Bound",
@@ -78,6 +79,7 @@ __all__ = [
     "retrofit",
     "split_steps",
     "start_from",
+    "tensor_parallel",
     "text_from",
     "typed_key",
     "vectors",

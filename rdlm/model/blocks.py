@@ -17,6 +17,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Float32, Int, PyTree, Shaped
 
 from rdlm.config import ModelConfig
+from rdlm.model import split
 from rdlm.model.cache import KeyValue
 from rdlm.model.kernels import attend, attend_cached, attend_flash, attend_in_training
 from rdlm.remat import keep
@@ -292,12 +293,15 @@ class SelfAttention(nn.Module):
             mixed = attend_cached(q, (new_k, new_v, ctx.bias), (cached_k, cached_v, ctx.cached_bias))
         for gate in gates:
             mixed = mixed * jax.nn.sigmoid(gate.reshape(B, L, H * Q))
-        return linear(mixed, matrix(self, "proj", (H * Q, D), output_std(cfg), ("heads", "embed"), dtype)), new_kv
+        proj = matrix(self, "proj", (H * Q, D), output_std(cfg), ("heads", "embed"), dtype)
+        return split.summed(linear(mixed, proj)), new_kv
 
     def normed(self, name: str, x: Float[Array, "B L H Q"]) -> Float[Array, "B L H Q"]:
         """Queries or keys after their norm."""
-        shape = x.shape if self.config.block.qk_norm == "head" else (*x.shape[:2], -1)
-        return RMSNorm(self.config, name=name)(x.reshape(shape)).reshape(x.shape)
+        norm = RMSNorm(self.config, name=name)
+        if self.config.block.qk_norm == "head":
+            return norm(x)
+        return split.own(norm(split.gathered(x.reshape(*x.shape[:2], -1)))).reshape(x.shape)
 
 
 def halves(w: Shaped[Array, "2 D F"] | Quantized | LowRank) -> list[Shaped[Array, "D F"] | Quantized | LowRank]:
@@ -327,10 +331,10 @@ class MLP(nn.Module):
         fc = matrix(self, "fc", (*stacked, D, F), std, (*axes, "embed", "mlp"), x.dtype)
         proj = matrix(self, "proj", (F, D), output_std(self.config), ("mlp", "embed"), x.dtype)
         if not block.gated:
-            return linear(ACTIVATIONS[block.activation](keep(linear(x, fc))), proj)
+            return split.summed(linear(ACTIVATIONS[block.activation](keep(linear(x, fc))), proj))
         into_gate, into_up = halves(fc)
         gate, up = keep(linear(x, into_gate)), keep(linear(x, into_up))
-        return linear(ACTIVATIONS[block.activation](gate) * up, proj)
+        return split.summed(linear(ACTIVATIONS[block.activation](gate) * up, proj))
 
 
 class TransformerBlock(nn.Module):

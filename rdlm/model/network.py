@@ -25,6 +25,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Float32, Int, Int32, Key, PyTree
 
 from rdlm.config import ModelConfig
+from rdlm.model import split
 from rdlm.model.attention import HIDDEN, causal_bias
 from rdlm.model.blocks import (
     VALUE_CHANNELS,
@@ -231,8 +232,8 @@ def with_values(params: Params, config: ModelConfig, tokens: Int[Array | np.ndar
     dtype, found = compute_dtype(params, config), {}
     for name in config.value_layers:
         values = params[f"values_{name}"]
-        rows = values["table"][tokens].astype(dtype).reshape(*tokens.shape, config.kv_heads, config.head_dim)
-        found[name] = values["gate"].astype(dtype), rows
+        rows = split.own(split.rows(values["table"], tokens)).astype(dtype)
+        found[name] = values["gate"].astype(dtype), rows.reshape(*tokens.shape, config.kv_heads, config.head_dim)
     return ctx._replace(values=found)
 
 
@@ -258,19 +259,19 @@ def vectors(
     """What the prelude reads of tokens: their embeddings times `embed_scale`."""
     dtype = compute_dtype(params, config)
     scale = config.embed_dim**0.5 if config.embed_scale is None else config.embed_scale
-    rows = params["wte"][tokens]
+    rows = split.rows(params["wte"], tokens)
     if (scales := params.get("wte" + SCALE)) is not None:  # of a quantized embedding
-        rows = rows.astype(jnp.float32) * scales[tokens]
+        rows = rows.astype(jnp.float32) * split.rows(scales, tokens)
     return rows.astype(dtype) * jnp.asarray(scale, dtype)
 
 
 def inject(params: Params, config: ModelConfig, e: Float[Array, "*tokens D"]) -> Float[Array, "*tokens D"]:
     """What of the injection is the same in all recurrences, such as A_e e. Unused without injection."""
     if config.loop.injection == "linear":
-        return linear(e, paired(params, "adapter", lambda x: x[1].astype(e.dtype)))
+        return split.gathered(linear(e, paired(params, "adapter", lambda x: x[1].astype(e.dtype))))
     if config.loop.injection == "diagonal":
         gain, B = diagonal(params)[1], paired(params["adapter"], "B", lambda x: x.astype(e.dtype))
-        return jnp.expand_dims(gain.astype(e.dtype), range(e.ndim - 1)) * linear(e, B)
+        return jnp.expand_dims(gain.astype(e.dtype), range(e.ndim - 1)) * split.gathered(linear(e, B))
     return e
 
 
@@ -353,7 +354,7 @@ def enter(
     if config.loop.injection == "none":
         return s
     if config.loop.injection == "linear":
-        s = linear(s, paired(params, "adapter", lambda x: x[0].astype(s.dtype)))
+        s = split.gathered(linear(s, paired(params, "adapter", lambda x: x[0].astype(s.dtype))))
     if config.loop.injection == "diagonal":
         s = jnp.expand_dims(diagonal(params)[0].astype(s.dtype), range(s.ndim - 1)) * s
     return s + injected
@@ -380,7 +381,7 @@ def coda(
     """
     s = s[..., : config.embed_dim]
     z = _final_norm(params, config, s) if config.loop.bridge else s
-    z = linear(s, params["C"].astype(s.dtype)) if config.loop.linear_bridge else z
+    z = split.gathered(linear(s, params["C"].astype(s.dtype))) if config.loop.linear_bridge else z
     y, new_kv = _blocks(params, config, "coda", z, ctx, cached_kv, frozen_kv, active)
     return (y if config.loop.close else _final_norm(params, config, y), z), new_kv
 
@@ -392,7 +393,7 @@ def head(params: Params, config: ModelConfig, y: Float[Array, "*tokens D"]) -> F
     out = jnp.einsum("nd,vd->nv", y.reshape(-1, config.embed_dim), weights, preferred_element_type=jnp.float32)
     if (scales := params.get(name + SCALE)) is not None:
         out = out * scales[:, 0][None]
-    return out.reshape(*y.shape[:-1], -1)
+    return split.gathered(out.reshape(*y.shape[:-1], -1))
 
 
 def known(config: ModelConfig, logits: Float[Array, "*tokens {config.rows}"]) -> Float[Array, "*tokens V"]:

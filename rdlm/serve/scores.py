@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -12,6 +11,7 @@ from jax import Array
 
 from rdlm.config import ModelConfig
 from rdlm.decode.passes import next_power
+from rdlm.decode.program import program
 from rdlm.decode.sampling import Likeliest, likeliest, log_probability
 from rdlm.exits import ExitRule
 from rdlm.model import Params, forward, known
@@ -44,7 +44,7 @@ def score_prompt(params: Params, config: ModelConfig, prompt: np.ndarray, depth:
     return PromptScores(log_probs[: n - 1].tolist(), [[(i, p) for i, p in row if i >= 0] for row in pairs])
 
 
-@functools.partial(jax.jit, static_argnames="config")
+@program("config")
 def _scores(
     params: Params,
     config: ModelConfig,

@@ -11,7 +11,7 @@ from oracle import random_params
 from rdlm import exits
 from rdlm.config import CachePolicy, ModelConfig, Sampling
 from rdlm.decode import Engine, generate
-from rdlm.model import cast
+from rdlm.model import cast, tensor_parallel
 
 TINY = ModelConfig(
     vocab_size=40, embed_dim=16, num_heads=4, num_kv_heads=2, mlp_dim=24, prelude_layers=1, core_layers=1,
@@ -61,11 +61,12 @@ def params(dtype="float32"):
     return cast(random_params(TINY, seed=2), dtype)
 
 
-def new_engine(kind, **options):
+def new_engine(kind, tensor=1, **options):
     k = KINDS[kind]
+    model = tensor_parallel(params(k.dtype), k.config, tensor)
     rule = None if k.rule is None else k.rule(np.float32(0.1))
     options = k.shared | {"lanes": k.lanes, "flush_every": k.every, "ticks_per_step": k.ticks} | options
-    return Engine(params(k.dtype), k.config, max_new_tokens=NEW, num_steps=R, exit_rule=rule, **options)
+    return Engine(*model, max_new_tokens=NEW, num_steps=R, exit_rule=rule, **options)
 
 
 engine = functools.cache(new_engine)  # one engine serves all examples: lanes are never clean

@@ -1,0 +1,102 @@
+"""Programs of decoding, on one device or with heads split over several (docs/decoding.md, Several chips)."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, Generic, ParamSpec, TypeVar
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
+
+from rdlm.config import ModelConfig
+from rdlm.model import Params
+from rdlm.model.cache import KeyValue
+from rdlm.model.split import AXIS, share
+from rdlm.model.tensor_parallel import parameter_parts
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def mesh_of(params: Params) -> Mesh | None:
+    """The mesh over which `rdlm.tensor_parallel` has split parameters; None: they are on one device."""
+    wte: Any = params["wte"]
+    placed = None if isinstance(wte, jax.core.Tracer) else getattr(wte, "sharding", None)
+    found = placed.mesh if isinstance(placed, NamedSharding) else None
+    return found if isinstance(found, Mesh) and found.axis_names == (AXIS,) and found.size > 1 else None
+
+
+def local_config(params: Params, config: ModelConfig) -> ModelConfig:
+    """What one device computes of the model: for its memory."""
+    mesh = mesh_of(params)
+    return config if mesh is None else share(config, mesh.size)
+
+
+class Program(Generic[P, T]):
+    """`jax.jit` for a function of (params, config, ...) whose `static` arguments, like config, are no arrays.
+
+    Where `rdlm.tensor_parallel` has split the parameters, every device runs it for `share(config)`, on its parts of the
+    parameters and of all keys and values; other arrays are whole on every device.
+    """
+
+    def __init__(self, run: Callable[P, T], static: tuple[str, ...], donate: str | None):
+        self._run, self._static, self._signature = run, static, inspect.signature(run)
+        functools.update_wrapper(self, run)
+
+        @functools.wraps(run)
+        def split(*args: P.args, **named: P.kwargs) -> T:
+            return self._split(*args, **named)
+
+        jitted: Any = jax.jit(split, static_argnames=static, donate_argnames=donate)
+        self._jitted, self.clear_cache, self._cache_size = jitted, jitted.clear_cache, jitted._cache_size
+
+    def __call__(self, *args: P.args, **named: P.kwargs) -> T:
+        """Run it where the parameters are."""
+        with self._where(args):
+            return self._jitted(*args, **named)
+
+    def lower(self, *args: Any) -> jax.stages.Lowered:
+        """As that of `jax.jit`, for arrays or their shapes; those of parameters say where it runs."""
+        with self._where(args):
+            return self._jitted.lower(*args)
+
+    def _where(self, args: tuple[Any, ...]) -> contextlib.AbstractContextManager[object]:
+        mesh = mesh_of(args[0])
+        return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+    def _split(self, *args: P.args, **named: P.kwargs) -> T:
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.axis_names != (AXIS,) or mesh.manual_axes:
+            return self._run(*args, **named)
+        given: dict[str, Any] = self._signature.bind(*args, **named).arguments
+        fixed: dict[str, Any] = {name: given.pop(name) for name in self._static}
+        local = fixed | {"config": share(fixed["config"], mesh.size)}
+        run: Callable[..., T] = self._run
+        parts = {name: _parts(x) for name, x in given.items()}
+        parts["params"] = parameter_parts(fixed["config"], given["params"])
+        made = _parts(jax.eval_shape(lambda given: run(**given, **fixed), given))
+
+        def on_each(given: dict[str, Any]) -> T:
+            return run(**given, **local)
+
+        return jax.shard_map(on_each, in_specs=(parts,), out_specs=made, check_vma=False)(given)
+
+
+def program(*static: str, donate: str | None = None) -> Callable[[Callable[P, T]], Program[P, T]]:
+    """Make a function a `Program`."""
+    return lambda run: Program(run, static, donate)
+
+
+def _parts(tree: PyTree) -> PyTree[PartitionSpec]:
+    """How arrays are split: keys and values by heads, which lie in their last axis, all others not at all."""
+
+    def one(x: Any) -> PyTree[PartitionSpec]:
+        if not isinstance(x, KeyValue):
+            return PartitionSpec()
+        return jax.tree.map(lambda y: PartitionSpec(*[None] * (y.ndim - 1), AXIS), x)
+
+    return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, KeyValue))
