@@ -28,12 +28,11 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import tyro
-from jax.sharding import SingleDeviceSharding
 
 from rdlm import exits
 from rdlm.config import (
@@ -50,9 +49,12 @@ from rdlm.config import (
     require,
 )
 from rdlm.decode.loop import Progress, Sizes, decode_tokens, progress_shapes
-from rdlm.decode.parallel import ONE_SET, advance, open_window, with_rule
+from rdlm.decode.parallel import ONE_SET, Wave, advance, open_window, with_rule
+from rdlm.decode.program import shapes_on
 from rdlm.decode.requests import Request, RequestOptions, as_requests
 from rdlm.model import Params, cast, init_params
+from rdlm.model.split import share
+from rdlm.model.tensor_parallel import placement, tensor_mesh, with_heads
 from rdlm.perf import flops, hlo
 from rdlm.runtime import parse_arguments, run_command
 from rdlm.train.roofline import lower_train_step, roofline, state_bytes, wire_bytes
@@ -76,7 +78,7 @@ class Options:
     data: int = 1
     """Copies of the parameters."""
     tensor: int = 1
-    """Chips that share a sequence."""
+    """Chips that share a sequence, also in decoding."""
     gather: Gather = "once"
     gradient_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Remat | None = None
@@ -227,35 +229,59 @@ TOKENS_PER_STEP = (0.25, 0.5, 0.75, 1.0)
 """Tokens that an outer step may make final; with one position entering per step it is one at most, in the long run."""
 
 
+class Shapes(NamedTuple):
+    """What a token loop needs, as shapes with a place. config: of the model as it is placed."""
+
+    params: Params
+    config: ModelConfig
+    progress: Progress
+    request: Request
+    number: jax.ShapeDtypeStruct  # int32
+
+
 def decoding_shapes(
-    config: ModelConfig, options: RequestOptions, policy: CachePolicy, o: Options, device: Any
-) -> tuple[Params, Progress, Request, jax.ShapeDtypeStruct]:
-    """Shapes of what a token loop on one chip needs, the last one of a whole number."""
+    config: ModelConfig, options: RequestOptions, policy: CachePolicy, o: Options, devices: list[Any]
+) -> Shapes:
+    """Those of `batch` rows, on one chip or on the first `tensor`."""
+    mesh = tensor_mesh(o.tensor, devices)
+    config = with_heads(config, o.tensor)
     request = as_requests(config, [[1]] * (o.batch or 16), 1, options)[0]
-    params = jax.eval_shape(lambda: cast(init_params(config, jax.random.key(0)), jnp.bfloat16))
     sizes = Sizes(policy, policy.sets(o.num_steps), o.capacity, o.capacity)
-    shapes = params, progress_shapes(params, config, request, sizes), request, jnp.int32(0)
-    return hlo.specs(shapes, SingleDeviceSharding(device))
+
+    def shapes(config: ModelConfig) -> Params:
+        return jax.eval_shape(lambda: cast(init_params(config, jax.random.key(0)), jnp.bfloat16))
+
+    params, local = shapes(config), share(config, o.tensor)
+    progress = progress_shapes(shapes(local), local, request, sizes)
+    placed = jax.tree.map(hlo.specs, params, placement(config, mesh, params))
+    return Shapes(placed, config, *shapes_on(mesh, (progress, request, jnp.int32(0))))
 
 
-def decoding_counts(
-    config: ModelConfig, device: Any, lowered: Any, cache: int, tokens: flops.Decoding, width: int = 1
-) -> dict[str, Any]:
-    """Compile a token loop and count what `tokens` takes.
+class Work(NamedTuple):
+    """What is to be counted of a token loop: its cache on one chip, its tokens, and positions of each row at once."""
 
-    cache: bytes of the cache. width: positions of each row at once.
-    """
+    cache: int  # bytes
+    tokens: flops.Decoding
+    width: int = 1
+
+
+def decoding_counts(config: ModelConfig, device: Any, lowered: Any, work: Work, chips: int) -> dict[str, Any]:
+    """Compile a token loop and count what a token takes on one of `chips`, which share the model `config`."""
     start = time.perf_counter()
     program, chip = hlo.compile_program(lowered), flops.datasheet(device.device_kind)
-    least, moved = tokens.parts(config, 2), program.decoding_traffic()
+    tokens, moved = work.tokens, program.decoding_traffic()
+    least = {part: size / chips for part, size in tokens.parts(config, 2).items()}
+    exchanged = program.decoding_collectives()
     if tokens.checks == 1:  # coda and head run once, with the rest; looking at the state costs little
         least["token"] += least.pop("check")
         moved["recurrence"] += moved.pop("check")
-    seconds = {"HBM": tokens.total(moved) / chip.memory, "arithmetic": width * tokens.flops(config) / chip.flops}
+        exchanged["recurrence"] += exchanged.pop("check")
+    arithmetic = work.width * tokens.flops(config) / chips / chip.flops
+    seconds = {"HBM": tokens.total(moved) / chip.memory, "arithmetic": arithmetic}
     return {
         "compile_seconds": time.perf_counter() - start,
-        "parameters_gib": 2 * flops.parameters(config) / GIB,
-        "cache_gib": cache / GIB,
+        "parameters_gib": 2 * flops.parameters(config) / chips / GIB,
+        "cache_gib": work.cache / GIB,
         "updated_in_place_gib": program.shared / GIB,
         "temporaries_gib": program.temporaries / GIB,
         "peak_gib": program.peak / GIB,
@@ -263,6 +289,8 @@ def decoding_counts(
         "copies": [[count, shape, looped] for (looped, shape), count in sorted(program.copies(2**23).items())],
         "moved_gib": {part: size / GIB for part, size in moved.items()} | {"in all": tokens.total(moved) / GIB},
         "least_gib": {part: size / GIB for part, size in least.items()} | {"in all": tokens.total(least) / GIB},
+        "collectives": {part: len(found) for part, found in exchanged.items()},
+        "wire_gib": tokens.total({part: sum(x.wire for x in found) for part, found in exchanged.items()}) / GIB,
         "seconds": seconds,
         "bound": max(seconds, key=lambda what: seconds[what]),
     }
@@ -273,23 +301,24 @@ def decoded(name: str, o: Options) -> dict[str, Any]:
     return {
         "preset": name,
         "topology": o.topology,
+        "chips": o.tensor,
         "batch": o.batch or 16,
         "capacity": o.capacity,
         "num_steps": o.num_steps,
     }
 
 
-def check_decoding(name: str, base: RunConfig, o: Options, device: Any, rule: Exit) -> dict[str, Any]:
-    """Compile the token loop for one chip and count: everything that is printed."""
+def check_decoding(name: str, base: RunConfig, o: Options, devices: list[Any], rule: Exit) -> dict[str, Any]:
+    """Compile the token loop and count for one chip: everything that is printed."""
     config, batch = dataclasses.replace(base.model, compute_dtype="bfloat16"), o.batch or 16
     policy = CachePolicy(o.recurrences)
     options = RequestOptions(num_steps=o.num_steps, exit_rule=exits.named(rule))
-    params, progress, request, number = decoding_shapes(config, options, policy, o, device)
-    lowered = decode_tokens.lower(params, config, progress, request, number, number, False)
+    params, placed, progress, request, number = decoding_shapes(config, options, policy, o, devices)
+    lowered = decode_tokens.lower(params, placed, progress, request, number, number, False)
     depth = o.num_steps if rule == "none" or o.mean_depth is None else o.mean_depth
     tokens = flops.Decoding(batch, depth, {"kl": depth, "gated_kl": GATED_CHECKS}.get(rule, 1.0), o.capacity)
-    cache = flops.cache_bytes(config, policy, o.num_steps, batch, o.capacity, 2)
-    found = decoding_counts(config, device, lowered, cache, tokens)
+    cache = flops.cache_bytes(share(placed, o.tensor), policy, o.num_steps, batch, o.capacity, 2)
+    found = decoding_counts(config, devices[0], lowered, Work(cache, tokens), o.tensor)
     return {
         **decoded(name, o),
         "exit": rule,
@@ -301,20 +330,20 @@ def check_decoding(name: str, base: RunConfig, o: Options, device: Any, rule: Ex
 
 
 def check_window(
-    name: str, base: RunConfig, o: Options, device: Any, parallel: Parallel, ordinary: dict[str, Any]
+    name: str, base: RunConfig, o: Options, devices: list[Any], parallel: Parallel, ordinary: dict[str, Any]
 ) -> dict[str, Any]:
     """The same for the parallel sampler, and for a token of it against one of `ordinary` decoding."""
     config, batch = dataclasses.replace(base.model, compute_dtype="bfloat16"), o.batch or 16
     options = with_rule(config, parallel, RequestOptions(num_steps=o.num_steps))
-    params, progress, request, number = decoding_shapes(config, options, ONE_SET, o, device)
-    wave = jax.eval_shape(
-        lambda params, *rest: open_window(params, config, rest[0], rest[1], parallel), params, progress, request
+    params, placed, progress, request, number = decoding_shapes(config, options, ONE_SET, o, devices)
+    window = jax.eval_shape(
+        lambda params, *rest: open_window(params, config, rest[0], rest[1], parallel).window, params, progress, request
     )
-    wave = hlo.specs(wave, SingleDeviceSharding(device))
-    lowered = advance.lower(params, config, wave, request, number, number, parallel, False)
-    tokens = flops.Decoding(batch, parallel.inner, 1.0, o.capacity)
-    cache = flops.cache_bytes(config, ONE_SET, o.num_steps, batch, o.capacity, 2)
-    found = decoding_counts(config, device, lowered, cache, tokens, parallel.window)
+    wave = Wave(progress, shapes_on(params["wte"].sharding.mesh, window))
+    lowered = advance.lower(params, placed, wave, request, number, number, parallel, False)
+    cache = flops.cache_bytes(share(placed, o.tensor), ONE_SET, o.num_steps, batch, o.capacity, 2)
+    work = Work(cache, flops.Decoding(batch, parallel.inner, 1.0, o.capacity), parallel.window)
+    found = decoding_counts(config, devices[0], lowered, work, o.tensor)
     step, token = found["moved_gib"]["in all"], ordinary["moved_gib"]["in all"]
     return {
         **decoded(name, o),
@@ -326,11 +355,16 @@ def check_window(
     }
 
 
+def chips(found: dict[str, Any]) -> str:
+    """'one chip' or 'each of 4 chips'."""
+    return "one chip" if found["chips"] == 1 else f"each of {found['chips']} chips"
+
+
 def show_decoding(found: dict[str, Any]) -> None:
     """Print what `check_decoding` found."""
     print(
         f"{found['preset']}, decoding {found['batch']} x {found['capacity']}, {found['num_steps']} recurrences, exit "
-        f"{found['exit']}, one chip of {found['topology']}"
+        f"{found['exit']}, {chips(found)} of {found['topology']}"
     )
     what = f"one token of every row, full cache, {found['depth']:g} recurrences, coda and head {found['checks']:g} x"
     show_counts(found, what)
@@ -341,7 +375,7 @@ def show_window(found: dict[str, Any]) -> None:
     """Print what `check_window` found."""
     print(
         f"{found['preset']}, decoding {found['batch']} x {found['capacity']}, {found['num_steps']} recurrences, window "
-        f"{found['window']}, one chip of {found['topology']}"
+        f"{found['window']}, {chips(found)} of {found['topology']}"
     )
     show_counts(found, f"one outer step of every row, full cache, {found['inner']} recurrences, coda and head 1 x")
     print("  tokens that an outer step makes final    GiB in HBM per token   of ordinary decoding's")
@@ -366,13 +400,16 @@ def show_counts(found: dict[str, Any], what: str) -> None:
     for part, size in found["moved_gib"].items():
         print(f"    {part:24} {size:11.3f} {found['least_gib'][part]:16.3f}")
     print(f"    {found['moved_gib']['in all'] / found['least_gib']['in all']:.2f} times the least possible")
+    if found["chips"] > 1:
+        counts = ", ".join(f"{count} in a {part}" for part, count in found["collectives"].items())
+        print(f"  collectives                {counts}; {found['wire_gib'] * 1024:.1f} MiB received per token")
     times = found["seconds"]
     print(
         f"  bound by {found['bound']}: HBM {times['HBM'] * 1e3:.2f} ms, arithmetic {times['arithmetic'] * 1e3:.2f} ms"
     )
 
 
-def decode_report(name: str, base: RunConfig, o: Options, device: Any, parallel: Parallel | None) -> None:
+def decode_report(name: str, base: RunConfig, o: Options, devices: list[Any], parallel: Parallel | None) -> None:
     """Check decoding with every exit rule, and in a window."""
 
     def report(found: dict[str, Any], show: Callable[[dict[str, Any]], None]) -> None:
@@ -385,10 +422,10 @@ def decode_report(name: str, base: RunConfig, o: Options, device: Any, parallel:
 
     found: dict[str, Any] = {}
     for rule in o.exit:
-        found = check_decoding(name, base, o, device, rule)
+        found = check_decoding(name, base, o, devices, rule)
         report(found, show_decoding)
     if parallel is not None:
-        report(check_window(name, base, o, device, parallel, found), show_window)
+        report(check_window(name, base, o, devices, parallel, found), show_window)
 
 
 def window(o: Options) -> Parallel | None:
@@ -417,7 +454,7 @@ def main() -> int:
     if o.only != "decode":
         train_report(o.preset, base, o, devices, o.batch or 1)
     if o.only != "train":
-        decode_report(o.preset, base, o, devices[0], parallel)
+        decode_report(o.preset, base, o, devices, parallel)
     return 0
 
 

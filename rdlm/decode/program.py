@@ -100,3 +100,13 @@ def _parts(tree: PyTree) -> PyTree[PartitionSpec]:
         return jax.tree.map(lambda y: PartitionSpec(*[None] * (y.ndim - 1), AXIS), x)
 
     return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, KeyValue))
+
+
+def shapes_on(mesh: Mesh, local: PyTree) -> PyTree[jax.ShapeDtypeStruct]:
+    """Shapes of the arrays of which every device of a mesh has those of `local`."""
+
+    def one(x: Any, part: PartitionSpec) -> jax.ShapeDtypeStruct:
+        shape = (*x.shape[:-1], x.shape[-1] * mesh.size) if part else x.shape
+        return jax.ShapeDtypeStruct(shape, x.dtype, sharding=NamedSharding(mesh, part))
+
+    return jax.tree.map(one, local, _parts(local))

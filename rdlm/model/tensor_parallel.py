@@ -49,13 +49,13 @@ def tensor_parallel(params: Params, config: ModelConfig, devices: int) -> tuple[
     return widened(jax.device_put(params, placement(config, mesh, params)), config, mesh), wider
 
 
-def tensor_mesh(devices: int) -> Mesh:
-    """The first devices of this host, for `tensor_parallel`.
+def tensor_mesh(devices: int, there: list[jax.Device] | None = None) -> Mesh:
+    """The first so many devices for `tensor_parallel`, of those that are there or, with None, of this host.
 
     Raises:
       InputError: not a number from 1 to that of devices.
     """
-    there = jax.local_devices()
+    there = jax.local_devices() if there is None else there
     whole = isinstance(devices, int) and not isinstance(devices, bool) and 1 <= devices <= len(there)
     require(whole, "tensor", devices, f"must be a number of devices, from 1 to {len(there)}")
     neighbours = there[0].platform == "tpu" and devices == len(there)

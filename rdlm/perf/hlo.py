@@ -13,7 +13,7 @@ import os
 import pathlib
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -142,18 +142,10 @@ class Program:
         for name, lines in computations.items():
             for match in filter(None, map(_COLLECTIVE.search, lines)):
                 parsed += 1
-                kind, line = match["kind"], match.string
                 caller = callers.get(name, "")
                 if caller.startswith("async-collective-done") or name.startswith("async_collective_fusion"):
                     continue  # the rest of one that was counted where it starts
-                sizes = [_bytes(shape) for shape in _SHAPE.findall(match["shapes"])]
-                if match["start"] and kind != "all-reduce":  # its result holds the arguments too, before the results
-                    sizes = sizes[len(sizes) // 2 :] if kind == "all-gather" else sizes[:1]
-                group = _group(line)
-                size = sum(sizes) * (group if kind == "reduce-scatter" else 1)
-                if name.startswith("all-reduce-scatter"):
-                    kind = "reduce-scatter"
-                found.append(Collective(kind, size, group, tuple(sorted(loops.get(name, ())))))
+                found.append(_collective(match, name, tuple(sorted(loops.get(name, ())))))
         raw = len(_RAW_COLLECTIVE.findall(self.text))
         if raw != parsed:
             raise ValueError(f"{raw} collectives in the program, {parsed} understood")
@@ -180,25 +172,52 @@ class Program:
 
         What only some requests ask for (sampling, penalties, log-probabilities) is not counted.
         """
-        computations, trips = _computations(self.text), _known_trips(self.text)
+        computations = _computations(self.text)
         total = dict.fromkeys(DECODING, 0)
+        for name, part, times in self._decoding_parts():
+            total[part] += _moved(name, computations) * times
+        return total
 
-        def add(name: str, part: str) -> None:
-            total[part] += _moved(name, computations) * trips.get(name, 1)
+    def decoding_collectives(self) -> dict[str, list[Collective]]:
+        """Collectives of the same parts of a token loop."""
+        computations = _computations(self.text)
+        found: dict[str, list[Collective]] = {part: [] for part in DECODING}
+        for name, part, times in self._decoding_parts():
+            found[part] += times * [
+                _collective(match) for match in map(_COLLECTIVE.search, computations[name]) if match
+            ]
+        return found
+
+    def _decoding_parts(self) -> Iterator[tuple[str, str, int]]:
+        """(computation, part of a token loop that it belongs to, how often it runs there)."""
+        computations, trips = _computations(self.text), _known_trips(self.text)
+
+        def walk(name: str, part: str) -> Iterator[tuple[str, str, int]]:
+            yield name, part, trips.get(name, 1)
             for line in computations[name]:
                 if body := _BODY.search(line):
-                    add(body[1], "recurrence" if _decoding_recurrence(line) else part)
+                    yield from walk(body[1], "recurrence" if _decoding_recurrence(line) else part)
                 elif " conditional(" in line and part != "token":
                     for branch in _branches(line):
-                        add(branch, "check")
+                        yield from walk(branch, "check")
                 elif called := re.search(r" call\(.*to_apply=%?([\w.\-]+)", line):
-                    add(called[1], part)
+                    yield from walk(called[1], part)
 
         looped = {body[1] for lines in computations.values() for body in map(_BODY.search, lines) if body}
         outside = [name for name in computations if name not in looped and name.startswith("main")]
         for body in [body[1] for name in outside for body in map(_BODY.search, computations[name]) if body]:
-            add(body, "token")
-        return total
+            yield from walk(body, "token")
+
+
+def _collective(match: re.Match[str], name: str = "", loops: tuple[str, ...] = ()) -> Collective:
+    """That of a line of the computation `name`."""
+    kind, sizes = match["kind"], [_bytes(shape) for shape in _SHAPE.findall(match["shapes"])]
+    if match["start"] and kind != "all-reduce":  # its result holds the arguments too, before the results
+        sizes = sizes[len(sizes) // 2 :] if kind == "all-gather" else sizes[:1]
+    group = _group(match.string)
+    size = sum(sizes) * (group if kind == "reduce-scatter" else 1)
+    kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else kind
+    return Collective(kind, size, group, loops)
 
 
 class DoesNotFit(InputError):
