@@ -40,7 +40,7 @@ def lowered(place, lanes):
 
     numbers = jnp.int32(0), jnp.int32(0)
     if lanes:
-        state = jax.eval_shape(lambda r: empty_lanes(CONFIG, r, Sizes(POLICY, 4, T, 64), jnp.bfloat16), request)
+        state = jax.eval_shape(lambda p, r: empty_lanes(p, CONFIG, r, Sizes(POLICY, 4, T, 64)), params, request)
         params, *rest = hlo.specs((params, state, jnp.zeros(B, jnp.int32), *numbers), place)
         return advance.lower(params, CONFIG, *rest, Flush(width=4, every=4), False)
     progress = progress_shapes(params, CONFIG, request, Sizes(POLICY, 4, T, T))
