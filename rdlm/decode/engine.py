@@ -29,8 +29,7 @@ from jaxtyping import Int32
 from rdlm.config import CachePolicy, InputError, ModelConfig, Sampling
 from rdlm.decode.lanes import RECENT, Flush, Lanes, advance, empty_lanes, insert
 from rdlm.decode.loop import Sizes, begin
-from rdlm.decode.passes import check_memory, memory_needed, next_power
-from rdlm.decode.program import local_config
+from rdlm.decode.passes import CacheMemory, next_power
 from rdlm.decode.reading import Reader, Reading, usual_chunk
 from rdlm.decode.requests import (
     Constraint,
@@ -210,10 +209,9 @@ class Engine:
         self._flush = Flush(lanes if together else self._group, flush_every)
         self._serving: list[Served | None] = [None] * lanes
         prompts = f" and prompt_cache = {prompt_cache} bytes" if prompt_cache else ""
-        here = local_config(params, config)
         require_memory(
             f"cache: {sets} recurrences x {lanes} lanes x {capacity} positions{prompts}",
-            memory_needed(params, here, lanes, 1, (sets, capacity), self._idle.depth) + prompt_cache,
+            CacheMemory(params, config, lanes, 1, (sets, capacity), self._idle.depth).bytes + prompt_cache,
             "use fewer lanes or a smaller capacity, or keep fewer recurrences (cache=CachePolicy(recurrences=k))",
         )
         chunk = usual_chunk(lanes) if prefill_chunk is None else int(prefill_chunk)
@@ -515,8 +513,8 @@ class Engine:
         request = _stack([s._row for s in group] + [self._idle] * rest)
         sizes = self._sizes._replace(capacity=tokens.shape[1], tokens=1)
         ways = self._options.prefill_exit, self._options.warm_start
-        where = local_config(self.params, self.config), len(tokens), sizes.capacity, (sizes.sets, sizes.capacity)
-        check_memory(self.params, *where, self._idle.depth)
+        cache = sizes.sets, sizes.capacity
+        CacheMemory(self.params, self.config, len(tokens), sizes.capacity, cache, self._idle.depth).require()
         progress, prompt_steps = begin(self.params, self.config, jnp.asarray(tokens), lengths, request, sizes, *ways)
         depth = np.asarray(prompt_steps)  # errors of the program appear here, while the lanes are untouched
         self._lanes = insert(self.params, self.config, self._lanes, progress, lengths, request, max_tokens, lane)

@@ -21,8 +21,7 @@ from rdlm.decode.parallel import (
     usage,
     with_rule,
 )
-from rdlm.decode.passes import check_memory, memory_needed, next_power
-from rdlm.decode.program import local_config
+from rdlm.decode.passes import CacheMemory, next_power
 from rdlm.decode.requests import (
     Constraint,
     Constraints,
@@ -143,13 +142,14 @@ def generate(
         next_power(int(max(lengths) + max_new_tokens + lookahead), 64),
         next_power(int(max_new_tokens), 16),
     )
-    kept, here = (sizes.sets, sizes.capacity), local_config(params, config)
+    kept, all_logits = (sizes.sets, sizes.capacity), parallel is not None
+    memory = CacheMemory(params, config, len(rows), width, kept, request.depth, all_logits)
     if parallel is None:
-        check_memory(params, here, len(rows), width, kept, request.depth)
+        memory.require()
     else:
         require_memory(
             f"Parallel.window = {parallel.window}, for {len(rows)} prompts and a cache of {sizes.capacity} positions",
-            memory_needed(params, here, len(rows), width, kept, request.depth, all_logits=True),
+            memory.bytes,
             "use a smaller window, make fewer new tokens, or give fewer or shorter prompts",
         )
     constraints = None if constraint is None else Constraints(constraint, len(rows), options)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Int
 
 from rdlm.config import CachePolicy, InputError, ModelConfig
+from rdlm.decode.program import local_config
 from rdlm.exits import Counts, Depth, ExitRule
 from rdlm.model import (
     Output,
@@ -76,59 +79,46 @@ def run_pass(
     return done, append(cache, done.new_kv, done.steps, done.ran, at, text.valid.sum(-1))
 
 
-def check_memory(
-    params: Params,
-    config: ModelConfig,
-    batch: int,
-    length: int,
-    sizes: tuple[int, int],
-    depth: Depth,
-    all_logits: bool = False,
-    coda_sets: bool = False,
-) -> None:
-    """Refuse a cache that cannot fit, before it is asked for: arguments as in `memory_needed`.
+@dataclasses.dataclass(frozen=True, eq=False)
+class CacheMemory:
+    """What a cache and the passes that fill it need on each device."""
 
-    Raises:
-      InputError: it needs more memory than is free.
-    """
-    require_memory(
-        f"cache: {sizes[0]} recurrences x {batch} prompts x {sizes[1]} positions",
-        memory_needed(params, config, batch, length, sizes, depth, all_logits, coda_sets),
-        "keep fewer recurrences (cache=CachePolicy(recurrences=k)), run fewer (num_steps), or give fewer or shorter "
-        "prompts",
-    )
+    params: Params
+    config: ModelConfig
+    batch: int  # rows
+    length: int  # tokens of the longest pass, padding included
+    sizes: tuple[int, int]  # core sets and positions of the cache
+    depth: Depth  # its rule may read the logits of all tokens
+    all_logits: bool = False  # the pass returns them
+    coda_sets: bool = False  # the cache has them
 
+    @property
+    def bytes(self) -> int:
+        """Bytes of both."""
+        (sets, capacity), batch, length = self.sizes, self.batch, self.length
+        config, rule = local_config(self.params, self.config), self.depth.rule
+        dtype, D, H = compute_dtype(self.params, config), config.embed_dim, config.num_heads
+        for_rule = rule is not None and rule.needs_logits
+        logits = 4 * batch * config.rows * (3 * length if for_rule else length if self.all_logits else 3)
+        scores = batch * H * min(length, max(64, length // 8)) * length * 8
+        activations = batch * length * (6 * D + 3 * config.mlp_dim) * dtype.itemsize
+        first = cache_bytes(config, sets, batch, length, dtype) + scores + activations + logits
+        later = batch * capacity * (2 * D * dtype.itemsize + 32 * H)  # a layer's keys and values with their heads split
+        cache = cache_bytes(config, sets, batch, capacity, dtype, self.coda_sets)
+        return int(1.05 * (cache + max(first, later)))
 
-def memory_needed(
-    params: Params,
-    config: ModelConfig,
-    batch: int,
-    length: int,
-    sizes: tuple[int, int],
-    depth: Depth,
-    all_logits: bool = False,
-    coda_sets: bool = False,
-) -> int:
-    """Bytes of a cache and of the passes that fill it.
+    def require(self) -> None:
+        """Refuse a cache that cannot fit, before it is asked for.
 
-    Args:
-      params, config: the model.
-      batch: rows.
-      length: tokens of the longest pass, padding included.
-      sizes: core sets and positions of the cache.
-      depth: its rule may read the logits of all tokens.
-      all_logits: the pass returns them.
-      coda_sets: the cache has them.
-    """
-    sets, capacity = sizes
-    dtype, D, H = compute_dtype(params, config), config.embed_dim, config.num_heads
-    for_rule = depth.rule is not None and depth.rule.needs_logits
-    logits = 4 * batch * config.rows * (3 * length if for_rule else length if all_logits else 3)
-    scores = batch * H * min(length, max(64, length // 8)) * length * 8
-    activations = batch * length * (6 * D + 3 * config.mlp_dim) * dtype.itemsize
-    first = cache_bytes(config, sets, batch, length, dtype) + scores + activations + logits
-    later = batch * capacity * (2 * D * dtype.itemsize + 32 * H)  # a layer's keys and values with their heads split
-    return int(1.05 * (cache_bytes(config, sets, batch, capacity, dtype, coda_sets) + max(first, later)))
+        Raises:
+          InputError: it needs more memory than is free.
+        """
+        require_memory(
+            f"cache: {self.sizes[0]} recurrences x {self.batch} prompts x {self.sizes[1]} positions",
+            self.bytes,
+            "keep fewer recurrences (cache=CachePolicy(recurrences=k)), run fewer (num_steps), or give fewer or "
+            "shorter prompts",
+        )
 
 
 def prefill(
@@ -201,7 +191,7 @@ def prefill(
         if known.min() < 1 or known.max() > L:
             raise InputError(f"lengths = {known.tolist()}: must be between 1 and {L}")
     if not isinstance(tokens, jax.core.Tracer):
-        check_memory(params, config, B, L, (cache.sets(max_steps), capacity), depth, all_logits=True)
+        CacheMemory(params, config, B, L, (cache.sets(max_steps), capacity), depth, all_logits=True).require()
     empty = allocate(config, cache, cache.sets(max_steps), B, capacity, compute_dtype(params, config))
     count = jnp.full(B, L, jnp.int32) if lengths is None else jnp.asarray(lengths, jnp.int32)
     text = continuation(config, empty, tokens, count, first=True, prefix=prefix_from(config, prefix, (B, L)))
@@ -290,5 +280,5 @@ def _large_enough(params: Params, cache: Cache, config: ModelConfig, L: int, num
     if not isinstance(num_steps, jax.core.Tracer):
         sets = max(sets, cache.policy.sets(_largest(num_steps)))
     if (sets, capacity) != (cache.sets, cache.capacity):
-        check_memory(params, config, len(cache.length), L, (sets, capacity), Depth(1))
+        CacheMemory(params, config, len(cache.length), L, (sets, capacity), Depth(1)).require()
     return grow(cache, sets, capacity)

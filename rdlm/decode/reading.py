@@ -11,8 +11,8 @@ from jax import Array
 
 from rdlm.config import InputError, ModelConfig
 from rdlm.decode.loop import Progress, Sizes, read_chunk
-from rdlm.decode.passes import check_memory
-from rdlm.decode.program import local_config, program
+from rdlm.decode.passes import CacheMemory
+from rdlm.decode.program import program
 from rdlm.decode.prompt_cache import PromptCache
 from rdlm.decode.requests import Request, RequestOptions
 from rdlm.exits import Depth, ExitRule
@@ -130,8 +130,7 @@ class Reader:
         """
         config, sizes, coda_sets = self._config, self._sizes, self._coda_sets
         where = sizes.sets, sizes.capacity
-        here = local_config(self._params, config)
-        check_memory(self._params, here, 1, self.chunk, where, self._depth, coda_sets=coda_sets)
+        CacheMemory(self._params, config, 1, self.chunk, where, self._depth, coda_sets=coda_sets).require()
         row = request._replace(depth=self._in_prompt(request.depth))
         present = np.zeros((1, config.vocab_size), bool)
         present[0, prompt] = True

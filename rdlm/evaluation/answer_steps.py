@@ -9,7 +9,7 @@ import numpy as np
 
 from rdlm.config import InputError, ModelConfig
 from rdlm.decode import generate
-from rdlm.decode.passes import check_memory, next_power
+from rdlm.decode.passes import CacheMemory, next_power
 from rdlm.exits import Depth, ExitRule
 from rdlm.model import Params
 
@@ -37,7 +37,7 @@ def check_memory_of_steps(
       InputError: a cache that does not fit into memory.
     """
     sizes = next_power(max_steps), next_power(new_tokens + 2, 64)
-    check_memory(params, config, _ROWS, 1, sizes, Depth(max_steps, exit_rule))
+    CacheMemory(params, config, _ROWS, 1, sizes, Depth(max_steps, exit_rule)).require()
 
 
 def answer_steps(

@@ -12,6 +12,9 @@ from engine_cases import TINY, params
 
 from rdlm.config import CachePolicy, InputError
 from rdlm.decode import generate
+from rdlm.decode.passes import CacheMemory
+from rdlm.exits import Depth
+from rdlm.model import tensor_parallel
 from rdlm.model.cache import allocate, cache_bytes
 from rdlm.runtime import memory
 
@@ -34,6 +37,11 @@ def test_the_figure_is_what_is_allocated():
         cache = jax.eval_shape(lambda d=dtype, s=sets: allocate(TINY, CachePolicy(), s, 5, 64, jnp.dtype(d)))
         held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
         assert cache_bytes(TINY, sets, 5, 64, dtype) == held
+
+
+def test_the_figure_is_that_of_each_device():
+    need = {n: CacheMemory(*tensor_parallel(params(), TINY, n), 4, 1, (64, 32), Depth(1)).bytes for n in (1, 2)}
+    assert need[2] == pytest.approx(need[1] / 2, rel=0.1)  # keys and values, but not logits
 
 
 def test_every_limit_of_the_host_counts(monkeypatch, tmp_path):
