@@ -24,7 +24,7 @@ from rdlm.config import PRESETS, MeshConfig, ModelConfig, RunConfig, one_line, p
 from rdlm.decode import generate
 from rdlm.decode.passes import next_power
 from rdlm.model import Params, cast, forward, init_params, kernels
-from rdlm.model.attention import HIDDEN, causal_bias, softmax_attention
+from rdlm.model.attention import HIDDEN, KeysValues, causal_bias, softmax_attention
 from rdlm.optim import optimizer
 from rdlm.perf import flops, hlo
 from rdlm.report.page import number
@@ -198,7 +198,8 @@ def kernel_checks(sizes: Sizes) -> Iterator[Check]:
         "attend_flash": functools.partial(kernels.attend_flash, interpret=not on_tpu),
     }
     cached: dict[str, Attention] = {
-        "attend_cached": kernels.attend_cached,
+        "attend_cached": second_set(kernels.attend_cached),
+        "attend_stored": second_set(functools.partial(kernels.attend_stored, interpret=not on_tpu)),
         "attend_filled": kernels.attend_filled,
         "attend_flat": kernels.attend_flat,
     }
@@ -231,6 +232,19 @@ def with_gradients(attend: Attention) -> Callable[..., Any]:
         return (out.astype(jnp.float32) * read.reshape(out.shape).astype(jnp.float32)).sum(), out
 
     return jax.grad(loss, argnums=(0, 1, 2), has_aux=True)
+
+
+def second_set(attend: Callable[..., Array]) -> Attention:
+    """`attend`, which reads a cache as it is stored, of whose two sets the second holds what counts."""
+
+    def run(q: Array, new: KeysValues, past: KeysValues) -> Array:
+        k, v, bias = past
+        more, wide = -k.shape[1] % kernels.STORED_TILE, -(k.shape[2] * k.shape[3]) % kernels.STORED_TILE
+        k, v = (jnp.pad(x.reshape(*x.shape[:2], -1), ((0, 0), (0, more), (0, wide))) for x in (k, v))
+        bias = jnp.pad(bias, ((0, 0), (0, 0), (0, more)), constant_values=HIDDEN)
+        return attend(q, new, kernels.Stored(jnp.stack([-k, k]), jnp.stack([-v, v]), jnp.int32(1)), bias)
+
+    return run
 
 
 def over_cache(attend: Attention) -> Attention:

@@ -64,6 +64,7 @@ def test_a_wrong_rope_base_is_named(one_device, monkeypatch):
 def test_wrong_kernels_are_named_and_no_others(monkeypatch):
     assert failed(selftest.kernel_checks(TINY)) == []
     flat, trained, flash = kernels.attend_flat, kernels.attend_in_training, kernels.attend_flash
+    stored = kernels.attend_stored
 
     def wrong_gradient(q, k, v, bias):  # the value is right
         out = trained(q, k, v, bias)
@@ -72,10 +73,14 @@ def test_wrong_kernels_are_named_and_no_others(monkeypatch):
     monkeypatch.setattr(kernels, "attend_in_training", wrong_gradient)
     monkeypatch.setattr(kernels, "attend_flash", lambda q, k, v, ids, **o: flash(q, k, v, jnp.ones_like(ids), **o))
     monkeypatch.setattr(kernels, "attend_flat", lambda q, new, old: flat(q, old))
+    monkeypatch.setattr(
+        kernels, "attend_stored", lambda q, new, held, *a, **o: stored(q, new, held._replace(set=0 * held.set), *a, **o)
+    )
     monkeypatch.setattr(kernels, "after", lambda reads, mask: ~mask)
     assert failed(selftest.kernel_checks(TINY)) == [
         "attend_in_training, 2 heads of 8",
         "attend_flash, 2 heads of 8",
+        "attend_stored, 2 heads of 8",
         "attend_flat, 2 heads of 8",
         "row_major, updated_in_place, after",
     ]

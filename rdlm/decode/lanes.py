@@ -40,7 +40,7 @@ from rdlm.model import (
     with_values,
 )
 from rdlm.model.blocks import Context
-from rdlm.model.cache import Cache, allocate, cached_bias, skip_bias, write
+from rdlm.model.cache import Cache, allocate, cached_bias, skip_bias, stored, write
 from rdlm.model.kernels import after
 from rdlm.model.network import Layers, gate_logit
 from rdlm.recurrence import initial_state
@@ -195,13 +195,12 @@ def _tick(params: Params, config: ModelConfig, p: Lanes) -> Lanes:
     ctx = visible = _context(params, config, cache, p.token, cache.length)
     if cache.policy.lookup == "skip":
         visible = ctx.hiding(cached=skip_bias(cache.depth, p.ran[:, None]))
-    cached_kv = jax.tree.map(lambda x: x[0] if cache.sets == 1 else _windows(x, m, lane), cache.core)
     s = p.s
     if config.test_time_noise:
         s = jax.vmap(lambda s, i, k, at: noisy(params, config, s[None], i, k[None], at[None, None])[0])(
             s, p.ran, p.request.keys, cache.length
         )
-    s, new_kv = core_step(params, config, s, p.injected, visible, cached_kv)
+    s, new_kv = core_step(params, config, s, p.injected, visible, stored(cache.core, m))
     at = jnp.where(after(s, p.iterating), cache.length, cache.capacity)  # beyond the end: dropped
     core = jax.tree.map(lambda x, y: write(x, y[:, 0], lane, at, m), cache.core, new_kv)
     p = p._replace(
@@ -225,11 +224,6 @@ def _context(params: Params, config: ModelConfig, cache: Cache, token: Array, po
     return with_values(params, config, token[:, None], ctx)
 
 
-def _windows(x: Array, m: Array, lane: Array) -> Array:
-    """Set m [B] of every lane: [S, B, T, F] -> [B, T, F]."""
-    return x.reshape(-1, *x.shape[2:])[m * lane.size + lane]
-
-
 def _check(params: Params, config: ModelConfig, p: Lanes, ctx: Context) -> tuple[PyTree, Array]:
     """(Rule state, bool [B] exits) after showing the rule every lane that is due."""
     rule = p.request.depth.rule
@@ -239,7 +233,7 @@ def _check(params: Params, config: ModelConfig, p: Lanes, ctx: Context) -> tuple
     def evaluate(state: PyTree, due: Array) -> tuple[PyTree, Array]:
         logits = None
         if rule.needs_logits:
-            (y, _), _ = coda(params, config, p.s, ctx, p.cache.coda)
+            (y, _), _ = coda(params, config, p.s, ctx, stored(p.cache.coda))
             logits = known(config, head(params, config, y))
         seen = Observation(p.s, logits, p.ran[:, None], gate_logit(params, config, p.s))
         new, value = exits.update(rule, state, seen)
@@ -267,7 +261,7 @@ def _flush(
     row = jnp.minimum(lane, B - 1)
     position, ran, s = p.cache.length[row], p.ran[row], p.s[row]
     ctx = _context(params, config, p.cache, p.token[row], position)
-    (y, z), coda_kv = coda(params, config, s, ctx, jax.tree.map(lambda x: x[row], p.cache.coda))
+    (y, z), coda_kv = coda(params, config, s, ctx, stored(p.cache.coda, row=row))
     logits = known(config, head(params, config, y)[:, 0])
     request, count = jax.tree.map(lambda x: x[row], p.request), p.count[row]
     wanted = adjusted(logits, p.tokens[row], count, request.sampling)
@@ -298,7 +292,7 @@ def _enter(
 ) -> _Entry:
     """The next token [W] of the lanes `row`, at its position: prelude, injected input, initial state."""
     ctx = _context(params, config, cache, token, position)
-    e, new_kv = embed(params, config, token[:, None], ctx, jax.tree.map(lambda x: x[row], cache.prelude))
+    e, new_kv = embed(params, config, token[:, None], ctx, stored(cache.prelude, row=row))
     s = begin(params, config, e) if warm is None else warm
     if warm is None and config.loop.start == "noise":
         scale = request.init_scale * config.start_scale

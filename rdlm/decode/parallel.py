@@ -29,7 +29,7 @@ from rdlm.decode.requests import Request, RequestOptions, WarmStart, check_unadj
 from rdlm.decode.sampling import choose, finite
 from rdlm.exits import ExitRule, Observation
 from rdlm.model import Params, Text, check_depth, compute_dtype, known
-from rdlm.model.cache import KeyValue, NewKV, append, read_set, zeros
+from rdlm.model.cache import KeyValue, NewKV, append, stored, zeros
 from rdlm.model.network import begin, coda, core_step, embed, gate_logit, head, inject, with_values
 
 ONE_SET = CachePolicy(recurrences=1)
@@ -226,12 +226,12 @@ class _OuterStep:
     def refine(self, p: Progress, w: Window, text: Text) -> tuple[Window, Float[Array, "B W V"], NewKV]:
         """`inner` recurrences of the window, and what they read: (window, logits, keys and values)."""
         params, config, ctx, ema = self.params, self.config, text.context, self.parallel.ema
-        e, prelude_kv = embed(params, config, text.tokens, ctx, p.cache.prelude)
+        e, prelude_kv = embed(params, config, text.tokens, ctx, stored(p.cache.prelude))
         if w.embedded is not None:
             e = (1 - ema) * e + ema * w.embedded
             w = w._replace(embedded=e)
         s, rule = self.entered(w, text, e)
-        injected, cached_kv = inject(params, config, e), read_set(p.cache.core, jnp.int32(0))
+        injected, cached_kv = inject(params, config, e), stored(p.cache.core, jnp.int32(0))
 
         def recur(_: Array, carry: tuple[Array, tuple[KeyValue, ...]]) -> tuple[Array, tuple[KeyValue, ...]]:
             return core_step(params, config, carry[0], injected, ctx, cached_kv)
@@ -239,7 +239,7 @@ class _OuterStep:
         no_kv = tuple(zeros(config, text.tokens.shape, e.dtype) for _ in range(config.core_calls))
         with jax.named_scope("recurrence_window"):
             s, core_kv = lax.fori_loop(0, self.parallel.inner, recur, (s, no_kv))
-        (y, _), coda_kv = coda(params, config, s, ctx, p.cache.coda)
+        (y, _), coda_kv = coda(params, config, s, ctx, stored(p.cache.coda))
         new_kv = NewKV(prelude_kv, jax.tree.map(lambda x: x[None], core_kv), coda_kv)
         return w._replace(states=s, rule=rule), known(config, head(params, config, y)), new_kv
 

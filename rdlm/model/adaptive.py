@@ -22,8 +22,9 @@ from rdlm import exits
 from rdlm.config import ModelConfig
 from rdlm.exits import Depth, ExitRule, Observation
 from rdlm.model.attention import HIDDEN
-from rdlm.model.cache import Cache, NewKV, frozen_set, read_set, skip_bias, write_set, zeros
+from rdlm.model.cache import Cache, NewKV, frozen_set, skip_bias, stored, write_set, zeros
 from rdlm.model.inputs import Start, Text
+from rdlm.model.kernels import Stored
 from rdlm.model.network import (
     Layers,
     Params,
@@ -90,11 +91,11 @@ def adaptive_pass(
     """
     depth = depth.per_token(text.tokens.shape)
     text = text._replace(context=with_values(params, config, text.tokens, text.context))
-    e, prelude_kv = embed(params, config, text.tokens, text.context, _if_cached(text, cache.prelude))
+    e, prelude_kv = embed(params, config, text.tokens, text.context, _if_cached(text, stored(cache.prelude)))
     start = start._replace(s=begin(params, config, e)) if start.s is None else start
     loop = _Loop(params, config, text, depth, cache, together, inject(params, config, e), start.key)
     c, ran = unroll_until(loop.step, _all_stopped, loop.begin(start), jnp.max(depth.num_steps), start.ran)
-    (y, z), coda_kv = loop.coda(c.s, cache.coda)
+    (y, z), coda_kv = loop.coda(c.s, stored(cache.coda))
     logits = head(params, config, loop.at_last(y) if last_only else y)
     return Pass(logits, z, c.s, c.steps, ran, NewKV(prelude_kv, c.core_kv, coda_kv, c.coda_sets), c.checks)
 
@@ -103,7 +104,7 @@ def _all_stopped(c: _Carry, i: Array) -> Array:
     return ~jnp.any(c.active)
 
 
-def _if_cached(text: Text, layers: Layers) -> Layers | None:
+def _if_cached(text: Text, layers: tuple[Stored, ...]) -> tuple[Stored, ...] | None:
     return None if text.context.cached_bias is None else layers
 
 
@@ -165,7 +166,7 @@ class _Loop:
         if self.key is not None:
             s = noisy(self.params, self.config, s, i, self.key, self.text.positions)
         text = self.text if self.cache.policy.lookup == "latest" else self.hide(c.active, i)
-        cached_kv = _if_cached(text, self.cache.core) and read_set(self.cache.core, i % self.cache.sets)
+        cached_kv = _if_cached(text, stored(self.cache.core, i % self.cache.sets))
         frozen_kv = frozen_set(c.core_kv, i)
         s, new_kv = core_step(self.params, self.config, s, self.injected, text.context, cached_kv, frozen_kv, c.active)
         c = c._replace(
@@ -206,9 +207,9 @@ class _Loop:
         if self.rule.needs_logits:
             # Only rows with a token that is due: the coda keys of a stopped token must not depend on other rows.
             row = jnp.any(due, axis=1, keepdims=True)
-            cached_kv = self.cache.coda
+            cached_kv = stored(self.cache.coda)
             if self.cache.coda_sets:
-                row, cached_kv = jnp.ones_like(row), read_set(self.cache.coda_sets, ran - 1)
+                row, cached_kv = jnp.ones_like(row), stored(self.cache.coda_sets, ran - 1)
             (y, _), coda_kv = self.coda(c.s, cached_kv, c.coda_kv, ~c.fresh & row)
             logits = known(self.config, head(self.params, self.config, self.at_last(y) if self.by_last else y))
             c = c._replace(coda_kv=coda_kv, fresh=c.fresh | row, checks=c.checks + due)
@@ -222,7 +223,7 @@ class _Loop:
         return c._replace(rule=self.seen_only(due, state, c.rule), active=c.active & ~stop)
 
     def coda(
-        self, s: Array, cached_kv: Layers, frozen_kv: Layers | None = None, update: Array | None = None
+        self, s: Array, cached_kv: tuple[Stored, ...], frozen_kv: Layers | None = None, update: Array | None = None
     ) -> tuple[tuple[Array, Array], Layers]:
         """((y, latents), coda keys and values) of states; where `update` is False they are those of `frozen_kv`."""
         past = _if_cached(self.text, cached_kv)

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Float32, Int, PyTree, Shaped
 from rdlm.config import ModelConfig
 from rdlm.model import split
 from rdlm.model.cache import KeyValue
-from rdlm.model.kernels import attend, attend_cached, attend_flash, attend_in_training
+from rdlm.model.kernels import Stored, attend, attend_cached, attend_flash, attend_in_training
 from rdlm.remat import keep
 from rdlm.tune import LORA_A, LORA_B, SCALE
 
@@ -233,7 +233,7 @@ class SelfAttention(nn.Module):
         self,
         x: Float[Array, "B L D"],
         ctx: Context,
-        cached_kv: KeyValue | None,
+        cached_kv: Stored | None,
         frozen_kv: KeyValue | None,
         active: Bool[Array, "B L"] | None,
     ) -> tuple[Float[Array, "B L D"], KeyValue]:
@@ -287,10 +287,7 @@ class SelfAttention(nn.Module):
             own = q, new_k, new_v, ctx.bias
             mixed = attend_in_training(*own) if ctx.training else attend(*own, ctx.causal)
         else:
-            T = cached_kv.k.shape[1]  # and the cache may be wider than what it holds
-            cached_k = cached_kv.k[..., : new_kv.k.shape[-1]].reshape(B, T, -1, Q)
-            cached_v = cached_kv.v[..., : new_kv.v.shape[-1]].reshape(B, T, K, Q)
-            mixed = attend_cached(q, (new_k, new_v, ctx.bias), (cached_k, cached_v, ctx.cached_bias))
+            mixed = attend_cached(q, (new_k, new_v, ctx.bias), cached_kv, ctx.cached_bias)
         for gate in gates:
             mixed = mixed * jax.nn.sigmoid(gate.reshape(B, L, H * Q))
         proj = matrix(self, "proj", (H * Q, D), output_std(cfg), ("heads", "embed"), dtype)
@@ -355,7 +352,7 @@ class TransformerBlock(nn.Module):
         self,
         x: Float[Array, "B L D"],
         ctx: Context,
-        cached_kv: KeyValue | None = None,
+        cached_kv: Stored | None = None,
         frozen_kv: KeyValue | None = None,
         active: Bool[Array, "B L"] | None = None,
     ) -> tuple[Float[Array, "B L D"], KeyValue]:

@@ -23,16 +23,16 @@ from jaxtyping import Float32, Int, Shaped
 
 from rdlm.config import CachePolicy, ModelConfig
 from rdlm.model.attention import HIDDEN
-from rdlm.model.kernels import updated_in_place
+from rdlm.model.kernels import Stored, updated_in_place
 
 
 def stored_width(width: int) -> int:
-    """Columns of the cache for keys or values of `width` elements: large ones are padded to a multiple of 128.
+    """Columns of the cache for keys or values of `width` elements: from 512 on padded to a multiple of 128.
 
     A TPU stores tiles of 128 columns anyway (5280 become 5376). Without the padding XLA stores the cache transposed and
     copies it on entry to and exit from every program.
     """
-    return width if width < 1024 else -(-width // 128) * 128
+    return width if width < 512 else -(-width // 128) * 128
 
 
 class KeyValue(NamedTuple):
@@ -136,6 +136,17 @@ def skip_bias(depth: Int[Array, "B T"], i: Int[Array, ""] | Int[Array, "B 1"]) -
 def read_set(layers: tuple[KeyValue, ...], m: Int[Array, ""]) -> tuple[KeyValue, ...]:
     """Set m of every core layer: KeyValue [B, T, .] each."""
     return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, m, keepdims=False), layers)
+
+
+def stored(
+    layers: tuple[KeyValue, ...],
+    m: Int[Array, ""] | Int[Array, "R"] | None = None,
+    row: Int[Array, "R"] | None = None,
+) -> tuple[Stored, ...]:
+    """For attention: set m of every layer [S, B, T, .], or layers without sets [B, T, .]; of all rows or of some."""
+    if m is None:
+        return tuple(Stored(x.k[None], x.v[None], jnp.int32(0), row) for x in layers)
+    return tuple(Stored(x.k, x.v, m, row) for x in layers)
 
 
 def frozen_set(core_kv: tuple[KeyValue, ...], i: Int[Array, ""]) -> tuple[KeyValue, ...]:

@@ -39,7 +39,7 @@ from rdlm.model.blocks import (
     weight,
 )
 from rdlm.model.cache import KeyValue
-from rdlm.model.kernels import fits_flash
+from rdlm.model.kernels import Stored, fits_flash
 from rdlm.tune import LORA_A, LORA_B, SCALE
 
 Params = dict[str, PyTree]
@@ -242,7 +242,7 @@ def embed(
     config: ModelConfig,
     tokens: Int[Array | np.ndarray, "B L"] | Float[Array, "B L {config.embed_dim}"],
     ctx: Context,
-    cached_kv: Layers | None = None,
+    cached_kv: tuple[Stored, ...] | None = None,
 ) -> tuple[Float[Array, "B L {config.embed_dim}"], Layers]:
     """Prelude: tokens -> (e, new keys and values per layer).
 
@@ -297,7 +297,7 @@ def core_step(
     s: Float[Array, "B L {config.state_dim}"],
     injected: Float[Array, "B L {config.embed_dim}"],
     ctx: Context,
-    cached_kv: Layers | None = None,
+    cached_kv: tuple[Stored, ...] | None = None,
     frozen_kv: Layers | None = None,
     active: Bool[Array, "B L"] | None = None,
 ) -> tuple[Float[Array, "B L {config.state_dim}"], Layers]:
@@ -370,7 +370,7 @@ def coda(
     config: ModelConfig,
     s: Float[Array, "B L {config.state_dim}"],
     ctx: Context,
-    cached_kv: Layers | None = None,
+    cached_kv: tuple[Stored, ...] | None = None,
     frozen_kv: Layers | None = None,
     active: Bool[Array, "B L"] | None = None,
 ) -> tuple[tuple[Float[Array, "B L {config.embed_dim}"], Float[Array, "B L {config.embed_dim}"]], Layers]:
@@ -448,7 +448,7 @@ def _blocks(
     part: str,
     x: Float[Array, "B L D"],
     ctx: Context,
-    cached_kv: Layers | None = None,
+    cached_kv: tuple[Stored, ...] | None = None,
     frozen_kv: Layers | None = None,
     active: Bool[Array, "B L"] | None = None,
 ) -> tuple[Float[Array, "B L D"], Layers]:

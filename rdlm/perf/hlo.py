@@ -369,6 +369,9 @@ def _known_trips(text: str) -> dict[str, int]:
     return {match[1]: int(match[2]) for match in found if match}
 
 
+_TOLD = re.compile(r'"bytes_accessed":"?(\d+)')
+
+
 def _moved(name: str, computations: dict[str, list[str]]) -> int:
     """Estimated bytes that one pass of a computation reads and writes in HBM; arrays in fast memory left out.
 
@@ -383,7 +386,9 @@ def _moved(name: str, computations: dict[str, list[str]]) -> int:
         called = _CALLED.search(match.string)
         if operation in _FREE or operation.endswith("-done"):
             continue
-        if operation == "copy-start":  # its result holds the source too
+        if operation == "custom-call" and (told := _TOLD.search(match.string)):  # a kernel that says what it reads
+            moved += int(told[1]) + sizes[match["name"]]
+        elif operation == "copy-start":  # its result holds the source too
             moved += sizes[match["name"]]
         elif operation in ("fusion", "async-start") and called:
             reads = [size and _read(called[1], i, computations) for i, size in enumerate(given)]

@@ -1,6 +1,7 @@
 """Decoding compiled for a real TPU: nothing turns or copies the cache. Needs libtpu; proves no numerics."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,8 @@ from rdlm.config import CachePolicy, preset
 from rdlm.decode.lanes import Flush, advance, empty_lanes
 from rdlm.decode.loop import Sizes, decode_tokens, progress_shapes
 from rdlm.decode.requests import RequestOptions, as_requests
-from rdlm.model import cast, init_params
+from rdlm.model import cast, init_params, kernels
+from rdlm.model.cache import stored_width
 from rdlm.perf import flops, hlo
 
 pytest.importorskip("libtpu")
@@ -48,6 +50,12 @@ def lowered(place, lanes):
     return decode_tokens.lower(params, CONFIG, *rest, False)
 
 
+def slices(program):
+    """Operations whose result is one set of a layer's keys or values for all rows."""
+    made = rf"= bf16\[{B},{T},{stored_width(1056)}\]\S* (fusion|copy|gather|dynamic-slice)\("
+    return len(re.findall(made, program.text))
+
+
 @pytest.mark.parametrize("lanes", [False, True], ids=["lock-step", "lanes"])
 def test_no_program_copies_the_cache(place, lanes):
     program = hlo.compile_program(lowered(place, lanes))
@@ -55,9 +63,18 @@ def test_no_program_copies_the_cache(place, lanes):
     assert not program.copies(core), "a whole layer of the cache is copied"
     assert program.shared >= flops.cache_bytes(CONFIG, POLICY, R, B, T, 2), "the cache is not updated in place"
     assert program.peak <= flops.datasheet(hlo.tpu_devices("v5e:2x2")[0].device_kind).gib * 2**30
+    assert not slices(program), "a set of a layer is copied before it is read"
     if not lanes:
         moved, least = program.decoding_traffic()["recurrence"], flops.Decoding(B, R, R, T).parts(CONFIG, 2)
-        assert 1 <= moved / least["recurrence"] < 2, "one set is read, and counted; there are four"
+        # One set is read, and counted, of four; some of it may stay in the chip's own memory.
+        assert 0.85 < moved / least["recurrence"] < 1.15
+
+
+def test_without_the_kernel_sets_are_copied(place, monkeypatch):
+    monkeypatch.setattr(kernels, "fits_stored", lambda *shapes: False)
+    decode_tokens.clear_cache()
+    assert slices(hlo.compile_program(lowered(place, lanes=False)))
+    decode_tokens.clear_cache()
 
 
 def test_control_a_cache_with_ragged_columns_is_copied(place, monkeypatch):

@@ -18,7 +18,7 @@ from rdlm import exits
 from rdlm.config import CachePolicy, ModelConfig
 from rdlm.decode import decode_step, prefill
 from rdlm.model import core_step, forward
-from rdlm.model.cache import allocate, frozen_set, read_set
+from rdlm.model.cache import allocate, frozen_set, stored
 
 SMALL = ModelConfig(
     vocab_size=48, embed_dim=16, num_heads=4, num_kv_heads=2, mlp_dim=24, prelude_layers=1, core_layers=2,
@@ -230,10 +230,10 @@ def test_control_own_sets_read_off_by_one(monkeypatch):
 
 @pytest.mark.parametrize("policy", ["latest", "4 sets"])
 def test_control_cached_sets_read_off_by_one(monkeypatch, policy):
-    def next_set(layers, m):
-        return read_set(layers, jnp.minimum(m + 1, layers[0].k.shape[0] - 1))
+    def next_set(layers, m=None):
+        return stored(layers, None if m is None else jnp.minimum(m + 1, layers[0].k.shape[0] - 1))
 
-    monkeypatch.setattr(rdlm.model.adaptive, "read_set", next_set)
+    monkeypatch.setattr(rdlm.model.adaptive, "stored", next_set)
     run = jax.jit(lambda *args, **kwargs: decode_step(*args, **kwargs), static_argnums=1)
     ours = one_by_one(SMALL, policy, "latent_diff", run=run)
     assert not agrees(ours, oracle(SMALL, policy, "latent_diff", [1] * L, ours[1]))

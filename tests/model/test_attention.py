@@ -9,7 +9,17 @@ import pytest
 
 from rdlm.model import attention
 from rdlm.model.attention import HIDDEN, causal_bias
-from rdlm.model.kernels import attend, attend_cached, attend_filled, attend_flash, attend_flat, attend_in_training
+from rdlm.model.kernels import (
+    Stored,
+    attend,
+    attend_cached,
+    attend_filled,
+    attend_flash,
+    attend_flat,
+    attend_in_training,
+    attend_stored,
+    fits_stored,
+)
 
 B, H, Q = 2, 4, 8
 
@@ -89,6 +99,17 @@ def test_attend_with_fewer_key_heads(attend, key_heads, value_heads):
         assert np.abs(swapped - reference[0]).max() > 0.1
 
 
+def stored(k, v):
+    """Keys and values [B, T, heads, Q] as a cache of one set holds them."""
+    k, v = (x.reshape(1, *x.shape[:2], -1) for x in (k, v))
+    return Stored(k, v, jnp.int32(0))
+
+
+def attend_as_stored(q, new, past):
+    k, v, bias = past
+    return attend_cached(q, new, stored(k, v), bias)
+
+
 @pytest.mark.parametrize(("L", "T", "heads"), [(1, 7, 4), (5, 1, 4), (6, 33, 2)])
 def test_attend_cached_is_one_softmax_over_both_parts(L, T, heads):
     own, past = inputs(L, heads, heads), (random(4, B, T, heads, Q), random(5, B, T, heads, Q))
@@ -97,7 +118,7 @@ def test_attend_cached_is_one_softmax_over_both_parts(L, T, heads):
     visible = np.concatenate([np.broadcast_to(held, (B, L, T)), np.broadcast_to(sees(None, L), (B, L, L))], -1)
 
     def ours(q, k, v, past_k, past_v):
-        return attend_cached(q, (k, v, own_bias), (past_k, past_v, cached_bias))
+        return attend_cached(q, (k, v, own_bias), stored(past_k, past_v), cached_bias)
 
     def joined(q, k, v, past_k, past_v):
         return softmax_attention(q, jnp.concatenate([past_k, k], 1), jnp.concatenate([past_v, v], 1), visible)
@@ -125,9 +146,9 @@ def test_attend_filled_reads_the_next_power_of_two_of_the_longest_row(L):
 
 
 def test_attend_cached_with_an_empty_cache_is_attend():
-    nothing = (jnp.zeros((B, 3, H, Q)), jnp.zeros((B, 3, H, Q)), jnp.full((B, 1, 3), HIDDEN))
+    nothing = stored(jnp.zeros((B, 3, H, Q)), jnp.zeros((B, 3, H, Q))), jnp.full((B, 1, 3), HIDDEN)
     bias = causal_bias(None, 6)
-    assert_same(*both(lambda q, k, v: attend_cached(q, (k, v, bias), nothing), lambda *a: attend(*a, bias), inputs(6)))
+    assert_same(*both(lambda q, k, v: attend_cached(q, (k, v, bias), *nothing), lambda *a: attend(*a, bias), inputs(6)))
 
 
 @pytest.mark.parametrize("attend", [attend, attend_in_training])
@@ -146,7 +167,9 @@ def test_bfloat16_is_close_to_float32(attend):
 
     def cached(q, k, v):
         own, past = (slice(None), slice(128, None)), (slice(None), slice(None, 128))
-        return attend_cached(q[own], (k[own], v[own], bias[:, 128:, 128:]), (k[past], v[past], bias[:, 128:, :128]))
+        return attend_cached(
+            q[own], (k[own], v[own], bias[:, 128:, 128:]), stored(k[past], v[past]), bias[:, 128:, :128]
+        )
 
     ours, ours_cached = both(lambda *a: attend(*a, bias), cached, given)
     wide = [x.astype(jnp.float32) for x in given]
@@ -271,10 +294,63 @@ def test_later_tokens_and_other_documents_may_hold_anything(spoilt):
 
 
 @pytest.mark.parametrize("spoilt", [3e38, -3e38])
-@pytest.mark.parametrize("attention", [attend_cached, attend_flat])
+@pytest.mark.parametrize("attention", [attend_as_stored, attend_flat])
 def test_an_empty_place_of_the_cache_may_hold_any_finite_number(attention, spoilt):
     visible = np.arange(20) != np.array([[3], [17]])
     bias = jnp.where(visible, 0.0, HIDDEN)[:, None] + causal_bias(None, 20)
     clean, other = hidden_by(over_a_cache(attention), bias, visible, spoilt)
     assert np.array_equal(clean, other)
     assert np.isfinite(clean).all()
+
+
+SHAPES = {
+    # query, key and value heads, width of a head, tokens of a pass
+    "a key and a value for each query": (4, 4, 4, 24, 1),
+    "shared values, keys with a bias": (6, 6, 2, 16, 1),
+    "shared keys and values, three tokens": (6, 2, 2, 16, 3),
+    "more key heads than a tile has rows": (20, 20, 20, 4, 2),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("T", [128, 1536])
+def test_attend_stored_reads_the_set_and_the_row_of_each(name, T):
+    heads, key_heads, value_heads, width, L = SHAPES[name]
+    S, rows, R = 3, 4, 3
+    q, k, v = (jnp.asarray(random(i, R, L, n, width)) for i, n in enumerate((heads, key_heads, value_heads)))
+    held = [jnp.asarray(random(3 + i, S, rows, T, 128)) for i in range(2)]
+    chosen, row = np.array([2, 0, 1]), np.array([1, 1, 3])
+    filled = np.array([[T], [0], [T // 3]])
+    bias = jnp.where(np.arange(T) < filled, 0.0, HIDDEN)[:, None]
+    new = k, v, causal_bias(None, L)
+    cached = Stored(*held, jnp.array(chosen), jnp.array(row))
+    assert fits_stored(q, value_heads, cached)
+    ours = jax.jit(lambda *x: attend_stored(*x, interpret=True))(q, new, cached, bias)
+    read = [
+        x[chosen, row, :, : n * width].reshape(R, T, n, width)
+        for x, n in zip(held, (key_heads, value_heads), strict=True)
+    ]
+    right = attention.softmax_attention(q, (*read, bias), new)
+    np.testing.assert_allclose(ours, right, atol=2e-6)
+    np.testing.assert_allclose(attend_cached(q, new, cached, bias), right, atol=2e-6)
+    # Controls: what lies in another set or row, or beyond what is filled, is not read; what is filled is.
+    elsewhere = np.ones((S, rows, T, 1), bool)
+    for r in range(R):
+        elsewhere[chosen[r], row[r], : -(-filled[r, 0] // 128) * 128 or 128] = False
+    spoilt = Stored(*(jnp.where(elsewhere, 3e38, x) for x in held), cached.set, cached.row)
+    if T == 128:
+        np.testing.assert_allclose(jax.jit(lambda *x: attend_stored(*x, interpret=True))(q, new, spoilt, bias), ours)
+    moved = cached._replace(row=jnp.array([2, 1, 3]))
+    assert np.abs(attend_stored(q, new, moved, bias, interpret=True)[0] - ours[0]).max() > 0.1
+
+
+def test_what_attend_stored_does_not_serve():
+    def fits(L=1, heads=4, T=256, width=128):
+        held = jnp.zeros((1, 1, T, width))
+        return fits_stored(jnp.zeros((1, L, heads, 8)), heads, Stored(held, held, jnp.int32(0)))
+
+    assert fits()
+    assert not fits(T=200)
+    assert not fits(width=96)
+    assert not fits(L=9)
+    assert not fits(L=8, heads=55, width=5376)

@@ -56,7 +56,7 @@ def test_attention_over_a_flat_cache_is_attention(H, K, V, L):
 
 
 def test_columns_that_fill_tiles():
-    assert [stored_width(w) for w in (1, 1000, 1023, 1024, 1056, 5280, 5376)] == [1, 1000, 1023, 1024, 1152, 5376, 5376]
+    assert [stored_width(w) for w in (1, 511, 512, 672, 1056, 5280, 5376)] == [1, 511, 512, 768, 1152, 5376, 5376]
 
 
 def test_a_wider_cache_changes_nothing(monkeypatch):
