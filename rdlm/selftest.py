@@ -200,7 +200,8 @@ def kernel_checks(sizes: Sizes) -> Iterator[Check]:
     cached: dict[str, Attention] = {
         "attend_cached": second_set(kernels.attend_cached),
         "attend_stored": second_set(functools.partial(kernels.attend_stored, interpret=not on_tpu)),
-        "attend_filled": kernels.attend_filled,
+        "attend_copied": second_set(kernels.attend_copied),
+        "attend_filled": second_set(kernels.attend_filled),
         "attend_flat": kernels.attend_flat,
     }
     plain = with_gradients(biased(lambda q, k, v, bias: softmax_attention(q, (k, v, bias))))

@@ -81,6 +81,7 @@ def test_wrong_kernels_are_named_and_no_others(monkeypatch):
         "attend_in_training, 2 heads of 8",
         "attend_flash, 2 heads of 8",
         "attend_stored, 2 heads of 8",
+        "attend_copied, 2 heads of 8",
         "attend_flat, 2 heads of 8",
         "row_major, updated_in_place, after",
     ]
