@@ -30,6 +30,7 @@ from rdlm.config import CachePolicy, InputError, ModelConfig, Sampling
 from rdlm.decode.lanes import RECENT, Flush, Lanes, advance, empty_lanes, insert
 from rdlm.decode.loop import Sizes, begin
 from rdlm.decode.passes import CacheMemory, next_power
+from rdlm.decode.program import devices_of
 from rdlm.decode.reading import Reader, Reading, usual_chunk
 from rdlm.decode.requests import (
     Constraint,
@@ -136,9 +137,9 @@ class Engine:
         `step`, and others get their tokens in between. No result changes; where one would, prompts are read at once:
         with a cache of fewer recurrences, `prefill_exit="together"` or `prefix`. Default: twice the lanes, at least 32
         on a CPU and 128 elsewhere.
-      prompt_cache: bytes of keys and values that the engine keeps of prompts read in chunks. A prompt that begins with
-        the same chunks, at the same depth, does not read them again. Where initial states are random, requests share
-        only with those of the same `key`. No result changes.
+      prompt_cache: bytes of keys and values, on all devices, that the engine keeps of prompts read in chunks. A prompt
+        that begins with the same chunks, at the same depth, does not read them again. Where initial states are random,
+        requests share only with those of the same `key`. No result changes.
 
     Raises:
       InputError: impossible sizes.
@@ -211,7 +212,8 @@ class Engine:
         prompts = f" and prompt_cache = {prompt_cache} bytes" if prompt_cache else ""
         require_memory(
             f"cache: {sets} recurrences x {lanes} lanes x {capacity} positions{prompts}",
-            CacheMemory(params, config, lanes, 1, (sets, capacity), self._idle.depth).bytes + prompt_cache,
+            CacheMemory(params, config, lanes, 1, (sets, capacity), self._idle.depth).bytes
+            + prompt_cache // devices_of(params),
             "use fewer lanes or a smaller capacity, or keep fewer recurrences (cache=CachePolicy(recurrences=k))",
         )
         chunk = usual_chunk(lanes) if prefill_chunk is None else int(prefill_chunk)

@@ -30,10 +30,15 @@ def mesh_of(params: Params) -> Mesh | None:
     return found if isinstance(found, Mesh) and found.axis_names == (AXIS,) and found.size > 1 else None
 
 
+def devices_of(params: Params) -> int:
+    """How many devices share the parameters."""
+    mesh = mesh_of(params)
+    return 1 if mesh is None else mesh.size
+
+
 def local_config(params: Params, config: ModelConfig) -> ModelConfig:
     """What one device computes of the model: for its memory."""
-    mesh = mesh_of(params)
-    return config if mesh is None else share(config, mesh.size)
+    return share(config, devices_of(params))
 
 
 class Program(Generic[P, T]):

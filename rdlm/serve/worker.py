@@ -16,6 +16,7 @@ from rdlm.config import CachePolicy, InputError, Sampling, one_line
 from rdlm.decode import Engine
 from rdlm.decode.engine import Served
 from rdlm.decode.passes import CacheMemory, next_power
+from rdlm.decode.program import devices_of
 from rdlm.decode.reading import least_prompt_cache, usual_chunk
 from rdlm.decode.requests import sample_keys
 from rdlm.exits import Depth
@@ -184,7 +185,8 @@ class Worker:
             fix = f"a chunk of a prompt takes more; give at least {shown:.6f} GiB, or 0"
             raise InputError(f"--prompt-cache {options.prompt_cache}: {fix}")
         rows = options.lanes * len(kinds)
-        needed = CacheMemory(run.params, run.config, rows, 1, sizes, Depth(1)).bytes + room * len(kinds)
+        needed = CacheMemory(run.params, run.config, rows, 1, sizes, Depth(1)).bytes
+        needed += room // devices_of(run.params) * len(kinds)
         what = f"cache: {sets} recurrences x {rows} lanes x {context} positions"
         what += f" and {room * len(kinds) / 2**30:,.1f} GiB for prompts" if room else ""
         fix = "lower --lanes, --max-context, --cache-recurrences or --prompt-cache"
