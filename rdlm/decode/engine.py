@@ -221,6 +221,7 @@ class Engine:
             params, config, self._sizes, self._options, self._idle.depth, chunk=chunk, prompt_cache=prompt_cache
         )
         self._reading: tuple[Served, int, Reading] | None = None  # a long prompt, and the lane that it will have
+        self._chunk_next = False  # whose turn it is
         self._lanes = self._empty_lanes()
         self._queue: collections.deque[Served] = collections.deque()
         self._queue_lock = threading.Lock()  # requests may come while another thread runs a step
@@ -386,11 +387,9 @@ class Engine:
         self._serving = [None if s is None or s.done else s for s in self._serving]
         if self._reading is not None and self._reading[0].done:
             self._reading = None
-        while self._admit():
-            pass
-        read = self._read_chunk()
+        taken = self._take_in()
         if not any(self._serving):
-            return read
+            return taken
         told = np.asarray([-1 if s is None else len(s.tokens) for s in self._serving], np.int32)
         # Stop as soon as the next group finds its lanes: some may be free already.
         group = self._next()
@@ -460,6 +459,20 @@ class Engine:
         """Lanes that nobody has."""
         kept = None if self._reading is None else self._reading[1]
         return [lane for lane, s in enumerate(self._serving) if s is None and lane != kept]
+
+    def _take_in(self) -> bool:
+        """Prefill what is queued and read long prompts. False: there was nothing to take in.
+
+        While others are served, one group or one chunk, so that their next tokens wait for no more; in turn, so that
+        neither kind waits for ever.
+        """
+        if not any(self._serving):
+            while self._admit():
+                pass
+            return self._read_chunk()
+        self._chunk_next = not self._chunk_next
+        turns = (self._read_chunk, self._admit) if self._chunk_next else (self._admit, self._read_chunk)
+        return any(turn() for turn in turns)
 
     def _admit(self) -> bool:
         """Prefill the next group or begin the next long prompt, once there are lanes enough. False: not yet."""

@@ -204,6 +204,27 @@ def test_others_get_tokens_between_chunks(read, chunk):
         assert max(between) >= LONG
 
 
+def test_others_wait_for_one_chunk_or_one_group_at_a_time(monkeypatch):
+    engine, done = chunked(lanes=8), []
+    first = engine.submit((1, 2, 3), max_new_tokens=NEW)
+    engine.step()
+    place, read = engine._place, engine._reader.read
+    monkeypatch.setattr(engine, "_place", lambda *a: (done.append("group"), place(*a))[1])
+    monkeypatch.setattr(engine._reader, "read", lambda *a: (done.append("chunk"), read(*a))[1])
+    long = engine.submit(np.arange(CHUNK * 4) % 7, max_new_tokens=2)
+    short = [engine.submit((i, 2, 3), max_new_tokens=2) for i in range(6)]  # groups of two
+    steps = []
+    while not all(s.done for s in (first, long, *short)):
+        before = len(done)
+        waited = any(engine._serving)
+        engine.step()
+        steps.append((waited, done[before:]))
+    assert all(len(taken) <= 1 for waited, taken in steps if waited)
+    assert done.count("chunk") == 4
+    assert done.index("group") < 4, "neither kind waits until the other has ended"
+    assert done.index("chunk") < 4
+
+
 def test_long_prompts_keep_their_turn():
     # While one is read short ones pass the next, but then it gets the next lane.
     e, order = chunked(), []
