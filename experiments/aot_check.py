@@ -6,14 +6,15 @@
     python experiments/aot_check.py huginn_3p5b --topology v5e:2x2 --only decode --batch 16 --capacity 1024
     python experiments/aot_check.py small --only decode --exit none latent_diff gated_kl --mean-depth 12
     python experiments/aot_check.py huginn_3p5b --only decode --batch 1 --recurrences 1 --exit none --window 128
+    python experiments/aot_check.py huginn_3p5b --topology v5e:2x2 --only decode --batch 32 --exit none --tensor 4
 
 Training: compiles one optimizer step of the preset for the whole topology (all chips share the parameters unless
 --data says otherwise) and prints bytes per chip against the limit; the collectives inside each of the
 three loops of the recurrence and outside, with a check that nothing in the program was overlooked; FLOPs; and an
 ESTIMATE of the time of a step from these counts and the chip's datasheet. --search: the largest microbatch that fits.
 
-Decoding: compiles the token loop of `generate` (adaptive, every row at its own depth) for one chip of the topology, for
-each exit rule, and prints the bytes that a token reads and writes in HBM beside the least possible, what bounds it, and
+Decoding: compiles the token loop of `generate` (adaptive, every row at its own depth) for one chip of the topology, or
+for --tensor chips that share the model, for each exit rule, and prints the bytes that a token reads and writes in HBM beside the least possible, what bounds it, and
 the tokens/s that this allows. --window: also the parallel sampler (docs/parallel.md), and what an outer step reads and
 writes against a token of ordinary decoding.
 

@@ -216,7 +216,7 @@ def _encode(tokenizer: Tokenizer, prompt: str | Chat) -> np.ndarray:
 def find(folder: str | Path, step: int | None = None, ema: bool = False, tensor: int = 1) -> Run:
     """As `load`, but parameters are read on first use."""
     folder = local_path(folder)
-    if tensor != 1:
+    if tensor != 1 or type(tensor) is not int:
         tensor_mesh(tensor)  # refuses what is no number of devices
     if not folder.exists():
         needed = "a run folder (train a model there first) or a Hugging Face folder"

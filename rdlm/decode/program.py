@@ -9,11 +9,12 @@ from collections.abc import Callable
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from rdlm.config import ModelConfig
-from rdlm.model import Params
+from rdlm.config import InputError, ModelConfig
+from rdlm.model import Params, init_params
 from rdlm.model.cache import KeyValue
 from rdlm.model.split import AXIS, share
 from rdlm.model.tensor_parallel import parameter_parts
@@ -37,11 +38,18 @@ def devices_of(params: Params) -> int:
 
 
 def local_config(params: Params, config: ModelConfig) -> ModelConfig:
-    """What one device computes of the model: for its memory."""
-    return share(config, devices_of(params))
+    """What one device computes of the model: for its memory.
+
+    Raises:
+      InputError: the parameters are split, and of another config.
+    """
+    devices = devices_of(params)
+    if devices > 1:
+        _check_model(params, config)
+    return share(config, devices)
 
 
-class Program(Generic[P, T]):
+class DecodingProgram(Generic[P, T]):
     """`jax.jit` for a function of (params, config, ...) whose `static` arguments, like config, are no arrays.
 
     Where `rdlm.tensor_parallel` has split the parameters, every device runs it for `share(config)`, on its parts of the
@@ -61,23 +69,24 @@ class Program(Generic[P, T]):
 
     def __call__(self, *args: P.args, **named: P.kwargs) -> T:
         """Run it where the parameters are."""
-        with self._where(args):
+        mesh = _place(args[0])
+        if mesh is None:
             return self._jitted(*args, **named)
+        with jax.set_mesh(mesh):
+            return self._jitted(*(_moved(args, mesh) if mesh.size > 1 else args), **named)
 
     def lower(self, *args: Any) -> jax.stages.Lowered:
         """As that of `jax.jit`, for arrays or their shapes; those of parameters say where it runs."""
-        with self._where(args):
+        mesh = _place(args[0])
+        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
             return self._jitted.lower(*args)
-
-    def _where(self, args: tuple[Any, ...]) -> contextlib.AbstractContextManager[object]:
-        mesh = mesh_of(args[0])
-        return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
     def _split(self, *args: P.args, **named: P.kwargs) -> T:
         mesh = jax.sharding.get_abstract_mesh()
-        if mesh.axis_names != (AXIS,) or mesh.manual_axes:
+        if mesh.axis_names != (AXIS,) or mesh.size == 1 or mesh.manual_axes:
             return self._run(*args, **named)
         given: dict[str, Any] = self._signature.bind(*args, **named).arguments
+        _check_model(given["params"], given["config"])
         fixed: dict[str, Any] = {name: given.pop(name) for name in self._static}
         local = fixed | {"config": share(fixed["config"], mesh.size)}
         run: Callable[..., T] = self._run
@@ -91,9 +100,49 @@ class Program(Generic[P, T]):
         return jax.shard_map(on_each, in_specs=(parts,), out_specs=made, check_vma=False)(given)
 
 
-def program(*static: str, donate: str | None = None) -> Callable[[Callable[P, T]], Program[P, T]]:
-    """Make a function a `Program`."""
-    return lambda run: Program(run, static, donate)
+def _place(params: Any) -> Mesh | None:
+    """The mesh that a program runs on: that of split parameters, or that of the one TPU that holds them.
+
+    None: another place, or arrays that are traced. A program knows of one device only by its mesh.
+    """
+    mesh = mesh_of(params)
+    placed = None if isinstance(params["wte"], jax.core.Tracer) else getattr(params["wte"], "sharding", None)
+    if mesh is not None or placed is None or len(placed.device_set) > 1:
+        return mesh
+    (device,) = placed.device_set
+    return Mesh(np.asarray([device]), (AXIS,)) if device.platform == "tpu" else None
+
+
+def _moved(args: Any, mesh: Mesh) -> Any:
+    """`args`, with what is bound to one device, such as a key of the caller's, on all of the mesh."""
+
+    def one(x: Any) -> Any:
+        bound = isinstance(x, jax.Array) and x.committed and len(x.sharding.device_set) == 1
+        return jax.device_put(x, NamedSharding(mesh, PartitionSpec())) if bound else x
+
+    return jax.tree.map(one, args)
+
+
+def _check_model(params: Params, config: ModelConfig) -> None:
+    """Refuse split parameters with another config, such as that from before heads were added."""
+    shapes = _core_shapes(config)
+    for part, name in (("attn", "qkv"), ("mlp", "fc")):
+        found, wanted = params["core_0"][part][name].shape, shapes[part][name].shape
+        if found != wanted:
+            raise InputError(
+                f"params: core_0/{part}/{name} has shape {list(found)}, but the config says {list(wanted)}; use the "
+                "config that tensor_parallel returned with them"
+            )
+
+
+@functools.cache
+def _core_shapes(config: ModelConfig) -> Params:
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))["core_0"]
+
+
+def program(*static: str, donate: str | None = None) -> Callable[[Callable[P, T]], DecodingProgram[P, T]]:
+    """Make a function a `DecodingProgram`."""
+    return lambda run: DecodingProgram(run, static, donate)
 
 
 def _parts(tree: PyTree) -> PyTree[PartitionSpec]:

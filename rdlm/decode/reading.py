@@ -12,7 +12,7 @@ from jax import Array
 from rdlm.config import InputError, ModelConfig
 from rdlm.decode.loop import Progress, Sizes, read_chunk
 from rdlm.decode.passes import CacheMemory
-from rdlm.decode.program import program
+from rdlm.decode.program import devices_of, local_config, program
 from rdlm.decode.prompt_cache import PromptCache
 from rdlm.decode.requests import Request, RequestOptions
 from rdlm.exits import Depth, ExitRule
@@ -43,7 +43,8 @@ def least_prompt_cache(
       rule: of the tokens of prompts.
     """
     sets, capacity = sizes
-    return cache_bytes(config, sets, 1, min(chunk, capacity), compute_dtype(params, config), _has_coda_sets(rule))
+    here, dtype = local_config(params, config), compute_dtype(params, config)
+    return devices_of(params) * cache_bytes(here, sets, 1, min(chunk, capacity), dtype, _has_coda_sets(rule))
 
 
 def _has_coda_sets(rule: ExitRule | None) -> bool:

@@ -29,6 +29,7 @@ from rdlm.model.attention import (
     softmax_attention,
     weighted_values,
 )
+from rdlm.model.split import AXIS
 from rdlm.remat import KEPT, keep
 
 # Causal attention in blocks, for CPUs and for lengths that the fused kernel does not serve.
@@ -318,16 +319,29 @@ STORED_TILE = 128
 """Positions of a cache, and columns, that the kernel of `attend_stored` reads are multiples of this."""
 STORED_BLOCK = 3 * 2**19
 """Bytes of keys, and of values, that it reads at once, or those of a tile of positions."""
-STORED_QUERIES = 2**20
-"""Elements of the queries of one row of the batch, each spread over the width, up to which it fits a chip's memory."""
+STORED_MEMORY = 14 * 2**20
+"""Bytes of a chip's own memory that it may take."""
 
 
 def fits_stored(q: Float[Array, "R L H Q"], key_value_heads: int, cached: Stored) -> bool:
-    """Whether `attend_stored` serves so many queries and a cache of this shape."""
-    whole = all(size % STORED_TILE == 0 for x in (cached.k, cached.v) for size in x.shape[2:])
+    """Whether `attend_stored` serves so many queries and a cache of this shape, in a program of one device."""
+    mesh = jax.sharding.get_abstract_mesh()  # nobody else can split a kernel over devices
+    one_device = AXIS in mesh.manual_axes or mesh.axis_sizes == (1,)
+    whole = all(n % STORED_TILE == 0 for x in (cached.k, cached.v) for n in x.shape[2:])
     L, H = q.shape[1:3]
-    spread = L * (H // key_value_heads) * _padded(key_value_heads) * cached.k.shape[-1]
-    return whole and L <= FEW_QUERIES and spread <= STORED_QUERIES
+    if not one_device or not whole or L > FEW_QUERIES:
+        return False
+    width, wide, itemsize = cached.k.shape[-1], cached.v.shape[-1], cached.k.dtype.itemsize
+    size, N = _block(cached), L * (H // key_value_heads) * _padded(key_value_heads)
+    queries = N * (width * itemsize + 2 * wide * 4 + 3 * size * 4)
+    return queries + 2 * size * (width + wide) * itemsize <= STORED_MEMORY
+
+
+def _block(cached: Stored) -> int:
+    """Positions that the kernel reads at once."""
+    T, width = cached.k.shape[2:]
+    most = max(STORED_BLOCK // (width * cached.k.dtype.itemsize), STORED_TILE)
+    return next(n for n in (1024, 512, 256, STORED_TILE) if T % n == 0 and n <= most)
 
 
 def _padded(heads: int) -> int:
@@ -344,9 +358,9 @@ def attend_stored(
 ) -> Float[Array, "R L H*Q"]:
     """`attend_cached` on a TPU, which reads of the cache the sets and the positions that are seen, where they lie.
 
-    A slice of a cache of several sets is otherwise copied before it is read: 2.6 GiB in every recurrence of the 3.5B
-    model with 16 rows of 1,024 positions, which reads 4.2 (compiled for v5e). And of each row the kernel reads no more
-    blocks than hold tokens.
+    The set that is read is otherwise copied first, in lanes always and elsewhere where the compiler cannot fuse a slice
+    with what reads it: `aot_check.py huginn_3p5b --only decode` counted 7.0 GiB per recurrence, and now counts 4.3. And
+    of each row the kernel reads no more blocks than hold tokens.
 
     As in `attend_flat`, a query per head is spread over the width, so that no head is split. interpret: run it on a
     CPU, slowly, for tests.
@@ -405,9 +419,10 @@ def attend_stored(
             scores = jax.lax.dot_general(spread[...], k[0, 0], contract, preferred_element_type=jnp.float32)
             hidden = bias[0][:, None]  # [L or 1, 1, size]
             scores = scores.reshape(L, G * rows, size)
-            scores = jnp.where(hidden < 0, hidden, scores).reshape(N, size)
-            highest = jnp.maximum(top[...], scores.max(1, keepdims=True))
-            p, kept = jnp.exp(scores - highest), jnp.exp(top[...] - highest)
+            scores = jnp.where(hidden < 0, hidden, scores)
+            highest = jnp.maximum(top[...], scores.max(2).reshape(N, 1))
+            p = jnp.where(hidden < 0, 0.0, jnp.exp(scores - highest.reshape(L, G * rows, 1))).reshape(N, size)
+            kept = jnp.exp(top[...] - highest)
             total[...] = total[...] * kept + p.sum(1, keepdims=True)
             step = jnp.dot(p.astype(v.dtype), v[0, 0], preferred_element_type=jnp.float32)
             mixed[...] = mixed[...] * kept + step

@@ -13,7 +13,7 @@ from golden_cases import model
 from small_runs import saved
 
 import rdlm
-from rdlm.config import DataConfig, InputError, Parallel, Speculative, TuneConfig
+from rdlm.config import DataConfig, InputError, Parallel, Sampling, Speculative, TuneConfig
 from rdlm.decode.engine import Engine
 from rdlm.decode.lanes import advance
 from rdlm.model import split, tensor_parallel
@@ -106,6 +106,19 @@ def test_every_device_holds_its_share():
     assert norm.addressable_shards[0].data.shape == norm.shape
 
 
+def test_a_key_may_be_bound_to_one_device():
+    key = jax.device_put(jax.random.key(3), jax.devices()[0])
+    options = {"sampling": Sampling(temperature=1.0), "key": key}
+    wanted, _ = greedy(params(), TINY, **options)
+    assert greedy(*tensor_parallel(params(), TINY, 4), **options)[0] == wanted
+
+
+def test_the_config_from_before_is_refused():
+    placed, _ = tensor_parallel(params(), TINY, 4)
+    with pytest.raises(InputError, match="use the config that tensor_parallel returned"):
+        greedy(placed, TINY)
+
+
 def test_programs_are_compiled_once():
     engine = new_engine(EXACT[0], tensor=2)
     serve(EXACT[0], crowd(EXACT[0], 2), engine)
@@ -153,5 +166,7 @@ def test_what_does_not_divide_is_refused(tmp_path):
         with pytest.raises(InputError, match=re.escape(said)) as error:
             tensor_parallel(held, config, devices)
         assert "\n" not in str(error.value)
-    with pytest.raises(InputError, match="tensor = 16: must be"):
-        rdlm.load(saved(tmp_path / "run", 320, DATA, Tokenizer.bytes_only()), tensor=16)
+    folder = saved(tmp_path / "run", 320, DATA, Tokenizer.bytes_only())
+    for devices in (16, 0, True):
+        with pytest.raises(InputError, match=f"tensor = {devices}: must be"):
+            rdlm.load(folder, tensor=devices)

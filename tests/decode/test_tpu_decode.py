@@ -5,16 +5,18 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from rdlm import exits
 from rdlm.config import CachePolicy, preset
 from rdlm.decode.lanes import Flush, advance, empty_lanes
 from rdlm.decode.loop import Sizes, decode_tokens, progress_shapes
+from rdlm.decode.passes import decode_step
 from rdlm.decode.requests import RequestOptions, as_requests
 from rdlm.model import cast, init_params, kernels
-from rdlm.model.cache import stored_width
+from rdlm.model.cache import allocate, stored_width
 from rdlm.perf import flops, hlo
 
 pytest.importorskip("libtpu")
@@ -68,6 +70,17 @@ def test_no_program_copies_the_cache(place, lanes):
         moved, least = program.decoding_traffic()["recurrence"], flops.Decoding(B, R, R, T).parts(CONFIG, 2)
         # One set is read, and counted, of four; some of it may stay in the chip's own memory.
         assert 0.85 < moved / least["recurrence"] < 1.15
+
+
+def test_a_program_of_the_user_runs_on_several_chips():
+    # The kernel cannot be split by the compiler, so such a program does without it.
+    mesh = Mesh(np.array(hlo.tpu_devices("v5e:2x2")), ("data",))
+    small = dataclasses.replace(CONFIG, core_layers=1, coda_layers=0)
+    params = jax.eval_shape(lambda: cast(init_params(small, jax.random.key(0)), jnp.bfloat16))
+    cache = jax.eval_shape(lambda: allocate(small, POLICY, 4, 4, T, jnp.bfloat16))
+    given = hlo.specs((params, cache, jnp.zeros(4, jnp.int32)), NamedSharding(mesh, PartitionSpec()))
+    step = jax.jit(lambda params, cache, token: decode_step(params, small, cache, token, 4))
+    hlo.compile_program(step.lower(*given))
 
 
 def test_without_the_kernel_sets_are_copied(place, monkeypatch):
