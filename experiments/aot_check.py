@@ -14,9 +14,9 @@ three loops of the recurrence and outside, with a check that nothing in the prog
 ESTIMATE of the time of a step from these counts and the chip's datasheet. --search: the largest microbatch that fits.
 
 Decoding: compiles the token loop of `generate` (adaptive, every row at its own depth) for one chip of the topology, or
-for --tensor chips that share the model, for each exit rule, and prints the bytes that a token reads and writes in HBM beside the least possible, what bounds it, and
-the tokens/s that this allows. --window: also the parallel sampler (docs/parallel.md), and what an outer step reads and
-writes against a token of ordinary decoding.
+for --tensor chips that share the model, for each exit rule. Prints the bytes that a token reads and writes in HBM
+beside the least possible, what bounds it, and the tokens/s that this allows. --window: also the parallel sampler
+(docs/parallel.md), and what an outer step reads and writes against a token of ordinary decoding.
 
 Exits with 2 when something does not fit, saying what to change. Needs the extra `aot`. Two CPU cores take two to four
 minutes for each program of the 3.5B model. It proves memory, collectives and copies; never numbers or speed.
