@@ -23,7 +23,8 @@ damage; FLOPs of training and of an answer. Finished runs stay in runs/retrofit 
 stopped goes on with the same command. Prints the hours that are left.
 
 Exit codes: 0 done; 75 stopped by a signal and saved; 2 wrong input. Memory: 17 GiB; disk: 2 GB a run.
-Found: nothing yet, the long runs have not been made. Setting and open parts: docs/studies/retrofit.md.
+Found: the plain model does not learn the problems in this budget, so the long runs wait for easier ones:
+docs/studies/retrofit.md.
 """
 
 from __future__ import annotations
