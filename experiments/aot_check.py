@@ -7,6 +7,7 @@
     python experiments/aot_check.py small --only decode --exit none latent_diff gated_kl --mean-depth 12
     python experiments/aot_check.py huginn_3p5b --only decode --batch 1 --recurrences 1 --exit none --window 128
     python experiments/aot_check.py huginn_3p5b --topology v5e:2x2 --only decode --batch 32 --exit none --tensor 4
+    python experiments/aot_check.py huginn_3p5b --topology v5e:2x2 --only serve --batch 64 --exit none --tensor 4
 
 Training: compiles one optimizer step of the preset for the whole topology (all chips share the parameters unless
 --data says otherwise) and prints bytes per chip against the limit; the collectives inside each of the
@@ -17,6 +18,9 @@ Decoding: compiles the token loop of `generate` (adaptive, every row at its own 
 for --tensor chips that share the model, for each exit rule. Prints the bytes that a token reads and writes in HBM
 beside the least possible, what bounds it, and the tokens/s that this allows. --window: also the parallel sampler
 (docs/parallel.md), and what an outer step reads and writes against a token of ordinary decoding.
+
+Serving: compiles the program in which the engine advances its lanes, and prints what a tick (a recurrence of every
+lane) and a flush (stopped lanes through coda, sampling and the next prelude) read and write and exchange.
 
 Exits with 2 when something does not fit, saying what to change. Needs the extra `aot`. Two CPU cores take two to four
 minutes for each program of the 3.5B model. It proves memory, collectives and copies; never numbers or speed.
@@ -49,6 +53,8 @@ from rdlm.config import (
     preset,
     require,
 )
+from rdlm.decode.lanes import Flush, empty_lanes
+from rdlm.decode.lanes import advance as engine_step
 from rdlm.decode.loop import Progress, Sizes, decode_tokens, progress_shapes
 from rdlm.decode.parallel import ONE_SET, Wave, advance, open_window, with_rule
 from rdlm.decode.program import shapes_on
@@ -71,10 +77,10 @@ class Options:
     preset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRESET")]
     """Such as huginn_3p5b."""
     topology: str = "v5e:2x2"
-    only: Literal["train", "decode"] | None = None
-    """One of the two; None: both."""
+    only: Literal["train", "decode", "serve"] | None = None
+    """One of these; None: train and decode."""
     batch: int | None = None
-    """Sequences: training, per chip and microbatch (None: 1); decoding, per chip (None: 16)."""
+    """Sequences: training, per chip and microbatch (None: 1); decoding, rows (None: 16); serving, lanes (None: 16)."""
     # Training
     data: int = 1
     """Copies of the parameters."""
@@ -244,18 +250,27 @@ def decoding_shapes(
     config: ModelConfig, options: RequestOptions, policy: CachePolicy, o: Options, devices: list[Any]
 ) -> Shapes:
     """Those of `batch` rows, on one chip or on the first `tensor`."""
+    params, config, request, sizes = placed_model(config, options, policy, o, devices)
+    local = share(config, o.tensor)
+    progress = progress_shapes(bf16_shapes(local), local, request, sizes)
+    return Shapes(params, config, *shapes_on(params["wte"].sharding.mesh, (progress, request, jnp.int32(0))))
+
+
+def placed_model(
+    config: ModelConfig, options: RequestOptions, policy: CachePolicy, o: Options, devices: list[Any]
+) -> tuple[Params, ModelConfig, Request, Sizes]:
+    """(Shapes of parameters with their places, config, requests of `batch` rows, sizes of their cache)."""
     mesh = tensor_mesh(o.tensor, devices)
     config = with_heads(config, o.tensor)
     request = as_requests(config, [[1]] * (o.batch or 16), 1, options)[0]
-    sizes = Sizes(policy, policy.sets(o.num_steps), o.capacity, o.capacity)
-
-    def shapes(config: ModelConfig) -> Params:
-        return jax.eval_shape(lambda: cast(init_params(config, jax.random.key(0)), jnp.bfloat16))
-
-    params, local = shapes(config), share(config, o.tensor)
-    progress = progress_shapes(shapes(local), local, request, sizes)
+    params = bf16_shapes(config)
     placed = jax.tree.map(hlo.specs, params, placement(config, mesh, params))
-    return Shapes(placed, config, *shapes_on(mesh, (progress, request, jnp.int32(0))))
+    return placed, config, request, Sizes(policy, policy.sets(o.num_steps), o.capacity, o.capacity)
+
+
+def bf16_shapes(config: ModelConfig) -> Params:
+    """Shapes of parameters."""
+    return jax.eval_shape(lambda: cast(init_params(config, jax.random.key(0)), jnp.bfloat16))
 
 
 class Work(NamedTuple):
@@ -361,6 +376,66 @@ def chips(found: dict[str, Any]) -> str:
     return "one chip" if found["chips"] == 1 else f"each of {found['chips']} chips"
 
 
+def check_serving(name: str, base: RunConfig, o: Options, devices: list[Any], rule: Exit) -> dict[str, Any]:
+    """Compile the engine's program and count for one chip: everything that is printed."""
+    config, policy = dataclasses.replace(base.model, compute_dtype="bfloat16"), CachePolicy(o.recurrences)
+    options = RequestOptions(num_steps=o.num_steps, exit_rule=exits.named(rule))
+    params, placed, request, sizes = placed_model(config, options, policy, o, devices)
+    lanes, local = o.batch or 16, share(placed, o.tensor)
+    state = jax.eval_shape(lambda p, r: empty_lanes(p, local, r, sizes), bf16_shapes(local), request)
+    mesh = params["wte"].sharding.mesh
+    state, told, number = shapes_on(mesh, (state, jnp.zeros(lanes, jnp.int32), jnp.int32(0)))
+    width = max(1, lanes // 4)
+    start = time.perf_counter()
+    lowered = engine_step.lower(params, placed, state, told, number, number, Flush(width, 4), False)
+    program, chip = hlo.compile_program(lowered), flops.datasheet(devices[0].device_kind)
+    tick, flush = (flops.Decoding(n, 1, 1.0, o.capacity).parts(config, 2) for n in (lanes, width))
+    moved, exchanged = program.decoding_traffic(), program.decoding_collectives()
+    return {
+        **decoded(name, o),
+        "exit": rule,
+        "compile_seconds": time.perf_counter() - start,
+        "parameters_gib": 2 * flops.parameters(config) / o.tensor / GIB,
+        "cache_gib": flops.cache_bytes(local, policy, o.num_steps, lanes, o.capacity, 2) / GIB,
+        "peak_gib": program.peak / GIB,
+        "limit_gib": chip.gib,
+        "copies": sum(program.copies(2**23).values()),
+        "width": width,
+        "tick_gib": moved["recurrence"] / GIB,
+        "least_tick_gib": tick["recurrence"] / o.tensor / GIB,
+        "check_gib": moved["check"] / GIB,
+        "flush_gib": moved["token"] / GIB,
+        "least_flush_gib": (flush["check"] + flush["token"]) / o.tensor / GIB,
+        "collectives": {part: len(found) for part, found in exchanged.items()},
+        "tick_seconds": moved["recurrence"] / chip.memory,
+    }
+
+
+def show_serving(found: dict[str, Any]) -> None:
+    """Print what `check_serving` found."""
+    print(
+        f"{found['preset']}, {found['batch']} lanes x {found['capacity']}, {found['num_steps']} recurrences, exit "
+        f"{found['exit']}, {chips(found)} of {found['topology']}"
+    )
+    print(f"  compiled in                {found['compile_seconds']:8.1f} s")
+    print(f"  parameters                 {found['parameters_gib']:8.2f} GiB")
+    print(f"  cache                      {found['cache_gib']:8.2f} GiB")
+    print(f"  peak                       {found['peak_gib']:8.2f} of {found['limit_gib']} GiB")
+    print(f"  copies of 8 MiB or more    {found['copies']:8d}")
+    print("                               GiB in HBM   least possible")
+    print(f"    a tick, full cache       {found['tick_gib']:11.3f} {found['least_tick_gib']:16.3f}")
+    if found["check_gib"]:
+        print(f"    a check of the rule      {found['check_gib']:11.3f}")
+    flush = f"a flush of {found['width']} lanes"
+    print(f"    {flush:24} {found['flush_gib']:11.3f} {found['least_flush_gib']:16.3f}")
+    counts = found["collectives"]
+    print(f"  collectives                {counts['recurrence']} in a tick, {counts['token']} in a flush", end="")
+    print(f", {counts['check']} in a check" if counts["check"] else "")
+    print(
+        f"  a tick takes at least {found['tick_seconds'] * 1e3:.2f} ms (from counts and datasheet, not a measurement)"
+    )
+
+
 def show_decoding(found: dict[str, Any]) -> None:
     """Print what `check_decoding` found."""
     print(
@@ -411,7 +486,7 @@ def show_counts(found: dict[str, Any], what: str) -> None:
 
 
 def decode_report(name: str, base: RunConfig, o: Options, devices: list[Any], parallel: Parallel | None) -> None:
-    """Check decoding with every exit rule, and in a window."""
+    """Check decoding, or the engine, with every exit rule, and decoding in a window."""
 
     def report(found: dict[str, Any], show: Callable[[dict[str, Any]], None]) -> None:
         if o.json:
@@ -423,6 +498,9 @@ def decode_report(name: str, base: RunConfig, o: Options, devices: list[Any], pa
 
     found: dict[str, Any] = {}
     for rule in o.exit:
+        if o.only == "serve":
+            report(check_serving(name, base, o, devices, rule), show_serving)
+            continue
         found = check_decoding(name, base, o, devices, rule)
         report(found, show_decoding)
     if parallel is not None:
@@ -434,6 +512,7 @@ def window(o: Options) -> Parallel | None:
     if o.window is None:
         require(o.inner == 4, "inner", o.inner, "needs --window")
         return None
+    require(o.only != "serve", "window", o.window, "is of decoding; leave it out with --only serve")
     require(o.inner <= o.num_steps, "inner", o.inner, f"must be at most num_steps = {o.num_steps}")
     require(bool(o.exit), "exit", o.exit, "--window is compared with ordinary decoding; name a rule, or none")
     return Parallel(window=o.window, inner=o.inner)
@@ -452,7 +531,7 @@ def main() -> int:
         raise InputError(f"mean_depth = {o.mean_depth:g}: must be above 0 and at most num_steps = {o.num_steps}")
     parallel = window(o)
     devices = hlo.tpu_devices(o.topology)
-    if o.only != "decode":
+    if o.only in (None, "train"):
         train_report(o.preset, base, o, devices, o.batch or 1)
     if o.only != "train":
         decode_report(o.preset, base, o, devices, parallel)

@@ -172,7 +172,8 @@ def advance(
         return jnp.any(p.busy & ~waits(p)) & (p.ticks - start < max_ticks) & (serving - p.busy.sum() < wake)
 
     def body(p: Lanes) -> Lanes:
-        p = _tick(params, config, p)
+        with jax.named_scope("lanes_tick"):  # scopes by which `rdlm.perf.hlo` finds the parts of the program
+            p = _tick(params, config, p)
         ready = p.busy & ~p.iterating & ~waits(p)
         stopped = ready.sum()
         due = (stopped >= flush.width) | ((stopped > 0) & ((p.since >= flush.every) | ~jnp.any(p.iterating)))
@@ -182,7 +183,9 @@ def advance(
             return jnp.full(flush.width, p.busy.size), *zeros[1:]
 
         flushed = functools.partial(_flush, params, config, width=flush.width, warm_start=warm_start)
-        p = _apply(p, *lax.cond(due, flushed, nothing, p, ready))
+        with jax.named_scope("lanes_flush"):
+            left = lax.cond(due, flushed, nothing, p, ready)
+        p = _apply(p, *left)
         return p._replace(flushes=p.flushes + due, since=jnp.where(due, 0, p.since))
 
     return lax.while_loop(unfinished, body, lanes)

@@ -170,7 +170,8 @@ class Program:
     def decoding_traffic(self) -> dict[str, int]:
         """The same for one token of a token loop: by one recurrence, by one check of an exit rule, and by the rest.
 
-        What only some requests ask for (sampling, penalties, log-probabilities) is not counted.
+        Of the engine's program: by one tick, by one check, and by one flush. What only some requests ask for (sampling,
+        penalties, log-probabilities) is not counted.
         """
         computations = _computations(self.text)
         total = dict.fromkeys(DECODING, 0)
@@ -199,14 +200,15 @@ class Program:
                     yield from walk(body[1], "recurrence" if _decoding_recurrence(line) else part)
                 elif " conditional(" in line and part != "token":
                     for branch in _branches(line):
-                        yield from walk(branch, "check")
+                        yield from walk(branch, "token" if "/lanes_flush/" in line else "check")
                 elif called := re.search(r" call\(.*to_apply=%?([\w.\-]+)", line):
                     yield from walk(called[1], part)
 
         looped = {body[1] for lines in computations.values() for body in map(_BODY.search, lines) if body}
         outside = [name for name in computations if name not in looped and name.startswith("main")]
         for body in [body[1] for name in outside for body in map(_BODY.search, computations[name]) if body]:
-            yield from walk(body, "token")
+            lanes = any("/lanes_tick/" in line for line in computations[body])
+            yield from walk(body, "recurrence" if lanes else "token")
 
 
 def _collective(match: re.Match[str], name: str = "", loops: tuple[str, ...] = ()) -> Collective:
