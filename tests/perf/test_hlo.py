@@ -90,5 +90,42 @@ def test_a_recurrence_of_a_window_counts_once_however_many_an_outer_step_has():
     assert traffic(window.replace("recurrence_window", "other"))["token"] > 4 * traffic(TEXT)["recurrence"]
 
 
+FLUSH = (
+    "  %flush = bf16[8,8]{1,0} conditional(%i, %w, %w), branch_computations={%skip, %look}, "
+    'metadata={op_name="while/body/lanes_flush/cond"}\n'
+)
+LANES = (
+    TEXT.replace(', metadata={op_name="recurrence_until/while"}', "")
+    .replace("while(%x), condition=%cond, body=%token", "while(%x), condition=%cond, body=%recurrence")
+    .replace("calls=%scores\n", 'calls=%scores, metadata={op_name="while/body/lanes_tick/dot"}\n' + FLUSH)
+)
+
+
+def test_of_the_engine_a_tick_a_check_and_a_flush_count_apart():
+    found = traffic(LANES)
+    assert found == {"recurrence": SET + 4 + WEIGHT, "check": 2 * WEIGHT, "token": 2 * WEIGHT}
+    assert traffic(LANES.replace("lanes_flush", "other"))["check"] == 4 * WEIGHT  # control
+
+
+def test_collectives_are_counted_where_they_run():
+    gather = "%g = bf16[8,32]{1,0} all-gather(%w), replica_groups={{0,1,2,3}}, dimensions={1}"
+    text = LANES.replace("ROOT %c = bf16[8,8]{1,0} copy(%b)", f"{gather}\n  ROOT %c = bf16[8,8]{{1,0}} copy(%b)")
+    found = Program(text, 0, 0, 0, 0).decoding_collectives()
+    assert [(part, [(x.kind, x.size, x.group) for x in of]) for part, of in found.items()] == [
+        ("recurrence", []), ("check", [("all-gather", 512, 4)]), ("token", [("all-gather", 512, 4)])
+    ]  # fmt: skip
+
+
+def test_a_kernel_counts_what_it_says_it_reads():
+    kernel = (
+        '%f = bf16[8,128]{1,0} custom-call(%cache, %i), custom_call_target="tpu_custom_call", '
+        'backend_config={"custom_call_config":{"cost_estimate":{"flops":"9","bytes_accessed":"1000"}}}'
+    )
+    line = next(line for line in TEXT.splitlines() if "calls=%scores" in line)
+    assert traffic(TEXT.replace(line, kernel))["recurrence"] == 1000 + 8 * 128 * 2
+    unsaid = kernel.replace("bytes_accessed", "other")
+    assert traffic(TEXT.replace(line, unsaid))["recurrence"] > 4 * SET  # control: the whole cache
+
+
 def test_control_a_loop_without_its_scope_is_no_recurrence():
     assert traffic(TEXT.replace("recurrence_until", "other"))["recurrence"] == 0
