@@ -17,7 +17,7 @@ from rdlm.config import ModelConfig
 from rdlm.losses import cross_entropy
 from rdlm.model import Params, coda, context, core_step, embed, head, inject, vectors
 from rdlm.model.blocks import Context
-from rdlm.model.cache import cached_bias
+from rdlm.model.cache import cached_bias, stored
 from rdlm.tasks.instance import IGNORED
 
 
@@ -33,9 +33,10 @@ def once(
 
     (logits f32 [B, L, V], the hidden states [B, L, D] they are read from, new keys and values).
     """
-    e, prelude = embed(params, model, x, ctx, cached[0])
-    s, core = core_step(params, model, jnp.zeros_like(x), inject(params, model, e), ctx, cached[1])
-    (y, _), coda_kv = coda(params, model, s, ctx, cached[2])
+    past = [None if layers is None else stored(layers) for layers in cached]
+    e, prelude = embed(params, model, x, ctx, past[0])
+    s, core = core_step(params, model, jnp.zeros_like(x), inject(params, model, e), ctx, past[1])
+    (y, _), coda_kv = coda(params, model, s, ctx, past[2])
     return head(params, model, y), y, (prelude, core, coda_kv)
 
 
