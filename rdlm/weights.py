@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import SingleDeviceSharding
 from jaxtyping import PyTree
 
 from rdlm import sharding
@@ -307,11 +308,18 @@ def merged_model(run: RunConfig) -> ModelConfig:
 
 
 def read_huggingface(folder: str | Path, tensor: int = 1) -> tuple[Params, ModelConfig]:
-    """(params, config) of a Hugging Face folder, as `rdlm.load_huggingface`; on `tensor` devices, as `read_run`."""
-    if tensor == 1:
+    """(params, config) of a Hugging Face folder, with the values of `rdlm.load_huggingface`, where they will be used.
+
+    That is the first device: programs of an accelerator would copy them from host memory in every call. With `tensor`:
+    as in `read_run`.
+    """
+    if tensor == 1 and jax.default_backend() == "cpu":
         return load_huggingface(folder)
     mesh, source = tensor_mesh(tensor), open_huggingface(folder)
     config, shapes = source.config, source.shapes()
+    if tensor == 1:
+        first = SingleDeviceSharding(jax.local_devices()[0])
+        return source.load(as_abstract(shapes, jax.tree.map(lambda _: first, shapes))), config
     held = source.load(as_abstract(shapes, placement(config, mesh, shapes)))
     return widened(held, config, mesh), with_heads(config, tensor)
 

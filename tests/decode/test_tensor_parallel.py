@@ -19,6 +19,7 @@ from rdlm.decode.lanes import advance
 from rdlm.model import split, tensor_parallel
 from rdlm.tokenizer import Tokenizer
 from rdlm.tune import begin
+from rdlm.weights import read_huggingface
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -149,6 +150,17 @@ def test_a_run_folder_and_a_hugging_face_folder_are_read_in_parts(tmp_path):
         assert (
             run.generate("The capital", max_new_tokens=4).text == whole.generate("The capital", max_new_tokens=4).text
         )
+
+
+def test_an_accelerator_holds_what_is_read_from_a_hugging_face_folder(tmp_path, monkeypatch):
+    params, config = model("families/ouro")
+    rdlm.save_huggingface(tmp_path, params, config)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    held, same = read_huggingface(tmp_path)
+    assert same == config
+    jax.tree.map(np.testing.assert_array_equal, held, params)
+    for x, y in zip(jax.tree.leaves(held), jax.tree.leaves(params), strict=True):
+        assert (x.dtype, x.committed, x.sharding.device_set) == (y.dtype, True, {jax.local_devices()[0]})
 
 
 def test_what_does_not_divide_is_refused(tmp_path):
