@@ -281,10 +281,28 @@ class Work(NamedTuple):
     width: int = 1
 
 
+def compiled(
+    config: ModelConfig, device: Any, lowered: Any, cache: int, chips: int
+) -> tuple[hlo.Program, dict[str, Any]]:
+    """Compile a program, and count what it takes of the memory of one of `chips`, which share the model `config`."""
+    start = time.perf_counter()
+    program = hlo.compile_program(lowered)
+    return program, {
+        "compile_seconds": time.perf_counter() - start,
+        "parameters_gib": 2 * flops.parameters(config) / chips / GIB,
+        "cache_gib": cache / GIB,
+        "updated_in_place_gib": program.shared / GIB,
+        "temporaries_gib": program.temporaries / GIB,
+        "peak_gib": program.peak / GIB,
+        "limit_gib": flops.datasheet(device.device_kind).gib,
+        "copies": [[count, shape, looped] for (looped, shape), count in sorted(program.copies(2**23).items())],
+    }
+
+
 def decoding_counts(config: ModelConfig, device: Any, lowered: Any, work: Work, chips: int) -> dict[str, Any]:
     """Compile a token loop and count what a token takes on one of `chips`, which share the model `config`."""
-    start = time.perf_counter()
-    program, chip = hlo.compile_program(lowered), flops.datasheet(device.device_kind)
+    program, memory = compiled(config, device, lowered, work.cache, chips)
+    chip = flops.datasheet(device.device_kind)
     tokens, moved = work.tokens, program.decoding_traffic()
     least = {part: size / chips for part, size in tokens.parts(config, 2).items()}
     exchanged = program.decoding_collectives()
@@ -295,14 +313,7 @@ def decoding_counts(config: ModelConfig, device: Any, lowered: Any, work: Work, 
     arithmetic = work.width * tokens.flops(config) / chips / chip.flops
     seconds = {"HBM": tokens.total(moved) / chip.memory, "arithmetic": arithmetic}
     return {
-        "compile_seconds": time.perf_counter() - start,
-        "parameters_gib": 2 * flops.parameters(config) / chips / GIB,
-        "cache_gib": work.cache / GIB,
-        "updated_in_place_gib": program.shared / GIB,
-        "temporaries_gib": program.temporaries / GIB,
-        "peak_gib": program.peak / GIB,
-        "limit_gib": chip.gib,
-        "copies": [[count, shape, looped] for (looped, shape), count in sorted(program.copies(2**23).items())],
+        **memory,
         "moved_gib": {part: size / GIB for part, size in moved.items()} | {"in all": tokens.total(moved) / GIB},
         "least_gib": {part: size / GIB for part, size in least.items()} | {"in all": tokens.total(least) / GIB},
         "collectives": {part: len(found) for part, found in exchanged.items()},
@@ -386,20 +397,15 @@ def check_serving(name: str, base: RunConfig, o: Options, devices: list[Any], ru
     mesh = params["wte"].sharding.mesh
     state, told, number = shapes_on(mesh, (state, jnp.zeros(lanes, jnp.int32), jnp.int32(0)))
     width = max(1, lanes // 4)
-    start = time.perf_counter()
     lowered = engine_step.lower(params, placed, state, told, number, number, Flush(width, 4), False)
-    program, chip = hlo.compile_program(lowered), flops.datasheet(devices[0].device_kind)
+    cache = flops.cache_bytes(local, policy, o.num_steps, lanes, o.capacity, 2)
+    program, memory = compiled(config, devices[0], lowered, cache, o.tensor)
     tick, flush = (flops.Decoding(n, 1, 1.0, o.capacity).parts(config, 2) for n in (lanes, width))
     moved, exchanged = program.decoding_traffic(), program.decoding_collectives()
     return {
         **decoded(name, o),
         "exit": rule,
-        "compile_seconds": time.perf_counter() - start,
-        "parameters_gib": 2 * flops.parameters(config) / o.tensor / GIB,
-        "cache_gib": flops.cache_bytes(local, policy, o.num_steps, lanes, o.capacity, 2) / GIB,
-        "peak_gib": program.peak / GIB,
-        "limit_gib": chip.gib,
-        "copies": sum(program.copies(2**23).values()),
+        **memory,
         "width": width,
         "tick_gib": moved["recurrence"] / GIB,
         "least_tick_gib": tick["recurrence"] / o.tensor / GIB,
@@ -407,7 +413,7 @@ def check_serving(name: str, base: RunConfig, o: Options, devices: list[Any], ru
         "flush_gib": moved["token"] / GIB,
         "least_flush_gib": (flush["check"] + flush["token"]) / o.tensor / GIB,
         "collectives": {part: len(found) for part, found in exchanged.items()},
-        "tick_seconds": moved["recurrence"] / chip.memory,
+        "tick_seconds": moved["recurrence"] / flops.datasheet(devices[0].device_kind).memory,
     }
 
 
@@ -417,11 +423,7 @@ def show_serving(found: dict[str, Any]) -> None:
         f"{found['preset']}, {found['batch']} lanes x {found['capacity']}, {found['num_steps']} recurrences, exit "
         f"{found['exit']}, {chips(found)} of {found['topology']}"
     )
-    print(f"  compiled in                {found['compile_seconds']:8.1f} s")
-    print(f"  parameters                 {found['parameters_gib']:8.2f} GiB")
-    print(f"  cache                      {found['cache_gib']:8.2f} GiB")
-    print(f"  peak                       {found['peak_gib']:8.2f} of {found['limit_gib']} GiB")
-    print(f"  copies of 8 MiB or more    {found['copies']:8d}")
+    show_memory(found)
     print("                               GiB in HBM   least possible")
     print(f"    a tick, full cache       {found['tick_gib']:11.3f} {found['least_tick_gib']:16.3f}")
     if found["check_gib"]:
@@ -460,8 +462,8 @@ def show_window(found: dict[str, Any]) -> None:
     print(f"    less than ordinary decoding from {found['even_at']:.2f} tokens on")
 
 
-def show_counts(found: dict[str, Any], what: str) -> None:
-    """Print what `decoding_counts` found for `what`."""
+def show_memory(found: dict[str, Any]) -> None:
+    """Print what `compiled` found."""
     print(f"  compiled in                {found['compile_seconds']:8.1f} s")
     print(f"  parameters                 {found['parameters_gib']:8.2f} GiB")
     print(f"  cache                      {found['cache_gib']:8.2f} GiB, ", end="")
@@ -471,6 +473,11 @@ def show_counts(found: dict[str, Any], what: str) -> None:
     print(f"  copies of 8 MiB or more    {sum(count for count, *_ in found['copies']):8d}")
     for count, shape, looped in found["copies"]:
         print(f"    {count} x {shape} {'in a loop' if looped else 'once'}")
+
+
+def show_counts(found: dict[str, Any], what: str) -> None:
+    """Print what `decoding_counts` found for `what`."""
+    show_memory(found)
     print(f"  {what}")
     print("                               GiB in HBM   least possible")
     for part, size in found["moved_gib"].items():

@@ -23,7 +23,7 @@ from rdlm.config import InputError, MeshConfig, ModelConfig, RunConfig, differen
 from rdlm.data import prepared_tokenizer
 from rdlm.hf import StoredModel, is_huggingface, load_huggingface, open_huggingface
 from rdlm.model import Params, cast, init_params
-from rdlm.model.tensor_parallel import placement, tensor_mesh, tensor_parallel, widened, with_heads
+from rdlm.model.tensor_parallel import load_split, tensor_parallel
 from rdlm.runtime import together
 from rdlm.tokenizer import Tokenizer
 from rdlm.tune import combine, divide, merge
@@ -315,13 +315,12 @@ def read_huggingface(folder: str | Path, tensor: int = 1) -> tuple[Params, Model
     """
     if tensor == 1 and jax.default_backend() == "cpu":
         return load_huggingface(folder)
-    mesh, source = tensor_mesh(tensor), open_huggingface(folder)
-    config, shapes = source.config, source.shapes()
+    source = open_huggingface(folder)
+    shapes = source.shapes()
     if tensor == 1:
         first = SingleDeviceSharding(jax.local_devices()[0])
-        return source.load(as_abstract(shapes, jax.tree.map(lambda _: first, shapes))), config
-    held = source.load(as_abstract(shapes, placement(config, mesh, shapes)))
-    return widened(held, config, mesh), with_heads(config, tensor)
+        return source.load(as_abstract(shapes, jax.tree.map(lambda _: first, shapes))), source.config
+    return load_split(source.config, tensor, shapes, lambda places: source.load(as_abstract(shapes, places)))
 
 
 def read_run(
@@ -330,20 +329,19 @@ def read_run(
     """(params, config) of a run folder, as `rdlm.load_checkpoint`; also of one that holds only what it learnt.
 
     Then its base is read from where the run says (`init` in config.json), and low-rank pairs are merged in float32.
-    With `tensor` the result is that of `rdlm.tensor_parallel`, and every device reads its part alone.
+    With `tensor` the result is that of `rdlm.tensor_parallel`, and every device reads its own part; what is merged is
+    read by the first device and then split.
 
     Raises:
       InputError: as `load_checkpoint` and `tensor_parallel`; no such base, or one with other weights.
     """
-    mesh = tensor_mesh(tensor)
     stored = open_checkpoint(folder, step, ema)
     run = dataclasses.replace(stored.run, run_dir=str(folder))
-    if not run.tune.freezes and mesh.size > 1:
-        wider = with_heads(run.model, mesh.size)
-        return widened(stored.load(placement(run.model, mesh, stored.shapes())), run.model, mesh), wider
-    learnt = stored.load()
     if not run.tune.freezes:
-        return learnt, run.model
+        if tensor == 1:
+            return stored.load(), run.model
+        return load_split(run.model, tensor, stored.shapes(), stored.load)
+    learnt = stored.load()
     here = sharding.replicated(sharding.make_mesh(MeshConfig(1, 1), run.model, jax.local_devices()[:1]))
     shapes = jax.eval_shape(lambda: init_params(run.model, jax.random.key(0)))
     base = Weights(run).load(as_abstract(shapes, jax.tree.map(lambda _: here, shapes)), run.weights_digest)

@@ -160,10 +160,11 @@ def generate(
     )
     wave = None if parallel is None else open_window(params, config, progress, request, parallel)
     max_tokens, shown, most = jnp.int32(max_new_tokens), np.zeros(len(rows), int), np.full(len(rows), max_new_tokens)
+    at_once = on_token is None and constraints is None
     while True:
         # One call makes everything, unless somebody asks before each token: then it makes that of the slowest row.
         behind = shown[~np.asarray(progress.done)]
-        limit = max_tokens if on_token is None and constraints is None else jnp.int32(min(behind, default=0) + 1)
+        limit = max_tokens if at_once else jnp.int32(min(behind, default=0) + 1)
         if parallel is not None and wave is not None:
             wave = advance(
                 params, config, wave._replace(progress=progress), request, limit, max_tokens, parallel, warm_start
@@ -175,7 +176,7 @@ def generate(
         else:
             progress = speculate(params, config, progress, request, limit, max_tokens, speculative)
         count, made, steps = (np.asarray(x) for x in (progress.count, progress.tokens, progress.steps))
-        if on_token is None and constraints is None:
+        if at_once:
             break
         count = np.minimum(count, most)
         for b in range(len(rows)):

@@ -10,7 +10,7 @@ from typing import Any, Generic, ParamSpec, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import PyTree
 
 from rdlm.config import InputError, ModelConfig
@@ -25,10 +25,15 @@ T = TypeVar("T")
 
 def mesh_of(params: Params) -> Mesh | None:
     """The mesh over which `rdlm.tensor_parallel` has split parameters; None: they are on one device."""
-    wte: Any = params["wte"]
-    placed = None if isinstance(wte, jax.core.Tracer) else getattr(wte, "sharding", None)
+    placed = _sharding(params)
     found = placed.mesh if isinstance(placed, NamedSharding) else None
     return found if isinstance(found, Mesh) and found.axis_names == (AXIS,) and found.size > 1 else None
+
+
+def _sharding(params: Params) -> Sharding | None:
+    """Where parameters, or what their shapes stand for, are; None: nobody knows yet, as while they are traced."""
+    wte: Any = params["wte"]
+    return None if isinstance(wte, jax.core.Tracer) else getattr(wte, "sharding", None)
 
 
 def devices_of(params: Params) -> int:
@@ -103,13 +108,12 @@ class DecodingProgram(Generic[P, T]):
 def _place(params: Any) -> Mesh | None:
     """The mesh that a program runs on: that of split parameters, or that of the one TPU that holds them.
 
-    None: another place, or arrays that are traced. A program knows of one device only by its mesh.
+    None: another place, or arrays that are traced. Only by such a mesh does a program know that it has one device.
     """
-    mesh = mesh_of(params)
-    placed = None if isinstance(params["wte"], jax.core.Tracer) else getattr(params["wte"], "sharding", None)
+    mesh, placed = mesh_of(params), _sharding(params)
     if mesh is not None or placed is None or len(placed.device_set) > 1:
         return mesh
-    (device,) = placed.device_set
+    device: jax.Device = next(iter(placed.device_set))
     return Mesh(np.asarray([device]), (AXIS,)) if device.platform == "tpu" else None
 
 

@@ -43,8 +43,13 @@ def least_prompt_cache(
       rule: of the tokens of prompts.
     """
     sets, capacity = sizes
+    return prompt_bytes(params, config, sets, min(chunk, capacity), _has_coda_sets(rule))
+
+
+def prompt_bytes(params: Params, config: ModelConfig, sets: int, tokens: int, coda_sets: bool) -> int:
+    """Bytes, on all devices, of the keys and values of so many tokens of a prompt."""
     here, dtype = local_config(params, config), compute_dtype(params, config)
-    return devices_of(params) * cache_bytes(here, sets, 1, min(chunk, capacity), dtype, _has_coda_sets(rule))
+    return devices_of(params) * cache_bytes(here, sets, 1, tokens, dtype, coda_sets)
 
 
 def _has_coda_sets(rule: ExitRule | None) -> bool:

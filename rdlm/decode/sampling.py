@@ -65,8 +65,8 @@ def per_row(value: object, rows: int, name: str, dtype: DTypeLike) -> Shaped[np.
 def as_arrays(sampling: Sampling, rows: int, vocab_size: int | None = None) -> SamplingArrays:
     """Spread `sampling` over `rows` prompts.
 
-    vocab_size: makes room for biases and a constraint though there are none, so that all
-      requests of an engine have the same shapes.
+    vocab_size: makes room for biases and a constraint though there are none, so that all requests of an engine have the
+      same shapes.
 
     Raises:
       InputError: a field out of its range, or with the wrong number of values.

@@ -133,11 +133,6 @@ def skip_bias(depth: Int[Array, "B T"], i: Int[Array, ""] | Int[Array, "B 1"]) -
     return jnp.where(depth > i, 0.0, HIDDEN)[:, None]
 
 
-def read_set(layers: tuple[KeyValue, ...], m: Int[Array, ""]) -> tuple[KeyValue, ...]:
-    """Set m of every core layer: KeyValue [B, T, .] each."""
-    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, m, keepdims=False), layers)
-
-
 def stored(
     layers: tuple[KeyValue, ...],
     m: Int[Array, ""] | Int[Array, "R"] | None = None,
@@ -152,7 +147,8 @@ def stored(
 def frozen_set(core_kv: tuple[KeyValue, ...], i: Int[Array, ""]) -> tuple[KeyValue, ...]:
     """Keys and values of stopped tokens at recurrence i: their last write to set i mod S, else the set below it."""
     sets = core_kv[0].k.shape[0]
-    return read_set(core_kv, jnp.where(i < sets, jnp.maximum(i - 1, 0), i % sets))
+    m = jnp.where(i < sets, jnp.maximum(i - 1, 0), i % sets)
+    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, m, keepdims=False), core_kv)
 
 
 def write_set(core_kv: tuple[KeyValue, ...], new: tuple[KeyValue, ...], i: Int[Array, ""]) -> tuple[KeyValue, ...]:

@@ -215,9 +215,9 @@ class Stored(NamedTuple):
         n = T if positions is None else positions
 
         def one(x: Array, heads: Array) -> Array:
-            if len(x) == 1:
-                rows = x[0, :, :n] if self.row is None else x[0, :, :n][self.row]
-            elif self.set.ndim == 0 and self.row is None:
+            if self.row is None and len(x) == 1:
+                rows = x[0, :, :n]
+            elif self.row is None and self.set.ndim == 0:
                 rows = jax.lax.dynamic_slice(x, (self.set, 0, 0, 0), (1, B, n, x.shape[-1]))[0]
             else:
                 index = self.set * B + (jnp.arange(B) if self.row is None else self.row)
@@ -325,7 +325,7 @@ STORED_MEMORY = 14 * 2**20
 
 def fits_stored(q: Float[Array, "R L H Q"], key_value_heads: int, cached: Stored) -> bool:
     """Whether `attend_stored` serves so many queries and a cache of this shape, in a program of one device."""
-    mesh = jax.sharding.get_abstract_mesh()  # nobody else can split a kernel over devices
+    mesh = jax.sharding.get_abstract_mesh()  # the compiler cannot split a kernel over devices
     one_device = AXIS in mesh.manual_axes or mesh.axis_sizes == (1,)
     whole = all(n % STORED_TILE == 0 for x in (cached.k, cached.v) for n in x.shape[2:])
     L, H = q.shape[1:3]
@@ -358,9 +358,9 @@ def attend_stored(
 ) -> Float[Array, "R L H*Q"]:
     """`attend_cached` on a TPU, which reads of the cache the sets and the positions that are seen, where they lie.
 
-    The set that is read is otherwise copied first, in lanes always and elsewhere where the compiler cannot fuse a slice
-    with what reads it: `aot_check.py huginn_3p5b --only decode` counted 7.0 GiB per recurrence, and now counts 4.3. And
-    of each row the kernel reads no more blocks than hold tokens.
+    Without it the set that is read is copied first: in lanes always, elsewhere if the compiler cannot fuse the slice
+    with what reads it. For the 3.5B preset `aot_check.py --only decode` then counts 7.0 GiB per recurrence, with the
+    kernel 4.3. Of each row it also reads no more blocks than hold tokens.
 
     As in `attend_flat`, a query per head is spread over the width, so that no head is split. interpret: run it on a
     CPU, slowly, for tests.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -40,13 +41,24 @@ def tensor_parallel(params: Params, config: ModelConfig, devices: int) -> tuple[
       InputError: fewer devices than that, or dimensions that do not divide.
     """
     check_type("config", config, ModelConfig)
-    mesh = tensor_mesh(devices)
-    if mesh.size == 1:
+    if tensor_mesh(devices).size == 1:
         return params, config
     for name in params:
         require(LORA_A not in name and not _has_pairs(params[name]), "params", name, "has low-rank pairs; merge them")
+    return load_split(config, devices, params, functools.partial(jax.device_put, params))
+
+
+def load_split(
+    config: ModelConfig, devices: int, shapes: Params, load: Callable[[PyTree[NamedSharding]], Params]
+) -> tuple[Params, ModelConfig]:
+    """As `tensor_parallel`, of parameters of `shapes` that `load` puts where its argument says.
+
+    Raises:
+      InputError: as `tensor_parallel`, before anything is loaded; or what `load` raises.
+    """
+    mesh = tensor_mesh(devices)
     wider = with_heads(config, mesh.size)
-    return widened(jax.device_put(params, placement(config, mesh, params)), config, mesh), wider
+    return widened(load(placement(config, mesh, shapes)), config, mesh), wider
 
 
 def tensor_mesh(devices: int, there: list[jax.Device] | None = None) -> Mesh:

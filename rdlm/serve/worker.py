@@ -16,12 +16,10 @@ from rdlm.config import CachePolicy, InputError, Sampling, one_line
 from rdlm.decode import Engine
 from rdlm.decode.engine import Served
 from rdlm.decode.passes import CacheMemory, next_power
-from rdlm.decode.program import devices_of, local_config
-from rdlm.decode.reading import least_prompt_cache, usual_chunk
+from rdlm.decode.program import devices_of
+from rdlm.decode.reading import least_prompt_cache, prompt_bytes, usual_chunk
 from rdlm.decode.requests import sample_keys
 from rdlm.exits import Depth
-from rdlm.model import compute_dtype
-from rdlm.model.cache import cache_bytes
 from rdlm.run import Run
 from rdlm.runtime.memory import require_memory
 from rdlm.serve.depth import DepthChoice, Depths
@@ -214,10 +212,9 @@ class Worker:
             return int(options.prompt_cache * 2**30)
         if options.cache_recurrences is not None:
             return 0
-        (steps, context), params = self._sizes, self._run.params
-        config = local_config(params, self._run.config)
-        sets, dtype = next_power(steps, minimum=1), compute_dtype(params, config)
-        lane = devices_of(params) * cache_bytes(config, sets, 1, context, dtype, coda_sets=True)
+        steps, context = self._sizes
+        sets = next_power(steps, minimum=1)
+        lane = prompt_bytes(self._run.params, self._run.config, sets, context, coda_sets=True)
         return max(options.lanes // 8, 1) * lane
 
     def _engine(self, kind: str) -> Engine:
