@@ -56,6 +56,7 @@ from rdlm.config import (
 from rdlm.decode.lanes import Flush, empty_lanes
 from rdlm.decode.lanes import advance as engine_step
 from rdlm.decode.loop import Progress, Sizes, decode_tokens, progress_shapes
+from rdlm.decode.pages import page_sizes
 from rdlm.decode.parallel import ONE_SET, Wave, advance, open_window, with_rule
 from rdlm.decode.program import shapes_on
 from rdlm.decode.requests import Request, RequestOptions, as_requests
@@ -393,7 +394,8 @@ def check_serving(name: str, base: RunConfig, o: Options, devices: list[Any], ru
     options = RequestOptions(num_steps=o.num_steps, exit_rule=exits.named(rule))
     params, placed, request, sizes = placed_model(config, options, policy, o, devices)
     lanes, local = o.batch or 16, share(placed, o.tensor)
-    state = jax.eval_shape(lambda p, r: empty_lanes(p, local, r, sizes), bf16_shapes(local), request)
+    pages = page_sizes(lanes, o.capacity, "tpu")
+    state = jax.eval_shape(lambda p, r: empty_lanes(p, local, r, sizes, pages), bf16_shapes(local), request)
     mesh = params["wte"].sharding.mesh
     state, told, number = shapes_on(mesh, (state, jnp.zeros(lanes, jnp.int32), jnp.int32(0)))
     width = max(1, lanes // 4)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import dataclasses
+import itertools
 import threading
 from collections.abc import AsyncIterator, Callable
 from typing import Any, NamedTuple
@@ -29,6 +30,7 @@ from jaxtyping import Int32
 from rdlm.config import CachePolicy, InputError, ModelConfig, Sampling
 from rdlm.decode.lanes import RECENT, Flush, Lanes, advance, empty_lanes, insert
 from rdlm.decode.loop import Sizes, begin
+from rdlm.decode.pages import Claim, Pages, page_sizes
 from rdlm.decode.passes import CacheMemory, next_power
 from rdlm.decode.program import devices_of
 from rdlm.decode.reading import Reader, Reading, usual_chunk
@@ -61,6 +63,8 @@ class Served:
     max_new_tokens: int
     _row: Request = dataclasses.field(repr=False)
     _engine: Engine = dataclasses.field(repr=False)
+    _number: int = dataclasses.field(repr=False)  # of the engine's requests, in the order in which they came
+    _fewest: int = dataclasses.field(repr=False)  # recurrences of a token
     tokens: list[int] = dataclasses.field(default_factory=list)  # the stop token included
     steps: list[int] = dataclasses.field(default_factory=list)  # recurrences of each, as in `generate`
     prompt_steps: np.ndarray | None = None  # int32 per prompt position, once the prompt has been read
@@ -77,6 +81,12 @@ class Served:
     _consumers: int = dataclasses.field(default=0, repr=False)
     _constraint: Constraint | None = dataclasses.field(default=None, repr=False)
     _allowed: np.ndarray | None = dataclasses.field(default=None, repr=False)  # next, by the constraint
+
+    def _claim(self, ticks: int) -> Claim:
+        """The positions that it needs in its lane for another token, and before so many ticks have passed."""
+        made, last = max(len(self.tokens), 1), self.prompt.size + self.max_new_tokens - 1
+        least, most = (min(self.prompt.size + made + n, last) for n in (1, 1 + ticks // self._fewest))
+        return Claim((0, self._number), least, most)
 
     def _end(self, error: BaseException | None = None) -> None:
         if not self.done:
@@ -222,7 +232,9 @@ class Engine:
         )
         self._reading: tuple[Served, int, Reading] | None = None  # a long prompt, and the lane that it will have
         self._chunk_next = False  # whose turn it is
+        self._pages = Pages(lanes, capacity, page_sizes(lanes, capacity))
         self._lanes = self._empty_lanes()
+        self._submitted = itertools.count()
         self._queue: collections.deque[Served] = collections.deque()
         self._queue_lock = threading.Lock()  # requests may come while another thread runs a step
         self._running, self._inside = threading.RLock(), False
@@ -315,7 +327,11 @@ class Engine:
             allowed = allowed_next(constraint, self.config.vocab_size)
             sampling_row = row.sampling._replace(constrained=jnp.ones(1, bool), allowed=jnp.asarray(allowed[None]))
             row = row._replace(sampling=sampling_row)
-        served = Served(prompt, limit, row, self, _on_token=on_token, _wants_likeliest=bool(likeliest))
+        fewest = int(np.max(row.depth.num_steps))
+        if options.exit_rule is not None:
+            fewest = min(int(np.max(row.depth.min_steps)) + 1, fewest)
+        identity = row, self, next(self._submitted), fewest
+        served = Served(prompt, limit, *identity, _on_token=on_token, _wants_likeliest=bool(likeliest))
         served._constraint, served._allowed = constraint, allowed
         served._in_chunks = prompt.size > self._reader.chunk and not np.any(prefix)
         with self._queue_lock:
@@ -402,9 +418,9 @@ class Engine:
         try:
             if constrained:
                 self._allow()
-            self._lanes = advance(
-                self.params, self.config, self._lanes, jnp.asarray(told), *ticks, self._flush, self._options.warm_start
-            )
+            lanes, warm_start = self._with_pages(self._claims(most)), self._options.warm_start
+            given = lanes, jnp.asarray(told), *ticks, self._flush, warm_start
+            self._lanes = advance(self.params, self.config, *given)
             made = _Made.read(self._lanes)
         except BaseException as error:
             in_flight = [s for s in self._serving if s is not None]
@@ -412,6 +428,17 @@ class Engine:
             return True
         self._deliver(made)
         return True
+
+    def _claims(self, ticks: int = 0) -> dict[int, Claim]:
+        """By lane, what the requests in flight need."""
+        held = {lane: s for lane, s in enumerate(self._serving) if s is not None}
+        if self._reading is not None:
+            held[self._reading[1]] = self._reading[0]
+        return {lane: s._claim(ticks) for lane, s in held.items()}
+
+    def _with_pages(self, claims: dict[int, Claim]) -> Lanes:
+        """The lanes, with pages for these claims."""
+        return self._lanes._replace(pages=jnp.array(self._pages.assign(claims)))
 
     def _allow(self) -> None:
         """Tell the lanes of constrained requests which tokens may come next."""
@@ -427,7 +454,7 @@ class Engine:
 
     def _empty_lanes(self) -> Lanes:
         rows = _stack([self._idle] * len(self._serving))
-        return empty_lanes(self.params, self.config, rows, self._sizes)
+        return empty_lanes(self.params, self.config, rows, self._sizes, self._pages.sizes)
 
     def _fail(self, concerned: list[Served], error: BaseException) -> None:
         """End the requests concerned with `error`, and if the lanes are lost with it, all that are in flight."""
@@ -532,7 +559,9 @@ class Engine:
         CacheMemory(self.params, self.config, len(tokens), sizes.capacity, cache, self._idle.depth).require()
         progress, prompt_steps = begin(self.params, self.config, jnp.asarray(tokens), lengths, request, sizes, *ways)
         depth = np.asarray(prompt_steps)  # errors of the program appear here, while the lanes are untouched
-        self._lanes = insert(self.params, self.config, self._lanes, progress, lengths, request, max_tokens, lane)
+        claims = self._claims() | {lane: s._claim(0) for s, lane in zip(group, lanes, strict=True)}
+        paged = self._with_pages(claims)
+        self._lanes = insert(self.params, self.config, paged, progress, lengths, request, max_tokens, lane)
         return _Made.read(self._lanes), depth
 
     def _begin_reading(self, served: Served, lane: int) -> None:
@@ -554,7 +583,7 @@ class Engine:
             if progress is None:
                 return True
             rest = _one(served.prompt.size), served._row, _one(served.max_new_tokens), _one(lane)
-            self._lanes = insert(self.params, self.config, self._lanes, progress, *rest)
+            self._lanes = insert(self.params, self.config, self._with_pages(self._claims()), progress, *rest)
             made = _Made.read(self._lanes)
         except BaseException as error:
             self._reading = None

@@ -4,6 +4,9 @@ The core's weights are the same at every recurrence, so one tick advances all la
 depth. A lane whose token has stopped is flushed soon: up to W such lanes pass through coda, sampling and the next
 token's prelude together. A lane computes exactly what `generate` computes for its request, regardless of other lanes.
 
+Keys and values lie in pages, each of one lane, which a table names in the order of positions; the host hands them out
+(`rdlm.decode.pages`). What a lane writes where it has no page is dropped, and a lane that needs a page waits for it.
+
 Branches return rows, which are then scattered into the cache in place; a branch that returned the cache would copy it.
 """
 
@@ -52,7 +55,8 @@ RECENT = 128
 class Lanes(NamedTuple):
     """State of B lanes. Shapes [B] unless noted."""
 
-    cache: Cache  # length counts finished tokens; the present token's prelude and core entries lie just behind them
+    cache: Cache  # see `empty_lanes`; the present token's prelude and core entries lie just behind the finished ones
+    pages: Array  # int32 [B, P], the pages of each lane in the order of positions; a number that is none: no page
     request: Request  # that each lane serves
     max_tokens: Array  # int32, new tokens that the request may have
     busy: Array  # bool, serves a request
@@ -77,6 +81,30 @@ class Lanes(NamedTuple):
     def token(self) -> Array:
         """The present token, int32 [B]: the last of the output."""
         return jnp.take_along_axis(self.tokens, jnp.maximum(self.count - 1, 0)[:, None], axis=1)[:, 0]
+
+    @property
+    def page_sizes(self) -> PageSizes:
+        """Of the cache."""
+        return PageSizes(*self.cache.core[0].k.shape[1:3])
+
+    @property
+    def no_room(self) -> Array:
+        """bool [B]: its request has another token after the next one, but the lane no page for it."""
+        number, size = self.page_sizes
+        room = (self.pages < number).sum(1) * size
+        return (self.cache.length + 1 >= room) & (self.count + 1 < self.max_tokens)
+
+    def place(self, lane: Int[Array, "*#tokens"], position: Int[Array, "*#tokens"]) -> tuple[Array, Array]:
+        """(Page, position in it) of positions of lanes: beyond the last page where there is none, or no such lane."""
+        number, size = self.page_sizes
+        return self.pages.at[lane, position // size].get(mode="fill", fill_value=number), position % size
+
+
+class PageSizes(NamedTuple):
+    """Sizes of the pages of a cache."""
+
+    number: int  # of pages, shared by all lanes
+    size: int  # positions of each
 
 
 class Flush(NamedTuple):
@@ -109,16 +137,22 @@ class _Exit(NamedTuple):
     failed: Array  # bool [W], whether there is none, because logits were not finite
 
 
-@program("config", "sizes")
-def empty_lanes(params: Params, config: ModelConfig, request: Request, sizes: Sizes) -> Lanes:
-    """Idle lanes, one per row of `request`, where the parameters are."""
+@program("config", "sizes", "pages")
+def empty_lanes(params: Params, config: ModelConfig, request: Request, sizes: Sizes, pages: PageSizes) -> Lanes:
+    """Idle lanes, one per row of `request`, where the parameters are.
+
+    Keys and values are [S, pages.number, pages.size, .] per core layer and without S per other layer. `length` [B] and
+    `depth` [B, T] of the cache are those of lanes.
+    """
     B, dtype = len(request.keys), compute_dtype(params, config)
     s, injected = (jnp.zeros((B, 1, width), dtype) for width in (config.state_dim, config.embed_dim))
     zero, no = jnp.zeros(B, jnp.int32), jnp.zeros(B, bool)
     rule = request.depth.rule
     table, scalar = jnp.zeros((B, sizes.tokens), jnp.int32), jnp.int32(0)
+    cache = allocate(config, sizes.policy, sizes.sets, *pages, dtype)
     return Lanes(
-        cache=allocate(config, sizes.policy, sizes.sets, B, sizes.capacity, dtype),
+        cache=dataclasses.replace(cache, length=zero, depth=jnp.zeros((B, sizes.capacity), jnp.int32)),
+        pages=jnp.full((B, -(-sizes.capacity // pages.size)), pages.number),
         request=request,
         max_tokens=zero,
         busy=no,
@@ -152,7 +186,7 @@ def advance(
     flush: Flush,
     warm_start: WarmStart,
 ) -> Lanes:
-    """Tick until `max_ticks` have passed, `wake` requests have ended or every lane is idle or waits.
+    """Tick until `max_ticks` have passed, `wake` requests have ended, a lane lacks a page or all are idle or wait.
 
     A lane whose request is constrained gets one token at most, and waits for the next call with the following one.
 
@@ -166,10 +200,11 @@ def advance(
 
     def waits(p: Lanes) -> Array:
         # What a constraint allows holds for one token; the host says it for the next one before the next call.
-        return p.request.sampling.constrained & (p.count > told) & p.busy & ~p.iterating
+        return ((p.request.sampling.constrained & (p.count > told)) | p.no_room) & p.busy & ~p.iterating
 
     def unfinished(p: Lanes) -> Array:
-        return jnp.any(p.busy & ~waits(p)) & (p.ticks - start < max_ticks) & (serving - p.busy.sum() < wake)
+        ended, lacking = serving - p.busy.sum(), p.busy & ~p.iterating & p.no_room
+        return jnp.any(p.busy & ~waits(p)) & (p.ticks - start < max_ticks) & (ended < wake) & ~jnp.any(lacking)
 
     def body(p: Lanes) -> Lanes:
         with jax.named_scope("lanes_tick"):  # scopes by which `rdlm.perf.hlo` finds the parts of the program
@@ -193,7 +228,7 @@ def advance(
 
 def _tick(params: Params, config: ModelConfig, p: Lanes) -> Lanes:
     """One recurrence for every iterating lane, and a check of the exit rule for those that are due."""
-    cache, lane = p.cache, jnp.arange(p.busy.size)
+    cache, B = p.cache, p.busy.size
     m = p.ran % cache.sets
     ctx = visible = _context(params, config, cache, p.token, cache.length)
     if cache.policy.lookup == "skip":
@@ -203,9 +238,9 @@ def _tick(params: Params, config: ModelConfig, p: Lanes) -> Lanes:
         s = jax.vmap(lambda s, i, k, at: noisy(params, config, s[None], i, k[None], at[None, None])[0])(
             s, p.ran, p.request.keys, cache.length
         )
-    s, new_kv = core_step(params, config, s, p.injected, visible, stored(cache.core, m))
-    at = jnp.where(after(s, p.iterating), cache.length, cache.capacity)  # beyond the end: dropped
-    core = jax.tree.map(lambda x, y: write(x, y[:, 0], lane, at, m), cache.core, new_kv)
+    s, new_kv = core_step(params, config, s, p.injected, visible, stored(cache.core, m, p.pages))
+    page, at = p.place(jnp.where(after(s, p.iterating), jnp.arange(B), B), cache.length)
+    core = jax.tree.map(lambda x, y: write(x, y[:, 0], page, at, m), cache.core, new_kv)
     p = p._replace(
         cache=dataclasses.replace(cache, core=core),
         s=jnp.where(p.iterating[:, None, None], s, p.s),
@@ -236,7 +271,7 @@ def _check(params: Params, config: ModelConfig, p: Lanes, ctx: Context) -> tuple
     def evaluate(state: PyTree, due: Array) -> tuple[PyTree, Array]:
         logits = None
         if rule.needs_logits:
-            (y, _), _ = coda(params, config, p.s, ctx, stored(p.cache.coda))
+            (y, _), _ = coda(params, config, p.s, ctx, stored(p.cache.coda, pages=p.pages))
             logits = known(config, head(params, config, y))
         seen = Observation(p.s, logits, p.ran[:, None], gate_logit(params, config, p.s))
         new, value = exits.update(rule, state, seen)
@@ -264,14 +299,16 @@ def _flush(
     row = jnp.minimum(lane, B - 1)
     position, ran, s = p.cache.length[row], p.ran[row], p.s[row]
     ctx = _context(params, config, p.cache, p.token[row], position)
-    (y, z), coda_kv = coda(params, config, s, ctx, stored(p.cache.coda, row=row))
+    (y, z), coda_kv = coda(params, config, s, ctx, stored(p.cache.coda, pages=p.pages[row]))
     logits = known(config, head(params, config, y)[:, 0])
     request, count = jax.tree.map(lambda x: x[row], p.request), p.count[row]
     wanted = adjusted(logits, p.tokens[row], count, request.sampling)
     token = choose(wanted, p.present[row], request.sampling, token_keys(request, count))
     # Sets that the token never reached get a copy of its last.
     wrote = jnp.minimum(jnp.arange(p.cache.sets)[:, None], ran[None] - 1)
-    index = (wrote * B + row[None]) * p.cache.capacity + position[None]
+    number, size = p.page_sizes
+    page, at = p.place(row, position)
+    index = (wrote * number + jnp.minimum(page, number - 1)[None]) * size + at[None]
     core_kv = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1])[index], p.cache.core)
     failed = ~finite(logits)
     done = failed | stops(token, request.sampling) | (count + 1 >= p.max_tokens[row])
@@ -280,13 +317,13 @@ def _flush(
     left = _Exit(core_kv, coda_kv, ran, token, log_probability(logits, token), top, done, failed)
     normed = z if config.loop.bridge else s
     warm = {"normalized": normed, "raw": s}.get(warm_start or "")
-    return lane, left, _enter(params, config, p.cache, row, request, token, position + 1, warm)
+    return lane, left, _enter(params, config, p, row, request, token, position + 1, warm)
 
 
 def _enter(
     params: Params,
     config: ModelConfig,
-    cache: Cache,
+    p: Lanes,
     row: Array,
     request: Request,
     token: Array,
@@ -294,8 +331,8 @@ def _enter(
     warm: Array | None,
 ) -> _Entry:
     """The next token [W] of the lanes `row`, at its position: prelude, injected input, initial state."""
-    ctx = _context(params, config, cache, token, position)
-    e, new_kv = embed(params, config, token[:, None], ctx, stored(cache.prelude, row=row))
+    ctx = _context(params, config, p.cache, token, position)
+    e, new_kv = embed(params, config, token[:, None], ctx, stored(p.cache.prelude, pages=p.pages[row]))
     s = begin(params, config, e) if warm is None else warm
     if warm is None and config.loop.start == "noise":
         scale = request.init_scale * config.start_scale
@@ -308,12 +345,13 @@ def _enter(
 def _apply(p: Lanes, lane: Array, left: _Exit, entry: _Entry) -> Lanes:
     """Write down the result of a flush. Rows of lane B, which does not exist, are dropped."""
     cache, row = p.cache, jnp.minimum(lane, p.busy.size - 1)
-    at, count = cache.length[row], p.count[row]
+    length, count = cache.length[row], p.count[row]
+    page, at = p.place(lane, length)
     cache = dataclasses.replace(
         cache,
-        core=jax.tree.map(lambda x, y: write(x, y, lane, at), cache.core, left.core_kv),
-        coda=jax.tree.map(lambda x, y: write(x, y, lane, at), cache.coda, left.coda_kv),
-        depth=cache.depth.at[lane, at].set(left.depth, mode="drop"),
+        core=jax.tree.map(lambda x, y: write(x, y, page, at), cache.core, left.core_kv),
+        coda=jax.tree.map(lambda x, y: write(x, y, page, at), cache.coda, left.coda_kv),
+        depth=cache.depth.at[lane, length].set(left.depth, mode="drop"),
         length=cache.length.at[lane].add(1, mode="drop"),
     )
     made = jnp.where(left.failed, p.busy.size, lane)
@@ -338,7 +376,8 @@ def _recent(table: Likeliest, lane: Array, count: Array, new: Likeliest) -> Like
 
 def _begin(p: Lanes, lane: Array, entry: _Entry) -> Lanes:
     """Put new tokens into their lanes."""
-    prelude = jax.tree.map(lambda x, y: write(x, y, lane, entry.position), p.cache.prelude, entry.prelude_kv)
+    page, at = p.place(lane, entry.position)
+    prelude = jax.tree.map(lambda x, y: write(x, y, page, at), p.cache.prelude, entry.prelude_kv)
     return p._replace(
         cache=dataclasses.replace(p.cache, prelude=prelude),
         s=_put(p.s, lane, entry.s),
@@ -368,16 +407,17 @@ def insert(
     """Put prefilled requests (rows of `progress`, from `rdlm.decode.loop.begin`) into lanes; lane B drops a row."""
     prompt, cache = progress.cache, lanes.cache
     columns = jnp.arange(prompt.capacity)[None]
+    page, at = lanes.place(lane[:, None], columns)
 
     def put(target: PyTree, rows: PyTree) -> PyTree:
-        return jax.tree.map(lambda x, y: write(x, y, lane[:, None], columns), target, rows)
+        return jax.tree.map(lambda x, y: write(x, y, page, at), target, rows)
 
     cache = dataclasses.replace(
         cache,
         prelude=put(cache.prelude, prompt.prelude),
         core=put(cache.core, prompt.core),
         coda=put(cache.coda, prompt.coda),
-        depth=put(cache.depth[..., None], prompt.depth[..., None])[..., 0],
+        depth=write(cache.depth[..., None], prompt.depth[..., None], lane[:, None], columns)[..., 0],
         length=_put(cache.length, lane, lengths),
     )
     lanes = lanes._replace(
@@ -394,5 +434,5 @@ def insert(
         present=_put(lanes.present, lane, progress.present),
     )
     index = jnp.minimum(lane, lanes.busy.size - 1)
-    entry = _enter(params, config, cache, index, request, progress.token, lengths, progress.warm)
+    entry = _enter(params, config, lanes, index, request, progress.token, lengths, progress.warm)
     return _begin(lanes, lane, entry)

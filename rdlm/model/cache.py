@@ -136,12 +136,12 @@ def skip_bias(depth: Int[Array, "B T"], i: Int[Array, ""] | Int[Array, "B 1"]) -
 def stored(
     layers: tuple[KeyValue, ...],
     m: Int[Array, ""] | Int[Array, "R"] | None = None,
-    row: Int[Array, "R"] | None = None,
+    pages: Int[Array, "R P"] | None = None,
 ) -> tuple[Stored, ...]:
-    """For attention: set m of every layer [S, B, T, .], or layers without sets [B, T, .]; of all rows or of some."""
+    """For attention: set m of every layer [S, B, T, .], or layers without sets [B, T, .]; in pages, see `Stored`."""
     if m is None:
-        return tuple(Stored(x.k[None], x.v[None], jnp.int32(0), row) for x in layers)
-    return tuple(Stored(x.k, x.v, m, row) for x in layers)
+        return tuple(Stored(x.k[None], x.v[None], jnp.int32(0), pages) for x in layers)
+    return tuple(Stored(x.k, x.v, m, pages) for x in layers)
 
 
 def frozen_set(core_kv: tuple[KeyValue, ...], i: Int[Array, ""]) -> tuple[KeyValue, ...]:

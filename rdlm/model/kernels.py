@@ -200,33 +200,41 @@ FEW_QUERIES = 8
 class Stored(NamedTuple):
     """Keys and values of one layer in a cache, of which every row reads one set.
 
-    k [S, B, T, >= Hk*Q], v [S, B, T, >= K*Q]: as they are stored. set: int32 scalar, or one for each row that reads.
-    row: int32 [R], the row of the cache that each reads; None: all of them in order.
+    k [S, B, n, >= Hk*Q], v [S, B, n, >= K*Q]: as they are stored, in B rows of n positions each. pages: int32 [R, P],
+    the rows of the cache that each row of the batch reads, one behind the other; those of hidden positions may be
+    outside of the cache. None: row r reads row r alone, and n = T. set: int32 scalar, or one for each row that reads
+    pages.
     """
 
-    k: Float[Array, "S B T _"]
-    v: Float[Array, "S B T _"]
+    k: Float[Array, "S B _ _"]
+    v: Float[Array, "S B _ _"]
     set: Int[Array, ""] | Int[Array, "R"]
-    row: Int[Array, "R"] | None = None
+    pages: Int[Array, "R P"] | None = None
 
     def part(self, like: KeysValues, bias: Float32[Array, "#R _ T"], positions: int | None = None) -> KeysValues:
         """A copy of the first `positions` that are read, None: of all, with the heads of `like`."""
-        B, T = self.k.shape[1:3]
-        n = T if positions is None else positions
+        n = bias.shape[-1] if positions is None else positions
 
         def one(x: Array, heads: Array) -> Array:
-            if self.row is None and len(x) == 1:
+            if self.pages is not None:
+                rows = self._in_pages(x, n)
+            elif len(x) == 1:
                 rows = x[0, :, :n]
-            elif self.row is None and self.set.ndim == 0:
-                rows = jax.lax.dynamic_slice(x, (self.set, 0, 0, 0), (1, B, n, x.shape[-1]))[0]
             else:
-                index = self.set * B + (jnp.arange(B) if self.row is None else self.row)
-                flat = x.reshape(-1, *x.shape[2:])
-                rows = jax.vmap(lambda i: jax.lax.dynamic_slice(flat, (i, 0, 0), (1, n, x.shape[-1]))[0])(index)
+                rows = jax.lax.dynamic_slice(x, (self.set, 0, 0, 0), (1, x.shape[1], n, x.shape[-1]))[0]
             _, _, count, width = heads.shape
             return rows[..., : count * width].reshape(*rows.shape[:2], count, width)
 
         return one(self.k, like[0]), one(self.v, like[1]), bias[..., :n]
+
+    def _in_pages(self, x: Float[Array, "S B _ W"], n: int) -> Float[Array, "R {n} W"]:
+        """The first n positions of every row."""
+        assert self.pages is not None
+        _, B, size, W = x.shape
+        pages = jnp.minimum(self.pages[:, : -(-n // size)], B - 1)
+        index = jnp.broadcast_to(self.set, len(pages))[:, None] * B + pages
+        rows = x.reshape(-1, size, W).at[index].get(mode="promise_in_bounds")
+        return rows.reshape(len(pages), -1, W)[:, :n]
 
 
 def attend_cached(
@@ -316,7 +324,7 @@ def _serves(heads: int, key_heads: int, dtype: DTypeLike) -> Float[Array, "{head
 
 
 STORED_TILE = 128
-"""Positions of a cache, and columns, that the kernel of `attend_stored` reads are multiples of this."""
+"""Positions of a row or page of a cache, and columns, of which the kernel of `attend_stored` reads multiples."""
 STORED_BLOCK = 3 * 2**19
 """Bytes of keys, and of values, that it reads at once, or those of a tile of positions."""
 STORED_MEMORY = 14 * 2**20
@@ -338,10 +346,10 @@ def fits_stored(q: Float[Array, "R L H Q"], key_value_heads: int, cached: Stored
 
 
 def _block(cached: Stored) -> int:
-    """Positions that the kernel reads at once."""
-    T, width = cached.k.shape[2:]
+    """Positions that the kernel reads at once, of one row of the cache."""
+    page, width = cached.k.shape[2:]
     most = max(STORED_BLOCK // (width * cached.k.dtype.itemsize), STORED_TILE)
-    return next(n for n in (1024, 512, 256, STORED_TILE) if T % n == 0 and n <= most)
+    return next(n for n in (1024, 512, 256, STORED_TILE) if page % n == 0 and n <= most)
 
 
 def _padded(heads: int) -> int:
@@ -356,7 +364,8 @@ def attend_stored(
     bias: Float32[Array, "#R _ T"],
     interpret: bool = False,
 ) -> Float[Array, "R L H*Q"]:
-    """`attend_cached` on a TPU, which reads of the cache the sets and the positions that are seen, where they lie.
+    """`attend_cached` on a TPU, which reads of the cache the sets and the positions that are seen, where they lie:
+    the rows, or pages, of each row of the batch are looked up before their blocks are fetched.
 
     Without it the set that is read is copied first: in lanes always, elsewhere if the compiler cannot fuse the slice
     with what reads it. For the 3.5B preset `aot_check.py --only decode` then counts 7.0 GiB per recurrence, with the
@@ -372,17 +381,16 @@ def attend_stored(
     own_k, own_v, own_bias = new
     key_heads, K = own_k.shape[2], own_v.shape[2]
     G = H // K
-    T, W = cached.k.shape[2:]
+    B, page, W = cached.k.shape[1:]
     wide = cached.v.shape[-1]
-    size = next(
-        n
-        for n in (1024, 512, 256, STORED_TILE)
-        if T % n == 0 and (n == STORED_TILE or n * W * cached.k.dtype.itemsize <= STORED_BLOCK)
-    )
+    size = _block(cached)
     rows = _padded(K)  # of the queries at one place in their groups
     N = L * G * rows
-    bias = jnp.broadcast_to(bias, (R, *bias.shape[1:]))
-    row = jnp.arange(R, dtype=jnp.int32) if cached.row is None else cached.row.astype(jnp.int32)
+    pages = jnp.arange(R)[:, None] if cached.pages is None else jnp.minimum(cached.pages, B - 1)
+    P, blocks = pages.shape[1], page // size
+    pages, T = pages.astype(jnp.int32).reshape(-1), P * page
+    beyond = ((0, 0), (0, 0), (0, T - bias.shape[-1]))  # of the last page
+    bias = jnp.broadcast_to(jnp.pad(bias, beyond, constant_values=HIDDEN), (R, bias.shape[1], T))
     chosen = jnp.broadcast_to(cached.set.astype(jnp.int32), (R,))
     seen = jnp.where(bias >= 0, jnp.arange(T) + 1, 0).max((1, 2))
     last = jnp.maximum(-(-seen // size) - 1, 0).astype(jnp.int32)  # block of each row
@@ -438,8 +446,9 @@ def attend_stored(
             statistics[0, :, STORED_TILE:] = jnp.broadcast_to(total[...], (N, STORED_TILE))
 
     def block(width: int) -> Any:
-        def place(r: Any, t: Any, chosen: Any, row: Any, last: Any) -> tuple[Any, ...]:
-            return chosen[r], row[r], jnp.minimum(t, last[r]), 0
+        def place(r: Any, t: Any, chosen: Any, pages: Any, last: Any) -> tuple[Any, ...]:
+            t = jnp.minimum(t, last[r])
+            return chosen[r], pages[r * P + t // blocks], t % blocks, 0
 
         return pl.BlockSpec((1, 1, size, width), place)
 
@@ -456,7 +465,9 @@ def attend_stored(
                 whole(L * G, W),
                 pl.BlockSpec((1, W), lambda *_: (0, 0)),
                 pl.BlockSpec((1, wide), lambda *_: (0, 0)),
-                pl.BlockSpec((1, bias.shape[1], size), lambda r, t, chosen, row, last: (r, 0, jnp.minimum(t, last[r]))),
+                pl.BlockSpec(
+                    (1, bias.shape[1], size), lambda r, t, chosen, pages, last: (r, 0, jnp.minimum(t, last[r]))
+                ),
                 block(W),
                 block(wide),
             ],
@@ -474,7 +485,7 @@ def attend_stored(
         ],
         cost_estimate=pl.CostEstimate(flops=2 * N * R * T * (W + wide), transcendentals=N * R * T, bytes_accessed=read),
         interpret=interpret,
-    )(chosen, row, last, grouped, owner(W, key_heads), owner(wide, K), bias, row_major(cached.k), row_major(cached.v))
+    )(chosen, pages, last, grouped, owner(W, key_heads), owner(wide, K), bias, row_major(cached.k), row_major(cached.v))
 
     def by_head(x: Array) -> Array:
         """[R, L, G, K, ...] -> [R, H, L, ...]."""

@@ -22,6 +22,7 @@ from engine_cases import (
     crowd,
     engine,
     generated,
+    held_by,
     new_engine,
     outcome,
     serve,
@@ -103,10 +104,7 @@ def test_what_a_lane_holds_is_bitwise_what_it_holds_alone():
     def keep(i):
         def on_token(token, steps):
             if len(served[i].tokens) == NEW:  # the last one: the lane is not yet anyone else's
-                lane, cache = e._serving.index(served[i]), e._lanes.cache
-                n = int(cache.length[lane])
-                rows = jax.tree.leaves((cache.prelude, cache.core, cache.coda))
-                held[i] = [np.asarray(x[..., lane, :n, :]) for x in (*rows, cache.depth[..., None])]
+                held[i] = held_by(e, e._serving.index(served[i]))
 
         return on_token
 
@@ -174,11 +172,11 @@ def test_control_sets_read_off_by_one(monkeypatch):
     tick, expected = lanes._tick, sound()
 
     def read_next(params, config, p):
-        cache, lane = p.cache, jnp.arange(p.busy.size)
-        m, at = p.ran % cache.sets, jnp.where(p.iterating, cache.length, cache.capacity)
+        cache, m = p.cache, p.ran % p.cache.sets
+        page, at = p.place(jnp.arange(p.busy.size), jnp.where(p.iterating, cache.length, cache.capacity))
         turned = jax.tree.map(lambda x: jnp.roll(x, -1, axis=0), cache.core)
         q = tick(params, config, p._replace(cache=dataclasses.replace(cache, core=turned)))
-        own = jax.tree.map(lambda x, y: x.at[m, lane, at].set(y[m, lane, at]), cache.core, q.cache.core)
+        own = jax.tree.map(lambda x, y: x.at[m, page, at].set(y[m, page, at]), cache.core, q.cache.core)
         return q._replace(cache=dataclasses.replace(q.cache, core=own))
 
     monkeypatch.setattr(lanes, "_tick", read_next)

@@ -13,6 +13,7 @@ from rdlm import exits
 from rdlm.config import CachePolicy, preset
 from rdlm.decode.lanes import Flush, advance, empty_lanes
 from rdlm.decode.loop import Sizes, decode_tokens, progress_shapes
+from rdlm.decode.pages import page_sizes
 from rdlm.decode.passes import decode_step
 from rdlm.decode.requests import RequestOptions, as_requests
 from rdlm.model import cast, init_params, kernels
@@ -44,7 +45,8 @@ def lowered(place, lanes):
 
     numbers = jnp.int32(0), jnp.int32(0)
     if lanes:
-        state = jax.eval_shape(lambda p, r: empty_lanes(p, CONFIG, r, Sizes(POLICY, 4, T, 64)), params, request)
+        sizes, pages = Sizes(POLICY, 4, T, 64), page_sizes(B, T, "tpu")
+        state = jax.eval_shape(lambda p, r: empty_lanes(p, CONFIG, r, sizes, pages), params, request)
         params, *rest = hlo.specs((params, state, jnp.zeros(B, jnp.int32), *numbers), place)
         return advance.lower(params, CONFIG, *rest, Flush(width=4, every=4), False)
     progress = progress_shapes(params, CONFIG, request, Sizes(POLICY, 4, T, T))
@@ -53,8 +55,8 @@ def lowered(place, lanes):
 
 
 def slices(program):
-    """Operations whose result is one set of a layer's keys or values for all rows."""
-    made = rf"= bf16\[{B},{T},{stored_width(1056)}\]\S* (fusion|copy|gather|dynamic-slice)\("
+    """Operations whose result is one set of a layer's keys or values for all rows, in pages or not."""
+    made = rf"= bf16\[{B},({T}|\d+,128),{stored_width(1056)}\]\S* (fusion|copy|gather|dynamic-slice)\("
     return len(re.findall(made, program.text))
 
 

@@ -13,6 +13,7 @@ from rdlm.model.kernels import (
     Stored,
     attend,
     attend_cached,
+    attend_copied,
     attend_filled,
     attend_flash,
     attend_flat,
@@ -322,35 +323,39 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("T", [128, 1536])
-def test_attend_stored_reads_the_set_and_the_row_of_each(name, T):
+@pytest.mark.parametrize(("size", "beyond"), [(1536, 0), (128, 0), (128, 28)])
+def test_attend_stored_reads_the_set_and_the_pages_of_each(name, size, beyond):
     heads, key_heads, value_heads, width, L = SHAPES[name]
-    S, rows, R = 3, 4, 3
+    pages = np.array([[1], [1], [3]]) if size > 128 else np.array([[5, 0, 2], [9, 9, 9], [4, 1, 9]])
+    S, rows, R, T = 3, 6, 3, pages.shape[1] * size - beyond
     q, k, v = (jnp.asarray(random(i, R, L, n, width)) for i, n in enumerate((heads, key_heads, value_heads)))
-    held = [jnp.asarray(random(3 + i, S, rows, T, 128)) for i in range(2)]
-    chosen, row = np.array([2, 0, 1]), np.array([1, 1, 3])
-    filled = np.array([[T], [0], [T // 3]])
+    held = [jnp.asarray(random(3 + i, S, rows, size, 128)) for i in range(2)]
+    chosen = np.array([2, 0, 1])
+    filled = np.array([[T], [0], [T // 2]])
     bias = jnp.where(np.arange(T) < filled, 0.0, HIDDEN)[:, None]
     new = k, v, causal_bias(None, L)
-    cached = Stored(*held, jnp.array(chosen), jnp.array(row))
+    cached = Stored(*held, jnp.array(chosen), jnp.array(pages))
     with one_device():
         assert fits_stored(q, value_heads, cached)
     ours = jax.jit(lambda *x: attend_stored(*x, interpret=True))(q, new, cached, bias)
+    there = np.minimum(pages, rows - 1)  # what is beyond is hidden
     read = [
-        x[chosen, row, :, : n * width].reshape(R, T, n, width)
+        x[chosen[:, None], there, :, : n * width].reshape(R, -1, n, width)[:, :T]
         for x, n in zip(held, (key_heads, value_heads), strict=True)
     ]
     right = attention.softmax_attention(q, (*read, bias), new)
     np.testing.assert_allclose(ours, right, atol=2e-6)
-    np.testing.assert_allclose(attend_cached(q, new, cached, bias), right, atol=2e-6)
-    # Controls: what lies in another set or row, or beyond what is filled, is not read; what is filled is.
-    elsewhere = np.ones((S, rows, T, 1), bool)
+    for plain in (attend_cached, attend_copied, attend_filled):
+        np.testing.assert_allclose(plain(q, new, cached, bias), right, atol=2e-6)
+    # Controls: what lies in another set or page, or beyond what is filled, is not read; what is filled is.
+    elsewhere = np.ones((S, rows, size, 1), bool)
     for r in range(R):
-        elsewhere[chosen[r], row[r], : filled[r, 0]] = False
-    spoilt = Stored(*(jnp.where(elsewhere, 3e38, x) for x in held), cached.set, cached.row)
+        for t in range(filled[r, 0]):
+            elsewhere[chosen[r], pages[r, t // size], t % size] = False
+    spoilt = Stored(*(jnp.where(elsewhere, 3e38, x) for x in held), cached.set, cached.pages)
     other = jax.jit(lambda *x: attend_stored(*x, interpret=True))(q, new, spoilt, bias)
     np.testing.assert_allclose(other, ours, rtol=1e-6, atol=1e-7)
-    moved = cached._replace(row=jnp.array([2, 1, 3]))
+    moved = cached._replace(pages=cached.pages.at[0, 0].set(2))
     assert np.abs(attend_stored(q, new, moved, bias, interpret=True)[0] - ours[0]).max() > 0.1
 
 

@@ -114,6 +114,15 @@ def serve(kind, batch, engine):
     return served
 
 
+def held_by(engine, lane):
+    """Keys and values of a lane's finished tokens, in the order of positions, and their depths."""
+    cache, pages = engine._lanes.cache, np.asarray(engine._lanes.pages[lane])
+    n, size = int(cache.length[lane]), engine._lanes.page_sizes.size
+    at = pages[np.arange(n) // size], np.arange(n) % size
+    rows = [np.asarray(x)[..., *at, :] for x in jax.tree.leaves((cache.prelude, cache.core, cache.coda))]
+    return [*rows, np.asarray(cache.depth)[lane, :n, None]]
+
+
 def alone(kind, ask, engine):
     return outcome(*serve(kind, [dataclasses.replace(ask, comes=0, leaves=None)], engine))
 

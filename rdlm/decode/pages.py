@@ -1,0 +1,67 @@
+"""Pages of an engine's cache: how many each lane gets, and which."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Int32
+
+from rdlm.decode.lanes import PageSizes
+
+
+def page_sizes(lanes: int, capacity: int, platform: str | None = None) -> PageSizes:
+    """Pages for all positions of lanes, of the usual size on a platform, None: the one in use.
+
+    On accelerators a page is as many positions as a kernel reads at once, on a CPU fewer.
+    """
+    size = 32 if (platform or jax.default_backend()) == "cpu" else 128
+    return PageSizes(lanes * -(-capacity // size), size)
+
+
+class Claim(NamedTuple):
+    """What a request in a lane needs."""
+
+    rank: tuple[int, int]  # the lowest comes first
+    least: int  # positions, to make its next token
+    most: int  # positions that it may use before pages are shared out again
+
+
+class Pages:
+    """The pages of `lanes` lanes of `capacity` positions."""
+
+    def __init__(self, lanes: int, capacity: int, sizes: PageSizes):
+        self.sizes = sizes
+        self._free = list(range(sizes.number))[::-1]
+        self._held: list[list[int]] = [[] for _ in range(lanes)]
+        self._each = self.needed(capacity)
+
+    def needed(self, positions: int) -> int:
+        """Pages for so many positions."""
+        return -(-positions // self.sizes.size)
+
+    def spare(self, claims: Mapping[int, Claim]) -> int:
+        """Pages that are left once every lane has the least it claims; below 0: so many are missing."""
+        return self.sizes.number - sum(self.needed(claim.least) for claim in claims.values())
+
+    def assign(self, claims: Mapping[int, Claim]) -> Int32[np.ndarray, "B P"]:
+        """The table of pages by lane, see `Lanes`: the least for every claim, and what is spare in order of rank.
+
+        A lane keeps the pages it has as far as it claims them; one without a claim loses them.
+        """
+        spare = self.spare(claims)
+        counts = [0] * len(self._held)
+        for lane, claim in sorted(claims.items(), key=lambda item: item[1].rank):
+            least = self.needed(claim.least)
+            more = min(self.needed(claim.most) - least, spare)
+            counts[lane], spare = least + more, spare - more
+        for held, count in zip(self._held, counts, strict=True):
+            self._free += held[count:]
+            del held[count:]
+        table = np.full((len(self._held), self._each), self.sizes.number, np.int32)
+        for row, held, count in zip(table, self._held, counts, strict=True):
+            held += [self._free.pop() for _ in range(count - len(held))]
+            row[:count] = held
+        return table
