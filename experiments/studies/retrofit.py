@@ -42,18 +42,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import rdlm
+from experiments.studies.shared.chains import CHANCE, CONVERSATION, LENGTH, TEMPLATES, Test, tests, training_lines
 from experiments.studies.shared.comparison import Options, beside_earlier, check_comparison
 from experiments.studies.shared.record import Json, publish, remembered
-from experiments.studies.shared.stories import (
-    MAX_STEPS,
-    TEMPLATES,
-    TEST_NAMES,
-    TRAINING_NAMES,
-    Story,
-    as_lines,
-    chance,
-    stories,
-)
 from rdlm.config import (
     Block,
     DataConfig,
@@ -70,7 +61,7 @@ from rdlm.config import (
 )
 from rdlm.data import Reading, Recipe, open_validation
 from rdlm.data.prepare import Corpus, build, cut_files, find_files, prepare_embedded
-from rdlm.evaluation import SETS, answer, question_file, read_questions, wilson, write_questions
+from rdlm.evaluation import SETS, Choice, answer, question_file, read_questions, wilson, write_questions
 from rdlm.evaluation.depth import depth_curve
 from rdlm.folders import write_run
 from rdlm.hf import is_huggingface, load_huggingface, open_huggingface
@@ -148,33 +139,33 @@ class Args(Options):
 class Setting:
     """What all runs share."""
 
-    steps: int = 350
+    steps: int = 60
     """Optimizer steps of a method."""
-    pilot_steps: int = 130
+    pilot_steps: int = 30
     """Of a pilot."""
     batch_size: int = 8
     length: int = 128
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-4
     """One for all, not tuned."""
     mean_depth: int = 4
-    trained: tuple[int, ...] = (1, 2, 3, 4)
+    trained: tuple[int, ...] = (1, 2, 3)
     """Dependent steps of the problems in training."""
-    tested: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8)
-    problems: int = 700
-    """Training problems of every template and number of steps: more than a run reads."""
-    tests: int = 25
-    """Test problems of every template and number of steps."""
+    tested: tuple[int, ...] = (1, 2, 3, 4, 5, 6)
+    problems: int = 500
+    """Lists of every template in training: more than a run reads."""
+    tests: int = 40
+    """Lists of every template in tests, and questions of every template and number of steps."""
     depths: tuple[int, ...] = (1, 2, 4, 8)
     """Recurrences r of all measurements of a recurrent model."""
-    text_batches: int = 16
+    text_batches: int = 8
     """Held-out batches of text."""
-    questions: int = 200
-    """The first of every question set."""
+    questions: int = 100
+    """The first of every question set, for seed 0."""
 
     def quick(self) -> Setting:
         """A few steps and problems, to see that everything works."""
         return dataclasses.replace(
-            self, steps=4, pilot_steps=2, length=96, trained=(1,), tested=(1, 2), problems=4, tests=10, depths=(1, 4),
+            self, steps=4, pilot_steps=2, trained=(1,), tested=(1, 2), problems=4, tests=10, depths=(1, 4),
             text_batches=1,
         )  # fmt: skip
 
@@ -190,7 +181,7 @@ class Places(NamedTuple):
     questions: dict[str, Path]
 
 
-def prepare(args: Args, setting: Setting, runs: Path) -> tuple[Places, list[Story]]:
+def prepare(args: Args, setting: Setting, runs: Path) -> tuple[Places, list[Test]]:
     """Problems, text and question sets for the tokenizer of the source; (their places, the test problems).
 
     Raises:
@@ -207,24 +198,33 @@ def prepare(args: Args, setting: Setting, runs: Path) -> tuple[Places, list[Stor
         raise InputError(f"--model {source}: is recurrent already; give a plain model")
     lines, asked = runs / "data/problems.jsonl", runs / "data/test.jsonl"
     lines.parent.mkdir(parents=True, exist_ok=True)
-    write_output(lines, as_lines(stories(0, setting.problems, setting.trained, TRAINING_NAMES)))
-    tests = stories(1, setting.tests, setting.tested, TEST_NAMES)
-    write_questions(asked, [story.choice for story in tests])
+    write_output(lines, training_lines(0, setting.problems, setting.trained))
+    tested = tests(1, setting.tests, setting.tested)
+    clozes = [{"prompt": x.prompt, "answer": x.answer, "category": x.category} for _, _, x in tested]
+    write_output(asked, "".join(json.dumps(cloze) + "\n" for cloze in clozes))
     # Without validation: what a run holds out is text.
-    pairs = Recipe(setting.length, "best_fit", 0.0, reading=Reading("completion", prompt_field="prompt"))
-    problems = packed(runs / "data/problems", lines, pairs, tokenizer)
+    conversations = Recipe(setting.length, "best_fit", 0.0, reading=Reading("messages"))
+    problems = packed(runs / "data/problems", lines, conversations, conversing(tokenizer, runs / "data/tokenizer"))
     if args.quick:
         invented = "".join(json.dumps({"text": f"{i} rooms have {2 * i} doors and a door."}) + "\n" for i in range(60))
         write_output(runs / "data/text.jsonl", invented)
         text = packed(runs / "data/text", runs / "data/text.jsonl", Recipe(setting.length), tokenizer)
-        questions = {"test": asked}
+        questions = {"test": runs / "data/questions.jsonl"}
+        write_questions(questions["test"], [Choice("How many doors do two rooms have?", ("four", "five"), 0)])
     else:
         corpus = DataConfig(
             folder=str(args.data_folder), tokenizer_size=tokenizer.vocab_size, sequence_length=setting.length
         )
         text = prepare_embedded(corpus, tokenizer=tokenizer)
         questions = {name: question_file(name, args.data_folder) for name in SETS}
-    return Places(runs, source, stored.digest(), problems, text, questions), tests
+    return Places(runs, source, stored.digest(), problems, text, questions), tested
+
+
+def conversing(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
+    """The same tokenizer, with `CONVERSATION` for its chat template; saved in `folder`."""
+    tokenizer.save(folder)
+    write_output(folder / "chat_template.jinja", CONVERSATION)
+    return Tokenizer.load(folder)
 
 
 def packed(folder: Path, lines: Path, recipe: Recipe, tokenizer: Tokenizer) -> Path:
@@ -237,8 +237,8 @@ def packed(folder: Path, lines: Path, recipe: Recipe, tokenizer: Tokenizer) -> P
 def toy(folder: Path) -> Path:
     """A random plain model of three layers, as a Hugging Face folder."""
     if not folder.exists():
-        told = stories(2, 40, (1, 3), TRAINING_NAMES + TEST_NAMES)
-        tokenizer = Tokenizer.train([story.prompt + story.completion for story in told], 640)
+        told = [test.question for test in tests(2, 40, (1, 2, 3))]
+        tokenizer = Tokenizer.train([x.prompt + x.answer for x in told], 400)
         model = ModelConfig(
             tokenizer.vocab_size, embed_dim=16, num_heads=2, mlp_dim=24, prelude_layers=0, core_layers=3, coda_layers=0,
             max_length=512, rope_base=1e4, qk_bias=False, embed_scale=1.0, mean_recurrence=1, backprop_depth=1,
@@ -335,16 +335,16 @@ def depths_of(model: ModelConfig, setting: Setting) -> tuple[int, ...]:
     return setting.depths if model.mean_recurrence > 1 else (1,)
 
 
-def measure(run: Run, setting: Setting, places: Places, tests: Sequence[Story], damage: bool) -> Json:
+def measure(run: Run, setting: Setting, places: Places, asked: Sequence[Test], damage: bool) -> Json:
     """Of a model: right answers and the FLOPs of one, held-out text, and the question sets with `damage`."""
     tokenizer, config, params = run.require_tokenizer(), run.config, run.params
     depths = depths_of(config, setting)
-    found = answer(params, config, tokenizer, [story.choice for story in tests], depths, tokens_per_batch=2048)
+    found = answer(params, config, tokenizer, [test.question for test in asked], depths, tokens_per_batch=2048)
     right: dict[str, dict[str, list[int]]] = {}
-    for i, story in enumerate(tests):
-        row = right.setdefault(story.template, {}).setdefault(str(story.steps), [0] * len(depths))
-        row[:] = [a + int(b) for a, b in zip(row, found.right["sum"][:, i], strict=True)]
-    tokens = float(np.mean([len(tokenizer.encode(story.prompt)) for story in tests]))
+    for i, test in enumerate(asked):
+        row = right.setdefault(test.template, {}).setdefault(str(test.steps), [0] * len(depths))
+        row[:] = [a + int(b) for a, b in zip(row, found.right["greedy"][:, i], strict=True)]
+    tokens = float(np.mean([len(tokenizer.encode(test.question.prompt)) for test in asked]))
     data = DataConfig(
         prepared=(str(places.text),), batch_size=setting.batch_size, sequence_length=setting.length,
         tokenizer_size=tokenizer.vocab_size,
@@ -352,19 +352,19 @@ def measure(run: Run, setting: Setting, places: Places, tests: Sequence[Story], 
     batches = open_validation(data, tokenizer).batches(setting.text_batches)
     curve = depth_curve(params, config, batches, depths, tokenizer.token_bytes)
     assert curve is not None  # nothing stops it
-    asked: Json = {}
+    sets: Json = {}
     for name, path in places.questions.items() if damage else ():
         some = read_questions(path)[: setting.questions]
         ends = tuple(r for r in depths if r in (1, setting.mean_depth))
         scored = answer(params, config, tokenizer, some, ends, tokens_per_batch=2048)
         counts = {way: x.sum(1).tolist() for way, x in scored.right.items()}
-        asked[name] = {"depths": ends, "count": len(some), "right": counts}
+        sets[name] = {"depths": ends, "count": len(some), "right": counts}
     return {
         "depths": depths,
         "right": right,
         "answer_flops": [tokens * flops.forward_flops(config, r, tokens) for r in depths],
         "text_nats": curve.nats,
-        "questions": asked,
+        "questions": sets,
     }
 
 
@@ -390,14 +390,14 @@ def trained(run: RunConfig) -> Run:
     return rdlm.load(run.folder)
 
 
-def row(name: Name, seed: int, setting: Setting, places: Places, tests: Sequence[Story]) -> Json:
+def row(name: Name, seed: int, setting: Setting, places: Places, asked: Sequence[Test]) -> Json:
     """Train and measure a run: what `measure` found with seed, commit, last loss, speed and seconds."""
     run = run_config(name, setting, places, seed)
 
     def make() -> Json:
         model = trained(run)
         begun = time.monotonic()
-        found = measure(model, setting, places, tests, damage=not METHODS[name].pilot)
+        found = measure(model, setting, places, asked, damage=not METHODS[name].pilot and seed == 0)
         steps = [x for x in read_metrics(Path(run.folder)) if x.get("loss") is not None]
         speeds = sorted(x["tokens_per_second"] for x in steps if x.get("tokens_per_second"))
         return {
@@ -422,7 +422,7 @@ def estimated(name: Name, setting: Setting, places: Places) -> float:
     """FLOPs of a run and of measuring it, roughly."""
     run = run_config(name, setting, places, 0)
     tokens = setting.text_batches * setting.batch_size * setting.length
-    tokens += setting.tests * len(TEMPLATES) * len(setting.tested) * setting.length * 2 // 3
+    tokens += setting.tests * len(TEMPLATES) * len(setting.tested) * setting.length * 4 // 5
     L, model = setting.length, run.model
     measuring = tokens * flops.sweep_flops(model, depths_of(model, setting), L)
     if not METHODS[name].pilot:
@@ -464,9 +464,10 @@ def gathered(name: str, rows: Sequence[Json], setting: Setting) -> Json:
             share = np.mean([row["right"][template][steps] for row in rows], axis=0) / setting.tests
             by_template[template][steps] = [round(x, 4) for x in share.tolist()]
     asked: Json = {}
-    for questions, first in rows[0]["questions"].items():
+    asked_of = [row["questions"] for row in rows if row["questions"]]
+    for questions, first in asked_of[0].items() if asked_of else ():
         for way in first["right"]:
-            total = np.mean([row["questions"][questions]["right"][way] for row in rows], axis=0).tolist()
+            total = np.mean([sets[questions]["right"][way] for sets in asked_of], axis=0).tolist()
             found = [[x / first["count"], *wilson(round(x), first["count"])] for x in total]
             asked.setdefault(questions, {"depths": first["depths"], "count": first["count"]})[way] = found
     return {
@@ -529,7 +530,7 @@ def picture(path: Path, methods: Mapping[str, Json], trained_to: int) -> None:
             )
     for axes, title in ((main, "comparison"), (pilots, "pilots, fewer steps, one seed")):
         axes.axvline(trained_to + 0.5, color="#999999", linestyle=":", linewidth=1)
-        axes.axhline(chance(), color="#999999", linestyle="--", linewidth=1, label="chance")
+        axes.axhline(CHANCE, color="#999999", linestyle="--", linewidth=1, label="chance")
         axes.set(title=title, xlabel="dependent steps (trained left of the dotted line)", ylim=(0, 1.03))
         axes.legend(frameon=False, fontsize=8)
     main.set(ylabel="right answers")
@@ -541,12 +542,12 @@ def main() -> int:
     reuse_freed_memory()
     runs, results = check_comparison(args, args.methods)
     setting = Setting().quick() if args.quick else Setting()
-    assert max(setting.tested) <= MAX_STEPS
-    places, tests = prepare(args, setting, runs)
+    assert max(setting.tested) <= LENGTH
+    places, asked = prepare(args, setting, runs)
     before = remembered(
         runs / "source.json",
         made_by(None, setting, places),
-        lambda: {"seed": None, **measure(rdlm.load(places.source), setting, places, tests, damage=True)},
+        lambda: {"seed": None, **measure(rdlm.load(places.source), setting, places, asked, damage=True)},
     )
     rows: dict[Name, list[Json]] = {}
     plan = planned(args)
@@ -554,7 +555,7 @@ def main() -> int:
         print(
             hours_left([n for n, _ in plan[i:]], [(n, x) for n in rows for x in rows[n]], setting, places), flush=True
         )
-        rows.setdefault(name, []).append(row(name, seed, setting, places, tests))
+        rows.setdefault(name, []).append(row(name, seed, setting, places, asked))
         jax.clear_caches()  # the next run has other programs
     found: Json = {SOURCE: gathered(SOURCE, [before], setting)}
     for name, of in rows.items():
@@ -580,7 +581,7 @@ def main() -> int:
         "questions": "share right by likelihood (sum) and per character: mean over seeds, Wilson's 95 %",
         "loss": "training loss of the first and the last 20 steps",
     }
-    shown = {"chance": chance(), "trained_steps": setting.trained, "methods": found}
+    shown = {"chance": CHANCE, "trained_steps": setting.trained, "methods": found}
     publish(path, shown, units, functools.partial(picture, methods=found, trained_to=max(setting.trained)))
     return 0
 
