@@ -42,7 +42,15 @@ import jax.numpy as jnp
 import numpy as np
 
 import rdlm
-from experiments.studies.shared.chains import CHANCE, CONVERSATION, LENGTH, TEMPLATES, Test, tests, training_lines
+from experiments.studies.shared.chains import (
+    CHANCE,
+    CONVERSATION,
+    LENGTH,
+    TEMPLATES,
+    Test,
+    questions_alone,
+    training_lines,
+)
 from experiments.studies.shared.comparison import Options, beside_earlier, check_comparison
 from experiments.studies.shared.record import Json, publish, remembered
 from rdlm.config import (
@@ -199,7 +207,7 @@ def prepare(args: Args, setting: Setting, runs: Path) -> tuple[Places, list[Test
     lines, asked = runs / "data/problems.jsonl", runs / "data/test.jsonl"
     lines.parent.mkdir(parents=True, exist_ok=True)
     write_output(lines, training_lines(0, setting.problems, setting.trained))
-    tested = tests(1, setting.tests, setting.tested)
+    tested = questions_alone(1, setting.tests, setting.tested)
     clozes = [{"prompt": x.prompt, "answer": x.answer, "category": x.category} for _, _, x in tested]
     write_output(asked, "".join(json.dumps(cloze) + "\n" for cloze in clozes))
     # Without validation: what a run holds out is text.
@@ -237,7 +245,7 @@ def packed(folder: Path, lines: Path, recipe: Recipe, tokenizer: Tokenizer) -> P
 def toy(folder: Path) -> Path:
     """A random plain model of three layers, as a Hugging Face folder."""
     if not folder.exists():
-        told = [test.question for test in tests(2, 40, (1, 2, 3))]
+        told = [test.question for test in questions_alone(2, 40, (1, 2, 3))]
         tokenizer = Tokenizer.train([x.prompt + x.answer for x in told], 400)
         model = ModelConfig(
             tokenizer.vocab_size, embed_dim=16, num_heads=2, mlp_dim=24, prelude_layers=0, core_layers=3, coda_layers=0,

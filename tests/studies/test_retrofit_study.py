@@ -1,6 +1,7 @@
-"""Problems in words: right answers, as many dependent steps as is said, even answers. The study on a toy model."""
+"""Chains of facts: right answers, as many dependent steps as is said, even answers. The study on a toy model."""
 
 import dataclasses
+import itertools
 import json
 import re
 import sys
@@ -11,127 +12,109 @@ import numpy as np
 import pytest
 from experiment_scripts import script
 
-from experiments.studies.shared.stories import (
-    DIGITS,
+from experiments.studies.shared.chains import (
+    ASKED,
+    CHAINS,
+    CHANCE,
+    COLOURS,
+    LENGTH,
     TEMPLATES,
-    TEST_NAMES,
-    TRAINING_NAMES,
-    as_lines,
-    chance,
-    stories,
+    problem,
+    questions_alone,
+    training_lines,
 )
 from rdlm.config import InputError
-from rdlm.evaluation import baselines
+from rdlm.evaluation import read_questions
+from rdlm.tokenizer import Tokenizer
 
 STUDY = script("studies/retrofit")
-STEPS = (1, 2, 3, 5, 8)
-TOLD = stories(0, 20, STEPS, TRAINING_NAMES)
+LISTS = [problem(template, np.random.default_rng(seed)) for template in TEMPLATES for seed in range(30)]
+ASKED_ALONE = questions_alone(1, 8, range(1, LENGTH + 1))
 
 
-def walked(question):
-    """(answer, steps) of a walk around rooms, from the text alone."""
-    listed, told = re.fullmatch(r"Five rooms form a circle: (.*?)\. (.*) Where is \w+\?", question).groups()
-    ring, (start, *told) = listed.split(", "), re.findall(r"is in the (\w+)|(Go on \w+|Turn)", told)
-    place, direction = ring.index(start[0]), 1
-    for _, told_step in told:
-        far = {"Go on one": 1, "Go on two": 2, "Turn": 0}[told_step]
-        place, direction = place + direction * far, direction * (1 if far else -1)
-    return ring[place % 5], len(told)
+def facts_of(text):
+    """{word: what its fact says of it}, in order, and the word that is asked for, from the text alone."""
+    told, asked = text.split("\n\n")
+    pairs = re.findall(r"^(\w+) (?:=|wears|copies) (\w+)$", told, re.MULTILINE)
+    assert len({word for word, _ in pairs}) == len(pairs) == len(told.split("\n")), "a word has one fact"
+    return dict(pairs), re.fullmatch(r"(\w+):", asked)[1]
 
 
-def swapped(question):
-    """(answer, swaps that the answer passed through), traced forwards over everybody's things."""
-    has = dict(re.findall(r"(\w+) has the (\w+)\.", question))
-    moves = dict.fromkeys(has.values(), 0)
-    for one, other in re.findall(r"(\w+) and (\w+) swap\.", question):
-        has[one], has[other] = has[other], has[one]
-        moves[has[one]] += 1
-        moves[has[other]] += 1
-    held = has[re.search(r"does (\w+) have\?", question)[1]]
-    return held, moves[held]
+def way(text):
+    """The words from the one asked for to the colour, which is the last."""
+    facts, word = facts_of(text)
+    passed = [word]
+    while passed[-1] in facts:
+        passed.append(facts[passed[-1]])
+    return passed
 
 
-def followed(question):
-    """(answer, links followed)."""
-    likes = dict(re.findall(r"(\w+) likes (\w+)\.", question))
-    assert len(likes) == 10
-    asked, person = re.search(r"Who is (.*)liked by (\w+)\?", question).groups()
-    steps = 1 + asked.count("liked by")
-    passed = [person]
-    for _ in range(steps):
-        passed.append(likes[passed[-1]])
-    assert len({*passed}) == steps + 1, "no way around"
-    return passed[-1], steps
-
-
-def counted(question):
-    """(answer, operations)."""
-    start, told = re.search(r"from (\w+)\. (.*) What is", question).groups()
-    value, steps = DIGITS.index(start), [step for step in told.split(".") if step]
-    for step in steps:
-        word = step.split()[-1]
-        if step.strip().startswith("Add"):
-            value += DIGITS.index(word)
-        else:
-            value *= 3 if word == "it" else DIGITS.index(word)
-    return DIGITS[value % 10], len(steps)
-
-
-READ = {"rooms": walked, "swaps": swapped, "likes": followed, "dial": counted}
+def conversations(steps=(1, 2, 3)):
+    """(facts, [(word asked for, answer)]) of some lines of training."""
+    for line in training_lines(0, 20, steps).splitlines():
+        said = [message["content"] for message in json.loads(line)["messages"]]
+        facts, first = said[0].split("\n\n")
+        yield facts, list(zip([first.strip(":"), *(x.strip("\n:") for x in said[2::2])], said[1::2], strict=True))
 
 
 def test_the_answer_is_right_and_takes_as_many_steps():
-    assert TEMPLATES.keys() == READ.keys()
-    for story in TOLD:
-        found, steps = READ[story.template](story.choice.question)
-        assert (story.choice.choices[story.choice.answer], story.steps) == (found, steps), story
-        assert story.prompt == f"Question: {story.choice.question}\nAnswer:"
-        assert story.completion == f" {found}"
+    for test in ASKED_ALONE:
+        *passed, colour = way(test.question.prompt)
+        assert (len(passed), f" {colour}") == (test.steps, test.question.answer), test
+        assert test.question.category == f"{test.template}, {test.steps} steps"
+    for facts, asked in conversations():
+        assert len(asked) == ASKED
+        for word, answer in asked:
+            *passed, colour = way(f"{facts}\n\n{word}:")
+            assert (len(passed) <= 3, f" {colour}") == (True, answer), (facts, word)
 
 
-def test_fewer_steps_would_give_another_answer():
-    """A model that stops early, or leaves a step out, is wrong more often than by chance right."""
-    for name, read in READ.items():
-        longest = [s.choice for s in TOLD if s.template == name and s.steps == 8]
-        early = [read(_shortened(name, c.question))[0] == c.choices[c.answer] for c in longest]
-        assert np.mean(early) < 0.5, name
+def test_a_list_is_chains_in_which_every_fact_refers_to_an_earlier_one():
+    for made in LISTS:
+        facts, _ = facts_of(made.cloze(0, 1).prompt)
+        words = list(facts)
+        assert len(words) == CHAINS * LENGTH
+        ways = [way(f"{made.facts}\n{word}:") for word in words]
+        assert {*Counter(map(len, ways)).values()} == {CHAINS}, "chains of different lengths"
+        assert all(words.index(b) < words.index(a) for *passed, _ in ways for a, b in itertools.pairwise(passed))
 
 
-def _shortened(name, question):
-    if name == "likes":
-        return question.replace("liked by the one ", "", 1)
-    sentences = {"rooms": r"(Go on|Turn)[^.]*\. (?=Where)", "swaps": r"\w+ and \w+ swap\. (?=What)"}
-    return re.sub(sentences.get(name, r"(Add|Triple|Multiply)[^.]*\. (?=What)"), "", question)
+def test_guessing_a_colour_is_right_by_chance_alone():
+    for made in LISTS:
+        for steps in range(1, LENGTH + 1):
+            answers = [made.cloze(chain, steps).answer for chain in range(CHAINS)]
+            assert len({*answers}) == CHAINS == 1 / CHANCE, "some colour is right more often"
+    named = [[said for said in facts_of(made.cloze(0, 1).prompt)[0].values() if said in COLOURS] for made in LISTS]
+    for place in range(CHAINS):  # of the colour in the list
+        right = [colours[place] in made.cloze(0, 1).answer for made, colours in zip(LISTS, named, strict=True)]
+        assert 0.1 < np.mean(right) < 0.4, "the place of a colour gives it away"
 
 
-def test_answers_are_even_so_chance_is_what_is_said():
-    known = baselines([s.choice for s in TOLD])
-    assert known["chance"] == pytest.approx(chance())
-    assert known["majority"] <= 2 / 9 + 1e-9, "one place is right more often"
-    for name, (_, count) in TEMPLATES.items():
-        for steps in STEPS:
-            some = [s.choice for s in TOLD if (s.template, s.steps) == (name, steps)]
-            assert {*Counter(c.answer for c in some).values()} == {20 // count}
-            assert all(len({*c.choices}) == count for c in some)
-            assert len({c.question for c in some}) > (10 if steps == 1 else 18)
-    words = Counter(s.completion for s in TOLD if s.template == "likes")
-    assert max(words.values()) < 12, "a name is the answer too often"
+def test_no_answer_shortens_the_way_to_a_later_one():
+    shortened = 0
+    for facts, asked in conversations():
+        for i, (word, _) in enumerate(asked):
+            on_the_way = {*way(f"{facts}\n\n{word}:")[1:]}
+            assert not on_the_way & {before for before, _ in asked[:i]}
+            shortened += bool(on_the_way & {after for after, _ in asked[i + 1 :]})
+    assert shortened > 20, "in the other order they would"
 
 
-def test_no_test_problem_is_in_training():
-    assert not {*TRAINING_NAMES} & {*TEST_NAMES}
-    tests = stories(1, 20, STEPS, TEST_NAMES)
-    assert not {s.prompt for s in TOLD} & {s.prompt for s in tests}
-    for story in tests:
-        assert {*re.findall(r"\w+", story.choice.question)} & {*TEST_NAMES}
-        assert not {*re.findall(r"\w+", story.prompt)} & {*TRAINING_NAMES}
-    assert stories(1, 20, STEPS, TEST_NAMES) == tests
-    assert stories(2, 20, STEPS, TEST_NAMES) != tests
+def test_no_list_of_the_tests_is_in_training():
+    steps = (1, 2, 3)
+    told = {facts for facts, _ in conversations()}
+    assert len(told) == 20 * len(TEMPLATES)
+    assert not told & {test.question.prompt.split("\n\n")[0] for test in ASKED_ALONE}
+    assert training_lines(0, 20, steps) == training_lines(0, 20, steps) != training_lines(2, 20, steps)
 
 
-def test_a_document_is_a_prompt_and_its_completion():
-    lines = [json.loads(line) for line in as_lines(TOLD).splitlines()]
-    assert [line["prompt"] + line["completion"] for line in lines] == [s.prompt + s.completion for s in TOLD]
+def test_only_answers_are_scored(tmp_path):
+    tokenizer = STUDY.conversing(Tokenizer.bytes_only(), tmp_path)
+    for line in training_lines(0, 2, (1, 2)).splitlines():
+        messages = json.loads(line)["messages"]
+        ids, scored = tokenizer.encode_conversation(messages, reply=False)
+        assert tokenizer.decode(ids) == "".join(message["content"] for message in messages)
+        assert tokenizer.decode(ids[scored]) == "".join(m["content"] for m in messages if m["role"] == "assistant")
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +137,7 @@ def quick(tmp_path_factory):
 def test_quick_run(quick):
     found = json.loads((quick / "retrofit.json").read_text())
     assert (quick / "retrofit.png").exists()
-    assert found["chance"] == pytest.approx(chance())
+    assert found["chance"] == CHANCE
     methods = found["methods"]
     assert list(methods) == ["source", "pilot_depths"]
     for name, row in methods.items():
@@ -165,15 +148,13 @@ def test_quick_run(quick):
         assert all(nats > 1 for nats in row["text_nats"])
     deeper = methods["pilot_depths"]
     assert deeper["answer_flops"][1] > deeper["answer_flops"][0] >= methods["source"]["answer_flops"][0]
-    assert methods["source"]["questions"]["test"]["count"] == 80
+    assert methods["source"]["questions"]["test"]["count"] == 1
     assert deeper["questions"] == {}
 
 
 def test_what_it_asks_is_a_question_file(quick):
-    from rdlm.evaluation import read_questions
-
-    expected = stories(1, 10, (1, 2), TEST_NAMES)
-    assert read_questions(quick / "data/test.jsonl") == [s.choice for s in expected]
+    asked = read_questions(quick / "data/test.jsonl")
+    assert asked == [test.question for test in questions_alone(1, 10, (1, 2))]
 
 
 @pytest.mark.usefixtures("quick_compile")

@@ -124,7 +124,7 @@ class Test(NamedTuple):
     question: Cloze
 
 
-def tests(seed: int, each: int, steps: Sequence[int]) -> list[Test]:
+def questions_alone(seed: int, each: int, steps: Sequence[int]) -> list[Test]:
     """Questions about `each` lists of every template, a function of the arguments alone.
 
     A list is asked once for every number of steps, each time for the next chain.
