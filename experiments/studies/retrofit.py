@@ -1,30 +1,30 @@
 """Does it pay to turn a pretrained plain model into a recurrent-depth one? The same fine-tuning, with and without.
 
-    python experiments/studies/retrofit.py                       # everything: 9 to 10 hours on two quiet cores
+    python experiments/studies/retrofit.py                       # everything: about 3 hours on two quiet cores
     python experiments/studies/retrofit.py --methods plain plain_flops retrofit              # the comparison alone
     python experiments/studies/retrofit.py --quick               # only shows that everything works, a minute or two
 
-Every run begins with SmolLM2-135M (`fetch_model.py smollm2`) and learns the same problems in words, of 1 to 4 dependent
-steps (`shared/stories.py`), with a row of text to fifteen of problems: 8 rows of 128 tokens a step, AdamW at one rate.
-Plain: the model as it is. Recurrent: all layers kept, adapter [0 I] (`rdlm.retrofit`), a mean depth that grows to 4.
+Every run begins with SmolLM2-135M (`fetch_model.py smollm2`) and learns the same chains of facts, asked for 1 to 3
+dependent steps (`shared/chains.py`), with a row of text to fifteen of problems: 8 rows of 128 tokens a step, AdamW at
+one rate. Plain: the model as it is. Recurrent: all layers kept, adapter [0 I] (`rdlm.retrofit`), a mean depth that
+grows to 4.
 
   plain             the same steps, so equal tokens
   plain_flops       as many steps as have the training FLOPs of `retrofit`
   retrofit          core of layers 8 to 15, everything learns, loss at the drawn depth alone
-  pilot             the same in 130 steps instead of 350, and what the other pilots are compared with
+  pilot             the same in 30 steps instead of 60, and what the other pilots are compared with
   pilot_cut         core of layers 7 to 22
   pilot_curriculum  the full mean depth from the first step
   pilot_core        only core and adapter learn
   pilot_depths      depth 4 in every step, with the loss after 1, 2 and 4 recurrences
 
-The comparison has two seeds, pilots one. Measured, also of the untouched model: accuracy by number of steps (trained
-and more) and depth, on people who are not in training; loss of held-out text by depth and two question sets, which show
-damage; FLOPs of training and of an answer. Finished runs stay in runs/retrofit and are not made again; a run that was
-stopped goes on with the same command. Prints the hours that are left.
+The comparison has two seeds, pilots one. Measured, also of the untouched model: right answers by number of steps, 1 to
+6, and depth, on new lists; loss of held-out text by depth and, for seed 0, two question sets, which show damage; FLOPs
+of training and of an answer. Finished runs stay in runs/retrofit and are not made again; a run that was stopped goes on
+with the same command. Prints the hours that are left.
 
-Exit codes: 0 done; 75 stopped by a signal and saved; 2 wrong input. Memory: 17 GiB; disk: 2 GB a run.
-Found: the plain model does not learn the problems in this budget, so the long runs wait for easier ones:
-docs/studies/retrofit.md.
+Exit codes: 0 done; 75 stopped by a signal and saved; 2 wrong input. Memory: 10 GiB; disk: 2 GB a run.
+Found: docs/studies/retrofit.md.
 """
 
 from __future__ import annotations
