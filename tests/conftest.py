@@ -12,6 +12,7 @@ import hypothesis
 import jax
 import pytest
 from annotations import CHECKED
+from compilation import QUICK, all_passes
 from experiment_scripts import EXPERIMENTS, script
 from jaxlib import xla_client
 from jaxtyping import install_import_hook
@@ -23,11 +24,15 @@ from rdlm.runtime import run_command  # noqa: E402
 
 os.environ.setdefault("RDLM_COMPILE_CACHE", "off")  # no test depends on what an earlier one left on disk
 
-# Tests compile more than they run: the CPU's other code generator needs a quarter less time for the same programs.
-# XLA reads its flags once, here. The compiler for TPUs would read them again, and ends the process over this one.
+jax.config.update("jax_disable_most_optimizations", True)  # all_passes() and full_compile are the way back
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+
+# XLA reads its flags once, here. The compiler for TPUs would read them again.
 with pytest.MonkeyPatch.context() as patch:
-    patch.setenv("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false")
+    patch.setenv("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} {QUICK['XLA_FLAGS']}")
     xla_client.CompileOptions().executable_build_options.debug_options  # noqa: B018
+
+gc.set_threshold(100_000, 20, 20)  # tracing makes many objects and few circles: looking for these took 8 % of the time
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -47,19 +52,9 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture
-def quick_compile():
-    """For tests that compile more than they run: without the compiler's expensive passes, half of their time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture(scope="module")
-def quick_module():
-    """The same for a whole file, its fixtures included."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+def full_compile():
+    with all_passes():
+        yield
 
 
 MAPPINGS = pathlib.Path("/proc/self/maps")

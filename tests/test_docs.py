@@ -25,7 +25,6 @@ OTHER_PROGRAMS = {
     "${EDITOR:-vi}",
 }  # fmt: skip
 
-pytestmark = pytest.mark.usefixtures("quick_module")
 mpl.use("Agg")
 
 

@@ -23,8 +23,6 @@ RULES = {
     "argmax_stability": exits.argmax_stability,
 }
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def draws(seed=0):
     """States [CHECKS + 1, B, L, D] and logits [CHECKS, B, L, V] that settle as a recurrence does."""

@@ -146,7 +146,6 @@ SEVERAL = {
 }
 
 
-@pytest.mark.usefixtures("quick_compile")
 @pytest.mark.parametrize("name", SEVERAL)
 def test_the_loss_at_several_depths(name):
     """Values and gradients are those of the formula; a teacher that learns is noticed."""
@@ -169,7 +168,6 @@ def apart(found, wanted):
     return float(gap / jnp.sqrt(sum(jnp.sum(b**2) for b in jax.tree.leaves(wanted))))
 
 
-@pytest.mark.usefixtures("quick_compile")
 @pytest.mark.parametrize("depths", [(), (2, 3)])
 def test_the_weights_of_the_start_teach_every_depth(depths):
     params, start = (init_params(NANO, jax.random.key(i)) for i in (3, 4))
@@ -218,7 +216,6 @@ def test_what_several_depths_need():
 # Stability
 
 
-@pytest.mark.usefixtures("quick_compile")
 def test_the_penalty_is_the_radius_and_reaches_core_and_adapter_alone():
     params = init_params(NANO, jax.random.key(3))
     off, on = LossConfig(), LossConfig(stability=0.25)
@@ -237,7 +234,6 @@ def test_the_penalty_is_the_radius_and_reaches_core_and_adapter_alone():
         assert (gap > 1e-3) if name.startswith(("core", "adapter")) else (gap < 1e-5), name
 
 
-@pytest.mark.usefixtures("quick_compile")
 def test_training_with_the_penalty_contracts():
     """Of two runs of a few steps the one with the penalty ends with the smaller radius."""
 
@@ -274,7 +270,6 @@ def jaxpr_of(f, *args):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compile")
 @pytest.mark.parametrize("kernel", ["in blocks", "fused"])
 @pytest.mark.parametrize("tables", [(), (0,)])
 def test_what_stands_at_padding_reaches_no_loss_and_no_gradient(kernel, tables, monkeypatch):

@@ -203,7 +203,6 @@ def some_gradients(seed):
     return jax.tree_util.tree_map_with_path(one, fresh())
 
 
-@pytest.mark.usefixtures("quick_compile")
 def test_muon_moves_every_matrix_by_an_orthogonal_one_and_the_rest_as_adamw():
     params, grads = fresh(), some_gradients(1)
     tx, adamw = optimizer(STEADY, 10), optimizer(dataclasses.replace(STEADY, name="adamw"), 10)
@@ -226,7 +225,6 @@ def test_muon_moves_every_matrix_by_an_orthogonal_one_and_the_rest_as_adamw():
     assert seen == set(MATRICES)
 
 
-@pytest.mark.usefixtures("quick_compile")
 def test_adamw_beside_muon_may_have_a_rate_of_its_own():
     params, grads = fresh(), some_gradients(1)
     one, two = (optimizer(dataclasses.replace(STEADY, adamw_learning_rate=rate), 10) for rate in (None, 0.05))
@@ -239,7 +237,6 @@ def test_adamw_beside_muon_may_have_a_rate_of_its_own():
             dataclasses.replace(STEADY, adamw_learning_rate=1e-3 if wrong else 0.0, **wrong)
 
 
-@pytest.mark.usefixtures("quick_compile")
 def test_muon_trains():
     params = fresh()
     rows = jax.random.randint(jax.random.key(1), (4, 17), 0, 20)
@@ -259,7 +256,6 @@ def test_muon_trains():
     assert values[-1] < 2.5  # below ln 20 = 3.0: rows are being learnt by heart
 
 
-@pytest.mark.usefixtures("quick_compile")
 def test_muon_on_eight_devices_is_muon_on_one():
     run = dataclasses.replace(PRESETS["nano"], optimizer=dataclasses.replace(STEADY, ema_decay=0.5))
     tx = optimizer(run.optimizer, 10)

@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from compilation import QUICK
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -58,7 +59,7 @@ def test_trains_loads_and_generates_from_the_wheel(wheel, tmp_path):
     subprocess.run(install, check=True)
     (packages,) = place.glob("lib/python*/site-packages")
     (packages / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
-    environment = {"JAX_PLATFORMS": "cpu", "RDLM_COMPILE_CACHE": "off", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    environment = QUICK | {"JAX_PLATFORMS": "cpu", "RDLM_COMPILE_CACHE": "off"}
     command = [python, "-c", TRAINS_LOADS_GENERATES]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr

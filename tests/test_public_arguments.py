@@ -39,9 +39,6 @@ WRONG = st.one_of(
 and take for ever."""
 
 
-pytestmark = pytest.mark.usefixtures("quick_module")
-
-
 @pytest.fixture(scope="module")
 def params():
     return rdlm.init_params(TINY, jax.random.key(0))

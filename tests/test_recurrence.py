@@ -29,8 +29,6 @@ from rdlm.remat import keep
 K, D = 4, 6  # most gradient steps; width
 TOLERANCE = 1e-5
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def random(seed, *shape):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)

@@ -19,8 +19,6 @@ from rdlm.evaluation.depth import depth_curve
 from rdlm.exits import fixed
 from rdlm.tokenizer import Tokenizer
 
-pytestmark = pytest.mark.usefixtures("quick_module")
-
 
 @pytest.fixture(scope="module")
 def folder(nano_data, tmp_path_factory):

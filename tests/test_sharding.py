@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilation import QUICK
 
 from rdlm import sharding
 from rdlm.config import InputError, LossConfig, MeshConfig, preset
@@ -82,8 +83,6 @@ def distance(found, expected):
 def test_draws_differ_between_the_steps():
     assert len({(int(n), int(k)) for *_, (n, k) in on_one_device()}) == 3
 
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 RUNS = {
     "data": ({"data": 8}, {"remat": "none"}),
@@ -173,12 +172,13 @@ def test_loss_and_gradient_of_two_processes(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         together = {"RDLM_COORDINATOR": f"localhost:{free.getsockname()[1]}", "RDLM_PROCESSES": "2"}
-    together |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    here = str(pathlib.Path(__file__).parent)
+    together |= QUICK | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"}
+    here = pathlib.Path(__file__).parent
+    places = f"{here}{os.pathsep}{here / 'support'}"
     both = [
         subprocess.Popen(
             [sys.executable, "-c", IN_TWO_PROCESSES, tmp_path / "found.npz"], stderr=subprocess.PIPE, text=True,
-            env=os.environ | together | {"RDLM_PROCESS_ID": str(i), "PYTHONPATH": here},
+            env=os.environ | together | {"RDLM_PROCESS_ID": str(i), "PYTHONPATH": places},
         )
         for i in range(2)
     ]  # fmt: skip

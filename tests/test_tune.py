@@ -31,8 +31,6 @@ RUN = dataclasses.replace(
 LORA = TuneConfig(lora_rank=3, lora_alpha=6.0)
 ROWS, LENGTH = 16, 20  # their product is no side of a weight
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def tuned(tune, run=RUN, **fields):
     return dataclasses.replace(run, tune=tune, **fields)

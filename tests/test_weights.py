@@ -27,8 +27,6 @@ from rdlm.tokenizer import Tokenizer
 from rdlm.train import Trainer, init_state, state_shardings
 from rdlm.weights import Weights, begin_from, identified
 
-pytestmark = pytest.mark.usefixtures("quick_module")
-
 FOLDERS = [f"families/{path.name}" for path in sorted((GOLDEN / "families").iterdir())] + ["A", "G_gqa"]
 NANO = PRESETS["nano"]
 SHORT = dataclasses.replace(NANO.data, sequence_length=24, batch_size=8, tokenizer_size=40)

@@ -32,8 +32,6 @@ TINY = ModelConfig(
 )  # fmt: skip
 TOKENS = np.random.default_rng(0).integers(0, 11, (2, 5)).astype(np.int32)
 
-pytestmark = pytest.mark.usefixtures("quick_module")
-
 
 @pytest.fixture(scope="module")
 def params():

@@ -48,7 +48,6 @@ def padded():
     return {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "segment_ids": segments}
 
 
-@pytest.mark.usefixtures("quick_compile")
 def test_the_course_is_that_of_the_states():
     params, rows, key, r = nano(), padded(), jax.random.key(3), NANO.mean_recurrence
     found = jax.device_get(vitals.course(params, NANO, rows, key))
@@ -99,7 +98,6 @@ def test_the_course_is_that_of_the_states():
     assert vitals.vitals(params, once, rows) == {}  # it was never recurrent
 
 
-@pytest.mark.usefixtures("quick_compile")
 def test_vitals_do_not_depend_on_the_mesh():
     mesh = sharding.make_mesh(MeshConfig(2, 4), NANO)
     axes = sharding.named(mesh, sharding.parameter_specs(mesh, logical_axes(NANO), nano()))
@@ -219,14 +217,12 @@ def names(values):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compile")
 def test_the_good_recipe_trips_no_alarm():
     values = trained(120, 2e-3)
     assert names(values) == set(), values
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compile")
 def test_the_first_failed_run_collapses(architecture):
     # At this scale the rate decides: the library's own block collapses too at a rate of 0.1, fifty times the good one.
     architecture(bare_block)
@@ -236,7 +232,6 @@ def test_the_first_failed_run_collapses(architecture):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compile")
 def test_the_second_failed_run_ignores_its_recurrence(architecture):
     # With the learnt adapter a pre-norm model of this size goes on to use its state (gain 0.08 after 150 steps at a
     # rate of 0.01), so this takes A(s, e) = s + e along from the first run: every recurrence adds the same again.
@@ -282,7 +277,6 @@ def loop(tmp_path, monkeypatch):
     return run
 
 
-@pytest.mark.usefixtures("quick_compile")
 def test_an_alarm_warns_or_stops_and_saves(loop, tmp_path):
     folder, ill = tmp_path / "run", HEALTHY | {"vital_gain": 0.001}
 
@@ -305,7 +299,6 @@ def test_an_alarm_warns_or_stops_and_saves(loop, tmp_path):
     assert len(says) == 1
 
 
-@pytest.mark.usefixtures("quick_compile")
 def test_healthy_vitals_stop_nothing(loop, tmp_path):
     assert loop(HEALTHY, action="stop", start=0) == (0, [])
     rows = read_metrics(tmp_path / "run")

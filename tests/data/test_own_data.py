@@ -41,23 +41,19 @@ def test_the_loss_of_packed_rows_is_that_of_documents_alone():
     params = rdlm.init_params(model, jax.random.key(0))
     draw = np.random.default_rng(0)
     documents = [Document(i, draw.integers(0, model.vocab_size, n)) for i, n in enumerate([9, 17, 4, 30, 12, 2, 25])]
-    jax.config.update("jax_disable_most_optimizations", True)
     mean = jax.jit(lambda batch: rdlm.loss(params, model, batch, steps=(2, 2), key=jax.random.key(1)))
 
     def loss(rows):  # always of 12 rows, the last of padding: compiled once
         batch = stack([Example(row, 0) for row in [*rows, *[EMPTY] * (12 - len(rows))]], 39, 0)
         return float(mean({name: jnp.asarray(value) for name, value in batch.items()}))
 
-    try:
-        for pack in (concatenate_and_split, best_fit):
-            packed = list(pack(documents, 39))
-            alone = [row for row in packed for row in one_by_one(row)]  # a cut document in its pieces
-            assert len(packed) < len(documents) <= len(alone)
-            assert loss(packed) == pytest.approx(loss(alone), abs=2e-6)
-            merged = [dataclasses.replace(row, chunks=np.array([[0, 0, len(row.tokens)]])) for row in packed]
-            assert abs(loss(merged) - loss(alone)) > 1e-4  # control: seeing neighbours shows
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
+    for pack in (concatenate_and_split, best_fit):
+        packed = list(pack(documents, 39))
+        alone = [row for row in packed for row in one_by_one(row)]  # a cut document in its pieces
+        assert len(packed) < len(documents) <= len(alone)
+        assert loss(packed) == pytest.approx(loss(alone), abs=2e-6)
+        merged = [dataclasses.replace(row, chunks=np.array([[0, 0, len(row.tokens)]])) for row in packed]
+        assert abs(loss(merged) - loss(alone)) > 1e-4  # control: seeing neighbours shows
 
 
 def one_by_one(row):
@@ -98,7 +94,6 @@ def sources(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compile")
 def test_a_run_keeps_its_place_in_a_stream_and_notices_other_data(tmp_path, sources, monkeypatch, one_line):
     folders, files = sources
     config = settings_of(tmp_path, prepared=(folders[0],), stream=(files,))
@@ -134,7 +129,6 @@ class InOrder(StreamedData):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compile")
 def test_a_bad_document_in_a_stream_ends_a_run_that_has_saved_its_steps(tmp_path, sources, monkeypatch, one_line):
     lines = (tmp_path / "a.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "bad").mkdir()

@@ -267,7 +267,7 @@ def test_a_long_example_is_shown_around_the_first_words_that_are_scored(tmp_path
 
 
 @pytest.fixture(scope="module")
-def chats_run(tmp_path_factory, quick_module):
+def chats_run(tmp_path_factory):
     """A run folder: 40 steps on the chats, a loss at every one."""
     folder = tmp_path_factory.mktemp("chats")
     tokenizer = published.ouro()

@@ -18,8 +18,6 @@ from rdlm.decode.loop import Sizes, begin, read_chunk
 from rdlm.decode.requests import RequestOptions, as_requests
 from rdlm.model.cache import allocate
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 # Reading alone: a chunk after the other leaves what one pass over the whole prompt leaves.
 
 DEEP = dataclasses.replace(TINY, coda_layers=2)

@@ -15,8 +15,6 @@ from rdlm.decode.loop import begin
 
 KIND, V = "latest, kl", TINY.vocab_size
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def bits(tokens):
     words = np.zeros(-(-V // 32), np.uint32)

@@ -38,8 +38,6 @@ from rdlm.decode.lanes import advance, insert
 from rdlm.decode.loop import begin, read_chunk
 from rdlm.model import kernels
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 samplings = st.builds(
     Sampling,
     temperature=st.sampled_from([0.0, 0.0, 0.7, 1.3]),
@@ -202,9 +200,8 @@ def test_control_nothing_broken(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("full_compile")  # as in production: roundings depend on what is fused
 def test_agreement_in_bf16(capsys):
-    jax.config.update("jax_disable_most_optimizations", False)  # as in production: roundings depend on what is fused
-
     def agreement(ours, theirs):
         """Shares of tokens equal up to a request's first difference, of their steps, and of whole requests."""
         tokens = [np.cumprod(np.equal(a[0], b[0])).sum() for a, b in zip(ours, theirs, strict=True)]

@@ -34,8 +34,6 @@ from rdlm.decode.loop import begin
 KIND = "latest, kl"
 LANES = KINDS[KIND].lanes
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def all_at_once(batch, e, **options):
     """Requests submitted together and served."""

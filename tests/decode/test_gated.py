@@ -42,8 +42,6 @@ RULES = {  # rule, and the same for the oracle
 }  # fmt: skip
 POLICIES = {"latest": CachePolicy(), "skip": CachePolicy(lookup="skip"), "4 sets": CachePolicy(4)}
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 @functools.cache
 def inputs():

@@ -20,8 +20,6 @@ from rdlm.model import forward
 from rdlm.model.cache import allocate
 from rdlm.recurrence import initial_state
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 # Batches change nothing
 
 TINY = ModelConfig(
@@ -90,8 +88,9 @@ def noise(length):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_request_does_not_depend_on_its_batch(kind):
-    jax.config.update("jax_disable_most_optimizations", kind != "latest, kl")  # one is compiled as in production
+def test_a_request_does_not_depend_on_its_batch(kind, request):
+    if kind == "latest, kl":  # one is compiled as in production
+        request.getfixturevalue("full_compile")
     close = calls = 0
 
     @settings(max_examples=8)

@@ -11,8 +11,6 @@ from rdlm.config import CachePolicy, Sampling
 from rdlm.decode import decode_step, generate, prefill, probabilities
 from rdlm.decode.sampling import as_arrays
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 # The reference's lookups that we offer (docs/semantics.md, Cache policy). `full` hides tokens that stopped earlier.
 POLICIES = {"full": CachePolicy(lookup="skip"), "skip": CachePolicy(lookup="skip")}
 POLICIES |= {"latest-m4": CachePolicy(), "available-m4": CachePolicy()}

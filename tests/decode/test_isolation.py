@@ -27,8 +27,6 @@ UNTIED = dataclasses.replace(TINY, tie_embeddings=False)
 BAD, LANES = 39, 8
 POISONS = {"nan": np.nan, "infinite": np.inf, "overflows": 3e38}
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 @functools.cache
 def model(poison="none", token=BAD):

@@ -17,8 +17,6 @@ from rdlm.decode import generate, parallel
 from rdlm.exits import ExitRule
 from rdlm.recurrence import initial_state
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 TINY = ModelConfig(
     vocab_size=24, embed_dim=16, num_heads=2, mlp_dim=24, prelude_layers=1, core_layers=1, coda_layers=1,
     max_length=64, mean_recurrence=8, backprop_depth=2,

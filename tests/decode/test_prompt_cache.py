@@ -19,8 +19,6 @@ from rdlm.model.cache import cache_bytes
 KIND, CHUNK = "latest, kl", 5
 ROOM = 10**9
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def caching(kind=KIND, room=ROOM, **options):
     return new_engine(kind, prefill_chunk=CHUNK, prompt_cache=room, **options)

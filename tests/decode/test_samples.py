@@ -12,8 +12,6 @@ from rdlm.decode.sampling import as_arrays
 
 PROMPTS = [[1, 2, 3], [4, 5], list(range(9))]
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def made(**options):
     return generate(params(), TINY, PROMPTS, **{"max_new_tokens": NEW, "num_steps": R, **options})
@@ -85,8 +83,8 @@ def test_next_to_zero_is_greedy(temperature):
 
 @pytest.mark.parametrize("temperature", [2e-5, 1e-4, 1e-3])
 @pytest.mark.parametrize("V", [8, 40, 384])
+@pytest.mark.usefixtures("full_compile")  # as in production: fused
 def test_small_temperatures_are_those_of_float64(V, temperature):
-    jax.config.update("jax_disable_most_optimizations", False)  # as in production: fused
     logits = np.random.default_rng(V).normal(size=(3, V)).astype(np.float32) * 8
     logits[:, 5] = logits.max(-1) - np.float32(temperature)  # a rival worth something at that temperature
     ours = jax.jit(probabilities)(jnp.asarray(logits), jnp.zeros((3, V), bool), as_arrays(Sampling(temperature), 3))

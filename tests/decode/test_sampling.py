@@ -11,7 +11,6 @@ from rdlm.config import InputError, Sampling, Speculative
 from rdlm.decode import generate
 from rdlm.decode.sampling import MAX_BIASES, adjusted, as_arrays
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 PROMPT, END = [3, 1, 4, 1, 5], 7
 
 

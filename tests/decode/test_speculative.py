@@ -14,7 +14,7 @@ from rdlm.decode import generate, speculative
 from rdlm.decode.speculative import speculate
 from rdlm.model import forward
 
-pytestmark = [pytest.mark.usefixtures("quick_compile"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 TINY = ModelConfig(
     vocab_size=6, embed_dim=16, num_heads=2, mlp_dim=24, prelude_layers=1, core_layers=1, coda_layers=1,

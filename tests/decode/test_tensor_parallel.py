@@ -21,8 +21,6 @@ from rdlm.tokenizer import Tokenizer
 from rdlm.tune import begin
 from rdlm.weights import read_huggingface
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 FAMILIES = {
     "A2": "bias on queries and keys, adapter, tied embeddings",
     "families/retro_olmo": "norms over the width of all heads",

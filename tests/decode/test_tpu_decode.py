@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilation import all_passes
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from rdlm import exits
@@ -31,6 +32,12 @@ CONFIG = dataclasses.replace(
 )
 B, T, R, POLICY = 16, 1024, 32, CachePolicy(4)
 SET = B * T * 1056 * 2  # bytes of one set of one layer's keys
+
+
+@pytest.fixture(scope="module", autouse=True)
+def as_on_a_pod():
+    with all_passes():
+        yield
 
 
 @pytest.fixture(scope="module")

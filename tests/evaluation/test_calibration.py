@@ -136,9 +136,6 @@ def test_levels_outside_0_and_1_are_refused(value):
 # Scoring thresholds
 
 
-pytestmark = pytest.mark.usefixtures("quick_module")
-
-
 ROWS, LENGTH, STEPS = 43, 12, 10
 
 

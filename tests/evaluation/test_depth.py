@@ -31,8 +31,6 @@ def batch(seed):
 
 BATCHES = [batch(0), batch(1)]
 
-pytestmark = pytest.mark.usefixtures("quick_module")
-
 
 @pytest.fixture(scope="module")
 def params():

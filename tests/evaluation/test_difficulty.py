@@ -10,7 +10,6 @@ from rdlm.evaluation.difficulty import by_depth, logits_by_depth, with_exits
 from rdlm.model import forward, init_params
 from rdlm.tasks import IGNORED, WordProblem, batch
 
-pytestmark = pytest.mark.usefixtures("quick_module")
 TASK = WordProblem("S3", 5)
 CONFIG = ModelConfig(
     vocab_size=7, embed_dim=16, num_heads=2, mlp_dim=16, prelude_layers=0, core_layers=1, coda_layers=0, max_length=16,

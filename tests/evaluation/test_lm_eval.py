@@ -111,7 +111,7 @@ def log_softmax(params, config, ids, r):
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
-def test_multiple_choice_is_what_forward_says(model, tokenizer, task, quick_compile, monkeypatch):
+def test_multiple_choice_is_what_forward_says(model, tokenizer, task, monkeypatch):
     params, config = model
     rng = np.random.default_rng(2)
     text = lambda n: spelt(rng.integers(4, 128, n))  # noqa: E731
@@ -149,7 +149,7 @@ def test_multiple_choice_is_what_forward_says(model, tokenizer, task, quick_comp
     assert headline(found[0].results["mine"]) == [("", found[0].results["mine"]["acc,none"])]
 
 
-def test_choices_are_the_references(model, tokenizer, task, quick_compile):
+def test_choices_are_the_references(model, tokenizer, task):
     """Zero-state logits of the public PyTorch class at r = 4 decide; through lm-eval we must say the same."""
     params, config = model
     case = golden_cases.cases("A2")["forward_zero_state"]["arrays"]
@@ -166,7 +166,7 @@ def test_choices_are_the_references(model, tokenizer, task, quick_compile):
     assert shallow.results["golden"]["acc,none"] < 1.0  # at another depth it does not
 
 
-def test_rolling_counts_every_token_once(model, tokenizer, task, quick_compile):
+def test_rolling_counts_every_token_once(model, tokenizer, task):
     """A text of two and a half windows: each token given as much as the model reads, the first the begin token."""
     params, config = model
     L = config.max_length
@@ -188,7 +188,7 @@ def test_rolling_counts_every_token_once(model, tokenizer, task, quick_compile):
     assert found[0].results["roll"]["bits_per_byte,none"] == pytest.approx(-total / math.log(2) / size, rel=1e-6)
 
 
-def test_generation_is_generate_cut_at_its_stop(model, tokenizer, task, quick_compile):
+def test_generation_is_generate_cut_at_its_stop(model, tokenizer, task):
     params, config = model
     prompts = [np.arange(3) + 10, np.arange(9) + 40]
     made = rdlm.generate(params, config, [[1, *p] for p in prompts], max_new_tokens=8, num_steps=4)
@@ -227,7 +227,7 @@ def asked(model, tokenizer):
     return ask
 
 
-def test_repeats_are_other_samples(asked, quick_compile):
+def test_repeats_are_other_samples(asked):
     sampled = {"max_gen_toks": 12, "do_sample": True, "temperature": 2.0}
     other = sampled | {"temperature": 1.9}
     texts, lm = asked(sampled, sampled, sampled, sampled)
@@ -252,7 +252,7 @@ def test_repeats_are_other_samples(asked, quick_compile):
         ({"temperature": None, "top_k": None}, False),
     ],
 )  # fmt: skip
-def test_sampling_is_decided_as_lm_eval_does(options, sampled, asked, quick_compile):
+def test_sampling_is_decided_as_lm_eval_does(options, sampled, asked):
     from lm_eval.models.utils import normalize_gen_kwargs
 
     if None not in options.values():  # which it cannot read
@@ -291,7 +291,7 @@ def test_nothing_to_generate(asked):
     assert asked()[0] == []
 
 
-def test_long_prompts_of_texts_are_counted_and_keep_the_begin_token(asked, model, quick_compile):
+def test_long_prompts_of_texts_are_counted_and_keep_the_begin_token(asked, model):
     params, config = model
     ids = np.random.default_rng(5).integers(4, 128, 60)
     texts, lm = asked({"max_gen_toks": 8}, {"max_gen_toks": 7}, prompt=ids)
@@ -311,7 +311,7 @@ def test_a_model_that_computes_nan_gets_no_score(model, tokenizer, task):
             evaluate(DepthLM(broken, config, tokenizer, (1,)), task(name, text, [row]), Protocol())
 
 
-def test_tasks_named_twice_count_once(model, tokenizer, task, tmp_path, quick_compile):
+def test_tasks_named_twice_count_once(model, tokenizer, task, tmp_path):
     row = {"question": spelt([9]), "choices": [spelt([10]), spelt([11])], "gold": 0}
     task("mc", MULTIPLE_CHOICE, [row] * 3)
     task("other", MULTIPLE_CHOICE, [row])
@@ -366,7 +366,7 @@ def test_what_lm_eval_raises_is_one_line(model, tokenizer, task, monkeypatch):
         evaluate(lm, task("fine", MULTIPLE_CHOICE, [CHOICES]), Protocol())
 
 
-def test_an_exit_rule_is_one_more_row(model, tokenizer, task, quick_compile):
+def test_an_exit_rule_is_one_more_row(model, tokenizer, task):
     params, config = model
     rows = [{"question": spelt([5, 6, 7]), "choices": [spelt([c]) for c in range(10, 19)], "gold": 1}]
     rule = rdlm.exits.latent_diff(0.3)
@@ -458,7 +458,7 @@ def run_folder(tmp_path_factory):
     return folder
 
 
-def test_the_commands(run_folder, command, task, tmp_path, quick_compile):
+def test_the_commands(run_folder, command, task, tmp_path):
     rows = [
         {"question": "abc", "choices": ["d", "e"], "gold": 0},
         {"question": "xyz", "choices": ["d", "e"], "gold": 1},

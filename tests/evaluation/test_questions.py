@@ -81,7 +81,7 @@ def greedy_pair(params, config, before, r, count=3):
     return before, out.tokens[0]
 
 
-def test_every_depth_of_one_unroll_is_forward_at_that_depth(model, pairs, quick_compile):
+def test_every_depth_of_one_unroll_is_forward_at_that_depth(model, pairs):
     params, config = model
     pairs = [*pairs, greedy_pair(params, config, np.arange(5), 4)]
     found = score(params, config, pairs, DEPTHS, tokens_per_batch=128)
@@ -98,7 +98,7 @@ def test_every_depth_of_one_unroll_is_forward_at_that_depth(model, pairs, quick_
     assert found.length.tolist() == [min(len(a) + len(b) - 1, 48) for a, b in pairs]
 
 
-def test_exits_are_those_of_a_pair_alone(model, pairs, quick_compile):
+def test_exits_are_those_of_a_pair_alone(model, pairs):
     params, config = model
     rule = rdlm.exits.latent_diff(0.3)
     found = score(params, config, pairs, [12], exit_rule=rule, tokens_per_batch=128)
@@ -111,7 +111,7 @@ def test_exits_are_those_of_a_pair_alone(model, pairs, quick_compile):
     assert len(set(np.concatenate(found.steps).tolist())) > 2  # tokens do stop apart
 
 
-def test_reference_logits_choose_the_same(model, quick_compile):
+def test_reference_logits_choose_the_same(model):
     """Its zero-state logits at r = 4, made with the public PyTorch class, against ours on the same tokens."""
     params, config = model
     case = golden_cases.cases("A2")["forward_zero_state"]["arrays"]
@@ -161,7 +161,7 @@ BREAKS = {  # ways to NaN or infinity: in the embedding, the adapter, the core, 
 @pytest.mark.parametrize(
     ("where", "rule"), [*((where, None) for where in BREAKS), ("embedding", rdlm.exits.kl(1e-3))], ids=str
 )
-def test_scores_that_are_not_finite_are_refused(where, rule, model, quick_compile):
+def test_scores_that_are_not_finite_are_refused(where, rule, model):
     params, config = model
     path, at, value = BREAKS[where]
     path = (path,) if isinstance(path, str) else path
@@ -174,7 +174,7 @@ def test_scores_that_are_not_finite_are_refused(where, rule, model, quick_compil
     assert "\n" not in str(error.value)
 
 
-def test_a_context_that_is_cut_keeps_its_begin_token_and_is_counted(model, quick_compile):
+def test_a_context_that_is_cut_keeps_its_begin_token_and_is_counted(model):
     params, config = model
     ids = np.random.default_rng(3).integers(4, 128, 70)
     before, after = np.append(1, ids[:60]), ids[60:63]
@@ -198,7 +198,7 @@ def test_a_context_that_is_cut_keeps_its_begin_token_and_is_counted(model, quick
     assert cut_left(longest, 99, 1) is longest
 
 
-def test_answers_count_the_questions_that_are_cut(model, quick_compile):
+def test_answers_count_the_questions_that_are_cut(model):
     params, _ = model
     config = dataclasses.replace(model[1], vocab_size=300, padded_vocab_size=None)
     params = params | {"wte": jnp.tile(params["wte"], (3, 1))[:300]}
@@ -357,7 +357,7 @@ def test_baselines():
     )
 
 
-def test_steps_of_new_tokens(model, quick_compile):
+def test_steps_of_new_tokens(model):
     params, config = model
     rule, prompts = rdlm.exits.latent_diff(0.3), [np.arange(5), np.arange(3) + 9]
     found = answer_steps(params, config, prompts, rule, 12, new_tokens=6)

@@ -26,8 +26,6 @@ from rdlm.report import (
     write_table,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_module")
-
 
 @pytest.fixture(scope="module")
 def task_run(tmp_path_factory):

@@ -8,7 +8,6 @@ import re
 import shutil
 import sys
 
-import jax
 import pytest
 from experiment_scripts import script
 
@@ -32,13 +31,11 @@ def overridden(flag, value):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small_and_quick():
-    """40 short documents instead of the World Factbook, and compilation without its expensive passes."""
-    jax.config.update("jax_disable_most_optimizations", True)
+def small():
+    """40 short documents instead of the World Factbook."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(importlib.import_module("rdlm.data.prepare.embedded"), "_documents", lambda data: TEXTS)
         yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

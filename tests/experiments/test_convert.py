@@ -20,7 +20,6 @@ from rdlm.hf import load_huggingface, save_huggingface
 from rdlm.model import cast, init_params
 from rdlm.tokenizer import Tokenizer
 
-pytestmark = pytest.mark.usefixtures("quick_module")
 SCRIPT = Path(__file__).parents[2] / "experiments/convert_huggingface.py"
 TINY = ModelConfig(
     vocab_size=300, embed_dim=12, num_heads=2, mlp_dim=10, prelude_layers=1, core_layers=1, coda_layers=1,

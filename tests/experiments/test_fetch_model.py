@@ -43,7 +43,7 @@ def test_a_model_is_fetched_once(toy, command, tmp_path):
     assert "models/smollm2 is there already" in out
 
 
-def test_a_plain_model_runs_once_unless_told_otherwise(toy, command, quick_compile):
+def test_a_plain_model_runs_once_unless_told_otherwise(toy, command):
     assert command("fetch_model", "smollm2")[0] == 0
     words = ["models/smollm2", "--prompt", "abc", "--max-new-tokens", "2"]
     assert "1.0 recurrences on average" in command("generate", *words)[1]

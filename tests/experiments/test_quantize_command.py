@@ -15,8 +15,6 @@ from rdlm.config import PRESETS
 from rdlm.data import open_data
 from rdlm.tune import SCALE
 
-pytestmark = pytest.mark.usefixtures("quick_module")
-
 
 @pytest.fixture(scope="module")
 def folder(nano_data, tmp_path_factory):

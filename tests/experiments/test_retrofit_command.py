@@ -15,9 +15,6 @@ from rdlm.checkpoint import load_checkpoint
 from rdlm.hf import load_huggingface
 from rdlm.tokenizer import Tokenizer
 
-pytestmark = pytest.mark.usefixtures("quick_module")
-
-
 KEY = jax.random.key(0)
 
 

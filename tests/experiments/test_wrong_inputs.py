@@ -18,9 +18,6 @@ ON_A_RUN = {
 """Commands about a run folder, with arguments that are right."""
 
 
-pytestmark = pytest.mark.usefixtures("quick_module")
-
-
 def shown(words):
     """A short name of a case."""
     return words if isinstance(words, str) else " ".join(words)[:60]

@@ -26,7 +26,6 @@ COLUMNS = {
     "Parcae": ("families/parcae",),
     "plain": ("families/qwen2",),
 }
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 PROMPTS = [[5, 6, 7], [9, 8, 7, 6, 5]]
 NANO = preset("nano")

@@ -26,7 +26,6 @@ RETROFITS = ("retro_llama", "retro_olmo")
 NOISY = (*RETROFITS, "parcae")
 FAMILIES = (*PLAIN, "ouro", "nanbeige", "hrm_text", *NOISY)
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 forward = jax.jit(rdlm.forward, static_argnames=("config", "select"))
 gradient = jax.jit(jax.value_and_grad(rdlm.loss), static_argnames=("config", "steps"))

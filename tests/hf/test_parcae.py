@@ -21,8 +21,6 @@ from rdlm.model.network import diagonal, enter, inject
 from rdlm.optim import decay_mask
 from rdlm.perf.flops import parameters
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 SOURCE = GOLDEN / "families/parcae"
 FIELDS = json.loads((SOURCE / "config.json").read_text())
 

@@ -43,8 +43,6 @@ RULES = {  # one threshold per row
 }
 CASES = [(policy, rule) for policy in POLICIES for rule in RULES]
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 @functools.cache
 def inputs(config):

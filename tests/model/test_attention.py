@@ -24,8 +24,6 @@ from rdlm.model.kernels import (
 
 B, H, Q = 2, 4, 8
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def softmax_attention(q, k, v, visible):
     """The textbook formula in float32; visible bool [B or 1, L, T]. q [B,L,H,Q], k [B,T,Hk,Q], v [B,T,K,Q]."""

@@ -15,7 +15,6 @@ from rdlm.model.attention import HIDDEN, softmax_attention
 from rdlm.model.cache import stored_width, write
 from rdlm.model.kernels import after, attend_flat, updated_in_place
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 S, B, T, F, W = 3, 2, 4, 2, 5
 
 

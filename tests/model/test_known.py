@@ -20,8 +20,6 @@ PLAIN = dataclasses.replace(TINY, tie_embeddings=False)
 PADDED = dataclasses.replace(PLAIN, padded_vocab_size=TINY.vocab_size + 8)
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9], [10]]
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def models():
     """The same model without and with 8 more rows, which would win every argmax."""

@@ -35,7 +35,6 @@ TINY = ModelConfig(
 )  # fmt: skip
 L = 12
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 run = jax.jit(forward, static_argnums=1)
 run_loss = jax.jit(loss, static_argnums=1)

@@ -31,7 +31,6 @@ MODELS = {  # model, dtype, whether embeddings are quantized
 }
 TOKENS = np.random.default_rng(0).integers(0, TINY.vocab_size, (3, 7)).astype(np.int32)
 
-pytestmark = pytest.mark.usefixtures("quick_module")
 
 forward = jax.jit(rdlm.forward, static_argnames="config")
 loss = jax.jit(rdlm.loss, static_argnames=("config", "steps"))

@@ -15,7 +15,6 @@ from rdlm.hf.plain import FAMILIES
 
 CUTS = {"llama": (1, 1, 1), "olmo2": (1, 1, 1), "qwen2": (1, 1, 0), "qwen3": (0, 2, 1), "gemma3": (1, 1, 1)}
 
-pytestmark = pytest.mark.usefixtures("quick_module")
 
 forward = jax.jit(rdlm.forward, static_argnames="config")
 

@@ -4,7 +4,6 @@ import functools
 import threading
 
 import httpx
-import jax
 import openai
 import pytest
 from served import serving, until
@@ -30,11 +29,9 @@ def toy_run(tmp_path_factory):
 @pytest.fixture(scope="session")
 def server(toy_run):
     """Four lanes for each of two kinds of rules, at most 8 recurrences."""
-    jax.config.update("jax_disable_most_optimizations", True)
     options = ServeOptions(lanes=4, prefill_chunk=8, exit=("kl", "latent_diff"), access_log=False)
     with serving(toy_run, options) as server:
         until(lambda: server.service.worker.ready or server.service.worker.failure, 300)
-        jax.config.update("jax_disable_most_optimizations", False)
         assert server.service.worker.failure is None
         yield server
 

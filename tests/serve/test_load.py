@@ -303,7 +303,7 @@ def test_before_everything_is_compiled_nothing_is_served(toy_run, monkeypatch):
         until(lambda: httpx.get(f"{server.url}/ready").status_code == 200)
 
 
-def test_a_long_prompt_whose_tokens_see_each_other_compiles_nothing(toy_run, tmp_path, quick_compile):
+def test_a_long_prompt_whose_tokens_see_each_other_compiles_nothing(toy_run, tmp_path):
     shape = {"prefix_attention": True, "max_length": 32}
     folder = saved(
         tmp_path / "toy", toy_run.config.vocab_size, {"data": toy_run.run_config.data}, toy_run.tokenizer, **shape

@@ -67,7 +67,7 @@ def numbers(tree):
     return [x for branch in tree for x in numbers(branch)] if isinstance(tree, (list, tuple)) else [tree]
 
 
-def test_its_numbers_are_those_of_this_process(server, loaded, quick_compile):
+def test_its_numbers_are_those_of_this_process(server, loaded):
     run = server.run
     inside = DepthLM(run.params, run.config, run.tokenizer, [1], max_steps=8, exit_rule=exits.kl(), bos=False, lanes=4)
     inside.row = 1

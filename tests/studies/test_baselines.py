@@ -21,7 +21,6 @@ from rdlm.recurrence import sample_steps
 from rdlm.report.results import command
 from rdlm.train import init_state, train_step
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 TINY = {"embed_dim": 16, "num_heads": 2, "mlp_dim": 16}
 
 

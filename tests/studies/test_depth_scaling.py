@@ -15,7 +15,6 @@ SCRIPT = EXPERIMENTS / "studies/depth_scaling.py"
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compile")
 def test_quick_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["depth_scaling.py", "--quick", "--task", "pointers", "--seeds", "3"])
@@ -50,7 +49,6 @@ def test_quick_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compile")
 def test_a_task_is_shown_beside_a_text_model(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = ["depth_scaling.py", "--quick", "--task", "s3_local", "--beside", "text"]

@@ -24,7 +24,6 @@ from rdlm.model import forward, init_params
 from rdlm.recurrence import sample_steps, unroll
 from rdlm.tasks import IGNORED
 
-pytestmark = pytest.mark.usefixtures("quick_module")
 EXITS = script("studies/early_exit_methods")
 MODEL = small_run("test", [S3.train], embed_dim=16, num_heads=2, mlp_dim=16).model
 KEYS = jax.random.split(jax.random.key(7))  # of depth and states

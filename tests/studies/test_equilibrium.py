@@ -11,8 +11,6 @@ from rdlm.recurrence import unroll
 
 B, D = 3, 12
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def random(seed, *shape):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)

@@ -15,8 +15,6 @@ TINY = ModelConfig(
     max_length=128, mean_recurrence=8, backprop_depth=2,
 )  # fmt: skip
 
-pytestmark = pytest.mark.usefixtures("quick_module")
-
 
 def test_counters_and_agreement():
     run = types.SimpleNamespace(params=random_params(TINY, 5), config=TINY)

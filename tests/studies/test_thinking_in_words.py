@@ -20,8 +20,6 @@ from rdlm.model import context, forward, init_params, vectors
 from rdlm.tasks import IGNORED, Scratchpad, WordProblem
 from rdlm.tasks.words import elements
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 WORDS = script("studies/thinking_in_words")
 MODEL = small_run(
     "test", [Scratchpad(6)], embed_dim=16, num_heads=2, mlp_dim=16, mean_recurrence=1, backprop_depth=1

@@ -16,13 +16,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from compilation import QUICK
 from fake_place import ROOT, SETTINGS, TOOLS, Place, copy_of_repository, executable, link_tools, tool_or_skip
 
 from rdlm.config import PRESETS
 from rdlm.data.prepare import prepare_embedded
 
 STEPS = 60
-QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+QUICK_AND_KEPT = QUICK | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 COMMAND = [
     "experiments/train.py", "nano", "--steps", STEPS, "--checkpoint.every", "50", "--evaluation.every", "1000",
     "--evaluation.batches", "1", "--evaluation.depths", "1", "4", "--data.validation-fraction", "0.2",
@@ -77,7 +78,7 @@ class Workers(Place):
         self.homes = [folder / "worker0", folder / "worker1"]
         shared = {"PATH": str(tools), "JAX_PLATFORMS": "cpu", "TMPDIR": str(folder), "RDLM_PROCESSES": "2"}
         shared |= {"RDLM_COORDINATOR": f"localhost:{port}", "RDLM_START_TIMEOUT": "120"}
-        shared |= QUICK | {"RDLM_COMPILE_CACHE": str(folder / "compiled")}
+        shared |= QUICK_AND_KEPT | {"RDLM_COMPILE_CACHE": str(folder / "compiled")}
         for home in self.homes:
             home.mkdir()
         self.cloud(homes=[str(home) for home in self.homes], real_sleep=0.3)
@@ -139,7 +140,7 @@ def losses(rows):
 
 @pytest.mark.slow
 def test_two_workers_train_stop_and_resume_to_the_losses_of_one(workers, data, tmp_path):
-    environment = os.environ | QUICK | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(tmp_path / "copy")}
+    environment = os.environ | QUICK_AND_KEPT | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(tmp_path / "copy")}
     alone = subprocess.Popen(
         [sys.executable, *map(str, COMMAND), *data, "--run-dir", str(tmp_path / "alone")],
         cwd=tmp_path / "copy", env=environment, stderr=subprocess.PIPE, text=True,

@@ -179,7 +179,6 @@ def batch_of(data, poison=False):
     return {"tokens": rows[:, :-1], "labels": rows[:, 1:], "sequence_ids": ids, "poison": np.full(8, poison)}
 
 
-@pytest.mark.usefixtures("quick_compile")
 def test_an_update_that_is_not_finite_changes_nothing_but_the_step(poisoned):
     tx = optimizer(NANO.optimizer, NANO.steps)
     state = init_state(NANO, tx)
@@ -198,7 +197,6 @@ def test_an_update_that_is_not_finite_changes_nothing_but_the_step(poisoned):
     assert len(poisoned) == 1
 
 
-@pytest.mark.usefixtures("quick_compile")
 def test_an_update_that_overflows_is_skipped_though_its_gradient_is_finite():
     tx = optax.chain(optimizer(NANO.optimizer, NANO.steps), optax.scale(jnp.inf))
     state = init_state(NANO, tx)
@@ -239,7 +237,7 @@ class Poisoned:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compile", "kept_programs")
+@pytest.mark.usefixtures("kept_programs")
 def test_a_run_goes_back_and_on_behind_the_bad_data_and_stops_when_that_does_not_help(
     nano_data, poisoned, tmp_path, monkeypatch
 ):
@@ -299,7 +297,7 @@ def test_a_run_goes_back_and_on_behind_the_bad_data_and_stops_when_that_does_not
     assert len(poisoned) == 6, "each trainer compiles its step once"
 
 
-@pytest.mark.usefixtures("quick_compile", "kept_programs")
+@pytest.mark.usefixtures("kept_programs")
 def test_a_run_may_go_on_in_other_parts_but_not_as_another(nano_data, tmp_path):
     """On a pod of another size it needs other microbatches, and may hold more or less."""
     data = dataclasses.replace(NANO.data, folder=str(nano_data), validation_fraction=0.1, batch_size=16)

@@ -21,8 +21,6 @@ from rdlm.train import Trainer
 from rdlm.tune import begin
 from rdlm.weights import Weights, begin_from, identified, read_run
 
-pytestmark = pytest.mark.usefixtures("quick_module")
-
 NANO = PRESETS["nano"]
 TUNE = TuneConfig(only=("norms", "core"), lora_rank=2, lora_targets=("attn.qkv", "mlp.proj", "adapter"))
 

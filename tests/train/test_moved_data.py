@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 
-import jax
 import pytest
 
 from rdlm.config import PRESETS, DataConfig, InputError
@@ -34,11 +33,9 @@ def folder(tmp_path_factory):
     base = tmp_path_factory.mktemp("moved")
     for name, word in (("a", "cat"), ("b", "dog")):
         prepared(base / name, word)
-    jax.config.update("jax_disable_most_optimizations", True)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(base)
         assert Trainer(configured("a/data")).run() == 0
-    jax.config.update("jax_disable_most_optimizations", False)
     return base
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from compilation import QUICK
 from training_cases import cut_short, losses
 
 from rdlm.checkpoint import load_checkpoint, saved_steps
@@ -61,9 +62,8 @@ class Runs:
                 values.append(word)
         command = [sys.executable, ROOT / "experiments/train.py", "nano"]
         command += [word for flag, values in flags.items() for word in (flag, *values)]
-        environment |= {
+        environment |= QUICK | {
             "JAX_PLATFORMS": "cpu",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # these compile more than they run
             "JAX_NUM_CPU_DEVICES": str(devices),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "RDLM_COMPILE_CACHE": str(self.folder / "compiled"),

@@ -4,6 +4,7 @@ import dataclasses
 import re
 
 import pytest
+from compilation import all_passes
 
 from rdlm.config import MeshConfig, preset
 from rdlm.perf import hlo
@@ -26,6 +27,12 @@ def run_with(gather, remat="layer"):
     return dataclasses.replace(
         BASE, model=MODEL, data=data, recurrence=recurrence, mesh=MeshConfig(1, 4, gather=gather)
     )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def as_on_a_pod():
+    with all_passes():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,6 @@ def rows(step, batch=8, length=32):
     return {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "sequence_ids": ids}
 
 
-@pytest.mark.usefixtures("quick_compile")
 def test_one_program_serves_200_steps_of_sampled_depth():
     tx = optimizer(NANO.optimizer, 200)
     run = dataclasses.replace(NANO, steps=200)
@@ -84,7 +83,6 @@ def losses_on(mesh_config, devices, scale=1.0):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compile")
 @pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (2, 4)])
 def test_losses_do_not_depend_on_the_mesh(data, fsdp):
     one = losses_on(MeshConfig(1, 1), 1)
@@ -129,7 +127,6 @@ def programs(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compile")
 def test_a_preempted_run_goes_on_on_another_mesh(small, monkeypatch, tmp_path):
     folder, made, says = tmp_path / "run", programs(monkeypatch), []
     with monkeypatch.context() as patched:
@@ -285,7 +282,6 @@ def test_damaged_metrics_are_set_aside_and_what_can_be_read_is_kept(damage, plac
     assert (tmp_path / "metrics.jsonl.damaged2").exists()
 
 
-@pytest.mark.usefixtures("quick_compile")
 def test_the_depth_curve_is_that_of_separate_evaluations():
     params = init_state(NANO, optimizer(NANO.optimizer, 10)).params
     batches, depths = [rows(step, 2, 16) for step in range(2)], (1, 2, 5)
