@@ -64,8 +64,8 @@ def forward(params, config):
 def exits(params, config):
     rule = rdlm.exits.latent_diff(0.5)
     together = greedy(params, config, exit_rule=rule, num_steps=6)
-    alone = [greedy(params, config, [p], exit_rule=rule, num_steps=6) for p in PROMPTS]
-    assert together == ([t[0] for t, _ in alone], [s[0] for _, s in alone])
+    beside_itself = [greedy(params, config, [p, p], exit_rule=rule, num_steps=6) for p in PROMPTS]  # compiles nothing
+    assert together == ([t[0] for t, _ in beside_itself], [s[0] for _, s in beside_itself])
 
 
 def gate(params, config):
@@ -87,7 +87,7 @@ def warm_start(params, config):
 def prefix(params, config):
     together = greedy(params, config, prefix=True)
     assert together[0] != greedy(params, config)[0]
-    assert together[0] == [greedy(params, config, [p], prefix=True)[0][0] for p in PROMPTS]
+    assert together[0] == [greedy(params, config, [p, p], prefix=True)[0][0] for p in PROMPTS]
 
 
 def engine(params, config):
