@@ -42,12 +42,14 @@ quickstart: install
 	@echo "  $(BIN)/python experiments/evaluate.py $(RUN) --depths 1 2 3 4 6 8 12 16 24 32 48 64"
 	@echo "  $(BIN)/python experiments/train.py quickstart_twin"
 
-# A file's tests share what they compile, so a file stays in one process.
+# A file's tests share what they compile, so a file stays in one process; tests/conftest.py orders the files.
+PROCESSES := --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
 test: lint
-	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+	$(BIN)/pytest $(PROCESSES)
 
 test-fast: install-dev
-	$(BIN)/pytest -m 'not slow' --numprocesses logical --maxprocesses 4 --dist loadfile
+	$(BIN)/pytest -m 'not slow' $(PROCESSES)
 
 # Stopped and started again it goes on where it was: finished runs are read from runs/, not trained again.
 reproduce: install

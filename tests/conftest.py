@@ -41,14 +41,25 @@ hypothesis.settings.register_profile("rdlm", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("rdlm")
 
 
-SLOW = set((pathlib.Path(__file__).parent / "slow.txt").read_text().splitlines())
+TESTS = pathlib.Path(__file__).parent
+SLOW = set((TESTS / "slow.txt").read_text().splitlines())
+
+# Files of minutes come first, so that no process is left with one in the end. (xdist would begin with many tests.)
+LONG = (
+    "hf/test_capabilities.py", "train/test_survive.py", "decode/test_golden_decode.py", "train/test_tpu_train.py",
+    "test_sharding.py", "test_docs.py", "decode/test_generate.py", "evaluation/test_lm_eval.py",
+    "tpu_setup/test_workers.py", "experiments/test_fetch_model.py", "hf/test_families.py",
+    "tpu_setup/test_supervise.py",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):
-    """Mark the tests that slow.txt lists as slow."""
+    """Mark the tests that slow.txt lists as slow, and order the files."""
     for item in items:
         if item.nodeid.partition("[")[0] in SLOW:
             item.add_marker(pytest.mark.slow)
+    order = {TESTS / file: i for i, file in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path, len(LONG)))
 
 
 @pytest.fixture
@@ -59,13 +70,23 @@ def full_compile():
 
 MAPPINGS = pathlib.Path("/proc/self/maps")
 MOST_MAPPINGS = 20_000
+compiled = []  # names of programs, since their mappings were last counted
+jax.monitoring.register_event_duration_secs_listener(
+    lambda name, *_, **__: compiled.append(name) if name.endswith("/backend_compile_duration") else None
+)
 
 
 @pytest.fixture(autouse=True)
 def few_programs_at_a_time():
-    """Every compiled program holds memory mappings; a process may have 65,530 of them and dies without a word."""
+    """Every compiled program holds memory mappings; a process may have 65,530 of them and dies without a word.
+
+    To count them takes 20 ms, so most tests don't.
+    """
     yield
-    if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MOST_MAPPINGS:
+    if not compiled or not MAPPINGS.exists():
+        return
+    compiled.clear()
+    if MAPPINGS.read_bytes().count(b"\n") > MOST_MAPPINGS:
         jax.clear_caches()
         gc.collect()
 
