@@ -151,7 +151,7 @@ def test_an_environment_that_cannot_be_made_leaves_nothing(command, monkeypatch,
     assert not (tmp_path / "work/environment").exists()
 
 
-def test_this_project_answers_what_it_computes(quick_compile):
+def test_this_project_answers_what_it_computes():
     ours = script("bench/peer_process").Ours()
     folder, tokens = str(GOLDEN / "A"), [3, 1, 4, 1, 5]
     params, config = rdlm.load_huggingface(folder)
