@@ -49,6 +49,7 @@ from rdlm.train.faults import Faults, modules, saved_faults
 from rdlm.train.folder import RunFolder, write_curve
 from rdlm.train.preemption import Preemption, Stop
 from rdlm.train.reporter import Reporter
+from rdlm.train.startup import StartUp
 from rdlm.train.step import TrainState, init_state, layout_of, parameter_shardings, state_shardings, train_step
 from rdlm.tune import combine, divide, join
 from rdlm.weights import Weights, identified
@@ -76,7 +77,7 @@ class Trainer:
     """{"teacher": all of them}, where they teach."""
     bad_batch: InputError | None = None
 
-    def __init__(self, config: RunConfig, say: Callable[[str], None] | None = None):
+    def __init__(self, config: RunConfig, say: Callable[[str], None] | None = None, startup: StartUp | None = None):
         """Check everything that the user may have got wrong, before anything expensive happens.
 
         Raises:
@@ -101,7 +102,7 @@ class Trainer:
         self.weights = Weights(config) if config.init else None
         if self.weights is not None:
             config = identified(config, self.weights)
-        self.config = config
+        self.config, self.startup, self.starting = config, startup or StartUp(), startup is not None
         self.frozen, self.teacher = {}, {}
         self.validated = -1, math.nan  # step and validation loss
         self.progress = Progress(config.steps, quiet=not is_first())
@@ -113,13 +114,14 @@ class Trainer:
         self.shapes, self.shardings = state_shardings(config, self.tx, self.mesh)
         self.folder = RunFolder(config)
         tokenizer = None if self.weights is None else self.folder.tokenizer or self.weights.tokenizer_folder
-        self.train, self.validation, self.tokenizer, prepared, self.data_identity = open_data(
-            config.data,
-            seed=config.seed,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            tokenizer_folder=tokenizer,
-        )
+        with self.startup.part("data"):
+            self.train, self.validation, self.tokenizer, prepared, self.data_identity = open_data(
+                config.data,
+                seed=config.seed,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+                tokenizer_folder=tokenizer,
+            )
         if self.weights is not None:
             self.data_identity["init"] = config.weights_digest
         self.folder.check_tokenizer(self.tokenizer, prepared)
@@ -163,7 +165,9 @@ class Trainer:
 
     def _run(self) -> int:
         """Restore the state, open what the loop reads and writes, and run the loop."""
-        self.state, faults = self.restore()
+        with self.startup.part("parameters"):
+            self.state, faults = self.restore()
+            jax.block_until_ready(self.state)
         self.step = int(self.state.step)
         self.reporter = Reporter(
             self.config,
@@ -203,6 +207,11 @@ class Trainer:
                 self._save()
                 return self._leave(EXIT_PREEMPTED)
             self.state, metrics = step_fn(self.state, self.place(batch), frozen=self.frozen | self.teacher)
+            if self.starting:
+                with self.startup.part("running it"):
+                    jax.block_until_ready(metrics)
+                self.say(self.startup.line())
+                self.starting = False
             reporter.report(self.step, metrics)
             self.step += 1
             last = self.step == config.steps
@@ -466,4 +475,5 @@ def as_text(curve: DepthCurve) -> str:
 def train(config: RunConfig) -> int:
     """Train `config` in its run folder, from its newest checkpoint if there is one; returns the exit code."""
     sys.stderr.flush()
-    return together(lambda: Trainer(config)).run()
+    with StartUp() as startup:
+        return together(lambda: Trainer(config, startup=startup)).run()

@@ -304,7 +304,7 @@ def frozen_shardings(run: RunConfig, mesh: Mesh) -> tuple[Params, Params]:
 
 def state_shardings(run: RunConfig, tx: optax.GradientTransformation, mesh: Mesh) -> tuple[TrainState, TrainState]:
     """(shapes, shardings) of the train state: optimizer moments live where their parameters do."""
-    shapes = jax.eval_shape(lambda: init_state(run, tx))
+    shapes = jax.eval_shape(functools.partial(init_state, run, tx), _shapes(run.model))
     params = sharding.named(mesh, pick(_specs(run.model, run.tune, mesh), shapes.params))
     everywhere: Any = sharding.replicated(mesh)
 

@@ -1,8 +1,10 @@
 """train.py, evaluate.py and generate.py as a person uses them: what they print and leave, and how they refuse."""
 
+import contextlib
 import hashlib
 import importlib
 import importlib.util
+import io
 import json
 import re
 import shutil
@@ -59,9 +61,10 @@ def refused(command):
 def trained(tmp_path_factory):
     """(run folder, data folder) after training; tests must not change them."""
     base = tmp_path_factory.mktemp("trained")
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as said:
         patch.setattr(sys, "argv", ["train.py", *TRAIN, *folders(base)])
         assert script("train").main() == 0
+    (base / "said").write_text(said.getvalue())
     return base / "run", base / "data"
 
 
@@ -70,6 +73,13 @@ def run(trained, tmp_path):
     """A copy of the run to damage, still with the data of the original."""
     shutil.copytree(trained[0], tmp_path / "run")
     return tmp_path / "run"
+
+
+def test_training_says_what_its_start_took(trained):
+    said = (trained[0].parent / "said").read_text()
+    found = re.findall(r"^first step after [\d.]+ s: (.*)$", said, flags=re.MULTILINE)
+    assert len(found) == 1
+    assert {part.rpartition(" ")[0] for part in found[0].split(", ")} >= {"imports", "tracing", "compilation", "data"}
 
 
 def folders(base):

@@ -1,0 +1,66 @@
+"""What a run does until its first step, in seconds."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Self
+
+import jax
+
+COMPILER = {
+    "/jax/core/compile/jaxpr_trace_duration": "tracing",
+    "/jax/core/compile/jaxpr_to_mlir_module_duration": "lowering",
+    "/jax/core/compile/backend_compile_duration": "compilation",
+}
+"""What JAX reports of every program. The last one is short where the program comes from the persistent cache."""
+_IMPORTED = time.monotonic()
+
+
+class StartUp:
+    """Seconds of every part of a start, as long as the context lasts. No second is counted twice.
+
+    `imports` is the time from the start of the process to here: of several processes, until all of them were there.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = defaultdict[str, float](float, imports=process_age())
+
+    def __enter__(self) -> Self:
+        jax.monitoring.register_event_duration_secs_listener(self._hear)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._hear)
+
+    def _hear(self, event: str, seconds: float, **_: str | int) -> None:
+        if event in COMPILER:
+            self.seconds[COMPILER[event]] += seconds
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Count what happens inside as `name`, without what is counted otherwise meanwhile."""
+        begun, counted = time.monotonic(), sum(self.seconds.values())
+        yield
+        self.seconds[name] += time.monotonic() - begun - (sum(self.seconds.values()) - counted)
+
+    def line(self) -> str:
+        """'first step after 9.8 s: imports 3.1, compilation 2.2, ...', the longest part first."""
+        total = process_age()
+        parts = sorted(self.seconds.items(), key=lambda part: -part[1])
+        parts.append(("the rest", total - sum(self.seconds.values())))
+        shown = [f"{name} {seconds:.1f}" for name, seconds in parts if seconds >= 0.05]
+        return f"first step after {total:.1f} s: {', '.join(shown)}"
+
+
+def process_age() -> float:
+    """Seconds since this process began; where Linux does not tell, since this module was imported."""
+    try:
+        began = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - began
+    except (OSError, AttributeError):
+        return time.monotonic() - _IMPORTED
