@@ -37,9 +37,9 @@ class StartUp:
     def __exit__(self, *_: object) -> None:
         jax.monitoring.unregister_event_duration_listener(self._hear)
 
-    def _hear(self, event: str, seconds: float, **_: str | int) -> None:
+    def _hear(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event in COMPILER:
-            self.seconds[COMPILER[event]] += seconds
+            self.seconds[COMPILER[event]] += duration_secs
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
