@@ -101,6 +101,8 @@ class Options:
     json: bool = False
     """Print one JSON object per program instead of text."""
     # Decoding
+    cache_tokens: int | None = None
+    """Positions that all lanes share, for serving; None: as many as every lane's capacity needs."""
     capacity: int = 1024
     """Positions of the cache per row."""
     recurrences: int | None = 4
@@ -394,18 +396,20 @@ def check_serving(name: str, base: RunConfig, o: Options, devices: list[Any], ru
     options = RequestOptions(num_steps=o.num_steps, exit_rule=exits.named(rule))
     params, placed, request, sizes = placed_model(config, options, policy, o, devices)
     lanes, local = o.batch or 16, share(placed, o.tensor)
-    pages = page_sizes(lanes, o.capacity, "tpu")
+    pages = page_sizes(lanes, o.capacity, tokens=o.cache_tokens, platform="tpu")
     state = jax.eval_shape(lambda p, r: empty_lanes(p, local, r, sizes, pages), bf16_shapes(local), request)
     mesh = params["wte"].sharding.mesh
     state, told, number = shapes_on(mesh, (state, jnp.zeros(lanes, jnp.int32), jnp.int32(0)))
     width = max(1, lanes // 4)
     lowered = engine_step.lower(params, placed, state, told, number, number, Flush(width, 4), False)
-    cache = flops.cache_bytes(local, policy, o.num_steps, lanes, o.capacity, 2)
+    cache = flops.cache_bytes(local, policy, o.num_steps, *pages, 2)
     program, memory = compiled(config, devices[0], lowered, cache, o.tensor)
     tick, flush = (flops.Decoding(n, 1, 1.0, o.capacity).parts(config, 2) for n in (lanes, width))
     moved, exchanged = program.decoding_traffic(), program.decoding_collectives()
     return {
         **decoded(name, o),
+        "pages": pages.number,
+        "page": pages.size,
         "exit": rule,
         **memory,
         "width": width,
@@ -425,6 +429,7 @@ def show_serving(found: dict[str, Any]) -> None:
         f"{found['preset']}, {found['batch']} lanes x {found['capacity']}, {found['num_steps']} recurrences, exit "
         f"{found['exit']}, {chips(found)} of {found['topology']}"
     )
+    print(f"  cache in {found['pages']} pages of {found['page']} positions")
     show_memory(found)
     print("                               GiB in HBM   least possible")
     print(f"    a tick, full cache       {found['tick_gib']:11.3f} {found['least_tick_gib']:16.3f}")

@@ -34,7 +34,7 @@ import tyro
 
 from rdlm.config import ExitName, InputError, require
 from rdlm.decode import Engine
-from rdlm.decode.engine import Served
+from rdlm.decode.served import Served
 from rdlm.runtime import keep_compiled_programs, parse_arguments, run_command, write_output
 from rdlm.serve import ServeOptions, in_thread
 from rdlm.serve.server import Background

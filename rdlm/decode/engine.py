@@ -13,11 +13,10 @@ A request gets the tokens and steps that `generate` gives, regardless of other r
 from __future__ import annotations
 
 import asyncio
-import collections
+import bisect
 import dataclasses
 import itertools
 import threading
-from collections.abc import AsyncIterator, Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -32,6 +31,7 @@ from rdlm.decode.lanes import RECENT, Flush, Lanes, advance, empty_lanes, insert
 from rdlm.decode.loop import Sizes, begin
 from rdlm.decode.pages import Claim, Pages, page_sizes
 from rdlm.decode.passes import CacheMemory, next_power
+from rdlm.decode.preempt import resume, suspend
 from rdlm.decode.program import devices_of
 from rdlm.decode.reading import Reader, Reading, usual_chunk
 from rdlm.decode.requests import (
@@ -47,76 +47,11 @@ from rdlm.decode.requests import (
     padded,
     sample_keys,
 )
+from rdlm.decode.served import OnToken, Served
 from rdlm.exits import ExitRule
 from rdlm.model import Params, check_shape, typed_key
 from rdlm.model.inputs import check_callable, check_integers, check_type
 from rdlm.runtime.memory import require_memory
-
-OnToken = Callable[[int, int], None]
-
-
-@dataclasses.dataclass(eq=False)
-class Served:
-    """A request and its output so far."""
-
-    prompt: np.ndarray
-    max_new_tokens: int
-    _row: Request = dataclasses.field(repr=False)
-    _engine: Engine = dataclasses.field(repr=False)
-    _number: int = dataclasses.field(repr=False)  # of the engine's requests, in the order in which they came
-    _fewest: int = dataclasses.field(repr=False)  # recurrences of a token
-    tokens: list[int] = dataclasses.field(default_factory=list)  # the stop token included
-    steps: list[int] = dataclasses.field(default_factory=list)  # recurrences of each, as in `generate`
-    prompt_steps: np.ndarray | None = None  # int32 per prompt position, once the prompt has been read
-    cached_tokens: int = 0  # of the prompt, which earlier prompts left in the engine's prompt cache
-    done: bool = False  # no more tokens will come
-    cancelled: bool = False
-    error: BaseException | None = None  # why the request ended early
-    log_probs: list[float] = dataclasses.field(default_factory=list)  # of each token, as in `generate`
-    likeliest: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
-    """(token, log-probability) of the likeliest at each new position, the first one first, if they were asked for."""
-    _wants_likeliest: bool = dataclasses.field(default=False, repr=False)
-    _in_chunks: bool = dataclasses.field(default=False, repr=False)  # whether its prompt is read so
-    _on_token: OnToken | None = dataclasses.field(default=None, repr=False)
-    _consumers: int = dataclasses.field(default=0, repr=False)
-    _constraint: Constraint | None = dataclasses.field(default=None, repr=False)
-    _allowed: np.ndarray | None = dataclasses.field(default=None, repr=False)  # next, by the constraint
-
-    def _claim(self, ticks: int) -> Claim:
-        """The positions that it needs in its lane for another token, and before so many ticks have passed."""
-        made, last = max(len(self.tokens), 1), self.prompt.size + self.max_new_tokens - 1
-        least, most = (min(self.prompt.size + made + n, last) for n in (1, 1 + ticks // self._fewest))
-        return Claim((0, self._number), least, most)
-
-    def _end(self, error: BaseException | None = None) -> None:
-        if not self.done:
-            self.error, self.done = error, True
-
-    def cancel(self) -> None:
-        """Give up: the lane is free for others at the next step. `tokens` keeps the output so far."""
-        if not self.done:
-            self.done = self.cancelled = True
-
-    async def __aiter__(self) -> AsyncIterator[tuple[int, int]]:
-        """(token, steps) as they are made; the consumers run the engine. The last one to leave cancels the request."""
-        shown = 0
-        self._consumers += 1
-        try:
-            while True:
-                while shown < len(self.tokens):
-                    shown += 1
-                    yield self.tokens[shown - 1], self.steps[shown - 1]
-                if self.done:
-                    break
-                async with self._engine._consumers_turn():
-                    if shown == len(self.tokens) and not self.done:
-                        await asyncio.to_thread(self._engine._step_for, self)
-        finally:
-            self._consumers -= 1
-            if self._consumers == 0:
-                self.cancel()
-        if self.error is not None:
-            raise self.error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +85,11 @@ class Engine:
       prompt_cache: bytes of keys and values, on all devices, that the engine keeps of prompts read in chunks. A prompt
         that begins with the same chunks, at the same depth, does not read them again. Where initial states are random,
         requests share only with those of the same `key`. No result changes.
+      page_size: positions of a page of the cache. A request takes pages as its tokens come. Default: 128, and 32 on a
+        CPU.
+      cache_tokens: positions of all pages, which the lanes share. Default: enough for every lane's `capacity`. With
+        fewer, more requests are served in the same memory; where pages run out, the youngest request of the lowest
+        priority gives its pages and its lane to others and goes on later. No result changes.
 
     Raises:
       InputError: impossible sizes.
@@ -175,6 +115,8 @@ class Engine:
         ticks_per_step: int = 64,
         prefill_chunk: int | None = None,
         prompt_cache: int = 0,
+        page_size: int | None = None,
+        cache_tokens: int | None = None,
     ):
         numbers = {
             "lanes": lanes,
@@ -186,8 +128,8 @@ class Engine:
         check_type("config", config, ModelConfig)
         check_type("cache", cache, CachePolicy)
         capacity = config.max_length if capacity is None else capacity
-        if prefill_chunk is not None:
-            numbers["prefill_chunk"] = prefill_chunk
+        optional = {"prefill_chunk": prefill_chunk, "page_size": page_size, "cache_tokens": cache_tokens}
+        numbers |= {name: value for name, value in optional.items() if value is not None}
         for name, value in (numbers | {"capacity": capacity}).items():
             check_shape(f"Engine: {name}", value, ())
             check_integers(f"Engine: {name}", value, 1)
@@ -219,12 +161,15 @@ class Engine:
         together = np.max(self._idle.depth.num_steps) == 1  # whether all lanes stop after the same tick
         self._flush = Flush(lanes if together else self._group, flush_every)
         self._serving: list[Served | None] = [None] * lanes
+        self._pages = Pages(lanes, capacity, page_sizes(lanes, capacity, page_size, cache_tokens))
         prompts = f" and prompt_cache = {prompt_cache} bytes" if prompt_cache else ""
+        positions, lane_positions = self._pages.sizes.number * self._pages.sizes.size, f"{lanes} lanes x {capacity}"
+        memory = CacheMemory(params, config, lanes, 1, (sets, capacity), self._idle.depth, positions=positions)
         require_memory(
-            f"cache: {sets} recurrences x {lanes} lanes x {capacity} positions{prompts}",
-            CacheMemory(params, config, lanes, 1, (sets, capacity), self._idle.depth).bytes
-            + prompt_cache // devices_of(params),
-            "use fewer lanes or a smaller capacity, or keep fewer recurrences (cache=CachePolicy(recurrences=k))",
+            f"cache: {sets} recurrences x {lane_positions if cache_tokens is None else positions} positions{prompts}",
+            memory.bytes + prompt_cache // devices_of(params),
+            "use fewer lanes, a smaller capacity or fewer cache_tokens, or keep fewer recurrences "
+            "(cache=CachePolicy(recurrences=k))",
         )
         chunk = usual_chunk(lanes) if prefill_chunk is None else int(prefill_chunk)
         self._reader = Reader(
@@ -232,10 +177,11 @@ class Engine:
         )
         self._reading: tuple[Served, int, Reading] | None = None  # a long prompt, and the lane that it will have
         self._chunk_next = False  # whose turn it is
-        self._pages = Pages(lanes, capacity, page_sizes(lanes, capacity))
         self._lanes = self._empty_lanes()
         self._submitted = itertools.count()
-        self._queue: collections.deque[Served] = collections.deque()
+        self._queue: list[Served] = []  # by rank
+        self.preempted = 0
+        """How often a request gave its lane and its pages to others."""
         self._queue_lock = threading.Lock()  # requests may come while another thread runs a step
         self._running, self._inside = threading.RLock(), False
         self._turn: tuple[asyncio.AbstractEventLoop, asyncio.Lock] | None = None
@@ -244,6 +190,12 @@ class Engine:
     def prompt_cache_bytes(self) -> int:
         """Bytes that the prompt cache holds now."""
         return self._reader.kept.bytes
+
+    @property
+    def cache_usage(self) -> float:
+        """Share of the pages that requests in flight need. Any thread may ask."""
+        claims = dict(enumerate(served._claim(0) for served in self.in_flight))
+        return 1 - self._pages.spare(claims) / self._pages.sizes.number
 
     @property
     def in_flight(self) -> list[Served]:
@@ -266,6 +218,7 @@ class Engine:
         on_token: OnToken | None = None,
         likeliest: bool = False,
         constraint: Constraint | None = None,
+        priority: int = 0,
     ) -> Served:
         """Queue a request. Arguments as in `generate`; exit_rule: the engine's kind with thresholds of its own.
 
@@ -274,6 +227,9 @@ class Engine:
         constraint: says which tokens may come next; others have no probability, as if `Sampling.logit_bias` said minus
         infinity. Such a request gets at most one token in each `step`, beside the one that comes with its prompt.
 
+        priority: requests of a higher one come first, and take lanes and pages of those of a lower one; those of one
+        priority come in the order of their submission.
+
         on_token(token, steps) is called as tokens are made; if it raises, the request ends with that `error` and the
         others continue.
 
@@ -281,6 +237,8 @@ class Engine:
           InputError: what `generate` refuses, more than the engine has room for, or a full queue; nothing is queued.
         """
         check_callable("on_token", on_token)
+        check_shape("priority", priority, ())
+        check_integers("priority", priority)
         size = self._sizes
         limit = size.tokens if max_new_tokens is None else max_new_tokens
         own = self._options
@@ -330,14 +288,14 @@ class Engine:
         fewest = int(np.max(row.depth.num_steps))
         if options.exit_rule is not None:
             fewest = min(int(np.max(row.depth.min_steps)) + 1, fewest)
-        identity = row, self, next(self._submitted), fewest
+        identity = row, self, (-int(priority), next(self._submitted)), fewest
         served = Served(prompt, limit, *identity, _on_token=on_token, _wants_likeliest=bool(likeliest))
         served._constraint, served._allowed = constraint, allowed
         served._in_chunks = prompt.size > self._reader.chunk and not np.any(prefix)
         with self._queue_lock:
             if sum(not s.done for s in self._queue) >= self.max_queue:
                 raise InputError(f"Engine: max_queue = {self.max_queue} requests are waiting; run the engine first")
-            self._queue.append(served)
+            self._enqueue(served)
         return served
 
     def prompt_lengths(self, prefix: bool = False) -> list[int]:
@@ -347,6 +305,12 @@ class Engine:
         buckets = [16 << i for i in range(at_once.bit_length()) if 16 << i < at_once]
         chunked = [] if at_once == longest else [at_once + 1] * 2  # for the second, the prompt cache holds a chunk
         return [*buckets, at_once, *chunked]
+
+    def compile_preemption(self) -> None:
+        """Compile what the first preemption needs, so that nobody waits for it then. For an engine that is idle."""
+        with self._running:
+            kept = suspend(self.params, self.config, self._lanes, 0, [0])
+            self._lanes = resume(self.params, self.config, self._lanes, kept, 0, [0])
 
     def samples(self, prompt: Prompt, count: int, key: ArrayLike, **options: Any) -> list[Served]:
         """Queue `count` requests for different continuations of one prompt: those of `generate(samples=count)`.
@@ -404,8 +368,10 @@ class Engine:
         if self._reading is not None and self._reading[0].done:
             self._reading = None
         taken = self._take_in()
+        for lane in (lacking := self._pages.lacking(self._claims())):
+            self._preempt(lane)
         if not any(self._serving):
-            return taken
+            return taken or bool(lacking)
         told = np.asarray([-1 if s is None else len(s.tokens) for s in self._serving], np.int32)
         # Stop as soon as the next group finds its lanes: some may be free already.
         group = self._next()
@@ -431,14 +397,50 @@ class Engine:
 
     def _claims(self, ticks: int = 0) -> dict[int, Claim]:
         """By lane, what the requests in flight need."""
+        reading = self._reading
         held = {lane: s for lane, s in enumerate(self._serving) if s is not None}
-        if self._reading is not None:
-            held[self._reading[1]] = self._reading[0]
+        if reading is not None:
+            held[reading[1]] = reading[0]
         return {lane: s._claim(ticks) for lane, s in held.items()}
 
     def _with_pages(self, claims: dict[int, Claim]) -> Lanes:
         """The lanes, with pages for these claims."""
         return self._lanes._replace(pages=jnp.array(self._pages.assign(claims)))
+
+    def _enqueue(self, served: Served) -> None:
+        bisect.insort(self._queue, served, key=lambda s: s._rank)
+
+    def _preempt(self, lane: int) -> None:
+        """Let the request in a lane wait until there is room for it again."""
+        self.preempted += 1
+        if self._reading is not None and self._reading[1] == lane:  # its prompt is read again
+            served, self._reading = self._reading[0], None
+        else:
+            held, self._serving[lane] = self._serving[lane], None
+            assert held is not None
+            served = held
+            pages = self._pages.of(lane, served.prompt.size + len(served.tokens))
+            try:
+                served._suspended = suspend(self.params, self.config, self._lanes, lane, pages)
+            except BaseException as error:
+                self._fail([served], error)
+                return
+        with self._queue_lock:
+            self._enqueue(served)
+
+    def _resume(self, served: Served, lane: int) -> None:
+        """Give a request that was preempted a lane again."""
+        suspended, served._suspended = served._suspended, None
+        assert suspended is not None
+        claim = served._claim(0)
+        lanes = self._with_pages(self._claims() | {lane: claim})
+        try:
+            pages = self._pages.of(lane, claim.least)
+            self._lanes = resume(self.params, self.config, lanes, suspended, lane, pages)
+        except BaseException as error:
+            self._fail([served], error)
+        else:
+            self._serving[lane] = served
 
     def _allow(self) -> None:
         """Tell the lanes of constrained requests which tokens may come next."""
@@ -502,31 +504,56 @@ class Engine:
         return any(turn() for turn in turns)
 
     def _admit(self) -> bool:
-        """Prefill the next group or begin the next long prompt, once there are lanes enough. False: not yet."""
-        group, free = self._next(), self._free
-        if not group or len(free) < len(group):
+        """Take in the next group, once there are lanes and pages enough. False: not yet."""
+        group = self._next()
+        if not group or not self._make_room(group):
             return False
+        free = self._free
         with self._queue_lock:
             for served in group:
                 self._queue.remove(served)
-        if group[0]._in_chunks:
+        if group[0]._suspended is not None:
+            self._resume(group[0], free[0])
+        elif group[0]._in_chunks:
             self._begin_reading(group[0], free[0])
         else:
             self._place(group, free[: len(group)])
         return True
 
+    def _make_room(self, group: list[Served]) -> bool:
+        """Whether there are lanes and pages for all of a group; those of a lower priority give them up."""
+        new = {-1 - i: s._claim(0) for i, s in enumerate(group)}
+        while True:
+            claims = self._claims()
+            if len(self._free) >= len(group) and self._pages.spare(claims | new) >= 0:
+                return True
+            last = max(claims, key=lambda lane: claims[lane].rank, default=None)
+            if last is None or claims[last].rank[0] <= group[0]._rank[0]:
+                return False
+            self._preempt(last)
+
     def _next(self) -> list[Served]:
-        """Those whose turn it is: up to a group, or one with a long prompt; while one is read, others pass its like."""
+        """Those whose turn it is: a group of one priority for which there may be pages, or one whose prompt is long or
+        that was preempted. While a long prompt is read, others pass its like."""
         group: list[Served] = []
+        spare = self._pages.spare(self._claims())
         with self._queue_lock:
-            self._queue = collections.deque(s for s in self._queue if not s.done)
             for served in self._queue:
-                if len(group) == self._group:
+                if served.done:
+                    served._suspended = None
+            self._queue = [s for s in self._queue if not s.done]
+            for served in self._queue:
+                in_chunks = served._in_chunks and served._suspended is None
+                if in_chunks and self._reading is not None:
+                    continue
+                alone = in_chunks or served._suspended is not None
+                spare -= self._pages.needed(served._claim(0).least)
+                full = len(group) == self._group or spare < 0
+                if group and (alone or full or served._rank[0] != group[0]._rank[0]):
                     break
-                if not served._in_chunks:
-                    group.append(served)
-                elif self._reading is None:
-                    return group or [served]
+                group.append(served)
+                if alone:
+                    break
         return group
 
     def _place(self, group: list[Served], lanes: list[int]) -> None:

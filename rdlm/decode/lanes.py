@@ -152,7 +152,7 @@ def empty_lanes(params: Params, config: ModelConfig, request: Request, sizes: Si
     cache = allocate(config, sizes.policy, sizes.sets, *pages, dtype)
     return Lanes(
         cache=dataclasses.replace(cache, length=zero, depth=jnp.zeros((B, sizes.capacity), jnp.int32)),
-        pages=jnp.full((B, -(-sizes.capacity // pages.size)), pages.number),
+        pages=jnp.full((B, -(-sizes.capacity // pages.size)), pages.number, jnp.int32),
         request=request,
         max_tokens=zero,
         busy=no,

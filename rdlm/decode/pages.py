@@ -1,4 +1,4 @@
-"""Pages of an engine's cache: how many each lane gets, and which."""
+"""Pages of an engine's cache: how many each lane gets, and which; and who gives way when there are too few."""
 
 from __future__ import annotations
 
@@ -9,22 +9,37 @@ import jax
 import numpy as np
 from jaxtyping import Int32
 
+from rdlm.config import InputError
 from rdlm.decode.lanes import PageSizes
 
 
-def page_sizes(lanes: int, capacity: int, platform: str | None = None) -> PageSizes:
-    """Pages for all positions of lanes, of the usual size on a platform, None: the one in use.
+def page_sizes(
+    lanes: int, capacity: int, size: int | None = None, tokens: int | None = None, platform: str | None = None
+) -> PageSizes:
+    """The pages of an engine.
 
-    On accelerators a page is as many positions as a kernel reads at once, on a CPU fewer.
+    Args:
+      lanes, capacity: its lanes, and the positions that each may have.
+      size: positions of a page; None: 128 on accelerators, as many as a kernel reads at once, and fewer on a CPU.
+      tokens: positions of all pages, rounded up to whole ones; None: enough for all lanes.
+      platform: that it runs on; None: the one in use.
+
+    Raises:
+      InputError: too few for one lane, so that a request might never end.
     """
-    size = 32 if (platform or jax.default_backend()) == "cpu" else 128
-    return PageSizes(lanes * -(-capacity // size), size)
+    if size is None:
+        size = 32 if (platform or jax.default_backend()) == "cpu" else 128
+    if tokens is None:
+        return PageSizes(lanes * -(-capacity // size), size)
+    if tokens < capacity:
+        raise InputError(f"cache_tokens = {tokens}: must be at least the capacity of one lane, {capacity}")
+    return PageSizes(-(-tokens // size), size)
 
 
 class Claim(NamedTuple):
     """What a request in a lane needs."""
 
-    rank: tuple[int, int]  # the lowest comes first
+    rank: tuple[int, int]  # the lowest comes first: minus the priority, then the order in which requests came
     least: int  # positions, to make its next token
     most: int  # positions that it may use before pages are shared out again
 
@@ -45,6 +60,20 @@ class Pages:
     def spare(self, claims: Mapping[int, Claim]) -> int:
         """Pages that are left once every lane has the least it claims; below 0: so many are missing."""
         return self.sizes.number - sum(self.needed(claim.least) for claim in claims.values())
+
+    def lacking(self, claims: Mapping[int, Claim]) -> list[int]:
+        """Lanes that must give way for the others to get the least they claim, the last by rank first."""
+        spare, gone = self.spare(claims), list[int]()
+        for lane in sorted(claims, key=lambda lane: claims[lane].rank, reverse=True):
+            if spare >= 0:
+                break
+            spare += self.needed(claims[lane].least)
+            gone.append(lane)
+        return gone
+
+    def of(self, lane: int, positions: int) -> list[int]:
+        """The pages that hold the first `positions` of a lane."""
+        return self._held[lane][: self.needed(positions)]
 
     def assign(self, claims: Mapping[int, Claim]) -> Int32[np.ndarray, "B P"]:
         """The table of pages by lane, see `Lanes`: the least for every claim, and what is spare in order of rank.

@@ -91,6 +91,7 @@ class CacheMemory:
     depth: Depth  # its rule may read the logits of all tokens
     all_logits: bool = False  # the pass returns them
     coda_sets: bool = False  # the cache has them
+    positions: int | None = None  # of the cache, which the rows share; None: `sizes` says those of each
 
     @property
     def bytes(self) -> int:
@@ -104,7 +105,7 @@ class CacheMemory:
         activations = batch * length * (6 * D + 3 * config.mlp_dim) * dtype.itemsize
         first = cache_bytes(config, sets, batch, length, dtype) + scores + activations + logits
         later = batch * capacity * (2 * D * dtype.itemsize + 32 * H)  # a layer's keys and values with their heads split
-        cache = cache_bytes(config, sets, batch, capacity, dtype, self.coda_sets)
+        cache = cache_bytes(config, sets, 1, self.positions or batch * capacity, dtype, self.coda_sets)
         return int(1.05 * (cache + max(first, later)))
 
     def require(self) -> None:

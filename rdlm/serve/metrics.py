@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from rdlm.serve.worker import End, Item, Token
@@ -58,19 +58,28 @@ class Metrics:
 
 
 class LaneGauges(Collector):
-    """The lanes of each engine, and those that are busy by depth. An engine is named by its kind of exit rule.
+    """The lanes of each engine, those that are busy by depth, and how often one was taken from a request.
+
+    An engine is named by its kind of exit rule.
 
     Args:
       lanes: of each engine.
       max_steps: most recurrences of a token.
       read: by engine, the recurrences of each busy lane's latest token; 0: it has none yet.
+      preempted: how often a request gave its lane to another.
     """
 
-    def __init__(self, lanes: int, max_steps: int, read: Callable[[], Mapping[str, Sequence[int]]]):
-        self._lanes, self._read = lanes, read
+    def __init__(
+        self,
+        lanes: int,
+        max_steps: int,
+        read: Callable[[], Mapping[str, Sequence[int]]],
+        preempted: Callable[[], int],
+    ):
+        self._lanes, self._read, self._preempted = lanes, read, preempted
         self._labels = [_bucket(0), *(_bucket(1 << i) for i in range((max_steps - 1).bit_length() + 1))]
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
+    def collect(self) -> Iterator[Metric]:
         """All engines as they are at one moment, also where nothing is busy."""
         lanes = GaugeMetricFamily("rdlm:lanes", "Lanes", labels=["engine"])
         text = "Lanes with a request, by the recurrences of its latest token; prompt: it has no token yet"
@@ -82,6 +91,8 @@ class LaneGauges(Collector):
                 busy.add_metric([engine, label], counts[label])
         yield lanes
         yield busy
+        text = "How often a request gave its lane and its pages to others, to go on later"
+        yield CounterMetricFamily("rdlm:num_preemptions", text, self._preempted())
 
 
 def _bucket(steps: int) -> str:

@@ -34,6 +34,9 @@ class ServeOptions:
     """Threshold of the default rule; None: the rule's own."""
     cache_recurrences: int | None = None
     """Recurrences whose keys and values are kept; None: all."""
+    cache_tokens: int | None = None
+    """Tokens of prompts and answers that are in the cache together, for each kind of exit rule; None: enough for every
+    lane's --max-context."""
     prefill_chunk: int | None = None
     """Tokens of a long prompt that are read at once, between tokens of others; None: twice the lanes, but at least 32
     on a CPU and 128 elsewhere."""
@@ -61,7 +64,7 @@ class ServeOptions:
     """Write one JSON line per request to stderr: no prompt, no answer."""
 
     def __post_init__(self) -> None:
-        counts = ("lanes", "max_context", "steps", "max_steps", "cache_recurrences", "prefill_chunk")
+        counts = ("lanes", "max_context", "steps", "max_steps", "cache_recurrences", "cache_tokens", "prefill_chunk")
         for name in (*counts, "max_queue", "max_body", "max_buffer"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"--{name.replace('_', '-')}", value, "must be at least 1")
@@ -93,6 +96,8 @@ class ServeOptions:
         context = min(config.max_length, 2048) if self.max_context is None else self.max_context
         fits = 2 <= context <= config.max_length
         require(fits, "--max-context", context, f"must be from 2 to the model's maximum, {config.max_length}")
+        held = self.cache_tokens
+        require(held is None or held >= context, "--cache-tokens", held, f"must be at least --max-context {context}")
         if "gate" in rules and not config.loop.gate:
             raise InputError("--exit gate: this model has no exit gate; choose another rule")
         return dataclasses.replace(self, exit=rules, steps=steps, max_steps=max_steps, max_context=context)

@@ -129,6 +129,7 @@ class Generate(Body):
     response_format: ResponseFormat | None = None
     return_token_ids: bool | None = None
     prefix: bool | None = None
+    priority: Annotated[int, Field(ge=-100, le=100)] | None = None
     num_steps: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     exit: str | None = None
     threshold: Annotated[float, Field(ge=0)] | None = None
@@ -389,6 +390,7 @@ def understand(service: Service, body: Generate, prompts: list[np.ndarray]) -> A
         stop_ids=stop_ids,
         likeliest=body.likeliest,
         prefix=bool(body.prefix),
+        priority=body.priority or 0,
         scores=echo and body.log_probs,
     )
 

@@ -128,9 +128,9 @@ class Service:
             {
                 ("num_requests_running", "Answers that have a token and are not done"): lambda: self.running,
                 ("num_requests_waiting", "Answers without a token"): lambda: self.waiting,
-                ("kv_cache_usage_perc", "Share of the lanes' positions in use"): lambda: self.worker.cache_usage,
+                ("kv_cache_usage_perc", "Share of the cache's pages in use"): lambda: self.worker.cache_usage,
             },
-            LaneGauges(lanes, steps, lambda: self.worker.busy_lanes),
+            LaneGauges(lanes, steps, lambda: self.worker.busy_lanes, lambda: self.worker.preempted),
         )
         self.worker = Worker(run, self.depths, self._call_soon)
         self.worker.on_change = self._changed

@@ -14,11 +14,12 @@ import numpy as np
 
 from rdlm.config import CachePolicy, InputError, Sampling, one_line
 from rdlm.decode import Engine
-from rdlm.decode.engine import Served
+from rdlm.decode.pages import page_sizes
 from rdlm.decode.passes import CacheMemory, next_power
 from rdlm.decode.program import devices_of
 from rdlm.decode.reading import least_prompt_cache, prompt_bytes, usual_chunk
 from rdlm.decode.requests import sample_keys
+from rdlm.decode.served import Served
 from rdlm.exits import Depth
 from rdlm.run import Run
 from rdlm.runtime.memory import require_memory
@@ -67,6 +68,7 @@ class Ask:
     stop_ids: tuple[int, ...] = ()
     likeliest: int = 0  # tokens wanted beside every one, with log-probabilities
     prefix: bool = False  # whether the tokens of a prompt see each other in both directions
+    priority: int = 0  # the higher comes first
     scores: bool = False  # also of the prompts' tokens
     grammar: Grammar | None = None  # of every answer
     made: dict[int, PromptScores] = dataclasses.field(default_factory=dict)  # the worker's: scores by prompt
@@ -121,11 +123,14 @@ class Worker:
 
     @property
     def cache_usage(self) -> float:
-        """Share of all lanes' positions that is in use."""
-        options = self._depths.options
-        room = options.lanes * (options.max_context or 1) * max(len(self.engines), 1)
-        used = [answer.served for answer in list(self._active) if answer.served is not None]
-        return min(sum(len(s.prompt) + len(s.tokens) for s in used if s.tokens) / room, 1.0)
+        """Share of all engines' pages that is in use."""
+        engines = list(self.engines.values())
+        return sum(engine.cache_usage for engine in engines) / max(len(engines), 1)
+
+    @property
+    def preempted(self) -> int:
+        """How often a request gave its lane and its pages to others."""
+        return sum(engine.preempted for engine in list(self.engines.values()))
 
     @property
     def busy_lanes(self) -> dict[str, list[int]]:
@@ -183,11 +188,13 @@ class Worker:
             fix = f"a chunk of a prompt takes more; give at least {shown:.6f} GiB, or 0"
             raise InputError(f"--prompt-cache {options.prompt_cache}: {fix}")
         rows = options.lanes * len(kinds)
-        needed = CacheMemory(run.params, run.config, rows, 1, sizes, Depth(1)).bytes
+        pages = page_sizes(options.lanes, context, tokens=options.cache_tokens)
+        positions = len(kinds) * pages.number * pages.size
+        needed = CacheMemory(run.params, run.config, rows, 1, sizes, Depth(1), positions=positions).bytes
         needed += room // devices_of(run.params) * len(kinds)
-        what = f"cache: {sets} recurrences x {rows} lanes x {context} positions"
+        what = f"cache: {sets} recurrences x {positions} positions for {rows} lanes"
         what += f" and {room * len(kinds) / 2**30:,.1f} GiB for prompts" if room else ""
-        fix = "lower --lanes, --max-context, --cache-recurrences or --prompt-cache"
+        fix = "lower --lanes, --cache-tokens, --max-context, --cache-recurrences or --prompt-cache"
         require_memory(f"--lanes {options.lanes}: {what}", needed, fix)
 
     @property
@@ -231,6 +238,7 @@ class Worker:
             cache=CachePolicy(options.cache_recurrences),
             max_queue=10**6,  # the service has counted
             prefill_chunk=self._chunk,
+            cache_tokens=options.cache_tokens,
             ticks_per_step=self._depths.trained,  # a token of every lane, about: then clients get theirs
         )
 
@@ -238,6 +246,7 @@ class Worker:
         """Compile for prompts of every length, as requests will. Raises what the engine raises."""
         context, engine = self._depths.options.max_context, self.engines[depth.kind]
         assert context is not None
+        engine.compile_preemption()
         lengths = [(length, False) for length in engine.prompt_lengths()]
         if self._run.config.prefix_attention:
             lengths += [(length, True) for length in engine.prompt_lengths(prefix=True)]
@@ -314,6 +323,7 @@ class Worker:
                 min_steps=depth.min_steps,
                 sampling=dataclasses.replace(ask.sampling, stop_tokens=ask.stop_ids[:STOPS]),
                 prefix=ask.prefix,
+                priority=ask.priority,
                 key=ask.keys[answer.sample],
                 likeliest=ask.likeliest > 0,
                 constraint=None if ask.grammar is None else ask.grammar.start(),

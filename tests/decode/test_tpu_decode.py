@@ -52,7 +52,7 @@ def lowered(place, lanes):
 
     numbers = jnp.int32(0), jnp.int32(0)
     if lanes:
-        sizes, pages = Sizes(POLICY, 4, T, 64), page_sizes(B, T, "tpu")
+        sizes, pages = Sizes(POLICY, 4, T, 64), page_sizes(B, T, platform="tpu")
         state = jax.eval_shape(lambda p, r: empty_lanes(p, CONFIG, r, sizes, pages), params, request)
         params, *rest = hlo.specs((params, state, jnp.zeros(B, jnp.int32), *numbers), place)
         return advance.lower(params, CONFIG, *rest, Flush(width=4, every=4), False)
@@ -94,11 +94,12 @@ def test_a_program_of_the_user_runs_on_several_chips():
     hlo.compile_program(step.lower(*given))
 
 
-def test_without_the_kernel_sets_are_copied(place, monkeypatch):
+@pytest.mark.parametrize("lanes", [False, True], ids=["lock-step", "lanes"])
+def test_without_the_kernel_sets_are_copied(place, monkeypatch, lanes):
     monkeypatch.setattr(kernels, "fits_stored", lambda *shapes: False)
-    decode_tokens.clear_cache()
-    assert slices(hlo.compile_program(lowered(place, lanes=False)))
-    decode_tokens.clear_cache()
+    jax.clear_caches()
+    assert slices(hlo.compile_program(lowered(place, lanes)))
+    jax.clear_caches()
 
 
 def test_control_a_cache_with_ragged_columns_is_copied(place, monkeypatch):

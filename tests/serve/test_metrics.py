@@ -135,7 +135,7 @@ def test_lanes_are_counted_by_the_recurrences_of_their_tokens(server, rounds):
 @pytest.mark.parametrize(("steps", "label"), [(0, "prompt"), (1, "1"), (2, "2"), (3, "3-4"), (4, "3-4"), (33, "33-64")])
 def test_depths_are_named_by_powers_of_two(steps, label):
     assert _bucket(steps) == label
-    (_, busy) = LaneGauges(4, 40, lambda: {"kl": [steps, steps]}).collect()
+    (_, busy, _) = LaneGauges(4, 40, lambda: {"kl": [steps, steps]}, lambda: 0).collect()
     assert [s.labels["recurrences"] for s in busy.samples if s.value] == [label]
     assert sum(s.value for s in busy.samples) == 2
 

@@ -85,13 +85,15 @@ class Ask:
     seed: int = 0
     comes: int = 0
     leaves: int | None = None
+    priority: int = 0
 
 
 def submit(engine, kind, ask, **options):
     rule = KINDS[kind].rule
     return engine.submit(
         ask.prompt, max_new_tokens=ask.new, num_steps=ask.depth, min_steps=ask.least, sampling=ask.sampling,
-        exit_rule=rule and rule(np.float32(ask.threshold)), key=jax.random.key(ask.seed), **options,
+        exit_rule=rule and rule(np.float32(ask.threshold)), key=jax.random.key(ask.seed), priority=ask.priority,
+        **options,
     )  # fmt: skip
 
 

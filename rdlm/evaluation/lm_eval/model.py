@@ -18,7 +18,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from rdlm.config import InputError, ModelConfig, Sampling, require
 from rdlm.decode import Engine
-from rdlm.decode.engine import Served
+from rdlm.decode.served import Served
 from rdlm.evaluation import Pair, cut_left, cut_pair, is_cut, score, split
 from rdlm.exits import ExitRule
 from rdlm.model import Params
