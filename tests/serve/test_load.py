@@ -346,6 +346,15 @@ def ready(url):
     return False
 
 
+def test_a_priority_reaches_the_engine(server, monkeypatch):
+    engine, seen = server.service.worker.engines["kl"], []
+    submit = engine.submit
+    monkeypatch.setattr(engine, "submit", lambda *given, **options: seen.append(options) or submit(*given, **options))
+    for fields in ({}, {"priority": 7}):
+        assert server.post("completions", prompt="a", max_tokens=1, **fields)[0] == 200
+    assert [options["priority"] for options in seen] == [0, 7]
+
+
 def test_the_command_serves_until_a_signal_and_ends_what_it_has_begun(toy_run, server, command, monkeypatch):
     url, seen = f"http://127.0.0.1:{(port := free_port())}", []
 
