@@ -17,6 +17,7 @@ grows to 4.
   pilot_curriculum  the full mean depth from the first step
   pilot_core        only core and adapter learn
   pilot_depths      depth 4 in every step, with the loss after 1, 2 and 4 recurrences
+  pilot_unclipped   gradients are not clipped: the adapter's are far larger than all others
 
 The comparison has two seeds, pilots one. Measured, also of the untouched model: right answers by number of steps, 1 to
 6, and depth, on new lists; loss of held-out text by depth and, for seed 0, two question sets, which show damage; FLOPs
@@ -85,8 +86,9 @@ from rdlm.train.metrics import read_metrics
 from rdlm.weights import begin_from
 
 Name = Literal[
-    "plain", "plain_flops", "retrofit", "pilot", "pilot_cut", "pilot_curriculum", "pilot_core", "pilot_depths"
-]
+    "plain", "plain_flops", "retrofit",
+    "pilot", "pilot_cut", "pilot_curriculum", "pilot_core", "pilot_depths", "pilot_unclipped",
+]  # fmt: skip
 SOURCE = "source"
 """The model before any training, beside the methods."""
 FLOPS_PER_SECOND = 1.2e11
@@ -107,6 +109,8 @@ class Method:
     """Parts that learn; (): all."""
     supervised: tuple[int, ...] = ()
     """Recurrences after which the loss is taken, at a fixed depth; (): after the last of a random number."""
+    clip_norm: float = 1.0
+    """Maximum norm of all gradients together."""
     pilot: bool = False
     """Fewer steps, one seed, no question sets."""
     flops_of: Name | None = None
@@ -123,6 +127,7 @@ METHODS: dict[Name, Method] = {
     "pilot_curriculum": Method("pilot, no curriculum", CUT, curriculum=False, pilot=True),
     "pilot_core": Method("pilot, core and adapter learn", CUT, only=("core", "adapter"), pilot=True),
     "pilot_depths": Method("pilot, loss at 1, 2 and 4", CUT, curriculum=False, supervised=(1, 2, 4), pilot=True),
+    "pilot_unclipped": Method("pilot, gradients not clipped", CUT, clip_norm=1e9, pilot=True),
 }
 
 
@@ -316,6 +321,7 @@ def run_config(name: Name, setting: Setting, places: Places, seed: int) -> RunCo
         warmup_steps=steps // 10,
         cooldown_steps=steps // 2,
         weight_decay=0.01,
+        clip_norm=method.clip_norm,
     )
     checkpoint = dataclasses.replace(run.checkpoint, every=50, keep=1)
     return dataclasses.replace(run, steps=steps, optimizer=optimizer, checkpoint=checkpoint)
@@ -522,7 +528,7 @@ def picture(path: Path, methods: Mapping[str, Json], trained_to: int) -> None:
     main, pilots = figure.subplots(1, 2, sharey=True)
     plain = {SOURCE: "#999999", "plain": "#000000", "plain_flops": "#D55E00"}
     depth_colours = ("#B9D7EA", "#56B4E9", "#0072B2", "#003A5C")
-    pilot_colours = iter(("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"))
+    pilot_colours = iter(("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"))
     for name, found in methods.items():
         steps = [int(n) for n in found["accuracy"]]
         lines = np.array(list(found["accuracy"].values()))  # [steps, depths, 3]
