@@ -166,9 +166,9 @@ class Theirs:
     def generate(self, tokens: list[int], new_tokens: int, adaptive: bool) -> Answer:
         """As `Peer.generate`."""
         prompt = self.torch.tensor([tokens])
-        config = self.generation(
-            max_length=len(tokens) + new_tokens, do_sample=False, pad_token_id=0, return_dict_in_generate=True
-        )
+        # A `max_length` of 20 means none to transformers; the reference's decoding with exits reads nothing else.
+        room = {"max_length": len(tokens) + new_tokens} if adaptive else {"max_new_tokens": new_tokens}
+        config = self.generation(**room, do_sample=False, pad_token_id=0, return_dict_in_generate=True)
         exits = {"criterion": "kl", "exit_threshold": THRESHOLD} if adaptive else {}
         mask = {} if self.depth else {"attention_mask": self.torch.ones_like(prompt)}
         self.model.generation_config.eos_token_id = None  # a random model may well write one

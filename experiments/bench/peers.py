@@ -43,7 +43,7 @@ from rdlm.runtime import RunError, complete_folder, parse_arguments, run_command
 
 PACKAGES = ("torch==2.14.1", "transformers==4.57.3", "tokenizers==0.22.2", "huggingface-hub==0.36.2", "numpy==2.4.6")
 DOWNLOADS = (
-    "{} and what they need: from PyPI 2.6 GB on Linux x86-64, whose wheels bring CUDA, and 5.6 GB in the folder; "
+    "{} and what they need: from PyPI 3.1 GB on Linux x86-64, whose wheels bring CUDA, and 5.6 GB in the folder; "
     "less than 0.3 GB elsewhere, or with PIP_INDEX_URL set to an index of CPU wheels"
 )
 SHORT = 16
