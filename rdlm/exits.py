@@ -158,10 +158,10 @@ class Reached(ExitRule):
         return value >= per_row(self.threshold, value)
 
 
-def spread(threshold: Threshold, rows: int) -> Array:
-    """A threshold as f32 [rows]; one for each of fewer prompts serves all rows of its prompt."""
-    each = jnp.asarray(threshold, jnp.float32)
-    return jnp.repeat(each, rows // len(each)) if each.ndim else jnp.broadcast_to(each, (rows,))
+def spread(threshold: Threshold, rows: int) -> np.ndarray:
+    """A threshold as f32 [rows], on the host; one for each of fewer prompts serves all rows of its prompt."""
+    each = np.asarray(threshold, np.float32)
+    return np.repeat(each, rows // len(each)) if each.ndim else np.broadcast_to(each, (rows,))
 
 
 def per_row(threshold: Threshold, value: Array) -> Array:

@@ -22,9 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from jax.typing import ArrayLike
-from jaxtyping import Int32
 
 from rdlm.config import CachePolicy, InputError, ModelConfig, Sampling
 from rdlm.decode.lanes import RECENT, Flush, Lanes, advance, empty_lanes, insert
@@ -32,7 +30,7 @@ from rdlm.decode.loop import Sizes, begin
 from rdlm.decode.pages import Claim, Pages, page_sizes
 from rdlm.decode.passes import CacheMemory, next_power
 from rdlm.decode.preempt import resume, suspend
-from rdlm.decode.program import devices_of
+from rdlm.decode.program import devices_of, host
 from rdlm.decode.reading import Reader, Reading, usual_chunk
 from rdlm.decode.requests import (
     Constraint,
@@ -283,7 +281,7 @@ class Engine:
         if constraint is not None:
             check_constraint(constraint, sampling)
             allowed = allowed_next(constraint, self.config.vocab_size)
-            sampling_row = row.sampling._replace(constrained=jnp.ones(1, bool), allowed=jnp.asarray(allowed[None]))
+            sampling_row = row.sampling._replace(constrained=host([True]), allowed=host(allowed[None]))
             row = row._replace(sampling=sampling_row)
         fewest = int(np.max(row.depth.num_steps))
         if options.exit_rule is not None:
@@ -372,7 +370,7 @@ class Engine:
             self._preempt(lane)
         if not any(self._serving):
             return taken or bool(lacking)
-        told = np.asarray([-1 if s is None else len(s.tokens) for s in self._serving], np.int32)
+        told = host([-1 if s is None else len(s.tokens) for s in self._serving], np.int32)
         # Stop as soon as the next group finds its lanes: some may be free already.
         group = self._next()
         wake = max(len(group) - len(self._free), 1) if group else len(told) + 1
@@ -380,12 +378,12 @@ class Engine:
         constrained = any(s is not None and s._constraint is not None for s in self._serving)
         if self._reading is not None or constrained:  # no more than every lane needs for a token
             most = min(most, self._sizes.sets + self._flush.every)
-        ticks = jnp.int32(most), jnp.int32(wake)
+        ticks = host(most, np.int32), host(wake, np.int32)
         try:
             if constrained:
                 self._allow()
             lanes, warm_start = self._with_pages(self._claims(most)), self._options.warm_start
-            given = lanes, jnp.asarray(told), *ticks, self._flush, warm_start
+            given = lanes, told, *ticks, self._flush, warm_start
             self._lanes = advance(self.params, self.config, *given)
             made = _Made.read(self._lanes)
         except BaseException as error:
@@ -576,15 +574,15 @@ class Engine:
         """(What lanes hold then, recurrences of every prompt token)."""
         rest = self._group - len(group)  # rows of padding: no tokens, and a lane that does not exist
         tokens, given = padded([s.prompt for s in group] + [np.zeros(0, np.int32)] * rest, self.config.max_length)
-        lengths = jnp.asarray(given, jnp.int32)
-        lane = jnp.asarray(lanes + [len(self._serving)] * rest, jnp.int32)
-        max_tokens = jnp.asarray([s.max_new_tokens for s in group] + [1] * rest, jnp.int32)
+        lengths = host(given, np.int32)
+        lane = host(lanes + [len(self._serving)] * rest, np.int32)
+        max_tokens = host([s.max_new_tokens for s in group] + [1] * rest, np.int32)
         request = _stack([s._row for s in group] + [self._idle] * rest)
         sizes = self._sizes._replace(capacity=tokens.shape[1], tokens=1)
         ways = self._options.prefill_exit, self._options.warm_start
         cache = sizes.sets, sizes.capacity
         CacheMemory(self.params, self.config, len(tokens), sizes.capacity, cache, self._idle.depth).require()
-        progress, prompt_steps = begin(self.params, self.config, jnp.asarray(tokens), lengths, request, sizes, *ways)
+        progress, prompt_steps = begin(self.params, self.config, host(tokens), lengths, request, sizes, *ways)
         depth = np.asarray(prompt_steps)  # errors of the program appear here, while the lanes are untouched
         claims = self._claims() | {lane: s._claim(0) for s, lane in zip(group, lanes, strict=True)}
         paged = self._with_pages(claims)
@@ -609,8 +607,9 @@ class Engine:
             progress = self._reader.read(reading)
             if progress is None:
                 return True
-            rest = _one(served.prompt.size), served._row, _one(served.max_new_tokens), _one(lane)
-            self._lanes = insert(self.params, self.config, self._with_pages(self._claims()), progress, *rest)
+            length, limit, at = (host([n], np.int32) for n in (served.prompt.size, served.max_new_tokens, lane))
+            lanes = self._with_pages(self._claims())
+            self._lanes = insert(self.params, self.config, lanes, progress, length, served._row, limit, at)
             made = _Made.read(self._lanes)
         except BaseException as error:
             self._reading = None
@@ -673,10 +672,6 @@ class _Made(NamedTuple):
         return cls(*(np.asarray(getattr(lanes, name)) for name in cls._fields))
 
 
-def _one(number: int) -> Int32[Array, "1"]:
-    return jnp.asarray([number], jnp.int32)
-
-
 def _stack(rows: list[Request]) -> Request:
     """Requests of one row each as one of many."""
-    return jax.tree.map(lambda *x: jnp.concatenate(x), *rows)
+    return jax.tree.map(lambda *x: (np if isinstance(x[0], np.ndarray) else jnp).concatenate(x), *rows)

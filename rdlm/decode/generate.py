@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
@@ -22,6 +23,7 @@ from rdlm.decode.parallel import (
     with_rule,
 )
 from rdlm.decode.passes import CacheMemory, next_power
+from rdlm.decode.program import host
 from rdlm.decode.requests import (
     Constraint,
     Constraints,
@@ -155,8 +157,9 @@ def generate(
     constraints = None if constraint is None else Constraints(constraint, len(rows), options)
     if constraints is not None:
         request = constraints.restrict(request, range(len(rows)), config.vocab_size)
+    request = jax.device_put(request)  # once for all calls
     progress, prompt_steps = begin(
-        params, config, jnp.asarray(tokens), jnp.asarray(lengths), request, sizes, options.prefill_exit, warm_start
+        params, config, host(tokens), host(lengths, np.int32), request, sizes, options.prefill_exit, warm_start
     )
     wave = None if parallel is None else open_window(params, config, progress, request, parallel)
     max_tokens, shown, most = jnp.int32(max_new_tokens), np.zeros(len(rows), int), np.full(len(rows), max_new_tokens)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable
-from typing import Any, Generic, ParamSpec, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, ParamSpec, TypeVar, cast
 
 import jax
 import numpy as np
+from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import PyTree
 
 from rdlm.config import InputError, ModelConfig
@@ -142,6 +144,11 @@ def _check_model(params: Params, config: ModelConfig) -> None:
 @functools.cache
 def _core_shapes(config: ModelConfig) -> Params:
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))["core_0"]
+
+
+def host(value: ArrayLike | Sequence[int], dtype: DTypeLike | None = None) -> Array:
+    """`value` as a program takes it, left on the host: a call copies many small arrays faster than JAX one by one."""
+    return cast(Array, np.asarray(value, dtype))
 
 
 def program(*static: str, donate: str | None = None) -> Callable[[Callable[P, T]], DecodingProgram[P, T]]:

@@ -66,7 +66,7 @@ class PromptCache:
         self._use(names[:known])
         found = [self._chunks[name] for name in names[:known]]
         for i, chunk in enumerate(found):
-            cache = _put(cache, chunk.new_kv, chunk.depth, jnp.int32(i * self._size))
+            cache = _put(cache, chunk.new_kv, chunk.depth, np.int32(i * self._size))
         return cache, [chunk.steps for chunk in found]
 
     def keep(self, names: list[bytes], cache: Cache, steps: np.ndarray) -> None:
@@ -77,7 +77,7 @@ class PromptCache:
         if not self._max_bytes:
             return
         if names[-1] not in self._chunks:
-            new_kv, depth = _take(cache, jnp.int32((len(names) - 1) * self._size), self._size)
+            new_kv, depth = _take(cache, np.int32((len(names) - 1) * self._size), self._size)
             self._chunks[names[-1]] = chunk = _Chunk(new_kv, depth, steps)
             self.bytes += chunk.bytes
         self._use(names)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from rdlm.config import InputError, ModelConfig
 from rdlm.decode.loop import Progress, Sizes, read_chunk
 from rdlm.decode.passes import CacheMemory
-from rdlm.decode.program import devices_of, local_config, program
+from rdlm.decode.program import devices_of, host, local_config, program
 from rdlm.decode.prompt_cache import PromptCache
 from rdlm.decode.requests import Request, RequestOptions
 from rdlm.exits import Depth, ExitRule
@@ -63,8 +62,8 @@ class Reading:
 
     prompt: np.ndarray  # int32
     row: Request  # as far as it concerns the tokens of the prompt
-    cache: Cache  # of this prompt alone
     present: Array  # bool [1, V], the tokens of the whole prompt
+    cache: Cache  # of this prompt alone
     names: list[bytes]  # of its chunks in the prompt cache
     chunks: list[np.ndarray]  # int32, recurrences of the tokens of each chunk that has been read
 
@@ -144,7 +143,7 @@ class Reader:
         names = self.kept.names(prompt, row)
         # The last token is always read: what follows depends on its logits.
         cache, chunks = self.kept.fill(cache, names[: (prompt.size - 1) // self.chunk])
-        return Reading(prompt, row, cache, jnp.asarray(present), names, chunks)
+        return Reading(prompt, row, host(present), cache, names, chunks)
 
     def read(self, reading: Reading) -> Progress | None:
         """Read the next chunk: the token loop after the first new token, once the whole prompt has been read."""
@@ -152,12 +151,11 @@ class Reader:
         chunk = reading.prompt[start : start + self.chunk]
         tokens = np.zeros((1, self.chunk), np.int32)
         tokens[0, : chunk.size] = chunk
-        count = jnp.full(1, chunk.size, jnp.int32)
-        given = jnp.asarray(tokens), count, reading.present, reading.row, self._options.warm_start
+        given = host(tokens), host([chunk.size], np.int32), reading.present, reading.row, self._options.warm_start
         progress, steps = read_chunk(self._params, self._config, reading.cache, *given)
         reading.cache = progress.cache
         reading.chunks.append(np.asarray(steps)[0, : chunk.size])
-        if progress.failed[0]:
+        if np.asarray(progress.failed)[0]:
             return progress
         if chunk.size == self.chunk:
             self.kept.keep(reading.names[: len(reading.chunks)], reading.cache, reading.chunks[-1])

@@ -15,6 +15,7 @@ from jaxtyping import Int32, Key
 
 from rdlm.config import InputError, ModelConfig, Sampling
 from rdlm.decode.passes import check_prefill_exit, next_power
+from rdlm.decode.program import host
 from rdlm.decode.sampling import SamplingArrays, as_arrays, per_row
 from rdlm.exits import Counts, Depth, ExitRule
 from rdlm.model import check_depth, check_ids, check_rule, check_shape, typed_key
@@ -122,14 +123,14 @@ def as_requests(
     if prefix.any() and not config.prefix_attention:
         raise InputError("prefix: every token of this model sees only those before it (prefix_attention is false)")
 
-    def each(values: np.ndarray) -> Array:
-        return jnp.asarray(np.repeat(values, samples, axis=0))
+    def each(values: ArrayLike) -> Array:
+        return host(np.repeat(np.asarray(values), samples, axis=0))
 
     # Thresholds always have a row each, so that one for all and one per prompt share a compiled program.
     by_row = None if rule is None else rule.by_row(B * samples)
     depth = Depth(each(num_steps), by_row, each(min_steps), each(check_every))
     keys = sample_keys(jnp.broadcast_to(keys, (B,)), samples)
-    sampling = jax.tree.map(lambda x: each(np.asarray(x)), sampling)
+    sampling = jax.tree.map(each, sampling)
     prefix = np.broadcast_to(prefix, (B,))
     likeliest = each(np.full(B, options.likeliest))
     arrays = each(scale), keys, sampling, each(prefix), likeliest

@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Float32, Int, Int32, Key, Shaped
 
 from rdlm.config import InputError, Sampling
+from rdlm.decode.program import host
 from rdlm.model.inputs import check_integers, check_numbers, check_shape
 
 GREEDY = 1e-5
@@ -63,7 +64,7 @@ def per_row(value: object, rows: int, name: str, dtype: DTypeLike) -> Shaped[np.
 
 
 def as_arrays(sampling: Sampling, rows: int, vocab_size: int | None = None) -> SamplingArrays:
-    """Spread `sampling` over `rows` prompts.
+    """Spread `sampling` over `rows` prompts, on the host.
 
     vocab_size: makes room for biases and a constraint though there are none, so that all requests of an engine have the
       same shapes.
@@ -98,12 +99,12 @@ def as_arrays(sampling: Sampling, rows: int, vocab_size: int | None = None) -> S
     table = np.asarray([s + [-1] * (width - len(s)) for s in each], np.int32).reshape(rows, width)
     biased, biases = _bias_rows(sampling.logit_bias, rows, vocab_size is not None)
     return SamplingArrays(
-        **{k: jnp.asarray(v) for k, v in fields.items()},
-        stop_tokens=jnp.asarray(table),
-        bias_tokens=jnp.asarray(biased),
-        biases=jnp.asarray(biases),
-        constrained=jnp.zeros(rows, bool),
-        allowed=jnp.zeros((rows, -(-(vocab_size or 0) // 32)), jnp.uint32),
+        **{k: host(v) for k, v in fields.items()},
+        stop_tokens=host(table),
+        bias_tokens=host(biased),
+        biases=host(biases),
+        constrained=host(np.zeros(rows, bool)),
+        allowed=host(np.zeros((rows, -(-(vocab_size or 0) // 32)), np.uint32)),
     )
 
 

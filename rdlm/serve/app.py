@@ -124,7 +124,11 @@ async def completions(body: CompletionBody, request: Request) -> Response:
 
 async def chat_completions(body: ChatBody, request: Request) -> Response:
     """Reply to a chat."""
-    return await _generate(request, body, lambda service: [encode_chat(service, body.messages)])
+
+    async def encode(service: Service) -> list[np.ndarray]:
+        return [await encode_chat(service, body.messages)]
+
+    return await _generate(request, body, encode)
 
 
 async def tokenize(body: TokenizeBody, request: Request) -> Json:
@@ -135,7 +139,7 @@ async def tokenize(body: TokenizeBody, request: Request) -> Json:
         raise wrong("prompt", "give either a prompt or messages")
     try:
         if body.messages is not None:
-            ids = await asyncio.to_thread(encode_chat, service, body.messages)
+            ids = await encode_chat(service, body.messages)
         else:
             bos, text = None if body.add_special_tokens in (None, True) else False, body.prompt or ""
             if bos is False and text in service.tokenizer.special_ids:
@@ -196,12 +200,14 @@ def _card(service: Service) -> Json:
     }
 
 
-async def _generate(request: Request, body: Generate, encode: Callable[[Service], list[np.ndarray]]) -> Response:
+async def _generate(
+    request: Request, body: Generate, encode: Callable[[Service], Awaitable[list[np.ndarray]]]
+) -> Response:
     """Tokens for a request. encode: its prompts."""
     service = _service(request)
     deadline = asyncio.get_running_loop().time() + service.options.request_timeout
     check_fields(body, service)
-    ask = understand(service, body, await asyncio.to_thread(encode, service))
+    ask = understand(service, body, await encode(service))
     if (refusal := service.admission()) is not None:
         raise refusal
     try:

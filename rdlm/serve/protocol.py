@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import re
 from collections.abc import Sequence
@@ -238,6 +239,7 @@ _WITHOUT_EFFECT = {
     "metadata", "parallel_tool_calls", "prompt_cache_key", "safety_identifier", "service_tier", "store", "tool_choice",
     "user",
 }  # fmt: skip
+_SHORT = 1000  # characters, which are encoded sooner than another thread would be asked
 _NOTHING: tuple[object, ...] = (None, False, 0, "", "none", "auto")
 _UNSERVED: dict[str, tuple[object, ...]] = {  # fields that would change the answer, and values that change nothing
     "audio": (),
@@ -273,29 +275,35 @@ def check_fields(body: Body, service: Service) -> None:
             )
 
 
-def encode_chat(service: Service, messages: Sequence[Message]) -> np.ndarray:
-    """The prompt of a chat.
+async def encode_chat(service: Service, messages: Sequence[Message]) -> np.ndarray:
+    """The prompt of a chat, made in another thread.
 
     Raises:
       APIError: the chat template refuses it.
     """
     try:
-        return service.tokenizer.encode_chat([message.plain() for message in messages])
+        plain = [message.plain() for message in messages]
+        return await asyncio.to_thread(service.tokenizer.encode_chat, plain)
     except InputError as error:
         raise from_input_error(error, "messages") from error
     except RecursionError as error:
         raise wrong("messages", "lists or objects in them are nested too deeply") from error
 
 
-def encode_texts(service: Service, prompt: str | list[str] | list[int] | list[list[int]]) -> list[np.ndarray]:
-    """The prompts of a completion.
+async def encode_texts(service: Service, prompt: str | list[str] | list[int] | list[list[int]]) -> list[np.ndarray]:
+    """The prompts of a completion. Long ones are encoded in another thread.
 
     Raises:
       APIError: not valid Unicode.
     """
     given: list[Any] = prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
-    try:
+
+    def encode() -> list[np.ndarray]:
         return [service.tokenizer.encode(p) if isinstance(p, str) else np.asarray(p, np.int32) for p in given]
+
+    try:
+        short = sum(len(p) for p in given if isinstance(p, str)) <= _SHORT
+        return encode() if short else await asyncio.to_thread(encode)
     except InputError as error:
         raise from_input_error(error, "prompt") from error
 
