@@ -447,21 +447,25 @@ class Acceleration(ExitRule):
         return (seen.state, new, now), jnp.maximum(before, now)
 
 
-class Twice(ExitRule):
-    """Exit when `rule` would at two checks in a row: a token that merely pauses continues.
+class Delayed(ExitRule):
+    """Exit one check after `rule` would: the token's last keys and values are of a state that `rule` was content with.
 
-    The value is that of the previous check if that one would not have exited, and the present one otherwise.
+    Those of the recurrence after which `rule` is content were made from the state before it. Later tokens read them,
+    so a rule that stops as soon as an answer is there hides that answer from them (docs/studies/early-exits.md).
+
+    The value is that of the previous check.
     """
 
     rule: ExitRule
 
     def __post_init__(self) -> None:
         if not isinstance(self.rule, ExitRule):
-            raise InputError(f"exits.twice: rule = {self.rule!r}: must be a rule such as rdlm.exits.kl()")
+            name = type(self).__name__.lower()
+            raise InputError(f"exits.{name}: rule = {self.rule!r}: must be a rule such as rdlm.exits.kl()")
 
     @property
     def kind(self) -> str:
-        return f"twice({self.rule.kind})"
+        return f"{type(self).__name__.lower()}({self.rule.kind})"
 
     @property
     def needs_logits(self) -> bool:
@@ -481,7 +485,7 @@ class Twice(ExitRule):
     def update(self, previous: tuple[PyTree, Array], seen: Observation) -> tuple[tuple[PyTree, Array], Array]:
         inner, before = previous
         inner, now = self.rule.update(inner, seen)
-        return (inner, now), jnp.where(self.rule.decide(before), now, before)
+        return (inner, now), before
 
     def decide(self, value: Array) -> Array:
         return self.rule.decide(value)
@@ -493,8 +497,19 @@ class Twice(ExitRule):
     def thresholds(self) -> list[Threshold]:
         return self.rule.thresholds()
 
-    def by_row(self, rows: int) -> Twice:
-        return Twice(self.rule.by_row(rows))
+    def by_row(self, rows: int) -> Delayed:
+        return type(self)(self.rule.by_row(rows))
+
+
+class Twice(Delayed):
+    """Exit when `rule` would at two checks in a row: a token that merely pauses continues.
+
+    The value is that of the previous check if that one would not have exited, and the present one otherwise.
+    """
+
+    def update(self, previous: tuple[PyTree, Array], seen: Observation) -> tuple[tuple[PyTree, Array], Array]:
+        (inner, now), before = super().update(previous, seen)
+        return (inner, now), jnp.where(self.rule.decide(before), now, before)
 
 
 kl = KL
@@ -507,6 +522,7 @@ argmax_stability = ArgmaxStability
 fixed = Fixed
 gate = Gate
 acceleration = Acceleration
+delayed = Delayed
 twice = Twice
 
 

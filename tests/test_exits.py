@@ -43,6 +43,20 @@ def values(rule, states, logits):
     return np.array(found)
 
 
+def exits_at(rule, states, logits):
+    """The first check at which the rule says to exit, int [B, L]; CHECKS: none."""
+    decided = np.asarray([exits.exits(rule, jnp.asarray(value)) for value in values(rule, states, logits)])
+    return np.where(decided.any(0), decided.argmax(0), CHECKS)
+
+
+@pytest.mark.parametrize("rule", [exits.kl(0.05), exits.argmax_stability(2), exits.latent_diff(0.2)])
+def test_delayed_exits_one_check_later(rule):
+    at = np.concatenate([exits_at(rule, *draws(seed)) for seed in range(8)])
+    delayed = np.concatenate([exits_at(exits.delayed(rule), *draws(seed)) for seed in range(8)])
+    np.testing.assert_array_equal(delayed, np.minimum(at + 1, CHECKS))
+    assert len(set(at.ravel())) > 2
+
+
 @pytest.mark.parametrize("kind", RULES)
 def test_values(kind):
     states, logits = draws()

@@ -47,7 +47,7 @@ from experiments.studies.shared.comparison import (
     recurrent,
     summary,
 )
-from experiments.studies.shared.exiting import Reader
+from experiments.studies.shared.exiting import Reader, inner
 from experiments.studies.shared.record import Json, processor_seconds, publish, remembered
 from experiments.studies.shared.training import small_run, training_batch
 from rdlm import exits
@@ -106,23 +106,24 @@ COLOURS = {
     "argmax_stability": "#CC79A7",
     "margin": "#882255",
     "classifier": "#009E73",
-    "twice margin": "#882255",
-    "twice classifier": "#009E73",
     "ponder": "#0072B2",
     "joint": "#009E73",
     "drop": "#D55E00",
     "token_drop": "#CC79A7",
 }
 METHODS = {
-    "plain": Method("the recurrent model", (*ZERO_SHOT, "twice margin", "twice classifier")),
+    "plain": Method(
+        "the recurrent model",
+        (*ZERO_SHOT, "twice margin", "twice classifier", "delayed margin", "delayed classifier", "delayed kl"),
+    ),
     "ponder": Method(
         "PonderNet",
-        ("halting", "twice halting", "margin", "latent_diff"),
+        ("halting", "twice halting", "delayed halting", "margin", "latent_diff"),
         {"most": PONDER_STEPS, "prior_mean": PONDER_MEAN, "weight": PONDER_WEIGHT},
     ),
     "joint": Method(
         "trained with a classifier",
-        ("classifier", "twice classifier", "margin", "latent_diff"),
+        ("classifier", "twice classifier", "delayed classifier", "margin", "latent_diff"),
         {"weight": JOINT_WEIGHT},
     ),
     "drop": Method("LayerDrop, batch", ("kl", "latent_diff", "classifier"), {"probability": DROP}),
@@ -237,7 +238,7 @@ class ExitTrials(Trials):
 
     def _swept(self, rule: str, test: str, stream: int, reader: Reader) -> Json:
         """Points of a rule at all its thresholds; of rules that look at confidence, also "alone"."""
-        thresholds = SWEEP[rule.removeprefix("twice ")]
+        thresholds = SWEEP[inner(rule)]
         out: Json = {}
 
         def sweep(at: Callable[[str, float], dict[str, float]]) -> Json:
@@ -316,7 +317,7 @@ def curve(found: Json, test: str, rule: str, model: ModelConfig, length: int) ->
     parts = {part: [x[0] for x in of[f"{rule} {part}"]] for part in ("accuracy", "steps", "mflop")}
     return [
         {"threshold": threshold, **{part: values[i] for part, values in parts.items()}}
-        for i, threshold in enumerate(SWEEP[rule.removeprefix("twice ")])
+        for i, threshold in enumerate(SWEEP[inner(rule)])
     ]
 
 
@@ -413,11 +414,11 @@ def draw(axes: Any, x: str, found: Json, test: str, names: Sequence[str], model:
             line(name, "fixed", color=COLOURS[name], linewidth=0.7)
         for i, rule in enumerate(METHODS[name].rules):
             first = name == "plain"
-            plain_line = "--" if rule.startswith("twice") else "-"
-            colour = COLOURS[rule if first else name]
-            style = plain_line if first else ("-", "--", ":", "-.")[i]
+            plain_line = {"twice": "--", "delayed": "-."}.get(rule.split()[0], "-")
+            colour = COLOURS[inner(rule) if first else name]
+            style = plain_line if first else ("-", "--", "-.", ":", (0, (5, 5)))[i]
             label = rule if first else f"{METHODS[name].label}: {rule}"
-            line(name, rule, color=colour, marker="os^vD*XP<>"[i], linestyle=style, label=label)
+            line(name, rule, color=colour, marker="os^vD*XP<>hd"[i], linestyle=style, label=label)
             if rule in CONFIDENT and x == "steps":
                 by_itself = ([pair[0] for pair in of[f"alone {rule} {part}"]] for part in ("steps", "accuracy"))
                 axes.plot(*by_itself, color=colour, linestyle=":", linewidth=1)
@@ -439,7 +440,7 @@ def main() -> int:
     found: Json = {}
     for name in args.methods:
         method = METHODS[name]
-        options = {**method.options, "sweep": {rule: SWEEP[rule.removeprefix("twice ")] for rule in method.rules}}
+        options = {**method.options, "sweep": {rule: SWEEP[inner(rule)] for rule in method.rules}}
         if calibrated_rules(name):
             options["calibration"] = calibrated_rules(name), EPSILON, DELTA, CALIBRATION_BATCHES
         trials = functools.partial(ExitTrials, name, protocol, runs, args.quick)

@@ -72,6 +72,11 @@ def alone(rule: ExitRule, seen: Watched) -> tuple[Array, Array]:
     return jnp.take_along_axis(jnp.argmax(seen.logits, axis=-1), steps[None] - 1, axis=0)[0], steps
 
 
+def inner(rule: str) -> str:
+    """NAME of a rule called NAME, "twice NAME" or "delayed NAME"."""
+    return rule.split()[-1]
+
+
 LEARNT = ("classifier", "halting")
 """Rules that read a head."""
 
@@ -87,9 +92,11 @@ class Reader:
     head: rules.Head | None = None
 
     def rule(self, name: str, threshold: float) -> ExitRule:
-        """The rule of `rdlm.exits` or `rules` called `name`, or "twice NAME"."""
-        if name.startswith("twice "):
-            return exits.twice(self.rule(name.removeprefix("twice "), threshold))
+        """The rule of `rdlm.exits` or `rules` called `name`, "twice NAME" or "delayed NAME"."""
+        *wrapper, name = name.split()
+        if wrapper:
+            wrap: Callable[[ExitRule], ExitRule] = getattr(exits, wrapper[0])
+            return wrap(self.rule(name, threshold))
         make: Callable[..., ExitRule] = getattr(rules, name, None) or getattr(exits, name)
         return make(self.head, np.float32(threshold)) if name in LEARNT else make(np.float32(threshold))
 
@@ -115,7 +122,7 @@ class Reader:
         scored = self.labels != IGNORED
         mean = float(steps[scored].mean())
         spent = flops.cost(self.config, mean, self.labels.shape[1], float(checks[scored].mean())).flops_per_token
-        if name.removeprefix("twice ") in LEARNT:
+        if inner(name) in LEARNT:
             spent += mean * 2 * self.config.embed_dim
         return {"accuracy": float((answers == self.labels)[scored].mean()), "steps": mean, "mflop": spent / 1e6}
 
