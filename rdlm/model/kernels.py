@@ -217,7 +217,7 @@ class Stored(NamedTuple):
 
         def one(x: Array, heads: Array) -> Array:
             if self.pages is not None:
-                rows = self._in_pages(x, n)
+                rows = self._from_pages(x, n)
             elif len(x) == 1:
                 rows = x[0, :, :n]
             else:
@@ -227,7 +227,15 @@ class Stored(NamedTuple):
 
         return one(self.k, like[0]), one(self.v, like[1]), bias[..., :n]
 
-    def _in_pages(self, x: Float[Array, "S B _ W"], n: int) -> Float[Array, "R {n} W"]:
+    def in_pages(self, size: int) -> Stored:
+        """The same by pages; where there are none, of `size` positions, which T is a multiple of."""
+        if self.pages is not None:
+            return self
+        S, B, T, _ = self.k.shape
+        k, v = (x.reshape(S, B * T // size, size, -1) for x in (self.k, self.v))
+        return Stored(k, v, self.set, jnp.arange(B * T // size).reshape(B, -1))
+
+    def _from_pages(self, x: Float[Array, "S B _ W"], n: int) -> Float[Array, "R {n} W"]:
         """The first n positions of every row."""
         assert self.pages is not None
         _, B, size, W = x.shape
@@ -262,20 +270,23 @@ def attend_copied(
 
 
 FILLED = 128
-"""Positions of a cache up to which a CPU reads all of them; of a longer one it reads as many as the longest row fills,
-rounded up to a power of two."""
+"""Positions of a cache up to which a CPU reads all of them, and of a block in which it reads those of a longer one."""
 
 
 def attend_filled(
     q: Float[Array, "R L H Q"], new: KeysValues, cached: Stored, bias: Float32[Array, "#R _ T"]
 ) -> Float[Array, "R L H*Q"]:
-    """`attend_cached` that reads no more of the cache than its longest row fills.
+    """`attend_cached` that reads no more of the cache than each row fills.
 
     A cache has room for whole conversations, which few rows use. SmolLM2-135M with 16 lanes of 1,024 positions, of
     which 84 are filled, makes 4 times the tokens per second; the model of `make quickstart`, whose cache keeps 8
     recurrences of each token, twice as many as with a copy of the one that is read.
+
+    Several rows go block by block, each block with the rows that reach it. With 16 rows of 9 heads and 1,024 positions
+    this takes 0.07 of the time of reading as many positions as the longest row fills if 1 row is long, and 0.37 if all
+    are. A row by itself is read at once, in a third of the time that its blocks take.
     """
-    T = bias.shape[-1]
+    R, T = len(q), bias.shape[-1]
     sizes = [size for size in (FILLED << i for i in range(T.bit_length())) if size < T] + [T]
 
     def upto(size: int, q: Array, new: KeysValues, cached: Stored, bias: Array) -> Array:
@@ -283,9 +294,65 @@ def attend_filled(
 
     if len(sizes) == 1:
         return upto(T, q, new, cached, bias)
-    filled = jnp.where(bias >= 0, jnp.arange(T) + 1, 0).max()
+    filled = jnp.broadcast_to(jnp.where(bias >= 0, jnp.arange(T) + 1, 0).max((1, 2)), (R,))
+    if R > 1 and (cached.pages is not None or T % FILLED == 0):
+        return _in_blocks(q, new, cached, bias, filled)
     branches = [functools.partial(upto, size) for size in sizes]
-    return jax.lax.switch((filled > jnp.array(sizes[:-1])).sum(), branches, q, new, cached, bias)
+    return jax.lax.switch((filled.max() > jnp.array(sizes[:-1])).sum(), branches, q, new, cached, bias)
+
+
+def _in_blocks(
+    q: Float[Array, "R L H Q"],
+    new: KeysValues,
+    cached: Stored,
+    bias: Float32[Array, "#R _ T"],
+    filled: Int[Array, "R"],
+) -> Float[Array, "R L H*Q"]:
+    """Attention that reads block i of the rows with more than i blocks filled, and of some others: their number is one
+    of few."""
+    R, H = len(q), q.shape[2]
+    order = jnp.argsort(-filled)
+    cached = cached.in_pages(FILLED)
+    assert cached.pages is not None
+    page = cached.k.shape[2]
+    count = max(FILLED // page, 1)  # pages in a block
+    size = count * page
+    beyond = -cached.pages.shape[1] % count
+    pages = jnp.pad(cached.pages[order], ((0, 0), (0, beyond)), mode="edge")
+    hidden = ((0, 0), (0, 0), (0, pages.shape[1] * page - bias.shape[-1]))
+    bias = jnp.broadcast_to(jnp.pad(bias, hidden, constant_values=HIDDEN), (R, bias.shape[1], pages.shape[1] * page))
+    sets, q, bias = jnp.broadcast_to(cached.set, (R,))[order], heads_first(q[order]), bias[order]
+    own_k, own_v, own_bias = new
+    own = own_k[order], own_v[order], jnp.broadcast_to(own_bias, (R, *own_bias.shape[1:]))[order]
+
+    def add(so_far: tuple[Array, Array, Array], rows: int, part: KeysValues) -> tuple[Array, Array, Array]:
+        """(Highest score, sum of weights, weighted values) with more keys of the first rows."""
+        top, total, mixed = (x[:rows] for x in so_far)
+        k, v, hidden = part
+        scores = scaled_scores(q[:rows], heads_first(k), hidden[:, None])
+        highest = jnp.maximum(top, scores.max(-1, keepdims=True))
+        p, kept = jnp.exp(scores - highest), jnp.exp(top - highest)
+        total, mixed = total * kept + p.sum(-1, keepdims=True), mixed * kept + weighted_values(p, heads_first(v))
+        found = zip(so_far, (highest, total, mixed), strict=True)
+        return tuple(jax.lax.dynamic_update_slice_in_dim(x, y, 0, 0) for x, y in found)  # type: ignore[return-value]
+
+    def read(rows: int, i: Array, so_far: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        there = jax.lax.dynamic_slice(pages, (0, i * count), (rows, count))
+        seen = jax.lax.dynamic_slice(bias, (0, 0, i * size), (rows, bias.shape[1], size))
+        like = own_k[:rows], own_v[:rows], own_bias[:rows]
+        return add(so_far, rows, Stored(cached.k, cached.v, sets[:rows], there).part(like, seen))
+
+    rows = sorted({max(R >> i, 1) for i in range(R.bit_length())})
+    branches = [functools.partial(read, n) for n in rows]
+
+    def block(i: Array, so_far: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        reach = (filled > i * size).sum()
+        return jax.lax.switch((reach > jnp.array(rows[:-1])).sum(), branches, i, so_far)
+
+    shape = (R, H, q.shape[2])
+    empty = jnp.full((*shape, 1), HIDDEN), jnp.zeros((*shape, 1)), jnp.zeros((*shape, q.shape[3]))
+    _, total, mixed = jax.lax.fori_loop(0, -(-filled.max() // size), block, add(empty, R, own))
+    return heads_last((mixed / total).astype(q.dtype))[jnp.argsort(order)]
 
 
 def attend_flat(q: Float[Array, "B L H Q"], *parts: KeysValues) -> Float[Array, "B L H*Q"]:

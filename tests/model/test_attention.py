@@ -148,6 +148,43 @@ def test_attend_filled_reads_the_next_power_of_two_of_the_longest_row(L):
             assert np.isnan(over(plain, filled, *spoilt)).all()
 
 
+@pytest.mark.parametrize("L", [1, 5])
+@pytest.mark.parametrize("paged", [False, True])
+def test_attend_filled_reads_rows_in_blocks(L, paged):
+    R, S, T, size = 4, 2, 512, 32
+    q, k, v = (jnp.asarray(random(i, R, L, n, Q)) for i, n in enumerate((4, 2, 2)))
+    past = [random(3 + i, S, R, T, 2 * Q) for i in range(2)]
+    chosen = np.array([1, 0, 0, 1]) if paged else np.int32(1)
+    table = np.random.default_rng(0).permutation(R * T // size).reshape(R, -1)
+
+    def cached(past):
+        if not paged:
+            return Stored(*map(jnp.asarray, past), jnp.asarray(chosen))
+        held = [np.zeros((S, R * T // size, size, 2 * Q), np.float32) for _ in past]
+        for x, y in zip(held, past, strict=True):
+            x[:, table] = y.reshape(S, R, -1, size, 2 * Q)
+        return Stored(*map(jnp.asarray, held), jnp.asarray(chosen), jnp.asarray(table))
+
+    @functools.partial(jax.jit, static_argnames="attend")
+    def over(attend, past, filled):
+        held = jnp.arange(T)[None] < filled[:, None]
+        return attend(q, (k, v, causal_bias(None, L)), past, jnp.where(held, 0.0, HIDDEN)[:, None])
+
+    def plain(q, new, cached, bias):
+        return attention.softmax_attention(q, cached.part(new, bias), new)
+
+    for filled in ([1, 512, 0, 129], [128, 128, 400, 30], [0, 0, 0, 0], [512] * 4):
+        ours = over(attend_filled, cached(past), np.array(filled))
+        np.testing.assert_allclose(ours, over(plain, cached(past), np.array(filled)), rtol=1e-5, atol=2e-6)
+    one_long = np.array([90, 30, 500, 128])
+    ours = np.asarray(over(attend_filled, cached(past), one_long))
+    # The others are read for one block.
+    unread = (np.arange(T) >= 128) & (one_long <= 128)[:, None]
+    spoilt = cached([np.where(unread[None, ..., None], np.nan, x) for x in past])
+    np.testing.assert_array_equal(over(attend_filled, spoilt, one_long), ours)
+    assert np.isnan(np.asarray(over(plain, spoilt, one_long))[[0, 1, 3]]).all()  # control
+
+
 def test_attend_cached_with_an_empty_cache_is_attend():
     nothing = stored(jnp.zeros((B, 3, H, Q)), jnp.zeros((B, 3, H, Q))), jnp.full((B, 1, 3), HIDDEN)
     bias = causal_bias(None, 6)
