@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from engine_cases import KINDS, NEW, TINY, Ask, R, generated, new_engine, outcome, params, serve, submit
+from engine_cases import EXACT, KINDS, NEW, TINY, Ask, R, generated, new_engine, outcome, params, serve, submit
 
 import rdlm.decode.engine
 from rdlm.config import InputError
@@ -18,14 +18,13 @@ from rdlm.decode.pages import Claim, Pages, page_sizes
 KIND, SIZE, TOKENS = "latest, kl", 2, 18
 MOST = 10  # tokens of a prompt; with 6 new ones it needs 15 of the 18 positions
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
+
+def short_of_pages(kind=KIND, **options):
+    return new_engine(kind, page_size=SIZE, cache_tokens=TOKENS, capacity=MOST + NEW, **options)
 
 
-def short_of_pages(**options):
-    return new_engine(KIND, page_size=SIZE, cache_tokens=TOKENS, capacity=MOST + NEW, **options)
-
-
-def load(seed, count=12):
+@functools.cache
+def load(seed, kind=KIND, count=12):
     """Requests of all depths, lengths and priorities that come and go."""
     rng = np.random.default_rng(seed)
     asks = []
@@ -33,7 +32,7 @@ def load(seed, count=12):
         comes = int(rng.integers(8))
         ask = Ask(
             tuple(rng.integers(0, TINY.vocab_size, rng.integers(1, MOST + 1)).tolist()),
-            new=int(rng.integers(3, NEW + 1)), threshold=float(rng.uniform(*KINDS[KIND].thresholds)),
+            new=int(rng.integers(3, NEW + 1)), threshold=float(rng.uniform(*KINDS[kind].thresholds)),
             depth=int(rng.integers(1, R + 1)), seed=i, comes=comes, priority=int(rng.integers(3)),
             leaves=comes + int(rng.integers(1, 9)) if rng.random() < 0.15 else None,
         )  # fmt: skip
@@ -46,15 +45,16 @@ PREEMPTION = preempt._row, preempt._page, preempt._with_row, preempt._with_page
 
 
 @functools.cache
-def expected(seed):
-    return generated(KIND, load(seed))
+def expected(seed, kind=KIND):
+    return generated(kind, load(seed, kind))
 
 
-def wrong(engine, loads=LOADS):
+def wrong(engine, loads=LOADS, kind=KIND):
     """Requests that did not get what `generate` makes of them; those that left may have less of it."""
     found = 0
     for seed in range(loads):
-        for s, (tokens, steps, prompt_steps) in zip(serve(KIND, load(seed), engine), expected(seed), strict=True):
+        served = serve(kind, load(seed, kind), engine)
+        for s, (tokens, steps, prompt_steps) in zip(served, expected(seed, kind), strict=True):
             ours, n = outcome(s), len(s.tokens) if s.cancelled else None
             found += (ours[0], ours[1]) != (tokens[:n], steps[:n])
             found += ours[2] != prompt_steps and (n != 0 or ours[2] != [])
@@ -69,6 +69,14 @@ def test_a_request_gets_what_generate_gives_however_few_the_pages():
     assert e.preempted > LOADS
     assert e.cache_usage == 0
     assert [program._cache_size() for program in PREEMPTION] == compiled
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [kind for kind in EXACT if kind != KIND])
+def test_with_every_kind_of_cache(kind):
+    e = short_of_pages(kind)
+    assert wrong(e, 3, kind) == 0
+    assert e.preempted > 3
 
 
 def test_prompts_in_chunks_and_from_the_prompt_cache():
