@@ -1,4 +1,4 @@
-"""What every test runs under: 8 virtual CPU devices, no silent rank promotion, property tests that repeat exactly."""
+"""What every test runs under: 8 CPU devices, quick compilation, no silent rank promotion, properties that repeat."""
 
 import dataclasses
 import gc
