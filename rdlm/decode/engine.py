@@ -365,9 +365,9 @@ class Engine:
         self._serving = [None if s is None or s.done else s for s in self._serving]
         if self._reading is not None and self._reading[0].done:
             self._reading = None
-        taken = self._take_in()
-        for lane in (lacking := self._pages.lacking(self._claims())):
+        for lane in (lacking := self._pages.lacking(self._claims())):  # first: then there is room for all in flight
             self._preempt(lane)
+        taken = self._take_in()
         if not any(self._serving):
             return taken or bool(lacking)
         told = host([-1 if s is None else len(s.tokens) for s in self._serving], np.int32)

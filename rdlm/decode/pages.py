@@ -78,9 +78,12 @@ class Pages:
     def assign(self, claims: Mapping[int, Claim]) -> Int32[np.ndarray, "B P"]:
         """The table of pages by lane, see `Lanes`: the least for every claim, and what is spare in order of rank.
 
+        claims: there are pages for the least of all.
+
         A lane keeps the pages it has as far as it claims them; one without a claim loses them.
         """
         spare = self.spare(claims)
+        assert spare >= 0
         counts = [0] * len(self._held)
         for lane, claim in sorted(claims.items(), key=lambda item: item[1].rank):
             least = self.needed(claim.least)
