@@ -77,7 +77,8 @@ class Ours:
         import numpy as np
 
         zeros = self._zeros(1, len(tokens))
-        out = self.rdlm.forward(self.params, self.config, np.asarray([tokens]), state=zeros)
+        forward = self.jax.jit(self.rdlm.forward, static_argnames="config")
+        out = forward(self.params, self.config, np.asarray([tokens]), state=zeros)
         return {"logits": out.logits[0, -1].tolist()}
 
     def generate(self, tokens: list[int], new_tokens: int, adaptive: bool) -> Answer:

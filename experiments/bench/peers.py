@@ -39,7 +39,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from rdlm.config import InputError, ModelConfig, one_line, require
-from rdlm.runtime import RunError, complete_folder, parse_arguments, run_command, write_output
+from rdlm.runtime import RunError, parse_arguments, run_command, write_output
 
 PACKAGES = ("torch==2.14.1", "transformers==4.57.3", "tokenizers==0.22.2", "huggingface-hub==0.36.2", "numpy==2.4.6")
 DOWNLOADS = (
@@ -178,12 +178,7 @@ def toy(folder: Path, config: ModelConfig, code: Path | None = None) -> Path:
     import rdlm
 
     if not folder.exists():
-        params = rdlm.init_params(config, jax.random.key(0))
-        with complete_folder(folder) as new:
-            rdlm.save_huggingface(new / "model", params, config)
-            for file in (new / "model").iterdir():
-                file.rename(new / file.name)
-            (new / "model").rmdir()
+        rdlm.save_huggingface(folder, rdlm.init_params(config, jax.random.key(0)), config)
     for file in code.glob("*.py") if code else ():
         shutil.copy(file, folder)
     return folder
@@ -216,9 +211,11 @@ class Peer:
 
     def __init__(self, name: str, command: list[str], log: Path):
         self.name, self.log = name, log
+        hub = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(log.with_name("modules"))}
+        pipe = subprocess.PIPE
         with log.open("w") as errors:
             self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+                command, stdin=pipe, stdout=pipe, stderr=errors, text=True, env=os.environ | hub
             )
 
     def ask(self, do: str, **given: Any) -> Answer:
