@@ -410,19 +410,22 @@ class Engine:
 
     def _preempt(self, lane: int) -> None:
         """Let the request in a lane wait until there is room for it again."""
-        self.preempted += 1
         if self._reading is not None and self._reading[1] == lane:  # its prompt is read again
             served, self._reading = self._reading[0], None
         else:
-            held, self._serving[lane] = self._serving[lane], None
+            held = self._serving[lane]
             assert held is not None
             served = held
             pages = self._pages.of(lane, served.prompt.size + len(served.tokens))
             try:
                 served._suspended = suspend(self.params, self.config, self._lanes, lane, pages)
-            except BaseException as error:
+            except Exception as error:
                 self._fail([served], error)
+            self._serving[lane] = None
+            if served.done:  # that failed, or it has just been cancelled
+                served._suspended = None
                 return
+        self.preempted += 1
         with self._queue_lock:
             self._enqueue(served)
 
