@@ -24,7 +24,7 @@ The comparison has two seeds, pilots one. Measured, also of the untouched model:
 of training and of an answer. Finished runs stay in runs/retrofit and are not made again; a run that was stopped goes on
 with the same command. Prints the hours that are left.
 
-Exit codes: 0 done; 75 stopped by a signal and saved; 2 wrong input. Memory: 10 GiB; disk: 2 GB a run.
+Exit codes: 0 done; 75 stopped by a signal and saved; 2 wrong input. Memory: 12 GiB; disk: 2 GB a run.
 Found: docs/studies/retrofit.md.
 """
 
