@@ -16,9 +16,9 @@ the whole batch or token by token. Baselines: fixed depth, and an oracle that kn
 Finished runs are kept in runs/early_exit_methods; the plain ones are read from RUNS/../s3, s3_seed1, ... if they exist.
 
 Hardware: any. Testing the plain model takes about 2 processor minutes, training `joint` 1.8.
-Found (one seed): rules that wait for a token to settle lose nothing. Rules that exit when the answer seems correct harm
-later tokens, which read the state of one recurrence earlier; one more check (`twice`) repairs most of it. Numbers and
-open parts: docs/studies/early-exits.md.
+Found: rules that wait for a token to settle lose nothing. Rules that exit when the answer seems correct harm later
+tokens, which read the state of one recurrence earlier; one recurrence more (`delayed`, `twice`) repairs most of it.
+Numbers and open parts: docs/studies/early-exits.md.
 """
 
 from __future__ import annotations
@@ -418,7 +418,7 @@ def draw(axes: Any, x: str, found: Json, test: str, names: Sequence[str], model:
             colour = COLOURS[inner(rule) if first else name]
             style = plain_line if first else ("-", "--", "-.", ":", (0, (5, 5)))[i]
             label = rule if first else f"{METHODS[name].label}: {rule}"
-            line(name, rule, color=colour, marker="os^vD*XP<>hd"[i], linestyle=style, label=label)
+            line(name, rule, color=colour, marker="os^vD*XP<>hdp"[i], linestyle=style, label=label)
             if rule in CONFIDENT and x == "steps":
                 by_itself = ([pair[0] for pair in of[f"alone {rule} {part}"]] for part in ("steps", "accuracy"))
                 axes.plot(*by_itself, color=colour, linestyle=":", linewidth=1)
