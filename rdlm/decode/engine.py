@@ -182,6 +182,7 @@ class Engine:
         """How often a request gave its lane and its pages to others."""
         self._queue_lock = threading.Lock()  # requests may come while another thread runs a step
         self._running, self._inside = threading.RLock(), False
+        self._behind = False  # whether the lanes may hold tokens that were not delivered
         self._turn: tuple[asyncio.AbstractEventLoop, asyncio.Lock] | None = None
 
     @property
@@ -291,7 +292,7 @@ class Engine:
         served._constraint, served._allowed = constraint, allowed
         served._in_chunks = prompt.size > self._reader.chunk and not np.any(prefix)
         with self._queue_lock:
-            if sum(not s.done for s in self._queue) >= self.max_queue:
+            if sum(not s.done and not s._preempted for s in self._queue) >= self.max_queue:
                 raise InputError(f"Engine: max_queue = {self.max_queue} requests are waiting; run the engine first")
             self._enqueue(served)
         return served
@@ -308,7 +309,8 @@ class Engine:
         """Compile what the first preemption needs, so that nobody waits for it then. For an engine that is idle."""
         with self._running:
             kept = suspend(self.params, self.config, self._lanes, 0, [0])
-            self._lanes = resume(self.params, self.config, self._lanes, kept, 0, [0])
+            for lanes in resume(self.params, self.config, self._with_pages({}), kept, 0, [0]):
+                self._lanes = lanes
 
     def samples(self, prompt: Prompt, count: int, key: ArrayLike, **options: Any) -> list[Served]:
         """Queue `count` requests for different continuations of one prompt: those of `generate(samples=count)`.
@@ -362,6 +364,8 @@ class Engine:
             raise InputError("Engine: does not know this request any more; submit it again")
 
     def _step(self) -> bool:
+        if self._behind:
+            self._catch_up()
         self._serving = [None if s is None or s.done else s for s in self._serving]
         if self._reading is not None and self._reading[0].done:
             self._reading = None
@@ -379,6 +383,7 @@ class Engine:
         if self._reading is not None or constrained:  # no more than every lane needs for a token
             most = min(most, self._sizes.sets + self._flush.every)
         ticks = host(most, np.int32), host(wake, np.int32)
+        self._behind = True
         try:
             if constrained:
                 self._allow()
@@ -391,7 +396,16 @@ class Engine:
             self._fail(in_flight if isinstance(error, Exception) else [], error)  # Ctrl-C alone ends nothing
             return True
         self._deliver(made)
+        self._behind = False
         return True
+
+    def _catch_up(self) -> None:
+        """Deliver the tokens of a step that was interrupted: what requests need of the cache is counted by them."""
+        try:
+            self._deliver(_Made.read(self._lanes))
+        except Exception as error:
+            self._fail([s for s in self._serving if s is not None], error)
+        self._behind = False
 
     def _claims(self, ticks: int = 0) -> dict[int, Claim]:
         """By lane, what the requests in flight need."""
@@ -425,7 +439,7 @@ class Engine:
             if served.done:  # that failed, or it has just been cancelled
                 served._suspended = None
                 return
-        self.preempted += 1
+        self.preempted, served._preempted = self.preempted + 1, True
         with self._queue_lock:
             self._enqueue(served)
 
@@ -437,9 +451,15 @@ class Engine:
         lanes = self._with_pages(self._claims() | {lane: claim})
         try:
             pages = self._pages.of(lane, claim.least)
-            self._lanes = resume(self.params, self.config, lanes, suspended, lane, pages)
-        except BaseException as error:
+            for made in resume(self.params, self.config, lanes, suspended, lane, pages):
+                self._lanes = made
+        except Exception as error:
             self._fail([served], error)
+        except BaseException as error:
+            served._suspended = suspended
+            with self._queue_lock:
+                self._enqueue(served)
+            self._fail([], error)
         else:
             self._serving[lane] = served
 
@@ -515,27 +535,32 @@ class Engine:
                 self._queue.remove(served)
         if group[0]._suspended is not None:
             self._resume(group[0], free[0])
-        elif group[0]._in_chunks:
+        elif _long(group[0]):
             self._begin_reading(group[0], free[0])
         else:
             self._place(group, free[: len(group)])
         return True
 
     def _make_room(self, group: list[Served]) -> bool:
-        """Whether there are lanes and pages for all of a group; those of a lower priority give them up."""
+        """Whether there are lanes and pages for all of a group; those of a lower priority give them up if that helps.
+
+        So does a long prompt of a lower priority to one of the group: one of them is read at a time.
+        """
         new = {-1 - i: s._claim(0) for i, s in enumerate(group)}
-        while True:
+        claims = self._claims()
+        stay = {lane: claim for lane, claim in claims.items() if claim.rank[0] <= group[0]._rank[0]}
+        if len(self._serving) - len(stay) < len(group) or self._pages.spare(stay | new) < 0:
+            return False
+        if self._reading is not None and _long(group[0]):
+            self._preempt(self._reading[1])
+        while len(self._free) < len(group) or self._pages.spare(self._claims() | new) < 0:
             claims = self._claims()
-            if len(self._free) >= len(group) and self._pages.spare(claims | new) >= 0:
-                return True
-            last = max(claims, key=lambda lane: claims[lane].rank, default=None)
-            if last is None or claims[last].rank[0] <= group[0]._rank[0]:
-                return False
-            self._preempt(last)
+            self._preempt(max(claims, key=lambda lane: claims[lane].rank))
+        return True
 
     def _next(self) -> list[Served]:
         """Those whose turn it is: a group of one priority for which there may be pages, or one whose prompt is long or
-        that was preempted. While a long prompt is read, others pass its like."""
+        that was preempted. While a long prompt is read, others pass its like of no higher priority."""
         group: list[Served] = []
         spare = self._pages.spare(self._claims())
         with self._queue_lock:
@@ -544,10 +569,9 @@ class Engine:
                     served._suspended = None
             self._queue = [s for s in self._queue if not s.done]
             for served in self._queue:
-                in_chunks = served._in_chunks and served._suspended is None
-                if in_chunks and self._reading is not None:
+                if _long(served) and self._reading is not None and self._reading[0]._rank[0] <= served._rank[0]:
                     continue
-                alone = in_chunks or served._suspended is not None
+                alone = _long(served) or served._suspended is not None
                 spare -= self._pages.needed(served._claim(0).least)
                 full = len(group) == self._group or spare < 0
                 if group and (alone or full or served._rank[0] != group[0]._rank[0]):
@@ -673,6 +697,11 @@ class _Made(NamedTuple):
     def read(cls, lanes: Lanes) -> _Made:
         """Wait for the program that makes them; its errors appear here."""
         return cls(*(np.asarray(getattr(lanes, name)) for name in cls._fields))
+
+
+def _long(served: Served) -> bool:
+    """Whether its prompt is to be read in chunks."""
+    return served._in_chunks and served._suspended is None
 
 
 def _stack(rows: list[Request]) -> Request:

@@ -21,7 +21,7 @@ def page_sizes(
     Args:
       lanes, capacity: its lanes, and the positions that each may have.
       size: positions of a page; None: 128 on accelerators, as many as a kernel reads at once, and fewer on a CPU.
-      tokens: positions of all pages, rounded up to whole ones; None: enough for all lanes.
+      tokens: positions of all pages, rounded up to whole ones; no more than all lanes need, which None stands for.
       platform: that it runs on; None: the one in use.
 
     Raises:
@@ -29,11 +29,12 @@ def page_sizes(
     """
     if size is None:
         size = 32 if (platform or jax.default_backend()) == "cpu" else 128
+    most = lanes * -(-capacity // size)
     if tokens is None:
-        return PageSizes(lanes * -(-capacity // size), size)
+        return PageSizes(most, size)
     if tokens < capacity:
         raise InputError(f"cache_tokens = {tokens}: must be at least the capacity of one lane, {capacity}")
-    return PageSizes(-(-tokens // size), size)
+    return PageSizes(min(-(-tokens // size), most), size)
 
 
 class Claim(NamedTuple):

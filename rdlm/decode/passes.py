@@ -106,6 +106,7 @@ class CacheMemory:
         first = cache_bytes(config, sets, batch, length, dtype) + scores + activations + logits
         later = batch * capacity * (2 * D * dtype.itemsize + 32 * H)  # a layer's keys and values with their heads split
         cache = cache_bytes(config, sets, 1, self.positions or batch * capacity, dtype, self.coda_sets)
+        cache += 4 * batch * capacity if self.positions else 0  # the depth of each row's tokens
         return int(1.05 * (cache + max(first, later)))
 
     def require(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -31,18 +31,21 @@ class Suspended(NamedTuple):
 
 def suspend(params: Params, config: ModelConfig, lanes: Lanes, lane: int, pages: Sequence[int]) -> Suspended:
     """A copy of what `lane` holds, whose keys and values lie in these pages."""
-    copies = [_page(params, config, lanes, jnp.int32(page)) for page in pages]
-    return Suspended(_row(params, config, lanes, jnp.int32(lane)), jax.device_get(copies))
+    # One page after the other: the device may have no memory for all of them.
+    copies = [jax.device_get(_page(params, config, lanes, jnp.int32(page))) for page in pages]
+    return Suspended(_row(params, config, lanes, jnp.int32(lane)), copies)
 
 
 def resume(
     params: Params, config: ModelConfig, lanes: Lanes, suspended: Suspended, lane: int, pages: Sequence[int]
-) -> Lanes:
-    """The lanes with what was suspended in `lane`, whose pages are these, and more if they are more. lanes: donated."""
-    lanes = _with_row(params, config, lanes, suspended.row, jnp.int32(lane))
+) -> Iterator[Lanes]:
+    """The lanes, more and more of what was suspended in `lane`, whose pages are these, and more if they are more.
+
+    lanes: donated, as are those that are given before the last.
+    """
+    yield (lanes := _with_row(params, config, lanes, suspended.row, jnp.int32(lane)))
     for copy, page in zip(suspended.pages, pages, strict=False):
-        lanes = _with_page(params, config, lanes, copy, jnp.int32(page))
-    return lanes
+        yield (lanes := _with_page(params, config, lanes, copy, jnp.int32(page)))
 
 
 def _layers(cache: Cache) -> Layers:

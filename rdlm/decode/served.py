@@ -51,6 +51,7 @@ class Served:
     _constraint: Constraint | None = dataclasses.field(default=None, repr=False)
     _allowed: np.ndarray | None = dataclasses.field(default=None, repr=False)  # next, by the constraint
     _suspended: Suspended | None = dataclasses.field(default=None, repr=False)  # while others have its lane
+    _preempted: bool = dataclasses.field(default=False, repr=False)  # whether it ever gave way
 
     def _claim(self, ticks: int) -> Claim:
         """The positions that it needs in its lane for another token, and before so many ticks have passed."""

@@ -254,6 +254,8 @@ def attend_cached(
       q: as in `softmax_attention`.
       new: (k, v, bias) of the L tokens of the pass.
       cached: the T tokens in the cache, which are finite. bias: of theirs.
+
+    For decoding: there is no reverse mode where a kernel or a loop of blocks reads the cache.
     """
     if q.shape[1] > 1:  # a token by itself hides from nobody
         new = (*harmless(new[0], new[1]), new[2])

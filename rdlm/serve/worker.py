@@ -246,7 +246,6 @@ class Worker:
         """Compile for prompts of every length, as requests will. Raises what the engine raises."""
         context, engine = self._depths.options.max_context, self.engines[depth.kind]
         assert context is not None
-        engine.compile_preemption()
         lengths = [(length, False) for length in engine.prompt_lengths()]
         if self._run.config.prefix_attention:
             lengths += [(length, True) for length in engine.prompt_lengths(prefix=True)]
@@ -261,6 +260,7 @@ class Worker:
                 self._round()
             if answer.error is not None:
                 raise answer.error
+        engine.compile_preemption()
 
     def _take(self, wait: bool = True) -> None:
         """Answers that have come; waits for one if there is nothing else to do."""

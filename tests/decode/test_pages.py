@@ -12,6 +12,7 @@ from engine_cases import EXACT, KINDS, NEW, TINY, Ask, R, generated, new_engine,
 import rdlm.decode.engine
 from rdlm.config import InputError
 from rdlm.decode import Engine, preempt
+from rdlm.decode.engine import _Made
 from rdlm.decode.lanes import PageSizes
 from rdlm.decode.pages import Claim, Pages, page_sizes
 
@@ -195,6 +196,89 @@ def test_one_that_cannot_be_kept_ends_alone(monkeypatch):
     assert {str(s.error) for s in lost} == {"no room on the host"}
     for s, whole in zip(served, expected(0), strict=True):
         assert s.error is not None or outcome(s) == whole
+
+
+def test_an_interrupted_step_is_made_up_for(monkeypatch):
+    e = new_engine(KIND, page_size=1, lanes=4, capacity=16, ticks_per_step=12)
+    asks = [Ask((3, 1), depth=2), Ask((7,), depth=3), Ask((5, 9, 2), depth=2)]
+    served = [submit(e, KIND, ask) for ask in asks[:2]]
+    e.step()
+    read = _Made.read
+
+    def interrupted(lanes):
+        read(lanes)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_Made, "read", interrupted)
+    held = [len(s.tokens) for s in served]
+    with pytest.raises(KeyboardInterrupt):
+        e.step()
+    monkeypatch.setattr(_Made, "read", read)
+    assert [len(s.tokens) for s in served] == held
+    served.append(submit(e, KIND, asks[2]))  # its pages must not be those of tokens that nobody has heard of
+    e.run()
+    assert [outcome(s) for s in served] == generated(KIND, asks * 4)[:3]
+
+
+def test_an_interrupted_return_ends_nobody(monkeypatch):
+    e = short_of_pages(ticks_per_step=1)
+    low = [submit(e, KIND, Ask((i,) * 6)) for i in range(2)]
+    e.step()
+    high = submit(e, KIND, Ask((9,) * 6, priority=1))
+    e.step()
+    put = preempt._with_page
+
+    def interrupted(*args):
+        put(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(preempt, "_with_page", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        e.run()
+    assert not low[1].done
+    monkeypatch.setattr(preempt, "_with_page", put)
+    e.run()
+    asked = [Ask((0,) * 6), Ask((1,) * 6), Ask((9,) * 6)]
+    assert [outcome(s) for s in (*low, high)] == generated(KIND, asked * 4)[:3]
+
+
+def test_nobody_gives_way_where_that_makes_no_room():
+    e = short_of_pages(ticks_per_step=1)
+    equal, low = submit(e, KIND, Ask((1,) * MOST, priority=1)), submit(e, KIND, Ask((2,)))
+    e.step()
+    assert e.in_flight == [equal, low]
+    submit(e, KIND, Ask((3,) * MOST, priority=1))
+    e.step()
+    assert (e.preempted, e.in_flight) == (0, [equal, low])
+    e.run()
+
+
+def test_a_long_prompt_of_a_higher_priority_is_read_first():
+    e = short_of_pages(ticks_per_step=1, prefill_chunk=3)
+    asks = [Ask(tuple(range(k, k + 9)), priority=k) for k in range(2)]
+    low = submit(e, KIND, asks[0])
+    e.step()
+    assert (e.in_flight, low.tokens) == ([low], [])
+    high = submit(e, KIND, asks[1])
+    while not high.tokens:
+        e.step()
+    assert (low.tokens, e.preempted) == ([], 1)
+    e.run()
+    assert [outcome(s) for s in (low, high)] == generated(KIND, asks * 6)[:2]
+
+
+def test_those_that_gave_way_are_not_waiting_requests():
+    e = short_of_pages(ticks_per_step=1, max_queue=2)
+    low = [submit(e, KIND, Ask((i,) * 6)) for i in range(2)]
+    e.step()
+    submit(e, KIND, Ask((9,) * 6, priority=1))
+    e.step()
+    assert (e.preempted, low[1].done) == (1, False)
+    for _ in range(2):
+        submit(e, KIND, Ask((4,)))
+    with pytest.raises(InputError, match="max_queue = 2"):
+        submit(e, KIND, Ask((4,)))
+    e.run()
 
 
 # Room
