@@ -140,7 +140,7 @@ def sampling_rows(entry):
     present = np.zeros(arrays["logits"].shape, bool)
     for row, history in zip(present, arrays["history"], strict=True):
         row[history] = True
-    return present, as_arrays(Sampling(**options), len(present))
+    return present, jax.device_put(as_arrays(Sampling(**options), len(present)))
 
 
 @pytest.mark.parametrize(("name", "case"), of_kind("sampling"))

@@ -200,21 +200,21 @@ def test_one_that_cannot_be_kept_ends_alone(monkeypatch):
 
 def test_an_interrupted_step_is_made_up_for(monkeypatch):
     e = new_engine(KIND, page_size=1, lanes=4, capacity=16, ticks_per_step=12)
-    asks = [Ask((3, 1), depth=2), Ask((7,), depth=3), Ask((5, 9, 2), depth=2)]
-    served = [submit(e, KIND, ask) for ask in asks[:2]]
-    e.step()
-    read = _Made.read
+    asks = [Ask((3, 1), threshold=0.03), Ask((7,), threshold=0.03), Ask((5, 9, 2, 8))]
+    served, read, reads = [submit(e, KIND, ask) for ask in asks[:2]], _Made.read, []
 
     def interrupted(lanes):
-        read(lanes)
-        raise KeyboardInterrupt
+        reads.append(read(lanes))
+        if reads[-1].count.max() > 1:  # not when prompts have just been read
+            raise KeyboardInterrupt
+        return reads[-1]
 
     monkeypatch.setattr(_Made, "read", interrupted)
-    held = [len(s.tokens) for s in served]
     with pytest.raises(KeyboardInterrupt):
         e.step()
     monkeypatch.setattr(_Made, "read", read)
-    assert [len(s.tokens) for s in served] == held
+    assert [len(s.tokens) for s in served] == [1, 1]
+    assert reads[-1].busy.sum() == 2
     served.append(submit(e, KIND, asks[2]))  # its pages must not be those of tokens that nobody has heard of
     e.run()
     assert [outcome(s) for s in served] == generated(KIND, asks * 4)[:3]
