@@ -119,7 +119,7 @@ async def model(name: str, request: Request) -> Json:
 
 async def completions(body: CompletionBody, request: Request) -> Response:
     """Continue a text."""
-    return await _generate(request, body, lambda service: encode_texts(service, body.prompt))
+    return await _generate(request, body, lambda service: encode_texts(service, body.prompts))
 
 
 async def chat_completions(body: ChatBody, request: Request) -> Response:
@@ -207,6 +207,7 @@ async def _generate(
     service = _service(request)
     deadline = asyncio.get_running_loop().time() + service.options.request_timeout
     check_fields(body, service)
+    service.require_few(body.num_prompts, body.n or 1)
     ask = understand(service, body, await encode(service))
     if (refusal := service.admission()) is not None:
         raise refusal

@@ -142,6 +142,11 @@ class Generate(Body):
         return "max_tokens", self.max_tokens
 
     @property
+    def num_prompts(self) -> int:
+        """How many there are."""
+        return 1
+
+    @property
     def log_probs(self) -> bool:
         """Whether the answer says how likely its tokens were."""
         return False
@@ -159,6 +164,17 @@ class CompletionBody(Generate):
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     echo: bool | None = None
+
+    @property
+    def prompts(self) -> Sequence[str | list[int]]:
+        """Texts or token ids, one or several."""
+        given: Any = self.prompt
+        return given if isinstance(given, list) and not isinstance(given[0], int) else [given]
+
+    @property
+    def num_prompts(self) -> int:
+        """How many there are."""
+        return len(self.prompts)
 
     @property
     def log_probs(self) -> bool:
@@ -239,7 +255,7 @@ _WITHOUT_EFFECT = {
     "metadata", "parallel_tool_calls", "prompt_cache_key", "safety_identifier", "service_tier", "store", "tool_choice",
     "user",
 }  # fmt: skip
-_SHORT = 1000  # characters, which are encoded sooner than another thread would be asked
+_FEW, _SHORT = 8, 1000  # texts and their characters, which are encoded sooner than another thread would be asked
 _NOTHING: tuple[object, ...] = (None, False, 0, "", "none", "auto")
 _UNSERVED: dict[str, tuple[object, ...]] = {  # fields that would change the answer, and values that change nothing
     "audio": (),
@@ -290,19 +306,19 @@ async def encode_chat(service: Service, messages: Sequence[Message]) -> np.ndarr
         raise wrong("messages", "lists or objects in them are nested too deeply") from error
 
 
-async def encode_texts(service: Service, prompt: str | list[str] | list[int] | list[list[int]]) -> list[np.ndarray]:
-    """The prompts of a completion. Long ones are encoded in another thread.
+async def encode_texts(service: Service, prompts: Sequence[str | list[int]]) -> list[np.ndarray]:
+    """The prompts of a completion. Long or many texts are encoded in another thread.
 
     Raises:
       APIError: not valid Unicode.
     """
-    given: list[Any] = prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
 
     def encode() -> list[np.ndarray]:
-        return [service.tokenizer.encode(p) if isinstance(p, str) else np.asarray(p, np.int32) for p in given]
+        return [service.tokenizer.encode(p) if isinstance(p, str) else np.asarray(p, np.int32) for p in prompts]
 
+    texts = [p for p in prompts if isinstance(p, str)]
     try:
-        short = sum(len(p) for p in given if isinstance(p, str)) <= _SHORT
+        short = len(texts) <= _FEW and sum(map(len, texts)) <= _SHORT
         return encode() if short else await asyncio.to_thread(encode)
     except InputError as error:
         raise from_input_error(error, "prompt") from error

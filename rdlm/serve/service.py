@@ -204,19 +204,27 @@ class Service:
         finally:
             compiling.cancel()
 
+    def require_few(self, prompts: int, samples: int) -> None:
+        """Refuse a request with more answers than may ever wait, before anything is done for it.
+
+        Raises:
+          APIError: it has more.
+        """
+        count, most = prompts * samples, self.options.max_queue
+        if count > most:
+            field = "n" if samples > 1 else "prompt"
+            raise APIError(400, f"{field}: {count} answers in one request, at most {most} may wait", field, "too_many")
+
     def open(self, ask: Ask) -> Call:
-        """Queue a request that has been admitted; `close` it in any case.
+        """Queue a request that passed `require_few` and has been admitted; `close` it in any case.
 
         Raises:
           APIError: no room, or the engine has failed.
         """
         if (refusal := self._unready()) is not None:
             raise refusal
-        count, most = len(ask.prompts) * ask.samples, self.options.max_queue
-        if count > most:
-            field = "n" if ask.samples > 1 else "prompt"
-            raise APIError(400, f"{field}: {count} answers in one request, at most {most} may wait", field, "too_many")
-        if self._unplaced(ask.depth.kind, count) > most:
+        count = len(ask.prompts) * ask.samples
+        if self._unplaced(ask.depth.kind, count) > self.options.max_queue:
             raise APIError(429, "too many requests are waiting; try again later", code="queue_full", retry_after=1)
         call = Call(count, self.options.max_buffer)
         answers = []

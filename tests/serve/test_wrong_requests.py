@@ -1,14 +1,18 @@
 """Wrong requests: the status, the field and the message of each, and nothing of the machine in any."""
 
+import asyncio
 import dataclasses
 import json
 import socket
+import threading
 import types
 
 import httpx
 import pytest
 
 from rdlm.decode import Engine
+from rdlm.serve.protocol import encode_texts
+from rdlm.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -140,6 +144,35 @@ def test_a_body_that_is_no_object(server, content, words):
     response = httpx.post(f"{server.url}/v1/completions", content=content, headers={"Content-Type": "application/json"})
     assert response.status_code == 400
     assert words in response.json()["error"]["message"]
+
+
+@pytest.fixture
+def encoded_in(monkeypatch):
+    """The thread in which each text was encoded."""
+    threads, encode = [], Tokenizer.encode
+    monkeypatch.setattr(
+        Tokenizer, "encode", lambda *given: threads.append(threading.current_thread()) or encode(*given)
+    )
+    return threads
+
+
+def test_too_many_prompts_are_refused_before_one_is_encoded(server, encoded_in):
+    for prompts, n in (([""] * 300_000, 1), (["a"] * 33, 2), (["a"] * 65, None)):
+        status, answer = server.post("completions", prompt=prompts, n=n)
+        assert (status, answer["error"]["code"]) == (400, "too_many")
+        assert f"{len(prompts) * (n or 1)} answers in one request, at most 64 may wait" in answer["error"]["message"]
+    assert encoded_in == []
+    assert server.post("completions", **TEXT)[0] == 200
+    assert len(encoded_in) == 1, "the control: encoding is seen here"
+
+
+def test_only_a_few_short_texts_are_encoded_in_the_event_loop(encoded_in):
+    service, here = types.SimpleNamespace(tokenizer=Tokenizer.bytes_only()), threading.current_thread()
+    for prompts, at_once in ((["a"] * 8, True), (["a" * 1001], False), ([""] * 9, False), ([[1]] * 9 + ["a"], True)):
+        encoded_in.clear()
+        found = asyncio.run(encode_texts(service, prompts))
+        assert len(found) == len(prompts)
+        assert {thread is here for thread in encoded_in} == {at_once}
 
 
 def test_what_is_not_there(server):
