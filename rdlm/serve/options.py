@@ -45,7 +45,10 @@ class ServeOptions:
     alike; 0: none. None: as much as an eighth of the lanes hold, and at least one lane, or nothing with
     --cache-recurrences."""
     max_queue: int = 64
-    """Answers that may wait for a lane; more are refused with status 429."""
+    """Answers that may wait for a lane, for their first time or after they gave one up to others; more are refused with
+    status 429."""
+    max_priority: int = 0
+    """Highest priority that a request may ask for, at most 100; lower ones are always allowed."""
     max_body: int = 2**20
     """Bytes of a request's body."""
     max_buffer: int = 1024
@@ -68,6 +71,7 @@ class ServeOptions:
         for name in (*counts, "max_queue", "max_body", "max_buffer"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"--{name.replace('_', '-')}", value, "must be at least 1")
+        require(0 <= self.max_priority <= 100, "--max-priority", self.max_priority, "must be in [0, 100]")
         for name in ("request_timeout", "write_timeout", "grace"):
             value = getattr(self, name)
             require(0 < value < 1e6, f"--{name.replace('_', '-')}", value, "must be a number of seconds above 0")

@@ -369,6 +369,9 @@ def understand(service: Service, body: Generate, prompts: list[np.ndarray]) -> A
         raise wrong("stream_options", "needs stream = true")
     if body.likeliest and not body.log_probs:
         raise wrong("top_logprobs", "needs logprobs = true")
+    highest = service.options.max_priority
+    if body.priority is not None and body.priority > highest:
+        raise wrong("priority", f"{body.priority} is more than the {highest} that this server allows (--max-priority)")
     if body.prefix and not service.run.config.prefix_attention:
         raise wrong("prefix", "every token of this model sees only those before it; leave it out")
     if body.prefix and echo and body.log_probs:

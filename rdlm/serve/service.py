@@ -242,13 +242,14 @@ class Service:
         return call
 
     def _unplaced(self, kind: str, more: int) -> int:
-        """Answers that wait although all lanes of their kind of rule are taken, with so many more of one kind."""
-        waiting, running = collections.Counter({kind: more}), collections.Counter[str]()
+        """Answers that have no lane because all of their kind of rule are taken, with so many more of one kind.
+
+        Those that gave their lane to others count too: their keys and values take the host's memory.
+        """
+        present = collections.Counter({kind: more})
         for call, answers in self._calls.items():
-            waiting[answers[0].ask.depth.kind] += len(call.waiting)
-            running[answers[0].ask.depth.kind] += len(call.running)
-        lanes = self.options.lanes
-        return sum(max(waiting[each] - max(lanes - running[each], 0), 0) for each in waiting)
+            present[answers[0].ask.depth.kind] += len(call.waiting) + len(call.running)
+        return sum(max(count - self.options.lanes, 0) for count in present.values())
 
     def close(self, call: Call) -> None:
         """Free what the request still holds, within one step of the engine. Nothing comes for it any more."""

@@ -86,6 +86,23 @@ def test_a_full_queue_of_one_rule_refuses_nobody_of_another(server, rounds, monk
         rounds.release(1000)
 
 
+def test_requests_that_gave_up_their_lanes_fill_the_queue(server, rounds, monkeypatch):
+    options(server, monkeypatch, max_queue=4)
+    before, slow = server.service.worker.preempted, {"exit": "none", "num_steps": 8}  # at most a token in each round
+    with streams(server, 4, priority=-1, **slow) as low:
+        rounds.release(6)
+        until(lambda: server.service.running == 4)
+        with streams(server, 4, **slow) as high:
+            assert [response.status_code for response in high] == [200] * 4
+            rounds.release(6)
+            until(lambda: server.service.running == 8)
+            assert server.service.worker.preempted >= before + 4
+            with streams(server, 1) as more:
+                assert more[0].status_code == 429
+            rounds.release(1000)
+            assert [events(response)[-1] for response in (*low, *high)] == ["[DONE]"] * 8
+
+
 def schema(digit):
     """Only this digit is an answer."""
     return {"type": "json_schema", "json_schema": {"name": "digit", "schema": {"const": digit}}}
@@ -350,9 +367,15 @@ def test_a_priority_reaches_the_engine(server, monkeypatch):
     engine, seen = server.service.worker.engines["kl"], []
     submit = engine.submit
     monkeypatch.setattr(engine, "submit", lambda *given, **options: seen.append(options) or submit(*given, **options))
-    for fields in ({}, {"priority": 7}):
-        assert server.post("completions", prompt="a", max_tokens=1, **fields)[0] == 200
-    assert [options["priority"] for options in seen] == [0, 7]
+    with monkeypatch.context() as patch:
+        options(server, patch, max_priority=7)
+        given = [{}, {"priority": -100}, {"priority": 7}]
+        for fields in given:
+            assert server.post("completions", prompt="a", max_tokens=1, **fields)[0] == 200
+        assert server.post("completions", prompt="a", max_tokens=1, priority=8)[0] == 400
+    assert [options["priority"] for options in seen] == [0, -100, 7]
+    for priority, status in ((0, 200), (1, 400)):
+        assert server.post("completions", prompt="a", max_tokens=1, priority=priority)[0] == status
 
 
 def test_the_command_serves_until_a_signal_and_ends_what_it_has_begun(toy_run, server, command, monkeypatch):
@@ -419,6 +442,7 @@ def test_the_command_ends_when_the_engine_cannot_go_on(toy_run, server, command,
         (["--port", "70000"], ["--port", "65535"]),
         (["--host", "256.1.1.1"], ["--host 256.1.1.1", "choose another"]),
         (["--grace", "0"], ["--grace", "above 0"]),
+        (["--max-priority", "101"], ["--max-priority", "in [0, 100]"]),
     ],
 )
 def test_wrong_flags_are_named_in_one_line(toy_run, command, flags, words):

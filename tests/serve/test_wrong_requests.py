@@ -82,6 +82,7 @@ WRONG_TEXTS = [
     ({"threshold": -1}, "threshold", "greater than or equal to 0"),
     ({"exit": "none", "threshold": 0.1}, "threshold", "leave it out"),
     ({"min_steps": -1}, "min_steps", "greater than or equal to 0"),
+    ({"priority": 1}, "priority", "1 is more than the 0 that this server allows (--max-priority)"),
     ({"priority": 101}, "priority", "less than or equal to 100"),
     ({"presence_penalty": 3}, "presence_penalty", "less than or equal to 2"),
     ({"frequency_penalty": -3}, "frequency_penalty", "greater than or equal to -2"),
