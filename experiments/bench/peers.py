@@ -15,7 +15,8 @@ prompt, the greedy tokens behind it, with exits the recurrences too, and the los
 
 A ratio is their time over ours within one turn: above 1, this project is faster. The table has the median of the turns
 and their range, and beside it the load: cores that were busy with anything else meanwhile. With more of it than
---max-load nothing is judged: the exit code is 1 at once, or after the table where the load came later.
+--max-load nothing is judged: the exit code is 1 at once, or after the table where the load came later. Where the load
+cannot be read, so that nobody knows, it is 1 too, unless --max-load is given.
 
 torch and transformers live in an environment of their own, in --folder. Where it does not exist, it is made, and what
 that downloads is said first. Hardware: a CPU with Linux, which tells the load; two cores take some ten minutes.
@@ -76,7 +77,7 @@ class Options:
     threads: int | None = None
     """Cores of each peer; None: all."""
     max_load: float | None = None
-    """Cores that may be busy with something else; None: a tenth of all."""
+    """Cores that may be busy with something else; None: a tenth of all. Given, an unknown load is accepted too."""
     prompt_tokens: int = 256
     new_tokens: int = 64
     batch_size: int = 4
@@ -110,20 +111,23 @@ def cores() -> int:
 class Load:
     """Cores that have been busy, on average since the start, with anything but these processes and this one.
 
-    Time that a virtual machine waits for its host counts as busy. NaN where there is no /proc.
+    Time that a virtual machine waits for its host counts as busy.
     """
 
     def __init__(self, *processes: int):
         self.processes = (os.getpid(), *processes)
         self.began = self._now()
 
-    def others(self) -> float:
-        """The load since the start."""
-        wall, busy, own = (now - then for now, then in zip(self._now(), self.began, strict=True))
+    def others(self) -> float | None:
+        """The load since the start; None where it cannot be read."""
+        now = self._now()
+        if now is None or self.began is None:
+            return None
+        wall, busy, own = (after - before for after, before in zip(now, self.began, strict=True))
         return max(busy - own, 0.0) / max(wall, 1e-9)
 
-    def _now(self) -> tuple[float, float, float]:
-        """Seconds: of the clock, of all cores, of our processes."""
+    def _now(self) -> tuple[float, float, float] | None:
+        """Seconds: of the clock, of all cores, of our processes. None without /proc."""
         try:
             tick = os.sysconf("SC_CLK_TCK")
             user, nice, system, _, _, *rest = map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9])
@@ -133,18 +137,28 @@ class Load:
                 own += int(fields[11]) + int(fields[12])
             return time.monotonic(), (user + nice + system + sum(rest)) / tick, own / tick
         except OSError:
-            return time.monotonic(), float("nan"), 0.0
+            return None
 
 
-def require_quiet(most: float) -> None:
-    """Raise RunError if the machine does something else for a second."""
+def require_quiet(o: Options, loads: list[float | None], then: str) -> None:
+    """Raise RunError if one of these loads is too high, or unknown where the user gave no limit. then: what to do."""
+    if None in loads and o.max_load is None:
+        raise RunError(
+            "the load cannot be read from /proc, and an unknown one judges nothing: give --max-load to compare anyway"
+        )
+    worst = max((load for load in loads if load is not None), default=0.0)
+    if worst > o.load:
+        raise RunError(
+            f"{worst:.2f} of {cores()} cores were busy with something else, and more than --max-load {o.load:g} judges "
+            f"nothing: {then}"
+        )
+
+
+def load_of_a_second() -> float | None:
+    """The load now."""
     load = Load()
     time.sleep(1)
-    if (found := load.others()) > most:
-        raise RunError(
-            f"{found:.2f} of {cores()} cores are busy with something else, and more than --max-load {most:g} judges "
-            "nothing: wait, or raise it"
-        )
+    return load.others()
 
 
 def environment(folder: Path) -> Path:
@@ -344,7 +358,7 @@ class Row:
     ratio: float
     least: float
     most: float
-    load: float
+    load: float | None  # None: unknown
 
 
 def task(o: Options, work: Work, vocab: int) -> tuple[str, dict[str, Any]]:
@@ -401,7 +415,9 @@ def show(rows: list[Row]) -> None:
     """A table on standard output."""
 
     def cell(value: object) -> str:
-        return (f"{value:,.0f}" if value >= 100 else f"{value:.2f}") if isinstance(value, float) else str(value)
+        if isinstance(value, float):
+            return f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
+        return "unknown" if value is None else str(value)
 
     table = [list(dataclasses.asdict(rows[0])), *([cell(x) for x in dataclasses.astuple(row)] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
@@ -416,7 +432,7 @@ def main() -> int:
         if folder is not None and not folder.is_dir():
             raise InputError(f"{name} = {folder}: is no folder; give one with a model")
     require(o.reference is not None or o.work != ("adaptive",), "work", "adaptive", "only with --reference FOLDER")
-    require_quiet(o.load)
+    require_quiet(o, [load_of_a_second()], "wait, or raise it")
     python = environment(o.folder / "environment")
     folders = {"transformers": plain_toy(o) if o.model is None else o.model}
     if o.reference is not None:
@@ -430,12 +446,7 @@ def main() -> int:
     show(rows)
     if o.json is not None:
         write_output(o.json, json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n")
-    load = max(row.load for row in rows)
-    if load > o.load:
-        raise RunError(
-            f"up to {load:.2f} cores were busy with something else, more than --max-load {o.load:g}: the table above "
-            "judges nothing; repeat it when the machine is quiet"
-        )
+    require_quiet(o, [row.load for row in rows], "repeat the table above when the machine is quiet, or raise it")
     return 0
 
 

@@ -17,6 +17,7 @@ from rdlm.runtime import RunError
 
 FAKE = Path(__file__).parents[1] / "support/fake_peer.py"
 SMALL = ModelConfig(16, 16, 2, 16, prelude_layers=1, core_layers=1, coda_layers=1, mean_recurrence=2)
+OTHERS = script("bench/peers").Load.others
 WORK = ("--work", "prefill", "decode", "train", "--dtypes", "float32", "--turns", "2", "--new-tokens", "4")
 
 
@@ -71,6 +72,31 @@ def test_load_that_comes_later_is_shown_and_judges_nothing(run, bench, monkeypat
     assert "0.90" in out
     assert err.count("\n") == 1
     assert "judges nothing" in err
+
+
+def test_an_unknown_load_is_refused_unless_a_limit_is_given(run, bench, monkeypatch, tmp_path):
+    monkeypatch.setattr(bench.Load, "others", OTHERS)
+    read = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda path, **o: read(Path(str(path).replace("/proc/", "/nowhere/")), **o))
+    assert bench.Load().others() is None
+    code, out, err = run()
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert "give --max-load" in err
+    assert not (tmp_path / "work").exists()
+    code, out, err = run("--max-load", "0.5", "--json", tmp_path / "rows.json")
+    assert (code, err) == (0, "")
+    assert "unknown" in out
+    text = (tmp_path / "rows.json").read_text()
+    assert [row["load"] for row in json.loads(text, parse_constant=pytest.fail)] == [None] * 3
+
+
+def test_load_that_nobody_knew_later_judges_nothing(run, bench, monkeypatch):
+    found = iter([0.0, 0.0, None, 0.0])
+    monkeypatch.setattr(bench.Load, "others", lambda load: next(found))
+    code, out, err = run()
+    assert (code, err.count("\n")) == (1, 1)
+    assert "unknown" in out
+    assert "give --max-load" in err
 
 
 @pytest.mark.skipif(not Path("/proc/stat").exists(), reason="the load is read from /proc")
