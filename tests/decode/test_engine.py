@@ -3,6 +3,7 @@
 Decisions within the margins of docs/semantics.md may differ between compiled shapes; the seeds here meet none.
 """
 
+import contextlib
 import dataclasses
 import functools
 
@@ -32,10 +33,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rdlm.decode.engine
-from rdlm.config import Sampling
+from rdlm.config import CachePolicy, Sampling
 from rdlm.decode import lanes
 from rdlm.decode.lanes import advance, insert
-from rdlm.decode.loop import begin, read_chunk
+from rdlm.decode.loop import begin, decode_tokens, read_chunk
 from rdlm.model import kernels
 
 samplings = st.builds(
@@ -230,23 +231,74 @@ def test_agreement_in_bf16(capsys):
     assert control[2] < 0.9  # 0.7333: the precision itself matters far more
 
 
+# Long caches, which CPUs read in blocks. (All others here have at most 128 positions.)
+
+
+@contextlib.contextmanager
+def in_blocks(monkeypatch, read=kernels._in_blocks):
+    """Read caches in blocks of 4 positions; gives the longest cache of everything that is compiled for it."""
+    programs, longest = (begin, decode_tokens, insert, advance, read_chunk), []
+    read_filled = kernels.attend_filled
+
+    def noted(q, new, cached, bias, filled):
+        longest.append(bias.shape[-1])
+        return read(q, new, cached, bias, filled)
+
+    with monkeypatch.context() as patch, contextlib.ExitStack() as forget:
+        patch.setattr(kernels, "FILLED", 4)
+        patch.setattr(kernels, "_in_blocks", noted)
+        patch.setattr(kernels, "attend_filled", lambda *given: read_filled(*given))  # JAX keeps traces of a function
+        for program in programs:
+            program.clear_cache()
+            forget.callback(program.clear_cache)
+        yield longest
+
+
+def of_all_lengths(kind):
+    """Few requests whose prompts fill 1, 3 and 5 blocks."""
+    rng = np.random.default_rng(5)
+    return [
+        Ask(
+            tuple(rng.integers(0, TINY.vocab_size, length).tolist()), seed=length, depth=depth, comes=comes,
+            threshold=float(rng.uniform(*KINDS[kind].thresholds)),
+        )
+        for length, depth, comes in ((17, R, 0), (2, R - 1, 2), (9, 3, 1))
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [kind for kind in EXACT if KINDS[kind].shared["cache"] != CachePolicy()])
+def test_what_is_read_in_blocks_is_what_is_read_at_once(kind, monkeypatch):
+    batch = of_all_lengths(kind)
+    whole = generated(kind, batch)
+    with in_blocks(monkeypatch) as longest:
+        assert generated(kind, batch) == whole
+        assert set(longest) == {64}
+        assert [outcome(s) for s in serve(kind, batch, new_engine(kind, lanes=3, page_size=2))] == whole
+        assert set(longest) == {64, TINY.max_length}
+
+
+def test_control_the_last_block_is_not_read(monkeypatch):
+    def one_less(q, new, cached, bias, filled, read=kernels._in_blocks):
+        return read(q, new, cached, bias, filled - 4)
+
+    kind = "latest, kl"
+    batch = of_all_lengths(kind)
+    whole = generated(kind, batch)
+    with in_blocks(monkeypatch, one_less):
+        assert generated(kind, batch) != whole
+
+
 def test_what_lanes_read_follows_the_longest_request_in_flight(monkeypatch):
-    monkeypatch.setattr(kernels, "FILLED", 4)
-    programs = begin, insert, advance, read_chunk  # compiled for another number of positions
-    for program in programs:
-        program.clear_cache()
-    try:
-        e = new_engine("latest, kl", prefill_chunk=5)
+    with in_blocks(monkeypatch) as longest:
+        e = new_engine("latest, kl", prefill_chunk=5, page_size=2)
         rng = np.random.default_rng(0)
         long, *short = [tuple(rng.integers(0, TINY.vocab_size, n).tolist()) for n in (TINY.max_length - NEW, 3, 1, 9)]
         first = Ask(long, new=2)
         later = [Ask(prompt, comes=4) for prompt in short]
         served = serve("latest, kl", [first, *later], e)
         assert [outcome(s) for s in served] == generated("latest, kl", [first, *later])
+        assert set(longest) == {64, TINY.max_length}
         submit(e, "latest, kl", later[0])
         e.step()
         assert sorted(np.asarray(e._lanes.cache.length) > 0) == [False] * 7 + [True]  # none of those that left
         e.run()
-    finally:
-        for program in programs:
-            program.clear_cache()
