@@ -78,7 +78,7 @@ class Sizes:
 
 CHIP = Sizes("bfloat16", ((8, 128), (40, 128), (55, 96)), 2048, 8192, 2**30, 16, 64, "small")
 CPU = Sizes("float32", ((8, 128), (11, 96)), 256, 1024, 2**28, 4, 8, "small")
-QUICK = Sizes("float32", ((2, 32),), 128, 256, 2**22, 2, 4, "nano", speeds=False)
+QUICK = Sizes("float32", ((2, 32),), 256, 256, 2**22, 2, 4, "nano", speeds=False)
 LEAST = {"matmul": 0.5, "memory": 0.5, "training": 0.2, "decoding": 0.25, "interconnect": 0.6}
 """Shares of what the hardware allows below which something is wrong: chosen, not yet measured on TPUs."""
 MOST = {"float32": 1e-4, "bfloat16": 0.05}
@@ -249,10 +249,14 @@ def second_set(attend: Callable[..., Array]) -> Attention:
 
 
 def over_cache(attend: Attention) -> Attention:
-    """The attention of one token over itself and the first half of those before it."""
+    """The attention of one token over itself and some of those before it, in two rows: over the first three quarters in
+    a text, and over the first quarter in the same text backwards."""
 
     def run(q: Array, k: Array, v: Array, _: Array) -> Array:
-        seen = jnp.where(jnp.arange(q.shape[1] - 1) < q.shape[1] // 2, 0.0, HIDDEN)[None, None]
+        q, k, v = (jnp.concatenate([x, x[:, ::-1]]) for x in (q, k, v))
+        L = q.shape[1]
+        filled = jnp.array([3 * L // 4, L // 4])
+        seen = jnp.where(jnp.arange(L - 1)[None] < filled[:, None], 0.0, HIDDEN)[:, None]
         return attend(q[:, -1:], (k[:, -1:], v[:, -1:], jnp.zeros((1, 1, 1))), (k[:, :-1], v[:, :-1], seen))
 
     return run

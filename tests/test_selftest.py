@@ -64,7 +64,7 @@ def test_a_wrong_rope_base_is_named(one_device, monkeypatch):
 def test_wrong_kernels_are_named_and_no_others(monkeypatch):
     assert failed(selftest.kernel_checks(TINY)) == []
     flat, trained, flash = kernels.attend_flat, kernels.attend_in_training, kernels.attend_flash
-    stored = kernels.attend_stored
+    stored, in_blocks, filled = kernels.attend_stored, kernels._in_blocks, kernels.attend_filled
 
     def wrong_gradient(q, k, v, bias):  # the value is right
         out = trained(q, k, v, bias)
@@ -76,25 +76,29 @@ def test_wrong_kernels_are_named_and_no_others(monkeypatch):
     monkeypatch.setattr(
         kernels, "attend_stored", lambda q, new, held, *a, **o: stored(q, new, held._replace(set=0 * held.set), *a, **o)
     )
+    monkeypatch.setattr(kernels, "_in_blocks", lambda *given: in_blocks(*given[:-1], given[-1] - kernels.FILLED))
+    monkeypatch.setattr(kernels, "attend_filled", lambda *given: filled(*given))  # JAX keeps traces of a function
     monkeypatch.setattr(kernels, "after", lambda reads, mask: ~mask)
     assert failed(selftest.kernel_checks(TINY)) == [
         "attend_in_training, 2 heads of 8",
         "attend_flash, 2 heads of 8",
+        "attend_cached, 2 heads of 8",
         "attend_stored, 2 heads of 8",
         "attend_copied, 2 heads of 8",
+        "attend_filled, 2 heads of 8",
         "attend_flat, 2 heads of 8",
         "row_major, updated_in_place, after",
     ]
 
 
 def test_the_plain_twin_is_softmax_attention_over_both_parts():
-    q, k, v = (jax.random.normal(jax.random.key(i), (1, 6, 2, 8)) for i in range(3))
-    ours = jax.jit(selftest.over_cache(softmax_attention))(q, k, v, q)[0, 0].reshape(2, 8)
+    q, k, v = (jax.random.normal(jax.random.key(i), (1, 8, 2, 8)) for i in range(3))
+    ours = jax.jit(selftest.over_cache(softmax_attention))(q, k, v, q).reshape(2, 2, 8)
     q, k, v = (np.asarray(x) for x in (q, k, v))
-    for h in range(2):
-        seen = [0, 1, 2, 5]  # of five before it the first three, and itself
-        p = np.exp(q[0, 5, h] @ k[0, seen, h].T / 8**0.5)
-        np.testing.assert_allclose(ours[h], p @ v[0, seen, h] / p.sum(), rtol=1e-5)
+    for row, seen in enumerate([[0, 1, 2, 3, 4, 5, 7], [7, 6, 0]]):  # the last one is the query
+        for h in range(2):
+            p = np.exp(q[0, seen[-1], h] @ k[0, seen, h].T / 8**0.5)
+            np.testing.assert_allclose(ours[row, h], p @ v[0, seen, h] / p.sum(), rtol=1e-5)
 
 
 def test_one_bit_changes_the_sum_of_all_bits():
