@@ -194,3 +194,12 @@ def test_the_table(row, column, name, tmp_path):
         with pytest.raises(InputError) as error:
             ROWS[row](params, config, **options)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["A2", "families/hrm_text"])
+def test_a_prompt_gets_in_a_batch_what_it_gets_alone(name):
+    params, config = small(name)
+    cases = [{"exit_rule": rdlm.exits.latent_diff(0.5), "num_steps": 6}] + [{"prefix": True}] * config.prefix_attention
+    for options in cases:
+        alone = [greedy(params, config, [p], **options) for p in PROMPTS]
+        assert greedy(params, config, **options) == ([t[0] for t, _ in alone], [s[0] for _, s in alone])
