@@ -17,6 +17,7 @@ import bisect
 import dataclasses
 import itertools
 import threading
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -340,17 +341,19 @@ class Engine:
         while self.step():
             pass
 
-    def step(self) -> bool:
+    def step(self, meanwhile: Callable[[], None] = lambda: None) -> bool:
         """Admit what fits, run some ticks, deliver tokens. False when there was nothing to do.
 
         Threads take turns. A listener may submit and cancel, but not run the engine that calls it.
+
+        meanwhile: called once the device computes the ticks, before the wait for it; not if there are none to compute.
         """
         with self._running:
             if self._inside:
                 raise InputError("Engine: called from on_token; a listener cannot run the engine that calls it")
             self._inside = True
             try:
-                return self._step()
+                return self._step(meanwhile)
             finally:
                 self._inside = False
 
@@ -363,7 +366,7 @@ class Engine:
         if not self.step() and not served.done:
             raise InputError("Engine: does not know this request any more; submit it again")
 
-    def _step(self) -> bool:
+    def _step(self, meanwhile: Callable[[], None]) -> bool:
         if self._behind:
             self._catch_up()
         self._serving = [None if s is None or s.done else s for s in self._serving]
@@ -390,6 +393,7 @@ class Engine:
             lanes, warm_start = self._with_pages(self._claims(most)), self._options.warm_start
             given = lanes, told, *ticks, self._flush, warm_start
             self._lanes = advance(self.params, self.config, *given)
+            meanwhile()
             made = _Made.read(self._lanes)
         except BaseException as error:
             in_flight = [s for s in self._serving if s is not None]

@@ -108,6 +108,7 @@ class Worker:
         self._tokenizer: Tokenizer = run.require_tokenizer()
         self._inbox: queue.SimpleQueue[Answer | None] = queue.SimpleQueue()
         self._active: list[Answer] = []
+        self._handed_over = 0  # how often
         self.engines: dict[str, Engine] = {}
         """By kind of exit rule, once made. Others may run them while there is no request."""
         self._stopping = False
@@ -162,6 +163,7 @@ class Worker:
             while not self._stopping:
                 self._take()
                 self._round()
+            self._hand_over()
         except BaseException as error:  # the engine answers for its own failures, so this one is the end
             self.failure, self.ready = error, False
             self._take(wait=False)
@@ -288,12 +290,14 @@ class Worker:
                 if not self._score(answer):
                     continue
             self._begin(answer)
+        before = self._handed_over
         for engine in self.engines.values():
-            engine.step()
+            engine.step(meanwhile=self._hand_over)  # so that the event loop works while the device computes
         for answer in self._active:
             if answer.served is not None and answer.served.done:
                 answer.fresh.append(self._end(answer, answer.served))
-        self._hand_over()
+        if self._handed_over == before or not any(engine.in_flight for engine in self.engines.values()):
+            self._hand_over()
 
     def _score(self, answer: Answer) -> bool:
         """Score the prompt, for all of its answers; False: that failed, and so does this answer."""
@@ -358,6 +362,7 @@ class Worker:
 
     def _hand_over(self) -> None:
         """Give what has come to the event loop, all at once."""
+        self._handed_over += 1
         batch, going_on = [], []
         for answer in self._active:
             if answer.cancelled:

@@ -346,7 +346,10 @@ def test_pages_are_shared_out_by_need_and_rank():
         ({"page_size": 2.5}, "page_size = 2.5"),
         ({"cache_tokens": 0}, "cache_tokens = 0: must be at least 1"),
         ({"cache_tokens": 31}, "cache_tokens = 31: must be at least the capacity of one lane, 32"),
-        ({"cache_tokens": 2 * 10**9}, "cache: 8 recurrences x 2000000000 positions: .* fewer cache_tokens"),
+        (
+            {"cache_tokens": 2 * 10**9, "lanes": 10**8},
+            "cache: 8 recurrences x 2000000000 positions: .* fewer cache_tokens",
+        ),
     ],
 )
 def test_impossible_pages(options, match):
@@ -367,3 +370,4 @@ def test_usual_pages():
     assert page_sizes(16, 1000) == (16 * 32, 32)
     assert page_sizes(16, 1000, platform="tpu") == (16 * 8, 128)
     assert page_sizes(16, 1000, tokens=4000, platform="tpu") == (32, 128)
+    assert page_sizes(16, 1000, tokens=10**6) == page_sizes(16, 1000)
