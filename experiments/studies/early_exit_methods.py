@@ -123,7 +123,7 @@ METHODS = {
     ),
     "joint": Method(
         "trained with a classifier",
-        ("classifier", "twice classifier", "margin", "latent_diff"),
+        ("classifier", "twice classifier", "delayed classifier", "margin", "latent_diff"),
         {"weight": JOINT_WEIGHT},
     ),
     "drop": Method("LayerDrop, batch", ("kl", "latent_diff", "classifier"), {"probability": DROP}),
