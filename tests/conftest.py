@@ -46,10 +46,10 @@ SLOW = set((TESTS / "slow.txt").read_text().splitlines())
 
 # Files of minutes come first, so that no process is left with one in the end. (xdist would begin with many tests.)
 LONG = (
-    "hf/test_capabilities.py", "train/test_survive.py", "decode/test_golden_decode.py", "train/test_tpu_train.py",
-    "test_sharding.py", "test_docs.py", "decode/test_generate.py", "evaluation/test_lm_eval.py",
-    "tpu_setup/test_workers.py", "experiments/test_fetch_model.py", "hf/test_families.py",
-    "tpu_setup/test_supervise.py",
+    "test_docs.py", "decode/test_tensor_parallel.py", "hf/test_families.py", "hf/test_capabilities.py",
+    "train/test_survive.py", "tpu_setup/test_supervise.py", "decode/test_speculative.py",
+    "decode/test_golden_decode.py", "decode/test_engine.py", "decode/test_generate.py", "test_sharding.py",
+    "experiments/test_fetch_model.py", "tpu_setup/test_workers.py", "decode/test_tpu_decode.py",
 )  # fmt: skip
 
 
