@@ -13,39 +13,34 @@ A request gets the tokens and steps that `generate` gives, regardless of other r
 from __future__ import annotations
 
 import asyncio
-import bisect
 import dataclasses
-import itertools
 import threading
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
 from rdlm.config import CachePolicy, InputError, ModelConfig, Sampling
-from rdlm.decode.lanes import RECENT, Flush, Lanes, advance, empty_lanes, insert
-from rdlm.decode.loop import Sizes, begin
-from rdlm.decode.pages import Claim, Pages, page_sizes
+from rdlm.decode.lanes import Flush
+from rdlm.decode.loop import Sizes
+from rdlm.decode.pages import Pages, page_sizes
 from rdlm.decode.passes import CacheMemory, next_power
-from rdlm.decode.preempt import resume, suspend
-from rdlm.decode.program import devices_of, host
-from rdlm.decode.reading import Reader, Reading, usual_chunk
+from rdlm.decode.program import devices_of
+from rdlm.decode.reading import Reader, Setup, usual_chunk
 from rdlm.decode.requests import (
     Constraint,
+    Constraints,
     Prompt,
-    Request,
     RequestOptions,
     WarmStart,
-    allowed_next,
     as_requests,
-    check_constraint,
-    not_finite,
-    padded,
+    check_alike,
     sample_keys,
 )
+from rdlm.decode.running import Running
+from rdlm.decode.schedule import Schedule
 from rdlm.decode.served import OnToken, Served
 from rdlm.exits import ExitRule
 from rdlm.model import Params, check_shape, typed_key
@@ -147,7 +142,7 @@ class Engine:
             init_scale=init_scale,
             any_shape=True,
         )
-        self._group, self._ticks = max(1, lanes // 4), ticks_per_step  # requests that are prefilled together
+        group = max(1, lanes // 4)  # requests that are prefilled together
         # Row 0 stands for every idle lane; making it also checks the engine's own options.
         self._idle, _ = as_requests(config, [[0]], 1, self._options)
         if any(np.shape(leaf)[:1] != (1,) for leaf in jax.tree.leaves(self._idle.depth)):
@@ -158,11 +153,10 @@ class Engine:
         sets = cache.sets(next_power(int(np.max(self._idle.depth.num_steps)), minimum=1))
         self._sizes = Sizes(cache, sets, capacity, max_new_tokens)
         together = np.max(self._idle.depth.num_steps) == 1  # whether all lanes stop after the same tick
-        self._flush = Flush(lanes if together else self._group, flush_every)
-        self._serving: list[Served | None] = [None] * lanes
-        self._pages = Pages(lanes, capacity, page_sizes(lanes, capacity, page_size, cache_tokens))
+        flush = Flush(lanes if together else group, flush_every)
+        pages = Pages(lanes, capacity, page_sizes(lanes, capacity, page_size, cache_tokens))
         prompts = f" and prompt_cache = {prompt_cache} bytes" if prompt_cache else ""
-        positions, lane_positions = self._pages.sizes.number * self._pages.sizes.size, f"{lanes} lanes x {capacity}"
+        positions, lane_positions = pages.sizes.number * pages.sizes.size, f"{lanes} lanes x {capacity}"
         memory = CacheMemory(params, config, lanes, 1, (sets, capacity), self._idle.depth, positions=positions)
         require_memory(
             f"cache: {sets} recurrences x {lane_positions if cache_tokens is None else positions} positions{prompts}",
@@ -171,20 +165,17 @@ class Engine:
             "(cache=CachePolicy(recurrences=k))",
         )
         chunk = usual_chunk(lanes) if prefill_chunk is None else int(prefill_chunk)
-        self._reader = Reader(
-            params, config, self._sizes, self._options, self._idle.depth, chunk=chunk, prompt_cache=prompt_cache
-        )
-        self._reading: tuple[Served, int, Reading] | None = None  # a long prompt, and the lane that it will have
-        self._chunk_next = False  # whose turn it is
-        self._lanes = self._empty_lanes()
-        self._submitted = itertools.count()
-        self._queue: list[Served] = []  # by rank
-        self.preempted = 0
-        """How often a request gave its lane and its pages to others."""
-        self._queue_lock = threading.Lock()  # requests may come while another thread runs a step
-        self._running, self._inside = threading.RLock(), False
-        self._behind = False  # whether the lanes may hold tokens that were not delivered
+        setup = Setup(params, config, self._options, self._idle, self._sizes)
+        self._reader = Reader(setup, chunk=chunk, prompt_cache=prompt_cache)
+        self._schedule = Schedule(lanes, pages, group)
+        self._running = Running(setup, self._schedule, self._reader, flush, ticks_per_step)
+        self._one_thread, self._inside = threading.RLock(), False
         self._turn: tuple[asyncio.AbstractEventLoop, asyncio.Lock] | None = None
+
+    @property
+    def preempted(self) -> int:
+        """How often a request gave its lane and its pages to others."""
+        return self._schedule.preempted
 
     @property
     def prompt_cache_bytes(self) -> int:
@@ -194,15 +185,13 @@ class Engine:
     @property
     def cache_usage(self) -> float:
         """Share of the pages that requests in flight need. Any thread may ask."""
-        claims = dict(enumerate(served._claim(0) for served in self.in_flight))
-        return 1 - self._pages.spare(claims) / self._pages.sizes.number
+        pages, claims = self._schedule.pages, dict(enumerate(s._claim(0) for s in self.in_flight))
+        return 1 - pages.spare(claims) / pages.sizes.number
 
     @property
     def in_flight(self) -> list[Served]:
         """Requests that have a lane. One whose long prompt is being read has no token yet. Any thread may ask."""
-        reading = self._reading
-        held = dict.fromkeys([None if reading is None else reading[0], *self._serving])  # it may just have moved
-        return [served for served in held if served is not None and not served.done]
+        return self._schedule.in_flight
 
     def submit(
         self,
@@ -263,39 +252,19 @@ class Engine:
             )
         if size.policy.sets(int(np.max(row.depth.num_steps))) > size.sets:
             raise InputError(f"num_steps = {num_steps}: the engine's cache keeps {size.sets} recurrences")
-        theirs, ours = row.depth, self._idle.depth
-        kinds: list[object] = [jax.tree.structure(depth) for depth in (theirs, ours)]
-        if kinds[0] != kinds[1]:
-            kind, other = (None if x.exit_rule is None else x.exit_rule.kind for x in (own, options))
-            raise InputError(f"exit_rule: this engine serves {kind!r}; another kind, {other!r}, needs another engine")
-        for leaf, other_leaf in zip(jax.tree.leaves(theirs), jax.tree.leaves(ours), strict=True):
-            if (leaf.shape, leaf.dtype) != (other_leaf.shape, other_leaf.dtype):
-                raise InputError(
-                    f"exit_rule: weights of {leaf.dtype} {list(leaf.shape[1:])}, but this engine serves those of "
-                    f"{other_leaf.dtype} {list(other_leaf.shape[1:])}"
-                )
-        if row.sampling.stop_tokens.shape != self._idle.sampling.stop_tokens.shape:
-            width = self._idle.sampling.stop_tokens.shape[1]
-            raise InputError(f"Sampling.stop_tokens: the engine serves at most {width} per request")
-        if row.keys.dtype != self._idle.keys.dtype:
-            raise InputError(f"key: {row.keys.dtype}, but this engine's are {self._idle.keys.dtype}")
+        check_alike(row, self._idle)
         allowed = None
         if constraint is not None:
-            check_constraint(constraint, sampling)
-            allowed = allowed_next(constraint, self.config.vocab_size)
-            sampling_row = row.sampling._replace(constrained=host([True]), allowed=host(allowed[None]))
-            row = row._replace(sampling=sampling_row)
+            row = Constraints([constraint], 1, options).restrict(row, [0], self.config.vocab_size)
+            allowed = np.asarray(row.sampling.allowed)[0]
         fewest = int(np.max(row.depth.num_steps))
         if options.exit_rule is not None:
             fewest = min(int(np.max(row.depth.min_steps)) + 1, fewest)
-        identity = row, self, (-int(priority), next(self._submitted)), fewest
+        identity = row, self, self._schedule.rank(int(priority)), fewest
         served = Served(prompt, limit, *identity, _on_token=on_token, _wants_likeliest=bool(likeliest))
         served._constraint, served._allowed = constraint, allowed
         served._in_chunks = prompt.size > self._reader.chunk and not np.any(prefix)
-        with self._queue_lock:
-            if sum(not s.done and not s._preempted for s in self._queue) >= self.max_queue:
-                raise InputError(f"Engine: max_queue = {self.max_queue} requests are waiting; run the engine first")
-            self._enqueue(served)
+        self._schedule.add(served, self.max_queue)
         return served
 
     def prompt_lengths(self, prefix: bool = False) -> list[int]:
@@ -308,10 +277,8 @@ class Engine:
 
     def compile_preemption(self) -> None:
         """Compile what the first preemption needs, so that nobody waits for it then. For an engine that is idle."""
-        with self._running:
-            kept = suspend(self.params, self.config, self._lanes, 0, [0])
-            for lanes in resume(self.params, self.config, self._with_pages({}), kept, 0, [0]):
-                self._lanes = lanes
+        with self._one_thread:
+            self._running.compile_preemption()
 
     def samples(self, prompt: Prompt, count: int, key: ArrayLike, **options: Any) -> list[Served]:
         """Queue `count` requests for different continuations of one prompt: those of `generate(samples=count)`.
@@ -348,12 +315,12 @@ class Engine:
 
         meanwhile: called once the device computes the ticks, before the wait for it; not if there are none to compute.
         """
-        with self._running:
+        with self._one_thread:
             if self._inside:
                 raise InputError("Engine: called from on_token; a listener cannot run the engine that calls it")
             self._inside = True
             try:
-                return self._step(meanwhile)
+                return self._running.step(meanwhile)
             finally:
                 self._inside = False
 
@@ -366,135 +333,6 @@ class Engine:
         if not self.step() and not served.done:
             raise InputError("Engine: does not know this request any more; submit it again")
 
-    def _step(self, meanwhile: Callable[[], None]) -> bool:
-        if self._behind:
-            self._catch_up()
-        self._serving = [None if s is None or s.done else s for s in self._serving]
-        if self._reading is not None and self._reading[0].done:
-            self._reading = None
-        for lane in (lacking := self._pages.lacking(self._claims())):  # first: then there is room for all in flight
-            self._preempt(lane)
-        taken = self._take_in()
-        if not any(self._serving):
-            return taken or bool(lacking)
-        told = host([-1 if s is None else len(s.tokens) for s in self._serving], np.int32)
-        # Stop as soon as the next group finds its lanes: some may be free already.
-        group = self._next()
-        wake = max(len(group) - len(self._free), 1) if group else len(told) + 1
-        most = min(self._ticks, RECENT) if self._wanted else self._ticks
-        constrained = any(s is not None and s._constraint is not None for s in self._serving)
-        if self._reading is not None or constrained:  # no more than every lane needs for a token
-            most = min(most, self._sizes.sets + self._flush.every)
-        ticks = host(most, np.int32), host(wake, np.int32)
-        self._behind = True
-        try:
-            if constrained:
-                self._allow()
-            lanes, warm_start = self._with_pages(self._claims(most)), self._options.warm_start
-            given = lanes, told, *ticks, self._flush, warm_start
-            self._lanes = advance(self.params, self.config, *given)
-            meanwhile()
-            made = _Made.read(self._lanes)
-        except BaseException as error:
-            in_flight = [s for s in self._serving if s is not None]
-            self._fail(in_flight if isinstance(error, Exception) else [], error)  # Ctrl-C alone ends nothing
-            return True
-        self._deliver(made)
-        self._behind = False
-        return True
-
-    def _catch_up(self) -> None:
-        """Deliver the tokens of a step that was interrupted: what requests need of the cache is counted by them."""
-        try:
-            self._deliver(_Made.read(self._lanes))
-        except Exception as error:
-            self._fail([s for s in self._serving if s is not None], error)
-        self._behind = False
-
-    def _claims(self, ticks: int = 0) -> dict[int, Claim]:
-        """By lane, what the requests in flight need."""
-        reading = self._reading
-        held = {lane: s for lane, s in enumerate(self._serving) if s is not None}
-        if reading is not None:
-            held[reading[1]] = reading[0]
-        return {lane: s._claim(ticks) for lane, s in held.items()}
-
-    def _with_pages(self, claims: dict[int, Claim]) -> Lanes:
-        """The lanes, with pages for these claims."""
-        return self._lanes._replace(pages=jnp.array(self._pages.assign(claims)))
-
-    def _enqueue(self, served: Served) -> None:
-        bisect.insort(self._queue, served, key=lambda s: s._rank)
-
-    def _preempt(self, lane: int) -> None:
-        """Let the request in a lane wait until there is room for it again."""
-        if self._reading is not None and self._reading[1] == lane:  # its prompt is read again
-            served, self._reading = self._reading[0], None
-        else:
-            held = self._serving[lane]
-            assert held is not None
-            served = held
-            pages = self._pages.of(lane, served.prompt.size + len(served.tokens))
-            try:
-                served._suspended = suspend(self.params, self.config, self._lanes, lane, pages)
-            except Exception as error:
-                self._fail([served], error)
-            self._serving[lane] = None
-            if served.done:  # that failed, or it has just been cancelled
-                served._suspended = None
-                return
-        self.preempted, served._preempted = self.preempted + 1, True
-        with self._queue_lock:
-            self._enqueue(served)
-
-    def _resume(self, served: Served, lane: int) -> None:
-        """Give a request that was preempted a lane again."""
-        suspended, served._suspended = served._suspended, None
-        assert suspended is not None
-        claim = served._claim(0)
-        lanes = self._with_pages(self._claims() | {lane: claim})
-        try:
-            pages = self._pages.of(lane, claim.least)
-            for made in resume(self.params, self.config, lanes, suspended, lane, pages):
-                self._lanes = made
-        except Exception as error:
-            self._fail([served], error)
-        except BaseException as error:
-            served._suspended = suspended
-            with self._queue_lock:
-                self._enqueue(served)
-            self._fail([], error)
-        else:
-            self._serving[lane] = served
-
-    def _allow(self) -> None:
-        """Tell the lanes of constrained requests which tokens may come next."""
-        request = self._lanes.request
-        rows = np.zeros(request.sampling.allowed.shape, np.uint32)
-        for lane, s in enumerate(self._serving):
-            if s is not None and s._allowed is not None:
-                rows[lane] = s._allowed
-        # Through an operation on what is there, so that the program sees an array of the same placement.
-        allowed = jnp.where(request.sampling.constrained[:, None], jnp.asarray(rows), request.sampling.allowed)
-        sampling = request.sampling._replace(allowed=allowed)
-        self._lanes = self._lanes._replace(request=request._replace(sampling=sampling))
-
-    def _empty_lanes(self) -> Lanes:
-        rows = _stack([self._idle] * len(self._serving))
-        return empty_lanes(self.params, self.config, rows, self._sizes, self._pages.sizes)
-
-    def _fail(self, concerned: list[Served], error: BaseException) -> None:
-        """End the requests concerned with `error`, and if the lanes are lost with it, all that are in flight."""
-        try:
-            jax.block_until_ready(self._lanes)
-        except Exception:  # donated to a program that failed, or made by it
-            concerned = concerned + [s for s in self._serving if s is not None]
-            self._lanes = self._empty_lanes()
-        for s in concerned:
-            s._end(error)
-        if not isinstance(error, Exception):
-            raise error
-
     def _consumers_turn(self) -> asyncio.Lock:
         """Lets one consumer at a time keep the engine going. Such locks belong to an event loop; engines do not."""
         loop = asyncio.get_running_loop()
@@ -505,209 +343,6 @@ class Engine:
     @property
     def usage(self) -> Usage:
         """Counters since the engine was made."""
-        ticks, used, flushes = (int(x) for x in (self._lanes.ticks, self._lanes.used, self._lanes.flushes))
-        return Usage(ticks, used / max(ticks * len(self._serving), 1), flushes)
-
-    @property
-    def _free(self) -> list[int]:
-        """Lanes that nobody has."""
-        kept = None if self._reading is None else self._reading[1]
-        return [lane for lane, s in enumerate(self._serving) if s is None and lane != kept]
-
-    def _take_in(self) -> bool:
-        """Prefill what is queued and read long prompts. False: there was nothing to take in.
-
-        While others are served, one group or one chunk, so that their next tokens wait for no more; in turn, so that
-        neither kind waits for ever.
-        """
-        if not any(self._serving):
-            while self._admit():
-                pass
-            return self._read_chunk()
-        self._chunk_next = not self._chunk_next
-        turns = (self._read_chunk, self._admit) if self._chunk_next else (self._admit, self._read_chunk)
-        return any(turn() for turn in turns)
-
-    def _admit(self) -> bool:
-        """Take in the next group, once there are lanes and pages enough. False: not yet."""
-        group = self._next()
-        if not group or not self._make_room(group):
-            return False
-        free = self._free
-        with self._queue_lock:
-            for served in group:
-                self._queue.remove(served)
-        if group[0]._suspended is not None:
-            self._resume(group[0], free[0])
-        elif _long(group[0]):
-            self._begin_reading(group[0], free[0])
-        else:
-            self._place(group, free[: len(group)])
-        return True
-
-    def _make_room(self, group: list[Served]) -> bool:
-        """Whether there are lanes and pages for all of a group; those of a lower priority give them up if that helps.
-
-        So does a long prompt of a lower priority to one of the group: one of them is read at a time.
-        """
-        new = {-1 - i: s._claim(0) for i, s in enumerate(group)}
-        claims = self._claims()
-        stay = {lane: claim for lane, claim in claims.items() if claim.rank[0] <= group[0]._rank[0]}
-        if len(self._serving) - len(stay) < len(group) or self._pages.spare(stay | new) < 0:
-            return False
-        if self._reading is not None and _long(group[0]):
-            self._preempt(self._reading[1])
-        while len(self._free) < len(group) or self._pages.spare(self._claims() | new) < 0:
-            claims = self._claims()
-            self._preempt(max(claims, key=lambda lane: claims[lane].rank))
-        return True
-
-    def _next(self) -> list[Served]:
-        """Those whose turn it is: a group of one priority for which there may be pages, or one whose prompt is long or
-        that was preempted. While a long prompt is read, others pass its like of no higher priority."""
-        group: list[Served] = []
-        spare = self._pages.spare(self._claims())
-        with self._queue_lock:
-            for served in self._queue:
-                if served.done:
-                    served._suspended = None
-            self._queue = [s for s in self._queue if not s.done]
-            for served in self._queue:
-                if _long(served) and self._reading is not None and self._reading[0]._rank[0] <= served._rank[0]:
-                    continue
-                alone = _long(served) or served._suspended is not None
-                spare -= self._pages.needed(served._claim(0).least)
-                full = len(group) == self._group or spare < 0
-                if group and (alone or full or served._rank[0] != group[0]._rank[0]):
-                    break
-                group.append(served)
-                if alone:
-                    break
-        return group
-
-    def _place(self, group: list[Served], lanes: list[int]) -> None:
-        """Prefill requests and put them into these lanes. If several fail together, each is tried alone."""
-        try:
-            made, prompt_steps = self._prefill(group, lanes)
-        except BaseException as error:  # such as too little memory for prompts of that length
-            if len(group) == 1 or not isinstance(error, Exception):
-                self._fail(group, error)
-            else:
-                self._fail([], error)
-                for s, lane in zip(group, lanes, strict=True):
-                    self._place([s], [lane])
-            return
-        for row, (s, lane) in enumerate(zip(group, lanes, strict=True)):
-            self._serving[lane], s.prompt_steps = s, prompt_steps[row, : s.prompt.size]
-        self._deliver(made)  # a request may be over after its first token
-
-    def _prefill(self, group: list[Served], lanes: list[int]) -> tuple[_Made, np.ndarray]:
-        """(What lanes hold then, recurrences of every prompt token)."""
-        rest = self._group - len(group)  # rows of padding: no tokens, and a lane that does not exist
-        tokens, given = padded([s.prompt for s in group] + [np.zeros(0, np.int32)] * rest, self.config.max_length)
-        lengths = host(given, np.int32)
-        lane = host(lanes + [len(self._serving)] * rest, np.int32)
-        max_tokens = host([s.max_new_tokens for s in group] + [1] * rest, np.int32)
-        request = _stack([s._row for s in group] + [self._idle] * rest)
-        sizes = self._sizes._replace(capacity=tokens.shape[1], tokens=1)
-        ways = self._options.prefill_exit, self._options.warm_start
-        cache = sizes.sets, sizes.capacity
-        CacheMemory(self.params, self.config, len(tokens), sizes.capacity, cache, self._idle.depth).require()
-        progress, prompt_steps = begin(self.params, self.config, host(tokens), lengths, request, sizes, *ways)
-        depth = np.asarray(prompt_steps)  # errors of the program appear here, while the lanes are untouched
-        claims = self._claims() | {lane: s._claim(0) for s, lane in zip(group, lanes, strict=True)}
-        paged = self._with_pages(claims)
-        self._lanes = insert(self.params, self.config, paged, progress, lengths, request, max_tokens, lane)
-        return _Made.read(self._lanes), depth
-
-    def _begin_reading(self, served: Served, lane: int) -> None:
-        try:
-            reading = self._reader.begin(served.prompt, served._row)
-        except BaseException as error:
-            self._fail([served], error)
-        else:
-            served.cached_tokens = reading.length
-            self._reading = served, lane, reading
-
-    def _read_chunk(self) -> bool:
-        """Read the next chunk of a long prompt, and after the last put it into its lane. False: there is none."""
-        if self._reading is None:
-            return False
-        served, lane, reading = self._reading
-        try:
-            progress = self._reader.read(reading)
-            if progress is None:
-                return True
-            length, limit, at = (host([n], np.int32) for n in (served.prompt.size, served.max_new_tokens, lane))
-            lanes = self._with_pages(self._claims())
-            self._lanes = insert(self.params, self.config, lanes, progress, length, served._row, limit, at)
-            made = _Made.read(self._lanes)
-        except BaseException as error:
-            self._reading = None
-            self._fail([served], error)
-            return True
-        self._reading, self._serving[lane], served.prompt_steps = None, served, np.concatenate(reading.chunks)
-        self._deliver(made)
-        return True
-
-    @property
-    def _wanted(self) -> bool:
-        """Whether a request in flight wants the likeliest tokens."""
-        return any(s is not None and s._wants_likeliest for s in self._serving)
-
-    def _deliver(self, made: _Made) -> None:
-        """Hand out new tokens, and free the lanes of requests that have ended."""
-        top = jax.device_get(self._lanes.likeliest) if self._wanted else None
-        for lane, served in enumerate(self._serving):
-            if served is None or served.done:
-                continue
-            before = len(served.tokens)
-            for j in range(before, made.count[lane]):
-                served.tokens.append(int(made.tokens[lane, j]))
-                served.steps.append(int(made.steps[lane, j]))
-                served.log_probs.append(float(made.log_probs[lane, j]))
-                if top is not None and served._wants_likeliest:
-                    ids, scores = (x[lane, j % x.shape[1]].tolist() for x in top)
-                    served.likeliest.append([(i, p) for i, p in zip(ids, scores, strict=True) if i >= 0])
-                if served._on_token is not None:
-                    try:
-                        served._on_token(served.tokens[-1], served.steps[-1])
-                    except (Exception, asyncio.CancelledError) as error:  # a listener's error is its own request's
-                        served._end(error)
-                if served.done:  # or it has cancelled itself
-                    break
-            if not made.busy[lane]:
-                served._end(not_finite("request", len(served.tokens)) if made.failed[lane] else None)
-                self._serving[lane] = None
-            elif served._constraint is not None and len(served.tokens) > before and not served.done:
-                try:
-                    served._constraint.accept(served.tokens[-1])
-                    served._allowed = allowed_next(served._constraint, self.config.vocab_size)
-                except Exception as error:
-                    served._end(error)
-
-
-class _Made(NamedTuple):
-    """What the host reads of lanes; the names are those of `Lanes`."""
-
-    busy: np.ndarray
-    failed: np.ndarray
-    count: np.ndarray  # type: ignore[assignment]  # hides tuple.count, which nobody needs
-    tokens: np.ndarray
-    steps: np.ndarray
-    log_probs: np.ndarray
-
-    @classmethod
-    def read(cls, lanes: Lanes) -> _Made:
-        """Wait for the program that makes them; its errors appear here."""
-        return cls(*(np.asarray(getattr(lanes, name)) for name in cls._fields))
-
-
-def _long(served: Served) -> bool:
-    """Whether its prompt is to be read in chunks."""
-    return served._in_chunks and served._suspended is None
-
-
-def _stack(rows: list[Request]) -> Request:
-    """Requests of one row each as one of many."""
-    return jax.tree.map(lambda *x: (np if isinstance(x[0], np.ndarray) else jnp).concatenate(x), *rows)
+        lanes = self._running.lanes
+        ticks, used, flushes = (int(x) for x in (lanes.ticks, lanes.used, lanes.flushes))
+        return Usage(ticks, used / max(ticks * lanes.busy.size, 1), flushes)

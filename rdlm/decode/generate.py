@@ -194,7 +194,7 @@ def generate(
             break
         if constraints is not None:
             latest = {int(b): int(made[b, count[b] - 1]) for b in np.flatnonzero(~ended)}
-            request = constraints.follow(request, latest, config.vocab_size)
+            request = jax.device_put(constraints.follow(request, latest, config.vocab_size))
     for row in np.flatnonzero(np.asarray(progress.failed)):
         raise not_finite(f"prompts[{row}]", int(count[row]))
 

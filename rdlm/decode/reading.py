@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -56,6 +57,16 @@ def _has_coda_sets(rule: ExitRule | None) -> bool:
     return rule is not None and rule.needs_logits
 
 
+class Setup(NamedTuple):
+    """What all parts of an engine share."""
+
+    params: Params
+    config: ModelConfig
+    options: RequestOptions
+    idle: Request  # one row, for a lane that has no other
+    sizes: Sizes
+
+
 @dataclasses.dataclass
 class Reading:
     """A prompt of which a part has been read."""
@@ -77,10 +88,7 @@ class Reader:
     """Reads prompts.
 
     Args:
-      params, config: the model.
-      sizes: of the lanes that prompts go to.
-      options: of the engine.
-      usual: depth of its requests.
+      setup: of the engine.
       chunk: most tokens that are read at once; where chunks would change results, prompts are read at once.
       prompt_cache: bytes of chunks that are kept for later prompts.
 
@@ -88,19 +96,10 @@ class Reader:
       InputError: a prompt cache that would hold nothing.
     """
 
-    def __init__(
-        self,
-        params: Params,
-        config: ModelConfig,
-        sizes: Sizes,
-        options: RequestOptions,
-        usual: Depth,
-        *,
-        chunk: int,
-        prompt_cache: int,
-    ):
+    def __init__(self, setup: Setup, *, chunk: int, prompt_cache: int):
+        params, config, options, idle, sizes = setup
         self._params, self._config, self._sizes, self._options = params, config, sizes, options
-        self._depth = self._in_prompt(usual)
+        self._depth = self._in_prompt(idle.depth)
         self._coda_sets = _has_coda_sets(self._depth.rule)
         self._dtype = compute_dtype(params, config)
         self._exact = sizes.policy.recurrences is None and options.prefill_exit != "together"

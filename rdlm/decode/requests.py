@@ -137,6 +137,26 @@ def as_requests(
     return Request(depth, *arrays), [row for row in rows for _ in range(samples)]
 
 
+def check_alike(row: Request, idle: Request) -> None:
+    """Refuse a request that an engine's programs do not serve: of other shapes or dtypes than `idle`, its own."""
+    theirs, ours = row.depth, idle.depth
+    kinds: list[object] = [jax.tree.structure(depth) for depth in (theirs, ours)]
+    if kinds[0] != kinds[1]:
+        other, kind = (None if depth.rule is None else depth.rule.kind for depth in (theirs, ours))
+        raise InputError(f"exit_rule: this engine serves {kind!r}; another kind, {other!r}, needs another engine")
+    for leaf, other_leaf in zip(jax.tree.leaves(theirs), jax.tree.leaves(ours), strict=True):
+        if (leaf.shape, leaf.dtype) != (other_leaf.shape, other_leaf.dtype):
+            raise InputError(
+                f"exit_rule: weights of {leaf.dtype} {list(leaf.shape[1:])}, but this engine serves those of "
+                f"{other_leaf.dtype} {list(other_leaf.shape[1:])}"
+            )
+    if row.sampling.stop_tokens.shape != idle.sampling.stop_tokens.shape:
+        width = idle.sampling.stop_tokens.shape[1]
+        raise InputError(f"Sampling.stop_tokens: the engine serves at most {width} per request")
+    if row.keys.dtype != idle.keys.dtype:
+        raise InputError(f"key: {row.keys.dtype}, but this engine's are {idle.keys.dtype}")
+
+
 def check_unadjusted(option: str, sampling: Sampling) -> None:
     """Refuse what changes logits by the tokens of the row so far, for a sampler that chooses several at once."""
     used = {name: bool(np.any(np.asarray(getattr(sampling, name)) != 0)) for name in _ADJUSTING}
@@ -198,7 +218,7 @@ def allowed_next(constraint: Constraint, vocab_size: int) -> np.ndarray:
 
 
 class Constraints:
-    """The constraints of a batch, for `generate`.
+    """The constraints of a batch.
 
     Args:
       given: one for each row, or None for those without; for one row, it alone.
@@ -231,7 +251,7 @@ class Constraints:
             if (constraint := self._each[row]) is not None:
                 allowed[row] = allowed_next(constraint, vocab_size)
         constrained = np.asarray([constraint is not None for constraint in self._each])
-        sampling = request.sampling._replace(constrained=jnp.asarray(constrained), allowed=jnp.asarray(allowed))
+        sampling = request.sampling._replace(constrained=host(constrained), allowed=host(allowed))
         return request._replace(sampling=sampling)
 
 

@@ -2,18 +2,20 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from engine_cases import KINDS, NEW, TINY, Ask, crowd, generated, new_engine, outcome, submit
+from engine_cases import KINDS, NEW, TINY, Ask, R, crowd, generated, new_engine, outcome, params, submit
 from oracle import random_params
 
-import rdlm.decode.engine
 import rdlm.decode.reading
+import rdlm.decode.running
 from rdlm import exits
 from rdlm.config import CachePolicy, ModelConfig
+from rdlm.decode import Engine
 from rdlm.decode.loop import Sizes, begin, read_chunk
 from rdlm.decode.requests import RequestOptions, as_requests
 from rdlm.model.cache import allocate
@@ -162,7 +164,7 @@ def read(monkeypatch):
         return begin(params, config, tokens, *rest)
 
     monkeypatch.setattr(rdlm.decode.reading, "read_chunk", chunk)
-    monkeypatch.setattr(rdlm.decode.engine, "begin", at_once)
+    monkeypatch.setattr(rdlm.decode.running, "begin", at_once)
     return sizes
 
 
@@ -206,21 +208,34 @@ def test_others_wait_for_one_chunk_or_one_group_at_a_time(monkeypatch):
     engine, done = chunked(lanes=8), []
     first = engine.submit((1, 2, 3), max_new_tokens=NEW)
     engine.step()
-    place, read = engine._place, engine._reader.read
-    monkeypatch.setattr(engine, "_place", lambda *a: (done.append("group"), place(*a))[1])
+    place, read = engine._running.place, engine._reader.read
+    monkeypatch.setattr(engine._running, "place", lambda *a: (done.append("group"), place(*a))[1])
     monkeypatch.setattr(engine._reader, "read", lambda *a: (done.append("chunk"), read(*a))[1])
     long = engine.submit(np.arange(CHUNK * 4) % 7, max_new_tokens=2)
     short = [engine.submit((i, 2, 3), max_new_tokens=2) for i in range(6)]  # groups of two
     steps = []
     while not all(s.done for s in (first, long, *short)):
         before = len(done)
-        waited = any(engine._serving)
+        waited = any(engine._schedule.serving)
         engine.step()
         steps.append((waited, done[before:]))
     assert all(len(taken) <= 1 for waited, taken in steps if waited)
     assert done.count("chunk") == 4
     assert done.index("group") < 4, "neither kind waits until the other has ended"
     assert done.index("chunk") < 4
+
+
+def test_free_lanes_are_filled_a_token_of_the_others_apart(monkeypatch):
+    e, before = Engine(params(), TINY, lanes=4, max_new_tokens=24, num_steps=R, ticks_per_step=10 * R), []
+    first = e.submit((1, 2, 3))
+    e.step()
+    place = e._running.place
+    monkeypatch.setattr(e._running, "place", lambda *a: (before.append(len(first.tokens)), place(*a)))
+    for i in range(3):
+        e.submit((i, 2))
+    e.run()
+    assert len(before) == 3
+    assert all(0 < b - a <= 2 for a, b in itertools.pairwise(before))
 
 
 def test_long_prompts_keep_their_turn():
@@ -251,7 +266,7 @@ def test_a_prompt_that_is_cancelled_or_fails_leaves_its_lane(monkeypatch):
     monkeypatch.undo()
     assert (gone.tokens, gone.error) == ([], None)
     assert isinstance(broken.error, ZeroDivisionError)
-    assert len(e._free) == LANES
+    assert len(e._schedule.free) == LANES
     served = [submit(e, KIND, ask) for ask in batch]
     e.run()
     assert [outcome(s) for s in served] == expected()[:2]

@@ -9,9 +9,9 @@ from engine_cases import MANY, NEW, TINY, Ask, crowd, engine, generated, outcome
 
 from rdlm.config import InputError, Parallel, Sampling, Speculative
 from rdlm.decode import Engine, generate
-from rdlm.decode.engine import _Made
 from rdlm.decode.lanes import advance, insert
 from rdlm.decode.loop import begin
+from rdlm.decode.running import Running, _Made
 
 KIND, V = "latest, kl", TINY.vocab_size
 
@@ -159,7 +159,7 @@ def test_generate_refuses_by_name(fields, words):
 
 
 def test_control_masks_of_the_token_before(monkeypatch):
-    monkeypatch.setattr(Engine, "_allow", lambda self: None)
+    monkeypatch.setattr(Running, "_allow", lambda self: None)
     (served,), _ = served_with([Turns()], shallow()[:1])
     assert not in_turn(served.tokens)
 

@@ -32,7 +32,7 @@ from engine_cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import rdlm.decode.engine
+import rdlm.decode.running
 from rdlm.config import CachePolicy, Sampling
 from rdlm.decode import lanes
 from rdlm.decode.lanes import advance, insert
@@ -103,7 +103,7 @@ def test_what_a_lane_holds_is_bitwise_what_it_holds_alone():
     def keep(i):
         def on_token(token, steps):
             if len(served[i].tokens) == NEW:  # the last one: the lane is not yet anyone else's
-                held[i] = held_by(e, e._serving.index(served[i]))
+                held[i] = held_by(e, e._schedule.serving.index(served[i]))
 
         return on_token
 
@@ -137,7 +137,7 @@ def sound():
 def broken(monkeypatch):
     """(outcomes in a crowd, outcomes alone) with what a test has patched."""
     fresh = jax.jit(lambda *args: advance.__wrapped__(*args), static_argnums=(1, 6, 7), donate_argnums=2)
-    monkeypatch.setattr(rdlm.decode.engine, "advance", fresh)
+    monkeypatch.setattr(rdlm.decode.running, "advance", fresh)
     e, batch = new_engine(CONTROL), crowd(CONTROL)
     return [outcome(s) for s in serve(CONTROL, batch, e)], [alone(CONTROL, ask, e) for ask in batch]
 
@@ -300,5 +300,5 @@ def test_what_lanes_read_follows_the_longest_request_in_flight(monkeypatch):
         assert set(longest) == {64, TINY.max_length}
         submit(e, "latest, kl", later[0])
         e.step()
-        assert sorted(np.asarray(e._lanes.cache.length) > 0) == [False] * 7 + [True]  # none of those that left
+        assert sorted(np.asarray(e._running.lanes.cache.length) > 0) == [False] * 7 + [True]  # none of those that left
         e.run()

@@ -24,7 +24,7 @@ from engine_cases import (
     submit,
 )
 
-import rdlm.decode.engine
+import rdlm.decode.running
 from rdlm import exits
 from rdlm.config import CachePolicy, InputError, Sampling
 from rdlm.decode import Engine
@@ -151,7 +151,7 @@ def test_a_consumer_that_goes_away_in_the_middle_of_a_step(monkeypatch):
         inside -= 1
         return out
 
-    monkeypatch.setattr(rdlm.decode.engine, "advance", slow)
+    monkeypatch.setattr(rdlm.decode.running, "advance", slow)
     batch = crowd(KIND)[:4]
     expected = [outcome(s)[0] for s in all_at_once(batch, engine(KIND))]
     e = new_engine(KIND, ticks_per_step=1)
@@ -386,7 +386,7 @@ def test_a_prompt_that_cannot_be_read_ends_only_its_own_group(monkeypatch):
             raise RuntimeError("out of memory")
         return begin(params, config, tokens, *rest)
 
-    monkeypatch.setattr(rdlm.decode.engine, "begin", fragile)
+    monkeypatch.setattr(rdlm.decode.running, "begin", fragile)
     batch = [dataclasses.replace(ask, prompt=tuple(t % 39 for t in ask.prompt)) for ask in crowd(KIND)]
     expected = generated(KIND, batch)
     e = new_engine(KIND)

@@ -15,7 +15,7 @@ import pytest
 from engine_cases import NEW, TINY, R, outcome
 from oracle import random_params
 
-import rdlm.decode.engine
+import rdlm.decode.running
 from rdlm import exits
 from rdlm.config import CachePolicy, InputError, Sampling, Speculative
 from rdlm.decode import Engine, generate
@@ -141,7 +141,7 @@ def test_forward_keeps_documents_and_padding_apart(poison, rule):
 def test_a_cache_is_left_finite(cache):
     e = new_engine("nan", cache=cache)
     all_served(e, [[BAD] * 16, [1, BAD], [2, 3]])
-    held = e._lanes.cache
+    held = e._running.lanes.cache
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((held.prelude, held.core, held.coda)))
 
 
@@ -160,7 +160,7 @@ def test_whatever_fails_ends_the_requests_concerned(monkeypatch, where):
             raise RuntimeError(f"{where} failed")
         return original(*args, **options)
 
-    monkeypatch.setattr(rdlm.decode.engine, where, fails)
+    monkeypatch.setattr(rdlm.decode.running, where, fails)
     served = all_served(e, asked)
     assert all(s.done for s in served)
     errors = [s for s in served if s.error is not None]
@@ -182,7 +182,7 @@ def test_a_program_that_takes_the_lanes_with_it(monkeypatch):
             raise RuntimeError("RESOURCE_EXHAUSTED")
         return advance(params, config, lanes, *rest)
 
-    monkeypatch.setattr(rdlm.decode.engine, "advance", loses)
+    monkeypatch.setattr(rdlm.decode.running, "advance", loses)
     served = all_served(e, asked)
     assert [str(s.error) for s in served[:LANES]] == ["RESOURCE_EXHAUSTED"] * LANES
     assert [(outcome(s), s.error) for s in served[LANES:]] == [(whole, None) for whole in healthy(8)[LANES:]]
@@ -194,7 +194,7 @@ def test_of_a_group_only_the_one_that_fails(monkeypatch):
             raise RuntimeError("no")
         return begin(params, config, tokens, *rest)
 
-    monkeypatch.setattr(rdlm.decode.engine, "begin", fragile)
+    monkeypatch.setattr(rdlm.decode.running, "begin", fragile)
     e, asked = new_engine(), prompts(8)
     served = all_served(e, [*asked[:3], [BAD, 1], *asked[3:]])
     assert str(served.pop(3).error) == "no"
@@ -234,7 +234,7 @@ def test_weights_of_another_shape_are_refused_when_they_come(weights):
     e = new_engine(exit_rule=Weighted(jnp.zeros(TINY.embed_dim)))
     with pytest.raises(InputError, match=r"exit_rule: weights of float.* \[1[67]\], but this engine serves those of"):
         e.submit([1], exit_rule=Weighted(jnp.asarray(weights)))
-    assert not e._queue
+    assert not e._schedule.queue
 
 
 def test_an_engine_refuses_a_rule_that_has_no_weights_per_row():
@@ -260,7 +260,7 @@ def test_a_listener_that_raises_ends_its_own_request(error):
 def test_a_consumer_whose_request_is_lost_does_not_wait():
     e = new_engine()
     lost = e.submit([1, 2])
-    e._queue.clear()
+    e._schedule.queue.clear()
 
     async def consume():
         async with asyncio.timeout(20):

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from engine_cases import EXACT, KINDS, NEW, TINY, Ask, R, generated, new_engine, outcome, params, serve, submit
 
-import rdlm.decode.engine
+import rdlm.decode.running
 from rdlm.config import InputError
 from rdlm.decode import Engine, preempt
-from rdlm.decode.engine import _Made
 from rdlm.decode.lanes import PageSizes
 from rdlm.decode.pages import Claim, Pages, page_sizes
+from rdlm.decode.running import _Made
 
 KIND, SIZE, TOKENS = "latest, kl", 2, 18
 MOST = 10  # tokens of a prompt; with 6 new ones it needs 15 of the 18 positions
@@ -128,14 +128,14 @@ def test_control_without_the_state_of_the_rule(monkeypatch):
         rule = jax.tree.map(jnp.zeros_like, suspended.row["rule"])
         return suspended._replace(row=suspended.row | {"rule": rule})
 
-    assert broken(monkeypatch, rdlm.decode.engine, "suspend", forgotten)
+    assert broken(monkeypatch, rdlm.decode.running, "suspend", forgotten)
 
 
 def test_control_a_page_is_not_kept(monkeypatch):
     def lost(suspended, *args):
         return suspended._replace(pages=suspended.pages[:-1])
 
-    assert broken(monkeypatch, rdlm.decode.engine, "suspend", lost)
+    assert broken(monkeypatch, rdlm.decode.running, "suspend", lost)
 
 
 # Order
@@ -188,7 +188,7 @@ def test_one_that_cannot_be_kept_ends_alone(monkeypatch):
     def fails(*args):
         raise MemoryError("no room on the host")
 
-    monkeypatch.setattr(rdlm.decode.engine, "suspend", fails)
+    monkeypatch.setattr(rdlm.decode.running, "suspend", fails)
     e = short_of_pages()
     served = serve(KIND, [dataclasses.replace(ask, leaves=None) for ask in load(0)], e)
     lost = [s for s in served if s.error is not None]
@@ -294,14 +294,14 @@ def test_equal_bytes_serve_three_times_as_many():
         return Engine(params(), config, max_new_tokens=127, num_steps=1, page_size=4, **options)
 
     def held(e):
-        layers = e._lanes.cache.prelude, e._lanes.cache.core, e._lanes.cache.coda
+        layers = e._running.lanes.cache.prelude, e._running.lanes.cache.core, e._running.lanes.cache.coda
         return sum(x.nbytes for x in jax.tree.leaves(layers))
 
     e, lanes = engine(lanes=20, cache_tokens=4 * 128), 4
     assert held(e) == held(engine(lanes=lanes))
     for n in lengths:
         e.submit([1] * max(n // 4, 1), max_new_tokens=int(n - max(n // 4, 1)))
-    while e._queue:
+    while e._schedule.queue:
         e.step()
     assert e.usage.utilisation * 20 > 3 * lanes  # requests at work at each tick, while others waited
     e.run()

@@ -83,7 +83,11 @@ def test_a_tick_costs_two_sums_a_layer_and_one_gather():
     placed, wider = tensor_parallel(rdlm.init_params(config, jax.random.key(0)), config, 4)
     engine = Engine(placed, wider, lanes=4, max_new_tokens=NEW, num_steps=R)
     counts, number = jnp.zeros(4, jnp.int32), jnp.int32(9)
-    text = advance.lower(placed, wider, engine._lanes, counts, number, number, engine._flush, False).compile().as_text()
+    text = (
+        advance.lower(placed, wider, engine._running.lanes, counts, number, number, engine._running.flush, False)
+        .compile()
+        .as_text()
+    )
     lines = re.findall(r" (all-\w+|reduce-scatter|collective-permute)\(.*op_name=\"([^\"]*)\"", text)
     everywhere = collections.Counter(kind for kind, name in lines if "/cond/" not in name)
     assert everywhere == {"all-reduce": 2 * 3, "all-gather": 1}
@@ -99,7 +103,7 @@ def test_every_device_holds_its_share():
     assert same == config
     attention = placed["core_0"]["attn"]
     assert attention["qkv"].addressable_shards[0].data.size == attention["qkv"].size // 4
-    core = Engine(placed, config, lanes=2, max_new_tokens=2)._lanes.cache.core[0]
+    core = Engine(placed, config, lanes=2, max_new_tokens=2)._running.lanes.cache.core[0]
     assert core.k.addressable_shards[0].data.shape[-1] == config.head_dim
     norm = placed["core_0"]["norm_1"]["scale"]
     assert norm.addressable_shards[0].data.shape == norm.shape

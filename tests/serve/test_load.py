@@ -21,7 +21,7 @@ from small_runs import saved
 from uvicorn.protocols.http import h11_impl
 
 import rdlm
-import rdlm.decode.engine
+import rdlm.decode.running
 import rdlm.serve.grammar
 from rdlm.config import InputError
 from rdlm.decode.loop import begin
@@ -59,7 +59,9 @@ def events(response):
 
 def busy_lanes(server):
     return sum(
-        s is not None and not s.done for engine in server.service.worker.engines.values() for s in engine._serving
+        s is not None and not s.done
+        for engine in server.service.worker.engines.values()
+        for s in engine._schedule.serving
     )
 
 
@@ -251,7 +253,7 @@ def test_a_failure_of_the_engine_is_told_and_shows_in_health_until_it_works_agai
         raise RuntimeError("/secret/path: the device is on fire")
 
     with monkeypatch.context() as patch:
-        patch.setattr(rdlm.decode.engine, "advance", fail)
+        patch.setattr(rdlm.decode.running, "advance", fail)
         status, answer = server.post("completions", **LONG)
         assert (status, answer["error"]["code"], answer["error"]["type"]) == (500, "engine_error", "server_error")
         assert "secret" not in str(answer)
@@ -270,7 +272,7 @@ def test_logits_that_are_not_finite_end_their_request_alone(server, rounds, monk
     def poisoned(self, answer):
         begin(self, answer)
         if answer.sample == 1:  # as the engine does it for such a row
-            answer.served._end(rdlm.decode.engine.not_finite("request", 0))
+            answer.served._end(rdlm.decode.running.not_finite("request", 0))
 
     monkeypatch.setattr(worker, "_begin", poisoned.__get__(worker))
     with streams(server, 1, n=1) as (good,), streams(server, 1, n=2) as (bad,):

@@ -126,7 +126,7 @@ def test_lanes_are_counted_by_the_recurrences_of_their_tokens(server, rounds):
         until(lambda: len(lanes(server)[0]) == len(expected))
         assert lanes(server) == (expected, {"kl": 4, "latent_diff": 4})
         engines = server.service.worker.engines
-        held = {kind: sum(s is not None for s in engine._serving) for kind, engine in engines.items()}
+        held = {kind: sum(s is not None for s in engine._schedule.serving) for kind, engine in engines.items()}
         assert held == {"kl": 2, "latent_diff": 1}  # and the lane that is kept for the long prompt
         rounds.release(1000)
         until(lambda: lanes(server)[0] == {})

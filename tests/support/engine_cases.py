@@ -118,8 +118,8 @@ def serve(kind, batch, engine):
 
 def held_by(engine, lane):
     """Keys and values of a lane's finished tokens, in the order of positions, and their depths."""
-    cache, pages = engine._lanes.cache, np.asarray(engine._lanes.pages[lane])
-    n, size = int(cache.length[lane]), engine._lanes.page_sizes.size
+    cache, pages = engine._running.lanes.cache, np.asarray(engine._running.lanes.pages[lane])
+    n, size = int(cache.length[lane]), engine._running.lanes.page_sizes.size
     at = pages[np.arange(n) // size], np.arange(n) % size
     rows = [np.asarray(x)[..., *at, :] for x in jax.tree.leaves((cache.prelude, cache.core, cache.coda))]
     return [*rows, np.asarray(cache.depth)[lane, :n, None]]

@@ -33,7 +33,7 @@ class Server:
         """Wait until nobody holds anything any more: no request, no lane."""
         engines = self.service.worker.engines.values()
         until(lambda: not self.requests and not self.service._calls and not self.service.worker._active)
-        until(lambda: not any(s is not None and not s.done for e in engines for s in e._serving))
+        until(lambda: not any(s is not None and not s.done for e in engines for s in e._schedule.serving))
 
 
 def until(condition, seconds=60):
