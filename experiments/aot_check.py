@@ -2,6 +2,7 @@
 
     python experiments/aot_check.py huginn_3p5b --topology v5e:16x16
     python experiments/aot_check.py huginn_3p5b --topology v5p:4x4x4 --gather each --search
+    python experiments/aot_check.py huginn_3p5b --topology v5e:16x16 --only train --remat auto
     python experiments/aot_check.py huginn_3p5b --topology v5e:2x2 --only train --tune.lora-rank 16
     python experiments/aot_check.py huginn_3p5b --topology v5e:2x2 --only decode --batch 16 --capacity 1024
     python experiments/aot_check.py small --only decode --exit none latent_diff gated_kl --mean-depth 12
@@ -65,6 +66,7 @@ from rdlm.model.split import share
 from rdlm.model.tensor_parallel import placement, tensor_mesh, with_heads
 from rdlm.perf import flops, hlo
 from rdlm.runtime import parse_arguments, run_command
+from rdlm.train.fit import candidates
 from rdlm.train.roofline import lower_train_step, roofline, state_bytes, wire_bytes
 
 GIB = 2**30
@@ -90,7 +92,7 @@ class Options:
     gather: Gather = "once"
     gradient_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Remat | None = None
-    """None: the preset's."""
+    """None: the preset's; auto: compiles the step with each that it may choose, and shows what a step takes."""
     microbatches: int = 1
     sequence_length: int | None = None
     """None: the preset's."""
@@ -204,18 +206,46 @@ def show_training(found: dict[str, Any]) -> None:
     print(f"    MFU at most {found['mfu']:.0%} (chip to chip hidden), {found['mfu_exposed']:.0%} (not hidden)")
 
 
-def train_report(name: str, base: RunConfig, o: Options, devices: list[Any], batch: int) -> None:
-    """Check one batch size, or search for the largest."""
+def plan_report(name: str, base: RunConfig, o: Options, devices: list[Any], batch: int) -> None:
+    """A line for every kind of recomputation that `--recurrence.remat auto` may choose.
 
-    def show(found: dict[str, Any]) -> None:
+    Raises:
+      InputError: nothing fits.
+    """
+    fastest: tuple[float, str] | None = None
+    if not o.json:
+        print("remat      per chip  peak, GiB  arithmetic  HBM  chip to chip, s  MFU: hidden, not hidden")
+    for tried in candidates(as_run(base, o, len(devices), batch)):
+        remat = tried.recurrence.remat
+        try:
+            found = checked(name, base, dataclasses.replace(o, remat=remat), devices, batch)
+        except InputError:
+            print(f"{remat:10} does not fit", file=sys.stderr if o.json else sys.stdout, flush=True)
+            continue
+        fastest = max(fastest or (0.0, ""), (found["mfu_exposed"], remat))
         if o.json:
             print(json.dumps(found), flush=True)
-        else:
-            show_training(found)
+            continue
+        times = " ".join(f"{found['seconds'][part]:8.2f}" for part in ("compute", "memory", "interconnect"))
+        print(
+            f"{remat:10} {found['batch_per_chip']:8d} {found['peak_gib']:10.2f} {times} {found['mfu']:15.0%} "
+            f"{found['mfu_exposed']:.0%}",
+            flush=True,
+        )
+    if fastest is None:
+        raise InputError("the step fits with none of them: use --gather each, --gradient-dtype bfloat16, or more chips")
+    if not o.json:
+        print(f"the least time by this estimate: --recurrence.remat {fastest[1]}")
 
+
+def checked(name: str, base: RunConfig, o: Options, devices: list[Any], batch: int) -> dict[str, Any]:
+    """`check_training` of one batch size, or of the largest.
+
+    Raises:
+      InputError: it does not fit.
+    """
     if not o.search:
-        show(check_training(name, base, o, devices, batch))
-        return
+        return check_training(name, base, o, devices, batch)
     found: dict[int, dict[str, Any]] = {}
 
     def peak(batch: int) -> float:
@@ -228,9 +258,18 @@ def train_report(name: str, base: RunConfig, o: Options, devices: list[Any], bat
         raise InputError(
             "not even one sequence per chip fits: use --gather each, --gradient-dtype bfloat16, or more chips"
         )
-    show(found[largest])
-    if not o.json:
-        print(f"  largest batch per chip and microbatch: {largest}")
+    return found[largest]
+
+
+def train_report(name: str, base: RunConfig, o: Options, devices: list[Any], batch: int) -> None:
+    """Check one batch size, or search for the largest."""
+    found = checked(name, base, o, devices, batch)
+    if o.json:
+        print(json.dumps(found), flush=True)
+        return
+    show_training(found)
+    if o.search:
+        print(f"  largest batch per chip and microbatch: {found['batch_per_chip']}")
 
 
 GATED_CHECKS = 2.0
@@ -546,7 +585,7 @@ def main() -> int:
     parallel = window(o)
     devices = hlo.tpu_devices(o.topology)
     if o.only in (None, "train"):
-        train_report(o.preset, base, o, devices, o.batch or 1)
+        (plan_report if o.remat == "auto" else train_report)(o.preset, base, o, devices, o.batch or 1)
     if o.only != "train":
         decode_report(o.preset, base, o, devices, parallel)
     return 0

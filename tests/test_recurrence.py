@@ -41,7 +41,7 @@ S0, READ = random(3, 3, D), random(4, 3, D)
 
 def core(weights):
     def step(s, i):
-        return jnp.tanh(keep(jnp.matmul(s, weights["w"])) + weights["e"] + jnp.asarray(weights["bias"])[i][None])
+        return jnp.tanh(keep(jnp.matmul(s, weights["w"]), "sum") + weights["e"] + jnp.asarray(weights["bias"])[i][None])
 
     return step
 
@@ -153,8 +153,8 @@ def test_only_what_changes_is_kept_for_every_step(changes):
 
     def final(weights, constant):
         def step(s, i):
-            given = keep(constant + i) if changes else constant
-            return jnp.tanh(keep(s @ weights["w"]) * given) + weights["e"]
+            given = keep(constant + i, "sum") if changes else constant
+            return jnp.tanh(keep(s @ weights["w"], "sum") * given) + weights["e"]
 
         return unroll(step, jnp.asarray(S0), 2, 3, K).sum()
 

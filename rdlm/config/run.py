@@ -26,7 +26,7 @@ Scheme = Literal[
     "full",
 ]
 
-Remat = Literal["none", "iteration", "layer", "offload"]
+Remat = Literal["none", "attention", "sums", "iteration", "layer", "offload", "auto"]
 
 Gather = Literal["once", "weights_once", "each"]
 
@@ -61,9 +61,11 @@ class RecurrenceConfig:
     loss_power: float = 0.0
     """Weight the loss of a draw by (n + k) to this power, divided by its expectation; 0: equal weights."""
     remat: Remat = "none"
-    """What the backward pass recomputes. none: only cheap operations; iteration: each recurrence, and each layer of
-    prelude and coda; layer: also each layer of a recurrence by itself; offload: as layer, with the inputs of the
-    recurrences in host memory."""
+    """What the backward pass recomputes. none: only cheap operations. iteration: each recurrence, and each layer of
+    prelude and coda. sums: the same, but the residual sums of a recurrence are stored. attention: they, and what
+    attention reads and returns. layer: as iteration, and each layer of a recurrence by itself once more. offload: as
+    layer, with the inputs of the recurrences in host memory. auto: the first of none, attention, sums, iteration and
+    layer with which the step fits the device."""
 
     def __post_init__(self) -> None:
         check_types(self, "recurrence.")

@@ -328,9 +328,9 @@ class MLP(nn.Module):
         fc = matrix(self, "fc", (*stacked, D, F), std, (*axes, "embed", "mlp"), x.dtype)
         proj = matrix(self, "proj", (F, D), output_std(self.config), ("mlp", "embed"), x.dtype)
         if not block.gated:
-            return split.summed(linear(ACTIVATIONS[block.activation](keep(linear(x, fc))), proj))
+            return split.summed(linear(ACTIVATIONS[block.activation](keep(linear(x, fc), "mlp")), proj))
         into_gate, into_up = halves(fc)
-        gate, up = keep(linear(x, into_gate)), keep(linear(x, into_up))
+        gate, up = (keep(linear(x, into), "mlp") for into in (into_gate, into_up))
         return split.summed(linear(ACTIVATIONS[block.activation](gate) * up, proj))
 
 
@@ -361,8 +361,8 @@ class TransformerBlock(nn.Module):
 
         def added(x: Array, branch: Array, norm: str) -> Array:
             if block.norm_output == "branch":
-                return keep(x + getattr(self, norm)(branch))
-            total = keep(branch + x)
+                return keep(x + getattr(self, norm)(branch), "sum")
+            total = keep(branch + x, "sum")
             return getattr(self, norm)(total) if block.norm_output == "sum" else total
 
         mixed, new_kv = self.attn(self.norm_1(x) if block.norm_input else x, ctx, cached_kv, frozen_kv, active)

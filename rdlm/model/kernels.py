@@ -30,7 +30,7 @@ from rdlm.model.attention import (
     weighted_values,
 )
 from rdlm.model.split import AXIS
-from rdlm.remat import KEPT, keep
+from rdlm.remat import ATTENTION, keep
 
 # Causal attention in blocks, for CPUs and for lengths that the fused kernel does not serve.
 
@@ -94,7 +94,7 @@ def _causal(q: Array, k: Array, v: Array, bias: Array) -> Array:
 
 
 def _kept(q: Array, k: Array, v: Array, bias: Array) -> tuple[Array, tuple[Array, ...]]:
-    q, k, v, out, lse = (keep(x) for x in (q, k, v, *_forward(q, k, v, bias)))
+    q, k, v, out, lse = (keep(x, "attention") for x in (q, k, v, *_forward(q, k, v, bias)))
     return out, (q, k, v, bias, out, lse)
 
 
@@ -158,7 +158,7 @@ def attend_flash(
 
     B, L, _, Q = q.shape
     out_dtype = q.dtype
-    q, k, v = (keep(x) for x in for_each_query_head(q * q.dtype.type(Q**-0.5), k, v))
+    q, k, v = (keep(x, "attention") for x in for_each_query_head(q * q.dtype.type(Q**-0.5), k, v))
     segments = jnp.broadcast_to(segments, (B, L))
 
     def kernel(q: Array, k: Array, v: Array, segments: Array) -> Array:
@@ -176,7 +176,12 @@ def attend_flash(
         seen = splash_mask.CausalMask((L, L)) if window is None else splash_mask.LocalMask((L, L), (window - 1, 0), 0)
         mask = splash_mask.MultiHeadMask([seen] * q.shape[1])
         run = splash.make_splash_mha(
-            mask, head_shards=1, q_seq_shards=1, block_sizes=sizes, interpret=interpret, residual_checkpoint_name=KEPT
+            mask,
+            head_shards=1,
+            q_seq_shards=1,
+            block_sizes=sizes,
+            interpret=interpret,
+            residual_checkpoint_name=ATTENTION,
         )
         return jax.vmap(run)(q, k, v, splash.SegmentIds(segments, segments))
 

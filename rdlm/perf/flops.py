@@ -134,6 +134,16 @@ def core_flops(config: ModelConfig, keys: float) -> float:
     return config.core_calls * _layer_flops(config, keys) + 4 * _injection(config)
 
 
+def spared_flops(config: ModelConfig, keys: float) -> tuple[float, float]:
+    """Of `core_flops`, what need not be done again: (where attention's inputs and results are stored, where the
+    residual sums are). A norm between a product and its sum needs the product again.
+    """
+    D, F, H, K, Q = config.embed_dim, config.mlp_dim, config.num_heads, config.kv_heads, config.head_dim
+    attention = 2 * D * (H + 2 * K) * Q + 4 * keys * H * Q
+    into_sums = 0 if config.block.norm_output == "branch" else 2 * (H * Q + F) * D
+    return config.core_calls * attention, config.core_calls * into_sums
+
+
 def outer_flops(config: ModelConfig, keys: float) -> float:
     """Forward FLOPs of prelude, coda, head and what stands between for one token."""
     layers = config.prelude_layers + config.coda_layers

@@ -3,6 +3,7 @@
 step         one optimizer step, compiled once for every depth
 loop         `Trainer`: the loop, checkpoints, validation, resume and rollback
 folder       the run folder
+fit          how much is recomputed, found by compiling the step
 startup      what a run does until its first step, in seconds
 reporter     metrics, progress line and skipped updates of every step
 metrics      metrics.jsonl and speed

@@ -19,6 +19,7 @@ import functools
 import math
 import sys
 from collections.abc import Callable, Generator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +47,7 @@ from rdlm.runtime import (
     together,
 )
 from rdlm.train.faults import Faults, modules, saved_faults
+from rdlm.train.fit import fitting
 from rdlm.train.folder import RunFolder, write_curve
 from rdlm.train.preemption import Preemption, Stop
 from rdlm.train.reporter import Reporter
@@ -184,15 +186,18 @@ class Trainer:
             with contextlib.closing(batches) as self.batches:
                 return self._loop()
 
-    def _loop(self) -> int:
-        """Train from the restored step to the last one."""
-        config, reporter = self.config, self.reporter
-        # The new state is sharded as the old one: left to the compiler, the second call would compile again.
-        step_fn = jax.jit(
+    def _jitted(self, config: RunConfig) -> Any:
+        """The training step. The new state is sharded as the old one, or the second call would compile again."""
+        return jax.jit(
             functools.partial(train_step, config, self.tx, layout=self.layout),
             donate_argnums=0,
             out_shardings=(self.shardings, None),
         )
+
+    def _loop(self) -> int:
+        """Train from the restored step to the last one."""
+        config, reporter = self.config, self.reporter
+        step_fn = None if config.recurrence.remat == "auto" else self._jitted(config)
         while self.step < config.steps or reporter.diverged:
             if reporter.diverged:
                 self._roll_back()
@@ -206,7 +211,10 @@ class Trainer:
                 reporter.flush()
                 self._save()
                 return self._leave(EXIT_PREEMPTED)
-            self.state, metrics = step_fn(self.state, self.place(batch), frozen=self.frozen | self.teacher)
+            rows, frozen = self.place(batch), self.frozen | self.teacher
+            if step_fn is None:
+                step_fn = fitting(config, self._jitted, ((self.state, rows), {"frozen": frozen}), self.say)
+            self.state, metrics = step_fn(self.state, rows, frozen=frozen)
             if self.starting:
                 with self.startup.part("running it"):
                     jax.block_until_ready(metrics)

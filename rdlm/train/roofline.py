@@ -101,14 +101,20 @@ def wire_bytes(program: hlo.Program, n: float, k: float, microbatches: int = 1) 
 def hardware_flops(run: RunConfig, n: float, k: float) -> float:
     """FLOPs per token that a step really does: model FLOPs and what the backward pass recomputes.
 
-    With remat by iteration the forward pass of a gradient recurrence runs twice; by layer three times, its last layer
-    twice. In both cases prelude and coda run twice.
+    With remat by iteration the forward pass of a gradient recurrence runs twice, but for the products that the stored
+    sums and attention spare; by layer three times, its last layer twice. In all these cases prelude and coda run twice.
     """
     length, model = run.data.sequence_length, run.model
     core, outer = flops.core_flops(model, length), flops.outer_flops(model, length)
-    again = {"none": 0.0, "iteration": 1.0}.get(run.recurrence.remat, 2.0 - 1.0 / model.core_calls)
-    outer_again = 0.0 if run.recurrence.remat == "none" else 1.0
-    return flops.training_flops(model, n, k, length) + k * again * core + outer_again * outer
+    remat, attention, into_sums = run.recurrence.remat, *flops.spared_flops(model, length)
+    again = {
+        "none": 0.0,
+        "attention": core - into_sums - attention,
+        "sums": core - into_sums,
+        "iteration": core,
+    }.get(remat, (2.0 - 1.0 / model.core_calls) * core)
+    outer_again = 0.0 if remat == "none" else outer
+    return flops.training_flops(model, n, k, length) + k * again + outer_again
 
 
 def roofline(run: RunConfig, program: hlo.Program, device_kind: str, chips: int, n: float, k: float) -> Roofline:
