@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from rdlm.config import ExitName, InputError, Parallel, Sampling, check_threshold, require
+from rdlm.config import CachePolicy, ExitName, InputError, Parallel, Sampling, check_threshold, require
 from rdlm.runtime import parse_arguments, run_command
 
 if TYPE_CHECKING:
@@ -97,6 +97,8 @@ class Args:
     """Leave out tokens less likely than this share of the likeliest; 0 is off."""
     repetition_penalty: float = 1.0
     """Divides the logits of tokens that already occurred; 1 is off."""
+    cache_dtype: Literal["int8"] | None = None
+    """int8: round keys and values to 8 bits (docs/quantize.md). None: keep them as they are computed."""
     parallel: Window = Window()
     ema: bool = False
     """Use the moving average of the weights, if the run kept one (optimizer.ema_decay)."""
@@ -145,6 +147,7 @@ def main() -> int:
             sampling=sampling(args),
             stop=args.stop,
             prefix=args.prefix,
+            cache=CachePolicy(dtype=args.cache_dtype),
             parallel=parallel(args),
             key=jax.random.key(args.seed),
             on_token=stream.token,

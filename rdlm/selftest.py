@@ -240,6 +240,8 @@ def second_set(attend: Callable[..., Array]) -> Attention:
 
     def run(q: Array, new: KeysValues, past: KeysValues) -> Array:
         k, v, bias = past
+        assert isinstance(k, Array)
+        assert isinstance(v, Array)
         more, wide = -k.shape[1] % kernels.STORED_TILE, -(k.shape[2] * k.shape[3]) % kernels.STORED_TILE
         k, v = (jnp.pad(x.reshape(*x.shape[:2], -1), ((0, 0), (0, more), (0, wide))) for x in (k, v))
         bias = jnp.pad(bias, ((0, 0), (0, 0), (0, more)), constant_values=HIDDEN)

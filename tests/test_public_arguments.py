@@ -65,7 +65,7 @@ def refused(call, right, names, examples=60):
 
 def test_configs():
     refused(ModelConfig, SHAPE, [field.name for field in dataclasses.fields(ModelConfig)], 400)
-    refused(rdlm.CachePolicy, {}, ["recurrences", "lookup"])
+    refused(rdlm.CachePolicy, {}, ["recurrences", "lookup", "dtype"])
     refused(rdlm.Speculative, {"draft_steps": 1, "lookahead": 1}, ["draft_steps", "lookahead", "threshold"], 100)
 
 

@@ -330,10 +330,14 @@ class CachePolicy:
 
     At recurrence i, from 0, a token writes set i mod `recurrences`; `recurrences=None` keeps a set for every one. If an
     earlier token exited before it wrote the set, "latest" reads its highest set below, and "skip" hides the token.
+
+    dtype: "int8" rounds every key and value vector to 8 bits an element, with one scale per head (docs/quantize.md).
+    None: that of activations.
     """
 
     recurrences: int | None = None
     lookup: Literal["latest", "skip"] = "latest"
+    dtype: Literal["int8"] | None = None
 
     def __post_init__(self) -> None:
         check_types(self, "CachePolicy.")

@@ -157,7 +157,8 @@ class Engine:
         pages = Pages(lanes, capacity, page_sizes(lanes, capacity, page_size, cache_tokens))
         prompts = f" and prompt_cache = {prompt_cache} bytes" if prompt_cache else ""
         positions, lane_positions = pages.sizes.number * pages.sizes.size, f"{lanes} lanes x {capacity}"
-        memory = CacheMemory(params, config, lanes, 1, (sets, capacity), self._idle.depth, positions=positions)
+        kept = sets, capacity
+        memory = CacheMemory(params, config, lanes, 1, kept, self._idle.depth, positions=positions, policy=cache)
         require_memory(
             f"cache: {sets} recurrences x {lane_positions if cache_tokens is None else positions} positions{prompts}",
             memory.bytes + prompt_cache // devices_of(params),

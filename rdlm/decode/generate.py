@@ -135,7 +135,8 @@ def generate(
         lookahead = speculative.lookahead
     if parallel is not None:
         check_parallel(config, parallel, cache, options, np.asarray(max_steps))
-        cache, lookahead, width = ONE_SET, parallel.window, max(width, parallel.window)
+        cache = dataclasses.replace(ONE_SET, dtype=cache.dtype)
+        lookahead, width = parallel.window, max(width, parallel.window)
         parallel = dataclasses.replace(parallel, rule=None, threshold=None)  # in the request: they compile nothing
     fewest = 1 if config.mean_recurrence == 1 else 8  # a plain model never asks for more
     sizes = Sizes(
@@ -145,7 +146,7 @@ def generate(
         next_power(int(max_new_tokens), 16),
     )
     kept, all_logits = (sizes.sets, sizes.capacity), parallel is not None
-    memory = CacheMemory(params, config, len(rows), width, kept, request.depth, all_logits)
+    memory = CacheMemory(params, config, len(rows), width, kept, request.depth, all_logits, policy=cache)
     if parallel is None:
         memory.require()
     else:

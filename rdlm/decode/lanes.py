@@ -259,7 +259,7 @@ def _tick(params: Params, config: ModelConfig, p: Lanes) -> Lanes:
 def _context(params: Params, config: ModelConfig, cache: Cache, token: Array, position: Array) -> Context:
     """One token per row, at `position`, that sees the tokens before it in the cache."""
     ctx = context(config, position[:, None], None, cached_bias(cache.capacity, position))
-    return with_values(params, config, token[:, None], ctx)
+    return with_values(params, config, token[:, None], ctx._replace(rounded=cache.policy.dtype is not None))
 
 
 def _check(params: Params, config: ModelConfig, p: Lanes, ctx: Context) -> tuple[PyTree, Array]:

@@ -29,7 +29,7 @@ from rdlm.decode.requests import Request, RequestOptions, WarmStart, check_unadj
 from rdlm.decode.sampling import choose, finite
 from rdlm.exits import ExitRule, Observation
 from rdlm.model import Params, Text, check_depth, compute_dtype, known
-from rdlm.model.cache import KeyValue, NewKV, append, stored, zeros
+from rdlm.model.cache import KeyValue, NewKV, append, stored, stored_dtype, zeros
 from rdlm.model.network import begin, coda, core_step, embed, gate_logit, head, inject, with_values
 
 ONE_SET = CachePolicy(recurrences=1)
@@ -100,7 +100,7 @@ def check_parallel(
       InputError: a cache of several recurrences, penalties, or a rule that cannot be asked every `inner` recurrences.
     """
     sampling, rule, inner, min_steps = options.sampling, options.exit_rule, parallel.inner, int(np.min(num_steps))
-    if policy not in (CachePolicy(), ONE_SET):
+    if policy.recurrences not in (None, 1) or policy.lookup != "latest":
         raise InputError(f"parallel: keeps one recurrence per token, not {policy}; use CachePolicy(recurrences=1)")
     if inner > min_steps:
         raise InputError(f"Parallel.inner = {inner}: must be at most num_steps = {min_steps}")
@@ -236,7 +236,8 @@ class _OuterStep:
         def recur(_: Array, carry: tuple[Array, tuple[KeyValue, ...]]) -> tuple[Array, tuple[KeyValue, ...]]:
             return core_step(params, config, carry[0], injected, ctx, cached_kv)
 
-        no_kv = tuple(zeros(config, text.tokens.shape, e.dtype) for _ in range(config.core_calls))
+        dtype = stored_dtype(p.cache.policy, e.dtype)
+        no_kv = tuple(zeros(config, text.tokens.shape, dtype) for _ in range(config.core_calls))
         with jax.named_scope("recurrence_window"):
             s, core_kv = lax.fori_loop(0, self.parallel.inner, recur, (s, no_kv))
         (y, _), coda_kv = coda(params, config, s, ctx, stored(p.cache.coda))

@@ -28,7 +28,7 @@ from rdlm.model import (
     context,
     start_from,
 )
-from rdlm.model.cache import Cache, allocate, append, cache_bytes, cached_bias, grow
+from rdlm.model.cache import Cache, allocate, append, cache_bytes, cached_bias, grow, stored_dtype
 from rdlm.model.inputs import Tokens, as_array, check_integers, check_numbers, check_type, depth_from, prefix_from
 from rdlm.runtime.memory import require_memory
 
@@ -60,7 +60,8 @@ def continuation(
     positions = cache.length[:, None] + jnp.arange(L)[None]
     valid = jnp.arange(L)[None] < count[:, None]
     bias = None if first else cached_bias(cache.capacity, cache.length)
-    return Text(tokens, positions, valid, context(config, positions, valid.astype(jnp.int32), bias, prefix=prefix))
+    ctx = context(config, positions, valid.astype(jnp.int32), bias, prefix=prefix)
+    return Text(tokens, positions, valid, ctx._replace(rounded=cache.policy.dtype is not None))
 
 
 def run_pass(
@@ -92,6 +93,7 @@ class CacheMemory:
     all_logits: bool = False  # the pass returns them
     coda_sets: bool = False  # the cache has them
     positions: int | None = None  # of the cache, which the rows share; None: `sizes` says those of each
+    policy: CachePolicy = CachePolicy()  # says what dtype the cache has
 
     @property
     def bytes(self) -> int:
@@ -99,13 +101,14 @@ class CacheMemory:
         (sets, capacity), batch, length = self.sizes, self.batch, self.length
         config, rule = local_config(self.params, self.config), self.depth.rule
         dtype, D, H = compute_dtype(self.params, config), config.embed_dim, config.num_heads
+        stored = stored_dtype(self.policy, dtype)
         for_rule = rule is not None and rule.needs_logits
         logits = 4 * batch * config.rows * (3 * length if for_rule else length if self.all_logits else 3)
         scores = batch * H * min(length, max(64, length // 8)) * length * 8
         activations = batch * length * (6 * D + 3 * config.mlp_dim) * dtype.itemsize
-        first = cache_bytes(config, sets, batch, length, dtype) + scores + activations + logits
+        first = cache_bytes(config, sets, batch, length, stored) + scores + activations + logits
         later = batch * capacity * (2 * D * dtype.itemsize + 32 * H)  # a layer's keys and values with their heads split
-        cache = cache_bytes(config, sets, 1, self.positions or batch * capacity, dtype, self.coda_sets)
+        cache = cache_bytes(config, sets, 1, self.positions or batch * capacity, stored, self.coda_sets)
         cache += 4 * batch * capacity if self.positions else 0  # the depth of each row's tokens
         return int(1.05 * (cache + max(first, later)))
 
@@ -118,8 +121,8 @@ class CacheMemory:
         require_memory(
             f"cache: {self.sizes[0]} recurrences x {self.batch} prompts x {self.sizes[1]} positions",
             self.bytes,
-            "keep fewer recurrences (cache=CachePolicy(recurrences=k)), run fewer (num_steps), or give fewer or "
-            "shorter prompts",
+            "keep fewer recurrences (cache=CachePolicy(recurrences=k)), or in 8 bits (dtype='int8'), run fewer "
+            "(num_steps), or give fewer or shorter prompts",
         )
 
 
@@ -193,7 +196,8 @@ def prefill(
         if known.min() < 1 or known.max() > L:
             raise InputError(f"lengths = {known.tolist()}: must be between 1 and {L}")
     if not isinstance(tokens, jax.core.Tracer):
-        CacheMemory(params, config, B, L, (cache.sets(max_steps), capacity), depth, all_logits=True).require()
+        sizes = cache.sets(max_steps), capacity
+        CacheMemory(params, config, B, L, sizes, depth, all_logits=True, policy=cache).require()
     empty = allocate(config, cache, cache.sets(max_steps), B, capacity, compute_dtype(params, config))
     count = jnp.full(B, L, jnp.int32) if lengths is None else jnp.asarray(lengths, jnp.int32)
     text = continuation(config, empty, tokens, count, first=True, prefix=prefix_from(config, prefix, (B, L)))
@@ -282,5 +286,5 @@ def _large_enough(params: Params, cache: Cache, config: ModelConfig, L: int, num
     if not isinstance(num_steps, jax.core.Tracer):
         sets = max(sets, cache.policy.sets(_largest(num_steps)))
     if (sets, capacity) != (cache.sets, cache.capacity):
-        CacheMemory(params, config, len(cache.length), L, (sets, capacity), Depth(1)).require()
+        CacheMemory(params, config, len(cache.length), L, (sets, capacity), Depth(1), policy=cache.policy).require()
     return grow(cache, sets, capacity)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from rdlm.config import InputError, ModelConfig
+from rdlm.config import CachePolicy, InputError, ModelConfig
 from rdlm.decode.loop import Progress, Sizes, read_chunk
 from rdlm.decode.passes import CacheMemory
 from rdlm.decode.program import devices_of, host, local_config, program
@@ -17,7 +17,7 @@ from rdlm.decode.prompt_cache import PromptCache
 from rdlm.decode.requests import Request, RequestOptions
 from rdlm.exits import Depth, ExitRule
 from rdlm.model import Params, compute_dtype
-from rdlm.model.cache import Cache, allocate, cache_bytes
+from rdlm.model.cache import Cache, allocate, cache_bytes, stored_dtype
 
 
 @program("config", "sizes", "coda_sets")
@@ -32,23 +32,31 @@ def usual_chunk(lanes: int) -> int:
 
 
 def least_prompt_cache(
-    params: Params, config: ModelConfig, sizes: tuple[int, int], chunk: int, rule: ExitRule | None
+    params: Params,
+    config: ModelConfig,
+    policy: CachePolicy,
+    sizes: tuple[int, int],
+    chunk: int,
+    rule: ExitRule | None,
 ) -> int:
     """Bytes of the keys and values of a chunk: a prompt cache of fewer would hold nothing.
 
     Args:
       params, config: the model.
+      policy: of the cache, which says its dtype.
       sizes: core sets and positions of a lane.
       chunk: tokens that are read at once.
       rule: of the tokens of prompts.
     """
     sets, capacity = sizes
-    return prompt_bytes(params, config, sets, min(chunk, capacity), _has_coda_sets(rule))
+    return prompt_bytes(params, config, policy, sets, min(chunk, capacity), _has_coda_sets(rule))
 
 
-def prompt_bytes(params: Params, config: ModelConfig, sets: int, tokens: int, coda_sets: bool) -> int:
+def prompt_bytes(
+    params: Params, config: ModelConfig, policy: CachePolicy, sets: int, tokens: int, coda_sets: bool
+) -> int:
     """Bytes, on all devices, of the keys and values of so many tokens of a prompt."""
-    here, dtype = local_config(params, config), compute_dtype(params, config)
+    here, dtype = local_config(params, config), stored_dtype(policy, compute_dtype(params, config))
     return devices_of(params) * cache_bytes(here, sets, 1, tokens, dtype, coda_sets)
 
 
@@ -116,7 +124,8 @@ class Reader:
                 'CachePolicy(recurrences) and prefill_exit="together", or the prompt cache'
             )
         sizes = self._sizes.sets, self._sizes.capacity
-        least = least_prompt_cache(self._params, self._config, sizes, self.chunk, self._depth.rule)
+        policy, rule = self._sizes.policy, self._depth.rule
+        least = least_prompt_cache(self._params, self._config, policy, sizes, self.chunk, rule)
         if prompt_cache < least:
             raise InputError(
                 f"prompt_cache = {prompt_cache}: give 0, or at least {least}, the bytes of a chunk of a prompt"
@@ -134,7 +143,10 @@ class Reader:
         """
         config, sizes, coda_sets = self._config, self._sizes, self._coda_sets
         where = sizes.sets, sizes.capacity
-        CacheMemory(self._params, config, 1, self.chunk, where, self._depth, coda_sets=coda_sets).require()
+        memory = CacheMemory(
+            self._params, config, 1, self.chunk, where, self._depth, coda_sets=coda_sets, policy=sizes.policy
+        )
+        memory.require()
         row = request._replace(depth=self._in_prompt(request.depth))
         present = np.zeros((1, config.vocab_size), bool)
         present[0, prompt] = True

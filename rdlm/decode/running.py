@@ -141,7 +141,10 @@ class Running:
         sizes = self.sizes._replace(capacity=tokens.shape[1], tokens=1)
         ways = self.options.prefill_exit, self.options.warm_start
         cache = sizes.sets, sizes.capacity
-        CacheMemory(self.params, self.config, len(tokens), sizes.capacity, cache, self.idle.depth).require()
+        memory = CacheMemory(
+            self.params, self.config, len(tokens), sizes.capacity, cache, self.idle.depth, policy=sizes.policy
+        )
+        memory.require()
         progress, prompt_steps = begin(self.params, self.config, host(tokens), lengths, request, sizes, *ways)
         depth = np.asarray(prompt_steps)  # errors of the program appear here, while the lanes are untouched
         claims = self.schedule.claims() | {lane: s._claim(0) for s, lane in zip(group, lanes, strict=True)}

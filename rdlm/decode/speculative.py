@@ -24,7 +24,7 @@ from rdlm.decode.requests import Request, RequestOptions, check_unadjusted
 from rdlm.decode.sampling import finite, penalise, probabilities
 from rdlm.exits import Depth
 from rdlm.model import Params, known
-from rdlm.model.cache import Cache, KeyValue
+from rdlm.model.cache import Cache, KeyValue, row_widths
 from rdlm.model.network import Layers
 
 
@@ -106,9 +106,9 @@ def _draft(params: Params, config: ModelConfig, p: Progress, request: Request, s
     inputs, drafts, q, states = (x.swapaxes(0, 1) for x in (inputs, drafts, q, states))  # [B, L, ...]
     # The drafts' own keys and values, read back from where they were appended.
     where = p.cache.length[:, None] + jnp.arange(spec.lookahead)[None]
+    widths = row_widths(config, cache.core[0].k.dtype)
     core_kv = tuple(
-        KeyValue(*(x[:, rows[:, None], where, :w] for x, w in zip(layer, config.key_value_widths, strict=True)))
-        for layer in cache.core
+        KeyValue(*(x[:, rows[:, None], where, :w] for x, w in zip(layer, widths, strict=True))) for layer in cache.core
     )
     return _Drafts(inputs, drafts, present, q, states, core_kv, cache, passes)
 

@@ -22,7 +22,7 @@ from rdlm import exits
 from rdlm.config import ModelConfig
 from rdlm.exits import Depth, ExitRule, Observation
 from rdlm.model.attention import HIDDEN
-from rdlm.model.cache import Cache, NewKV, frozen_set, skip_bias, stored, write_set, zeros
+from rdlm.model.cache import Cache, NewKV, frozen_set, skip_bias, stored, stored_dtype, write_set, zeros
 from rdlm.model.inputs import Start, Text
 from rdlm.model.kernels import Stored
 from rdlm.model.network import (
@@ -134,7 +134,8 @@ class _Loop:
 
     def begin(self, start: Start) -> _Carry:
         """The carry before the first recurrence."""
-        config, rule, shape, dtype = self.config, self.depth.rule, self.text.tokens.shape, self.injected.dtype
+        config, rule, shape = self.config, self.depth.rule, self.text.tokens.shape
+        dtype = stored_dtype(self.cache.policy, self.injected.dtype)
         ran, core_kv = jnp.int32(start.ran), start.core_kv
         assert start.s is not None
         coda_kv: Layers = ()

@@ -8,13 +8,19 @@ by all layers and recurrences. What is hidden may hold any number, NaN included 
 from __future__ import annotations
 
 import functools
+from typing import TypeVar
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Float32, Int
 
-KeysValues = tuple[Float[Array, "B _ Hk Q"], Float[Array, "B _ K Q"], Float32[Array, "#B _ _"]]
+from rdlm.model.rounding import Rounded, unrounded
+
+KeysValues = tuple[Float[Array, "B _ Hk Q"] | Rounded, Float[Array, "B _ K Q"] | Rounded, Float32[Array, "#B _ _"]]
 """k [B, T, Hk, Q], v [B, T, K, Q] and bias [B or 1, L or 1, T] of some tokens; Hk is H or K."""
+
+Vectors = TypeVar("Vectors", bound=Array | Rounded)
 
 HIDDEN = -1e30
 """Bias of a key that must not be seen: exp() of it is exactly 0, and differences of two such stay finite."""
@@ -58,9 +64,8 @@ def softmax_attention(q: Float[Array, "B L H Q"], *parts: KeysValues) -> Float[A
     """
     scores, values = [], []
     for k, v, bias in parts:
-        q_first, k_first, v_first = (heads_first(x) for x in (q, k, v))
-        scores.append(scaled_scores(q_first, k_first, bias[:, None]))
-        values.append(v_first)
+        scores.append(scaled_scores(heads_first(q), heads_first(k), bias[:, None]))
+        values.append(heads_first(v))
     top = functools.reduce(jnp.maximum, [x.max(-1, keepdims=True) for x in scores])
     total, mixed = jnp.zeros(()), jnp.zeros(())
     for x, v in zip(scores, values, strict=True):
@@ -71,15 +76,17 @@ def softmax_attention(q: Float[Array, "B L H Q"], *parts: KeysValues) -> Float[A
 
 
 def scaled_scores(
-    q: Float[Array, "B H L Q"], k: Float[Array, "B Hk T Q"], bias: Float32[Array, "#B 1 #L T"]
+    q: Float[Array, "B H L Q"], k: Float[Array, "B Hk T Q"] | Rounded, bias: Float32[Array, "#B 1 #L T"]
 ) -> Float32[Array, "B H L T"]:
     """q k / sqrt(Q) + bias, in f32."""
     scale = q.dtype.type(q.shape[-1] ** -0.5)
-    scores = jnp.einsum("bknq,bktq->bknt", _by_key(q * scale, k), k, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("bknq,bktq->bknt", _by_key(q * scale, k), unrounded(k), preferred_element_type=jnp.float32)
+    if isinstance(k, Rounded):
+        scores = scores * k.scale.swapaxes(2, 3)
     return masked(scores.reshape(*q.shape[:3], -1), bias)
 
 
-def _by_key(x: Float[Array, "B H L _"], k: Float[Array, "B K T Q"]) -> Float[Array, "B K H/K*L _"]:
+def _by_key(x: Float[Array, "B H L _"], k: Float[Array, "B K T Q"] | Rounded) -> Float[Array, "B _ _ _"]:
     """`x` with the query heads that a key head serves side by side, so that no key is copied for each of them."""
     return x.reshape(x.shape[0], k.shape[1], -1, x.shape[-1])
 
@@ -90,26 +97,40 @@ def masked(scores: Float32[Array, "*shape"], bias: Float32[Array, "*#shape"]) ->
 
 
 def harmless(
-    k: Float[Array, "B T Hk Q"], v: Float[Array, "B T K Q"]
-) -> tuple[Float[Array, "B T Hk Q"], Float[Array, "B T K Q"]]:
+    k: Float[Array, "B T Hk Q"] | Rounded, v: Float[Array, "B T K Q"] | Rounded
+) -> tuple[Float[Array, "B T Hk Q"] | Rounded, Float[Array, "B T K Q"] | Rounded]:
     """Keys and values that do no harm while hidden: a value's weight is 0 then, and 0 times NaN is NaN.
 
     Values that are not finite become zeros, and their keys NaN: a query that sees one still gets NaN.
     """
+    if isinstance(k, Rounded) or isinstance(v, Rounded):
+        assert isinstance(k, Rounded)
+        assert isinstance(v, Rounded)
+        k_scale, v_scale = _harmless(k.scale, v.scale)
+        return Rounded(k.values, k_scale), Rounded(v.values, v_scale)
+    return _harmless(k, v)
+
+
+def _harmless(k: Array, v: Array) -> tuple[Array, Array]:
     broken = ~jnp.isfinite(v).all((-2, -1), keepdims=True)
     return jnp.where(broken, jnp.nan, k), jnp.where(broken, 0, v)
 
 
-def weighted_values(p: Float32[Array, "B H L T"], v: Float[Array, "B K T Q"]) -> Float32[Array, "B H L Q"]:
+def weighted_values(p: Float32[Array, "B H L T"], v: Float[Array, "B K T Q"] | Rounded) -> Float32[Array, "B H L Q"]:
     """p v, in f32."""
-    mixed = jnp.einsum("bknt,bktq->bknq", _by_key(p.astype(v.dtype), v), v, preferred_element_type=jnp.float32)
+    values, weights = unrounded(v), _by_key(p, v)
+    if isinstance(v, Rounded):
+        weights = weights * v.scale.swapaxes(2, 3)
+    weights = weights.astype(values.dtype)
+    mixed = jnp.einsum("bknt,bktq->bknq", weights, values, preferred_element_type=jnp.float32)
     return mixed.reshape(*p.shape[:3], -1)
 
 
-def heads_first(x: Float[Array, "B T H Q"]) -> Float[Array, "B H T Q"]:
-    """`x` as batched matrix products want it: CPUs compute them several times faster than
+def heads_first(x: Vectors) -> Vectors:
+    """`x` [B, T, H, Q] as [B, H, T, Q], as batched matrix products want it: CPUs compute them several times faster than
     `jax.nn.dot_product_attention`."""
-    return x.transpose(0, 2, 1, 3)
+    made: Vectors = jax.tree.map(lambda x: x.transpose(0, 2, 1, 3), x)
+    return made
 
 
 def for_each_query_head(q: Float[Array, "B _ H Q"], *others: Float[Array, "B _ _ Q"]) -> list[Float[Array, "B H _ Q"]]:

@@ -20,6 +20,7 @@ from rdlm.config import ModelConfig
 from rdlm.model import split
 from rdlm.model.cache import KeyValue
 from rdlm.model.kernels import Stored, attend, attend_cached, attend_flash, attend_in_training
+from rdlm.model.rounding import from_row, to_row
 from rdlm.remat import keep
 from rdlm.tune import LORA_A, LORA_B, SCALE
 
@@ -39,10 +40,11 @@ class Context(NamedTuple):
     training: only reverse-mode gradients are asked for, so kernels whose backward pass is written out may run.
     window: for the fused kernel, tokens that a query sees; None: all before it.
     causal: no token sees a later one.
+    rounded: keys and values are rounded as a cache of `CachePolicy.dtype` int8 holds them, before anybody reads them.
     full: for `full_attention_layers`, the same without a window.
     values: for layers with value embeddings, by name: gate [32, K] and the tokens' rows [B, L, K, Q] of the table.
     value: those of one layer, see `of_layer`.
-    A context with `around`, `training` or `window`, which are no arrays, stays inside one traced function.
+    A context with `around`, `training`, `rounded` or `window`, which are no arrays, stays inside one traced function.
     """
 
     cos: Array
@@ -55,6 +57,7 @@ class Context(NamedTuple):
     later: Array | int | None = None
     window: int | None = None
     causal: bool = True
+    rounded: bool = False
     full: Context | None = None
     values: dict[str, tuple[Array, Array]] | None = None
     value: tuple[Array, Array] | None = None
@@ -63,7 +66,7 @@ class Context(NamedTuple):
         """What layer j of the prelude, the core or the coda needs."""
         name, ctx = f"{part}_{j}", self
         if self.full is not None and config.layers.index(name) in config.full_attention_layers:
-            ctx = self.full._replace(around=self.around, training=self.training)
+            ctx = self.full._replace(around=self.around, training=self.training, rounded=self.rounded)
         if name not in config.value_layers:
             return ctx
         assert self.values is not None, "network.with_values was not called"
@@ -276,10 +279,12 @@ class SelfAttention(nn.Module):
             q, k = (normalise(x, None, float(np.finfo(np.float32).eps)) for x in (q, k))
         if cfg.block.attention_scale is not None:  # attention itself divides by sqrt(Q)
             q = q * jnp.asarray(cfg.block.attention_scale * Q**0.5, dtype)
-        new_kv = KeyValue(k.reshape(B, L, -1), v.reshape(B, L, -1))
+        Hk = k.shape[2]
+        new_kv = KeyValue(*(to_row(x) if ctx.rounded else x.reshape(B, L, -1) for x in (k, v)))
         if frozen_kv is not None and active is not None:
             new_kv = jax.tree.map(lambda new, old: jnp.where(active[..., None], new, old), new_kv, frozen_kv)
-        new_k, new_v = new_kv.k.reshape(B, L, -1, Q), new_kv.v.reshape(B, L, K, Q)
+        new_k: Any = from_row(new_kv.k, Hk, Q, dtype) if ctx.rounded else new_kv.k.reshape(B, L, Hk, Q)
+        new_v: Any = from_row(new_kv.v, K, Q, dtype) if ctx.rounded else new_kv.v.reshape(B, L, K, Q)
         if ctx.bias is None:
             assert ctx.segments is not None
             mixed = attend_flash(q, new_k, new_v, ctx.segments, ctx.window)

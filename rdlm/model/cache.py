@@ -6,8 +6,8 @@ every later read is a plain slice. Under "skip" a query hides tokens that did no
 
 During a pass the cache is only read; the pass keeps its new sets (`NewKV`) and writes them once, at its end.
 
-A cache holds finite numbers only, so that a hidden entry times its weight 0 is 0: a row of the batch may be left by one
-text and taken by the next. A text whose keys or values overflow has NaN for logits, by which callers end it.
+A cache is read as finite numbers only, so that a hidden entry times its weight 0 is 0: a row of the batch may be left
+by one text and taken by the next. A text whose keys or values overflow has NaN for logits, by which callers end it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from jaxtyping import Float32, Int, Shaped
 from rdlm.config import CachePolicy, ModelConfig
 from rdlm.model.attention import HIDDEN
 from rdlm.model.kernels import Stored, updated_in_place
+from rdlm.model.rounding import rounded_width
 
 
 def stored_width(width: int) -> int:
@@ -38,7 +39,8 @@ def stored_width(width: int) -> int:
 class KeyValue(NamedTuple):
     """Keys and values of one layer, heads flattened: k [..., T, Hk*Q] (after bias and rotary), v [..., T, K*Q].
 
-    Hk = H when `qk_bias` is on (the bias on keys is per query head, docs/model.md, Block), else K.
+    Hk = H when `qk_bias` is on (the bias on keys is per query head, docs/model.md, Block), else K. In int8 a row is one
+    of `rounding.to_row`: [..., T, Hk*(Q+2)] and [..., T, K*(Q+2)].
     """
 
     k: Array
@@ -78,9 +80,22 @@ class NewKV(NamedTuple):
     coda_sets: tuple[KeyValue, ...] = ()
 
 
+def row_widths(config: ModelConfig, dtype: DTypeLike) -> tuple[int, int]:
+    """Elements of one token's keys and of its values in one layer, in a cache of `dtype`."""
+    keys, values = config.key_value_widths
+    if jnp.dtype(dtype) != jnp.int8:
+        return keys, values
+    return rounded_width(keys, config.head_dim), rounded_width(values, config.head_dim)
+
+
+def stored_dtype(policy: CachePolicy, dtype: DTypeLike) -> jnp.dtype:
+    """That of keys and values in the cache of a model which computes in `dtype`."""
+    return jnp.dtype(policy.dtype or dtype)
+
+
 def zeros(config: ModelConfig, shape: tuple[int, ...], dtype: DTypeLike) -> KeyValue:
-    """Empty keys and values of one layer, with leading axes `shape`."""
-    return KeyValue(*(jnp.zeros((*shape, width), dtype) for width in config.key_value_widths))
+    """Empty keys and values of one layer in a cache of `dtype`, with leading axes `shape`."""
+    return KeyValue(*(jnp.zeros((*shape, width), dtype) for width in row_widths(config, dtype)))
 
 
 def allocate(
@@ -92,11 +107,12 @@ def allocate(
     dtype: DTypeLike,
     coda_sets: bool = False,
 ) -> Cache:
-    """An empty cache of `capacity` positions and `sets` core sets per layer.
+    """An empty cache of `capacity` positions and `sets` core sets per layer, for a model that computes in `dtype`.
 
     coda_sets: also keep what a rule that reads logits needs when a later pass continues the same prompt.
     """
-    widths = [stored_width(width) for width in config.key_value_widths]
+    dtype = stored_dtype(policy, dtype)
+    widths = [stored_width(width) for width in row_widths(config, dtype)]
 
     def layers(count: int, *lead: int) -> tuple[KeyValue, ...]:
         shape = (*lead, batch, capacity)
@@ -116,9 +132,9 @@ def allocate(
 def cache_bytes(
     config: ModelConfig, sets: int, batch: int, capacity: int, dtype: DTypeLike, coda_sets: bool = False
 ) -> int:
-    """Size of what `allocate` makes."""
+    """Size of what `allocate` makes, whose keys and values are of `dtype`."""
     layers = config.prelude_layers + config.core_calls * sets + config.coda_layers * (1 + sets * coda_sets)
-    width = sum(stored_width(width) for width in config.key_value_widths)
+    width = sum(stored_width(width) for width in row_widths(config, dtype))
     return batch * (capacity * (layers * width * jnp.dtype(dtype).itemsize + 4) + 4)
 
 

@@ -133,7 +133,8 @@ def forward(
         `prefix_attention`.
       exit_rule, min_steps, check_every: stop each token on its own; checks happen after recurrences min_steps + 1,
         min_steps + 1 + check_every, ... One parallel pass, see `rdlm.model.adaptive`.
-      cache: which sets of keys and values later tokens see of ones that stopped; matters only with exits.
+      cache: which sets of keys and values later tokens see of ones that stopped, which matters only with exits; and
+        their `dtype`. Rounded ones have no gradient.
       select: all tokens run all recurrences, and the rule only chooses which state of each is read. For comparison
         with models whose own code does that; the rule must not read logits.
 
@@ -142,6 +143,7 @@ def forward(
     """
     text = text_from(config, tokens, segment_ids, positions, prefix)
     check_type("cache", cache, CachePolicy)
+    text = text._replace(context=text.context._replace(rounded=cache.dtype is not None))
     B, L = text.tokens.shape
     if not isinstance(text.tokens, jax.core.Tracer):
         require_memory(f"logits of {B} x {L} tokens", 4 * B * L * config.rows, "give fewer rows at a time")

@@ -6,6 +6,7 @@ memory on its platform. The only file that imports Pallas.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from jax import Array
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, PartitionSpec
 from jax.typing import DTypeLike
-from jaxtyping import Bool, Float, Float32, Int, Shaped
+from jaxtyping import Bool, Float, Float32, Int, Int8, Shaped
 
 from rdlm.model.attention import (
     HIDDEN,
@@ -29,6 +30,7 @@ from rdlm.model.attention import (
     softmax_attention,
     weighted_values,
 )
+from rdlm.model.rounding import Rounded, from_row, unrounded
 from rdlm.model.split import AXIS
 from rdlm.remat import ATTENTION, keep
 
@@ -37,8 +39,8 @@ from rdlm.remat import ATTENTION, keep
 
 def attend(
     q: Float[Array, "B L H Q"],
-    k: Float[Array, "B L Hk Q"],
-    v: Float[Array, "B L K Q"],
+    k: Float[Array, "B L Hk Q"] | Rounded,
+    v: Float[Array, "B L K Q"] | Rounded,
     bias: Float32[Array, "#B L L"],
     causal: bool = True,
 ) -> Float[Array, "B L H*Q"]:
@@ -51,8 +53,8 @@ def attend(
       q, k, v: as in `softmax_attention`.
       bias: must hide every later token (as `causal_bias` does without a prefix), unless `causal` is False.
     """
-    q, k, v = (heads_first(x) for x in (q, *harmless(k, v)))
-    return heads_last(_forward(q, k, v, bias[:, None], causal)[0])
+    k, v = harmless(k, v)
+    return heads_last(_forward(heads_first(q), heads_first(k), heads_first(v), bias[:, None], causal)[0])
 
 
 def attend_in_training(
@@ -74,7 +76,7 @@ def _blocks(length: int) -> list[tuple[int, int]]:
     return [(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def _forward(q: Array, k: Array, v: Array, bias: Array, causal: bool = True) -> tuple[Array, Array]:
+def _forward(q: Array, k: Array | Rounded, v: Array | Rounded, bias: Array, causal: bool = True) -> tuple[Array, Array]:
     """q, k, v [B, H, L, Q], bias [B or 1, 1, L, L] -> (output, log-sum-exp of the scores f32 [B, H, L, 1])."""
     outs, lses = [], []
     for start, end in _blocks(q.shape[2]):
@@ -205,14 +207,15 @@ FEW_QUERIES = 8
 class Stored(NamedTuple):
     """Keys and values of one layer in a cache, of which every row reads one set.
 
-    k [S, B, n, >= Hk*Q], v [S, B, n, >= K*Q]: as they are stored, in B rows of n positions each. pages: int32 [R, P],
+    k [S, B, n, >= Hk*Q], v [S, B, n, >= K*Q]: as they are stored, floats or what `rounding.to_row` makes of them, in B
+    rows of n positions each. pages: int32 [R, P],
     the rows of the cache that each row of the batch reads, one behind the other; those of hidden positions may be
     outside of the cache. None: row r reads row r alone, and n = T. set: int32 scalar, or one for each row that reads
     pages.
     """
 
-    k: Float[Array, "S B _ _"]
-    v: Float[Array, "S B _ _"]
+    k: Float[Array, "S B _ _"] | Int8[Array, "S B _ _"]
+    v: Float[Array, "S B _ _"] | Int8[Array, "S B _ _"]
     set: Int[Array, ""] | Int[Array, "R"]
     pages: Int[Array, "R P"] | None = None
 
@@ -220,15 +223,19 @@ class Stored(NamedTuple):
         """A copy of the first `positions` that are read, None: of all, with the heads of `like`."""
         n = bias.shape[-1] if positions is None else positions
 
-        def one(x: Array, heads: Array) -> Array:
+        def one(x: Array, like: Array | Rounded) -> Array | Rounded:
             if self.pages is not None:
                 rows = self._from_pages(x, n)
             elif len(x) == 1:
                 rows = x[0, :, :n]
             else:
                 rows = jax.lax.dynamic_slice(x, (self.set, 0, 0, 0), (1, x.shape[1], n, x.shape[-1]))[0]
-            _, _, count, width = heads.shape
-            return rows[..., : count * width].reshape(*rows.shape[:2], count, width)
+            _, _, heads, width = like.shape
+            if isinstance(like, Rounded):
+                found = from_row(rows, heads, width, like.scale.dtype)
+                # Finite even of a text that was not: it may be hidden from the next one.
+                return dataclasses.replace(found, scale=jnp.where(jnp.isfinite(found.scale), found.scale, 0))
+            return rows[..., : heads * width].reshape(*rows.shape[:2], heads, width)
 
         return one(self.k, like[0]), one(self.v, like[1]), bias[..., :n]
 
@@ -240,7 +247,7 @@ class Stored(NamedTuple):
         k, v = (x.reshape(S, B * T // size, size, -1) for x in (self.k, self.v))
         return Stored(k, v, self.set, jnp.arange(B * T // size).reshape(B, -1))
 
-    def _from_pages(self, x: Float[Array, "S B _ W"], n: int) -> Float[Array, "R {n} W"]:
+    def _from_pages(self, x: Shaped[Array, "S B _ W"], n: int) -> Shaped[Array, "R {n} W"]:
         """The first n positions of every row."""
         assert self.pages is not None
         _, B, size, W = x.shape
@@ -388,21 +395,31 @@ def attend_flat(q: Float[Array, "B L H Q"], *parts: KeysValues) -> Float[Array, 
     for k, _, bias in parts:
         spread = jnp.einsum("blhq,hk->bkqlh", q * q.dtype.type(Q**-0.5), _serves(H, k.shape[2], q.dtype))
         flat = jnp.einsum("btd,bdn->bnt", _flat(k), spread.reshape(B, -1, L * H), preferred_element_type=jnp.float32)
-        scores.append(masked(flat.reshape(B, L, H, -1), bias[:, :, None]))
+        scores.append(masked(_scaled(flat.reshape(B, L, H, -1), k), bias[:, :, None]))
     top = functools.reduce(jnp.maximum, [x.max(-1, keepdims=True) for x in scores])
     total, out = jnp.zeros(()), jnp.zeros(())
     for x, (_, v, _) in zip(scores, parts, strict=True):
         p = jnp.exp(x - top)
         total = total + p.sum(-1, keepdims=True)
-        weights = p.astype(v.dtype).reshape(B, L * H, -1)
-        wide = jnp.einsum("bnt,btd->bnd", weights, _flat(v), preferred_element_type=jnp.float32)
+        flat = _flat(v)
+        weights = _scaled(p, v).astype(flat.dtype).reshape(B, L * H, -1)
+        wide = jnp.einsum("bnt,btd->bnd", weights, flat, preferred_element_type=jnp.float32)
         head = _serves(H, v.shape[2], jnp.float32)[None, None, :, :, None]
         out = out + (wide.reshape(B, L, H, -1, Q) * head).sum(3)
     return (out / total).astype(q.dtype).reshape(B, L, H * Q)
 
 
-def _flat(x: Float[Array, "B T K Q"]) -> Float[Array, "B T K*Q"]:
+def _flat(x: Float[Array, "B T K Q"] | Rounded) -> Float[Array, "B T _"]:
+    x = unrounded(x)
     return row_major(x.reshape(*x.shape[:2], -1))
+
+
+def _scaled(x: Float32[Array, "B L H T"], by: Float[Array, "B T K Q"] | Rounded) -> Float32[Array, "B L H T"]:
+    """`x` times the scales of the vectors that it is of, or is a weight of."""
+    if not isinstance(by, Rounded):
+        return x
+    H, K = x.shape[2], by.shape[2]
+    return x * jnp.repeat(by.scale[..., 0].swapaxes(1, 2), H // K, axis=1)[:, None]
 
 
 def _serves(heads: int, key_heads: int, dtype: DTypeLike) -> Float[Array, "{heads} {key_heads}"]:
@@ -424,7 +441,7 @@ def fits_stored(q: Float[Array, "R L H Q"], key_value_heads: int, cached: Stored
     one_device = AXIS in mesh.manual_axes or mesh.axis_sizes == (1,)
     whole = all(n % STORED_TILE == 0 for x in (cached.k, cached.v) for n in x.shape[2:])
     L, H = q.shape[1:3]
-    if not one_device or not whole or L > FEW_QUERIES:
+    if not one_device or not whole or L > FEW_QUERIES or cached.k.dtype == jnp.int8:
         return False
     width, wide, itemsize = cached.k.shape[-1], cached.v.shape[-1], cached.k.dtype.itemsize
     size, N = _block(cached), L * (H // key_value_heads) * _padded(key_value_heads)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from rdlm.config import CachePolicy, InputError, ModelConfig
 from rdlm.model.blocks import VALUE_CHANNELS
-from rdlm.model.cache import stored_width
+from rdlm.model.cache import row_widths, stored_width
 
 
 class Chip(NamedTuple):
@@ -250,9 +250,13 @@ def key_value_bytes(config: ModelConfig, itemsize: int) -> int:
 def cache_bytes(
     config: ModelConfig, policy: CachePolicy, num_steps: int, batch: int, capacity: int, itemsize: int
 ) -> int:
-    """Bytes of the keys and values that `rdlm.model.cache.allocate` makes (depths and lengths not counted)."""
+    """Bytes of the keys and values that `rdlm.model.cache.allocate` makes (depths and lengths not counted).
+
+    itemsize: of the activations, which are stored as they are unless the policy has a dtype.
+    """
     slots = config.prelude_layers + config.core_calls * policy.sets(num_steps) + config.coda_layers
-    return slots * batch * capacity * sum(map(stored_width, config.key_value_widths)) * itemsize
+    widths = row_widths(config, policy.dtype or "float32")
+    return slots * batch * capacity * sum(map(stored_width, widths)) * (1 if policy.dtype else itemsize)
 
 
 def matmul_peak() -> float:

@@ -34,6 +34,9 @@ class ServeOptions:
     """Threshold of the default rule; None: the rule's own."""
     cache_recurrences: int | None = None
     """Recurrences whose keys and values are kept; None: all."""
+    cache_dtype: Literal["int8"] | None = None
+    """int8: keys and values are rounded to 8 bits (docs/quantize.md), and take about half the memory of bfloat16. None:
+    they are kept as they are computed."""
     cache_tokens: int | None = None
     """Tokens of prompts and answers that are in the cache together, for each kind of exit rule; None: enough for every
     lane's --max-context."""

@@ -180,11 +180,13 @@ class Worker:
         """
         options, run = self._depths.options, self._run
         steps, context = self._sizes
-        sets = CachePolicy(options.cache_recurrences).sets(next_power(steps, minimum=1))
+        sets = self._policy.sets(next_power(steps, minimum=1))
         kinds, room = self._depths.kinds, self._prompt_cache
         sizes = sets, context
         rules = map(self._depths.rule, kinds)
-        least = max(least_prompt_cache(run.params, run.config, sizes, self._chunk, rule) for rule in rules)
+        least = max(
+            least_prompt_cache(run.params, run.config, self._policy, sizes, self._chunk, rule) for rule in rules
+        )
         if options.prompt_cache and room < least:
             shown = (least * 10**6 // 2**30 + 1) / 10**6
             fix = f"a chunk of a prompt takes more; give at least {shown:.6f} GiB, or 0"
@@ -192,12 +194,17 @@ class Worker:
         rows = options.lanes * len(kinds)
         pages = page_sizes(options.lanes, context, tokens=options.cache_tokens)
         positions = len(kinds) * pages.number * pages.size
-        needed = CacheMemory(run.params, run.config, rows, 1, sizes, Depth(1), positions=positions).bytes
-        needed += room // devices_of(run.params) * len(kinds)
+        memory = CacheMemory(run.params, run.config, rows, 1, sizes, Depth(1), positions=positions, policy=self._policy)
+        needed = memory.bytes + room // devices_of(run.params) * len(kinds)
         what = f"cache: {sets} recurrences x {positions} positions for {rows} lanes"
         what += f" and {room * len(kinds) / 2**30:,.1f} GiB for prompts" if room else ""
         fix = "lower --lanes, --cache-tokens, --max-context, --cache-recurrences or --prompt-cache"
         require_memory(f"--lanes {options.lanes}: {what}", needed, fix)
+
+    @property
+    def _policy(self) -> CachePolicy:
+        options = self._depths.options
+        return CachePolicy(options.cache_recurrences, dtype=options.cache_dtype)
 
     @property
     def _sizes(self) -> tuple[int, int]:
@@ -223,7 +230,7 @@ class Worker:
             return 0
         steps, context = self._sizes
         sets = next_power(steps, minimum=1)
-        lane = prompt_bytes(self._run.params, self._run.config, sets, context, coda_sets=True)
+        lane = prompt_bytes(self._run.params, self._run.config, self._policy, sets, context, coda_sets=True)
         return max(options.lanes // 8, 1) * lane
 
     def _engine(self, kind: str) -> Engine:
@@ -237,7 +244,7 @@ class Worker:
             capacity=context,
             num_steps=steps,
             exit_rule=self._depths.rule(kind),
-            cache=CachePolicy(options.cache_recurrences),
+            cache=self._policy,
             max_queue=10**6,  # the service has counted
             prefill_chunk=self._chunk,
             cache_tokens=options.cache_tokens,

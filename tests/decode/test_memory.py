@@ -37,6 +37,19 @@ def test_the_figure_is_what_is_allocated():
         cache = jax.eval_shape(lambda d=dtype, s=sets: allocate(TINY, CachePolicy(), s, 5, 64, jnp.dtype(d)))
         held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
         assert cache_bytes(TINY, sets, 5, 64, dtype) == held
+    small = jax.eval_shape(lambda: allocate(TINY, CachePolicy(dtype="int8"), 8, 5, 64, jnp.bfloat16))
+    held8 = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(small))
+    assert cache_bytes(TINY, 8, 5, 64, "int8") == held8
+    counted = 5 * (64 + 1) * 4  # depths and lengths
+    assert (held8 - counted) / (held - counted) == (TINY.head_dim + 2) / (2 * TINY.head_dim)
+
+
+def test_the_figure_of_int8_is_smaller():
+    need = {
+        dtype: CacheMemory(params("bfloat16"), TINY, 64, 1, (64, 512), Depth(1), policy=CachePolicy(dtype=dtype)).bytes
+        for dtype in (None, "int8")
+    }
+    assert need["int8"] == pytest.approx(need[None] * 6 / 8, rel=0.1)  # heads of 4: 6 bytes instead of 8
 
 
 def test_the_figure_is_that_of_each_device():

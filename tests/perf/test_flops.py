@@ -120,7 +120,10 @@ def test_cache_bytes_of_the_published_model():
         assert flops.cache_bytes(HUGINN_3P5B, policy, r, batch=1, capacity=1, itemsize=2) == 21_504 * slots
 
 
-@pytest.mark.parametrize("policy", [CachePolicy(), CachePolicy(lookup="skip"), CachePolicy(4), CachePolicy(1)])
+@pytest.mark.parametrize(
+    "policy",
+    [CachePolicy(), CachePolicy(lookup="skip"), CachePolicy(4), CachePolicy(1), CachePolicy(4, dtype="int8")],
+)
 @pytest.mark.parametrize(
     "change",
     [{}, {"num_kv_heads": 1}, {"num_kv_heads": 1, "qk_bias": False}, {"embed_dim": 1056, "num_heads": 11}, TWO_STACKS],

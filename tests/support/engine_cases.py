@@ -54,6 +54,7 @@ KINDS = {
 
 EXACT = list(KINDS)
 KINDS["bf16"] = dataclasses.replace(KINDS["latest, kl"], dtype="bfloat16")
+KINDS["int8"] = dataclasses.replace(KINDS["latest, kl"], shared={"cache": CachePolicy(dtype="int8")})
 
 
 @functools.cache

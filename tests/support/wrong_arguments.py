@@ -150,7 +150,7 @@ WRONG = {
         "window": SIZES, "inner": SIZES, "headway": [*SIZES, 33], "threshold": ["a", NAN, -1], "rule": ["kl", 3],
         "freeze": ["first", None], "noise": ["a", NAN, -1, 1], "schedule": [None, "sqrt"], "ema": ["a", NAN, -1, 1],
     },
-    CachePolicy: {"recurrences": SIZES, "lookup": ["last", None]},
+    CachePolicy: {"recurrences": SIZES, "lookup": ["last", None], "dtype": ["bfloat16", 8]},
     exits.named: {"name": ["klx", "np", "twice", None, 3], "threshold": [NAN, INF, "a", -1]},
     exits.kl: {"threshold": [None, "a", {}, ["a"], RAGGED, NAN, -1, 1j, True]},
     exits.fixed: {"r": [None, "a", NAN, 0, 1j]},
