@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -49,10 +50,10 @@ class Pages:
     """The pages of `lanes` lanes of `capacity` positions."""
 
     def __init__(self, lanes: int, capacity: int, sizes: PageSizes):
-        self.sizes = sizes
-        self._free = list(range(sizes.number))[::-1]
-        self._held: list[list[int]] = [[] for _ in range(lanes)]
-        self._each = self.needed(capacity)
+        self.sizes, self._lanes, self._each = sizes, lanes, -(-capacity // sizes.size)
+        # Lists of all pages and lanes would take longer than to say that they don't fit into memory.
+        self._unused, self._free = iter(range(sizes.number)), list[int]()
+        self._held = collections.defaultdict[int, list[int]](list)
 
     def needed(self, positions: int) -> int:
         """Pages for so many positions."""
@@ -85,16 +86,17 @@ class Pages:
         """
         spare = self.spare(claims)
         assert spare >= 0
-        counts = [0] * len(self._held)
+        counts = [0] * self._lanes
         for lane, claim in sorted(claims.items(), key=lambda item: item[1].rank):
             least = self.needed(claim.least)
             more = min(self.needed(claim.most) - least, spare)
             counts[lane], spare = least + more, spare - more
-        for held, count in zip(self._held, counts, strict=True):
-            self._free += held[count:]
-            del held[count:]
-        table = np.full((len(self._held), self._each), self.sizes.number, np.int32)
-        for row, held, count in zip(table, self._held, counts, strict=True):
-            held += [self._free.pop() for _ in range(count - len(held))]
+        for lane, held in self._held.items():
+            self._free += held[counts[lane] :]
+            del held[counts[lane] :]
+        table = np.full((self._lanes, self._each), self.sizes.number, np.int32)
+        for lane, (row, count) in enumerate(zip(table, counts, strict=True)):
+            held = self._held[lane]
+            held += [self._free.pop() if self._free else next(self._unused) for _ in range(count - len(held))]
             row[:count] = held
         return table
