@@ -29,6 +29,8 @@ FAMILIES = (*PLAIN, "ouro", "nanbeige", "hrm_text", *NOISY)
 
 forward = jax.jit(rdlm.forward, static_argnames=("config", "select"))
 gradient = jax.jit(jax.value_and_grad(rdlm.loss), static_argnames=("config", "steps"))
+start = jax.jit(rdlm.prefill, static_argnames=("config", "capacity", "max_steps"))
+step = jax.jit(rdlm.decode_step, static_argnames="config")
 
 
 def family(name):
@@ -130,10 +132,8 @@ def test_cached_decoding_token_for_token(name, case):
     prompt, expected = given["input_ids"], given["sequences"][0]
     n, r = prompt.shape[1], cases(f"families/{name}")[case].get("num_steps", config.mean_recurrence)
     states = given.get("input_states")
-    step = jax.jit(rdlm.decode_step, static_argnums=1)
-    out, cache = rdlm.prefill(
-        params, config, prompt, r, state=None if states is None else states[:, :n], capacity=len(expected)
-    )
+    state = None if states is None else states[:, :n]
+    out, cache = start(params, config, prompt, r, state=state, capacity=len(expected), max_steps=r)
     logits = out.logits[:, -1]
     for i, token in enumerate(expected[n:]):
         np.testing.assert_allclose(logits[0], given["step_logits"][i], **LOGITS)
@@ -160,7 +160,7 @@ def test_a_prefix_in_forward():
     params, config = family("hrm_text")
     given = arrays("hrm_text", "forward_prefix")
     counts = given["token_type_ids"].sum(1)
-    out = rdlm.forward(params, config, given["input_ids"], prefix=counts)
+    out = forward(params, config, given["input_ids"], prefix=counts)
     np.testing.assert_allclose(out.logits, given["logits"], **LOGITS)
     assert np.abs(forward(params, config, given["input_ids"]).logits - given["logits"]).max() > 0.1  # control
 
@@ -170,9 +170,9 @@ def test_a_prefix_in_cached_decoding():
     given = arrays("hrm_text", "decode_prefix")
     prompt, sequence = given["input_ids"], given["sequences"][0]
     n = prompt.shape[1]
-    out, cache = rdlm.prefill(params, config, prompt, prefix=n, capacity=len(sequence))
+    out, cache = start(params, config, prompt, prefix=n, capacity=len(sequence))
     np.testing.assert_allclose(out.logits[0, -1], given["step_logits"][0], **LOGITS)
-    out, _ = rdlm.decode_step(params, config, cache, sequence[None, n:-1])
+    out, _ = step(params, config, cache, sequence[None, n:-1])
     np.testing.assert_allclose(out.logits[0], given["step_logits"][1:], **LOGITS)
 
 
@@ -464,7 +464,7 @@ def test_the_engine_exits_where_generate_does():
 
 requests = st.lists(
     st.tuples(st.lists(st.integers(0, 159), min_size=1, max_size=12), st.sampled_from([0.2, 0.5, 0.8, 1.0])),
-    min_size=2,
+    min_size=3,
     max_size=3,
 )
 
