@@ -67,7 +67,7 @@ print(f"{sum(x.size for x in jax.tree.leaves(params)):,} parameters")
 # are traced, so this compiles once.
 
 # %%
-STEPS = 400
+STEPS = 300
 rate = optax.warmup_cosine_decay_schedule(0.0, 2e-3, warmup_steps=50, decay_steps=STEPS, end_value=1e-4)
 optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.95, weight_decay=0.01))
 
@@ -106,7 +106,7 @@ def accuracy(tokens, labels, r):
 
 curves = {}
 for length in (8, 16, 32):
-    test = batch(WordProblem("Z2", length), seed=1_000_000, index=0, size=256)
+    test = batch(WordProblem("Z2", length), seed=1_000_000, index=0, size=128)
     curves[length] = [float(accuracy(test["tokens"], test["labels"], r)) for r in DEPTHS]
     print(f"{length:2} bits:", "  ".join(f"r={r} {a:.2f}" for r, a in zip(DEPTHS, curves[length], strict=True)))
 

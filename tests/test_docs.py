@@ -73,14 +73,16 @@ def toy(tmp_path_factory, nano_data):
 
     articles/ holds more text.
     """
-    folder = tmp_path_factory.mktemp("toy")
+    folder, prepared = tmp_path_factory.mktemp("toy"), list(nano_data.iterdir())
     (folder / "articles").mkdir()
     for i in range(80):
         (folder / "articles" / f"{i}.txt").write_text(f"Article {i} is about the number {i * i}, and no other.\n" * 5)
     arguments = ["nano", "--steps", "6", "--data.batch-size", "8", "--data.folder", str(nano_data)]
+    arguments += ["--data.validation-fraction", "0.1"]  # that of nano_data
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train.py", *arguments, "--run-dir", str(folder / "runs" / "quickstart")])
         assert script("train").main() == 0
+    assert list(nano_data.iterdir()) == prepared, "the World Factbook instead"
     return folder
 
 
@@ -179,6 +181,7 @@ def test_tutorials_run(path, in_toy):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("full_compile")  # it runs longer than it compiles
 def test_the_first_tutorial_shows_what_it_says(in_toy):
     """More recurrences than in training help words four times as long. (How much depends on rounding.)"""
     curves = runpy.run_path(str(ROOT / "examples" / "1_depth_curve.py"))["curves"]
