@@ -302,7 +302,7 @@ def placed_model(
     config: ModelConfig, options: RequestOptions, policy: CachePolicy, o: Options, devices: list[Any]
 ) -> tuple[Params, ModelConfig, Request, Sizes]:
     """(Shapes of parameters with their places, config, requests of `batch` rows, sizes of their cache)."""
-    mesh = tensor_mesh(o.tensor, devices)
+    mesh = tensor_mesh(o.tensor, there=devices)
     config = with_heads(config, o.tensor)
     request = as_requests(config, [[1]] * (o.batch or 16), 1, options)[0]
     params = bf16_shapes(config)

@@ -39,6 +39,8 @@ class Args:
     """Use the moving average of the weights, if the run kept one (optimizer.ema_decay)."""
     tensor: int = 1
     """Devices that share the model, each with some of its heads and columns."""
+    data: int = 1
+    """Copies of the model, each on --tensor devices; they divide the lanes."""
 
 
 def main() -> int:
@@ -48,7 +50,9 @@ def main() -> int:
     from rdlm.serve import serve
 
     keep_compiled_programs()
-    return serve(find(args.folder, ema=args.ema, tensor=args.tensor), args.options, args.host, args.port)
+    return serve(
+        find(args.folder, ema=args.ema, tensor=args.tensor, data=args.data), args.options, args.host, args.port
+    )
 
 
 if __name__ == "__main__":

@@ -43,14 +43,16 @@ class Run:
     ema: bool  # whether parameters are their moving average
     tokenizer: Tokenizer | None  # None where the folder has none
     run_config: RunConfig | None  # how it was trained; None for a Hugging Face folder
-    tensor: int = 1  # devices that share the model, see `rdlm.tensor_parallel`
+    tensor: int = 1  # devices that share a copy of the model, see `rdlm.tensor_parallel`
+    data: int = 1  # copies
 
     @functools.cached_property
     def _model(self) -> tuple[Params, ModelConfig]:
+        mesh = None if (self.tensor, self.data) == (1, 1) else tensor_mesh(self.tensor, self.data)
         if self.run_config is None:
-            params, config = read_huggingface(self.folder, self.tensor)
+            params, config = read_huggingface(self.folder, mesh)
         else:
-            params, config = read_run(self.folder, self.step, self.ema, self.tensor)
+            params, config = read_run(self.folder, self.step, self.ema, mesh)
         return params, self._masked(config)
 
     def _masked(self, config: ModelConfig) -> ModelConfig:
@@ -213,11 +215,11 @@ def _encode(tokenizer: Tokenizer, prompt: str | Chat) -> np.ndarray:
     return tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(prompt)
 
 
-def find(folder: str | Path, step: int | None = None, ema: bool = False, tensor: int = 1) -> Run:
+def find(folder: str | Path, step: int | None = None, ema: bool = False, tensor: int = 1, data: int = 1) -> Run:
     """As `load`, but parameters are read on first use."""
     folder = local_path(folder)
-    if tensor != 1 or type(tensor) is not int:
-        tensor_mesh(tensor)  # refuses what is no number of devices
+    if any(n != 1 or type(n) is not int for n in (tensor, data)):
+        tensor_mesh(tensor, data)  # refuses what are no numbers of devices
     if not folder.exists():
         needed = "a run folder (train a model there first) or a Hugging Face folder"
         raise InputError(f"run folder {folder}: does not exist; give {needed}")
@@ -225,15 +227,15 @@ def find(folder: str | Path, step: int | None = None, ema: bool = False, tensor:
         if step is not None or ema:
             raise InputError(f"{folder}: a Hugging Face folder has one set of weights; leave out step and ema")
         found = (folder / "tokenizer.json").exists()
-        return Run(folder, 0, False, Tokenizer.load(folder) if found else None, None, tensor)
+        return Run(folder, 0, False, Tokenizer.load(folder) if found else None, None, tensor, data)
     config = read_config(folder)
     read_meta(folder, step)  # refuses a step that is not saved
     step = saved_steps(folder)[-1] if step is None else step
     found = (folder / "tokenizer" / "tokenizer.json").exists()
-    return Run(folder, step, ema, load_tokenizer(folder, step) if found else None, config, tensor)
+    return Run(folder, step, ema, load_tokenizer(folder, step) if found else None, config, tensor, data)
 
 
-def load(folder: str | Path, step: int | None = None, ema: bool = False, tensor: int = 1) -> Run:
+def load(folder: str | Path, step: int | None = None, ema: bool = False, tensor: int = 1, data: int = 1) -> Run:
     """A trained model from a run folder or a Hugging Face folder.
 
     Args:
@@ -241,11 +243,12 @@ def load(folder: str | Path, step: int | None = None, ema: bool = False, tensor:
       step: checkpoint of a run folder; None: the newest.
       ema: the moving average of the parameters in their place, if the run kept one.
       tensor: devices that share the model, each with some of its heads and columns (`rdlm.tensor_parallel`).
+      data: copies of the model, each on so many devices, for `generate`, the engine and the server.
 
     Raises:
       InputError: no such folder or checkpoint, damaged files, a tokenizer that is not the checkpoint's, or dimensions
         that do not divide by `tensor`.
     """
-    run = find(folder, step, ema, tensor)
+    run = find(folder, step, ema, tensor, data)
     _ = run.params
     return run

@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, SingleDeviceSharding
 from jaxtyping import PyTree
 
 from rdlm import sharding
@@ -23,6 +23,7 @@ from rdlm.config import InputError, MeshConfig, ModelConfig, RunConfig, differen
 from rdlm.data import prepared_tokenizer
 from rdlm.hf import StoredModel, is_huggingface, load_huggingface, open_huggingface
 from rdlm.model import Params, cast, init_params
+from rdlm.model.split import AXES
 from rdlm.model.tensor_parallel import load_split, tensor_parallel
 from rdlm.runtime import together
 from rdlm.tokenizer import Tokenizer
@@ -307,30 +308,30 @@ def merged_model(run: RunConfig) -> ModelConfig:
     return _held_in_float32(run.model) if run.tune.lora_rank else run.model
 
 
-def read_huggingface(folder: str | Path, tensor: int = 1) -> tuple[Params, ModelConfig]:
+def read_huggingface(folder: str | Path, mesh: Mesh | None = None) -> tuple[Params, ModelConfig]:
     """(params, config) of a Hugging Face folder, with the values of `rdlm.load_huggingface`, where they will be used.
 
-    That is the first device: programs of an accelerator would copy them from host memory in every call. With `tensor`:
+    That is the first device: programs of an accelerator would copy them from host memory in every call. With `mesh`:
     as in `read_run`.
     """
-    if tensor == 1 and jax.default_backend() == "cpu":
+    if mesh is None and jax.default_backend() == "cpu":
         return load_huggingface(folder)
     source = open_huggingface(folder)
     shapes = source.shapes()
-    if tensor == 1:
+    if mesh is None:
         first = SingleDeviceSharding(jax.local_devices()[0])
         return source.load(as_abstract(shapes, jax.tree.map(lambda _: first, shapes))), source.config
-    return load_split(source.config, tensor, shapes, lambda places: source.load(as_abstract(shapes, places)))
+    return load_split(source.config, mesh, shapes, lambda places: source.load(as_abstract(shapes, places)))
 
 
 def read_run(
-    folder: str | Path, step: int | None = None, ema: bool = False, tensor: int = 1
+    folder: str | Path, step: int | None = None, ema: bool = False, mesh: Mesh | None = None
 ) -> tuple[Params, ModelConfig]:
     """(params, config) of a run folder, as `rdlm.load_checkpoint`; also of one that holds only what it learnt.
 
     Then its base is read from where the run says (`init` in config.json), and low-rank pairs are merged in float32.
-    With `tensor` the result is that of `rdlm.tensor_parallel`, and every device reads its own part; what is merged is
-    read by the first device and then split.
+    With `mesh`, of `tensor_mesh`, the result is that of `rdlm.tensor_parallel`, and every device reads its own part;
+    what is merged is read by the first device and then split.
 
     Raises:
       InputError: as `load_checkpoint` and `tensor_parallel`; no such base, or one with other weights.
@@ -338,12 +339,13 @@ def read_run(
     stored = open_checkpoint(folder, step, ema)
     run = dataclasses.replace(stored.run, run_dir=str(folder))
     if not run.tune.freezes:
-        if tensor == 1:
+        if mesh is None:
             return stored.load(), run.model
-        return load_split(run.model, tensor, stored.shapes(), stored.load)
+        return load_split(run.model, mesh, stored.shapes(), stored.load)
     learnt = stored.load()
     here = sharding.replicated(sharding.make_mesh(MeshConfig(1, 1), run.model, jax.local_devices()[:1]))
     shapes = jax.eval_shape(lambda: init_params(run.model, jax.random.key(0)))
     base = Weights(run).load(as_abstract(shapes, jax.tree.map(lambda _: here, shapes)), run.weights_digest)
     model, params = merged_model(run), combine(learnt, divide(base, run.tune)[1], run.tune)
-    return tensor_parallel(merge(cast(params, model.param_dtype)), model, tensor)
+    data, tensor = (1, 1) if mesh is None else (mesh.shape[axis] for axis in AXES)
+    return tensor_parallel(merge(cast(params, model.param_dtype)), model, tensor, data)

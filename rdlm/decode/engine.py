@@ -18,7 +18,6 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 from jax.typing import ArrayLike
 
@@ -27,7 +26,7 @@ from rdlm.decode.lanes import Flush
 from rdlm.decode.loop import Sizes
 from rdlm.decode.pages import Pages, page_sizes
 from rdlm.decode.passes import CacheMemory, next_power
-from rdlm.decode.program import devices_of
+from rdlm.decode.program import copies_of, devices_of
 from rdlm.decode.reading import Reader, Setup, usual_chunk
 from rdlm.decode.requests import (
     Constraint,
@@ -37,6 +36,7 @@ from rdlm.decode.requests import (
     WarmStart,
     as_requests,
     check_alike,
+    check_rows,
     sample_keys,
 )
 from rdlm.decode.running import Running
@@ -52,7 +52,7 @@ from rdlm.runtime.memory import require_memory
 class Usage:
     """Counters of an engine."""
 
-    ticks: int  # recurrences, of all lanes together
+    ticks: int  # recurrences, of all lanes together; of several copies of the model, the most that one ran
     utilisation: float  # mean share of lanes that took part
     flushes: int
 
@@ -62,7 +62,7 @@ class Engine:
 
     Args:
       params, config: the model.
-      lanes: requests in flight.
+      lanes: requests in flight. Copies of the model (`tensor_parallel`) divide them, and have pages of their own.
       max_new_tokens: maximum per request.
       capacity: positions per lane, prompt and new tokens together; default config.max_length.
       num_steps: recurrences per token; None = config.mean_recurrence. A request may ask for fewer, or for as many as
@@ -78,7 +78,7 @@ class Engine:
         on a CPU and 128 elsewhere.
       prompt_cache: bytes of keys and values, on all devices, that the engine keeps of prompts read in chunks. A prompt
         that begins with the same chunks, at the same depth, does not read them again. Where initial states are random,
-        requests share only with those of the same `key`. No result changes.
+        requests share only with those of the same `key`. Every copy of the model keeps all of them. No result changes.
       page_size: positions of a page of the cache. A request takes pages as its tokens come. Default: 128, and 32 on a
         CPU.
       cache_tokens: positions of all pages, which the lanes share. Default: enough for every lane's `capacity`. With
@@ -142,33 +142,34 @@ class Engine:
             init_scale=init_scale,
             any_shape=True,
         )
-        group = max(1, lanes // 4)  # requests that are prefilled together
+        copies = copies_of(params)
+        if lanes % copies:
+            raise InputError(f"Engine: lanes = {lanes}: must be a multiple of the {copies} copies of the model (data)")
+        each = lanes // copies
+        group = max(1, each // 4)  # requests that are prefilled together
         # Row 0 stands for every idle lane; making it also checks the engine's own options.
         self._idle, _ = as_requests(config, [[0]], 1, self._options)
-        if any(np.shape(leaf)[:1] != (1,) for leaf in jax.tree.leaves(self._idle.depth)):
-            raise InputError(
-                f"exit_rule: {exit_rule and exit_rule.kind!r} has weights without an axis of rows, so requests cannot "
-                "have their own; override its by_row"
-            )
+        check_rows(self._idle.depth, 1)
         sets = cache.sets(next_power(int(np.max(self._idle.depth.num_steps)), minimum=1))
         self._sizes = Sizes(cache, sets, capacity, max_new_tokens)
         together = np.max(self._idle.depth.num_steps) == 1  # whether all lanes stop after the same tick
-        flush = Flush(lanes if together else group, flush_every)
-        pages = Pages(lanes, capacity, page_sizes(lanes, capacity, page_size, cache_tokens))
+        flush = Flush(each if together else group, flush_every)
+        sizes = page_sizes(each, capacity, page_size, cache_tokens, copies=copies)
         prompts = f" and prompt_cache = {prompt_cache} bytes" if prompt_cache else ""
-        positions, lane_positions = pages.sizes.number * pages.sizes.size, f"{lanes} lanes x {capacity}"
+        positions, lane_positions = sizes.number * sizes.size, f"{lanes} lanes x {capacity}"
         kept = sets, capacity
-        memory = CacheMemory(params, config, lanes, 1, kept, self._idle.depth, positions=positions, policy=cache)
+        memory = CacheMemory(params, config, each, 1, kept, self._idle.depth, positions=positions, policy=cache)
+        shown = lane_positions if cache_tokens is None else copies * positions
         require_memory(
-            f"cache: {sets} recurrences x {lane_positions if cache_tokens is None else positions} positions{prompts}",
+            f"cache: {sets} recurrences x {shown} positions{prompts}",
             memory.bytes + prompt_cache // devices_of(params),
             "use fewer lanes, a smaller capacity or fewer cache_tokens, or keep fewer recurrences "
             "(cache=CachePolicy(recurrences=k))",
         )
-        chunk = usual_chunk(lanes) if prefill_chunk is None else int(prefill_chunk)
+        chunk = usual_chunk(each) if prefill_chunk is None else int(prefill_chunk)
         setup = Setup(params, config, self._options, self._idle, self._sizes)
         self._reader = Reader(setup, chunk=chunk, prompt_cache=prompt_cache)
-        self._schedule = Schedule(lanes, pages, group)
+        self._schedule = Schedule(each, [Pages(each, capacity, sizes) for _ in range(copies)], group)
         self._running = Running(setup, self._schedule, self._reader, flush, ticks_per_step)
         self._one_thread, self._inside = threading.RLock(), False
         self._turn: tuple[asyncio.AbstractEventLoop, asyncio.Lock] | None = None
@@ -186,8 +187,7 @@ class Engine:
     @property
     def cache_usage(self) -> float:
         """Share of the pages that requests in flight need. Any thread may ask."""
-        pages, claims = self._schedule.pages, dict(enumerate(s._claim(0) for s in self.in_flight))
-        return 1 - pages.spare(claims) / pages.sizes.number
+        return self._schedule.usage
 
     @property
     def in_flight(self) -> list[Served]:
@@ -345,5 +345,6 @@ class Engine:
     def usage(self) -> Usage:
         """Counters since the engine was made."""
         lanes = self._running.lanes
-        ticks, used, flushes = (int(x) for x in (lanes.ticks, lanes.used, lanes.flushes))
-        return Usage(ticks, used / max(ticks * lanes.busy.size, 1), flushes)
+        ticks, used, flushes = (np.asarray(x) for x in (lanes.ticks, lanes.used, lanes.flushes))
+        share = int(used.sum()) / max(int(ticks.sum()) * self._schedule.each, 1)
+        return Usage(int(ticks.max()), share, int(flushes.sum()))

@@ -23,7 +23,7 @@ from rdlm.decode.parallel import (
     with_rule,
 )
 from rdlm.decode.passes import CacheMemory, next_power
-from rdlm.decode.program import host
+from rdlm.decode.program import copies_of, host
 from rdlm.decode.requests import (
     Constraint,
     Constraints,
@@ -31,6 +31,7 @@ from rdlm.decode.requests import (
     RequestOptions,
     WarmStart,
     as_requests,
+    check_rows,
     not_finite,
     padded,
 )
@@ -48,7 +49,7 @@ class Generation:
     tokens: list[np.ndarray]  # int32 [n], the stop token included
     steps: list[np.ndarray]  # int32 [n], recurrences of the pass whose logits gave each token
     prompt_steps: list[np.ndarray]  # int32, per prompt position
-    core_passes: int  # sequential core recurrences of the whole batch
+    core_passes: int  # sequential core recurrences of the whole batch, or of the slowest copy of the model
     log_probs: list[np.ndarray]  # f32 [n], ln p of each token by the model: before penalty, temperature and filters
     parallel: ParallelUsage | None = dataclasses.field(default=None, kw_only=True)  # None without `parallel`
 
@@ -127,6 +128,13 @@ def generate(
         options = with_rule(config, parallel, options)
     request, rows = as_requests(config, prompts, max_new_tokens, options, samples)
     tokens, lengths = padded(rows, config.max_length)
+    # Every copy of the model has as many rows; those that fill up are like the first, and done.
+    real, copies = len(rows), copies_of(params)
+    each = np.concatenate([np.arange(real), np.zeros(-real % copies, int)])
+    if copies > 1:
+        check_rows(request.depth, real)
+    if len(each) > real:
+        request, tokens, lengths = jax.tree.map(lambda x: x[each], request), tokens[each], [lengths[i] for i in each]
     max_steps, lookahead, width = request.depth.num_steps, 0, tokens.shape[1]
     max_new_tokens = int(max_new_tokens)
     if speculative is not None:
@@ -146,7 +154,8 @@ def generate(
         next_power(int(max_new_tokens), 16),
     )
     kept, all_logits = (sizes.sets, sizes.capacity), parallel is not None
-    memory = CacheMemory(params, config, len(rows), width, kept, request.depth, all_logits, policy=cache)
+    batch = len(each) // copies
+    memory = CacheMemory(params, config, batch, width, kept, request.depth, all_logits, policy=cache)
     if parallel is None:
         memory.require()
     else:
@@ -155,15 +164,17 @@ def generate(
             memory.bytes,
             "use a smaller window, make fewer new tokens, or give fewer or shorter prompts",
         )
-    constraints = None if constraint is None else Constraints(constraint, len(rows), options)
+    constraints = None if constraint is None else Constraints(constraint, real, options)
     if constraints is not None:
-        request = constraints.restrict(request, range(len(rows)), config.vocab_size)
+        request = constraints.restrict(request, range(real), config.vocab_size)
     request = jax.device_put(request)  # once for all calls
     progress, prompt_steps = begin(
         params, config, host(tokens), host(lengths, np.int32), request, sizes, options.prefill_exit, warm_start
     )
+    if len(each) > real:
+        progress = progress._replace(done=jnp.asarray(np.asarray(progress.done) | (np.arange(len(each)) >= real)))
     wave = None if parallel is None else open_window(params, config, progress, request, parallel)
-    max_tokens, shown, most = jnp.int32(max_new_tokens), np.zeros(len(rows), int), np.full(len(rows), max_new_tokens)
+    max_tokens, shown, most = jnp.int32(max_new_tokens), np.zeros(len(each), int), np.full(len(each), max_new_tokens)
     at_once = on_token is None and constraints is None
     while True:
         # One call makes everything, unless somebody asks before each token: then it makes that of the slowest row.
@@ -183,7 +194,7 @@ def generate(
         if at_once:
             break
         count = np.minimum(count, most)
-        for b in range(len(rows)):
+        for b in range(real):
             for j in range(shown[b], count[b]):
                 if on_token is not None and on_token(b, int(made[b, j]), int(steps[b, j])):
                     most[b] = count[b] = j + 1
@@ -196,17 +207,18 @@ def generate(
         if constraints is not None:
             latest = {int(b): int(made[b, count[b] - 1]) for b in np.flatnonzero(~ended)}
             request = jax.device_put(constraints.follow(request, latest, config.vocab_size))
-    for row in np.flatnonzero(np.asarray(progress.failed)):
+    for row in np.flatnonzero(np.asarray(progress.failed)[:real]):
         raise not_finite(f"prompts[{row}]", int(count[row]))
 
     def rows_of(table: ArrayLike, sizes: Iterable[int]) -> list[np.ndarray]:
-        return [row[:n] for row, n in zip(np.asarray(table), sizes, strict=True)]
+        return [row[:n] for row, n in zip(np.asarray(table)[:real], sizes, strict=True)]
 
+    count = count[:real]
     return Generation(
         rows_of(made, count),
         rows_of(steps, count),
-        rows_of(prompt_steps, lengths),
-        int(progress.passes),
+        rows_of(prompt_steps, lengths[:real]),
+        int(np.max(progress.passes)),
         rows_of(progress.log_probs, count),
-        parallel=None if wave is None else usage(wave.window, count),
+        parallel=None if wave is None else usage(jax.tree.map(lambda x: x[:real], wave.window), count),
     )

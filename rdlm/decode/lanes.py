@@ -53,7 +53,7 @@ RECENT = 128
 
 
 class Lanes(NamedTuple):
-    """State of B lanes. Shapes [B] unless noted."""
+    """State of B lanes. Shapes [B] unless noted. Every copy of the model has lanes, pages and counters of its own."""
 
     cache: Cache  # see `empty_lanes`; the present token's prelude and core entries lie just behind the finished ones
     pages: Array  # int32 [B, P], the pages of each lane in the order of positions; a number that is none: no page
@@ -72,10 +72,10 @@ class Lanes(NamedTuple):
     likeliest: Likeliest  # [B, W, .], at the last W positions: that of token j is at j modulo W
     count: Array  # type: ignore[assignment]  # int32, how many; hides tuple.count, which nobody needs
     present: Array  # bool [B, V], tokens of prompt and output; V = vocab_size
-    ticks: Array  # int32 scalar, recurrences of all lanes together
-    used: Array  # int32 scalar, lanes that took part, summed over ticks
-    flushes: Array  # int32 scalar
-    since: Array  # int32 scalar, ticks since the last flush
+    ticks: Array  # int32 [1], recurrences of all lanes together
+    used: Array  # int32 [1], lanes that took part, summed over ticks
+    flushes: Array  # int32 [1]
+    since: Array  # int32 [1], ticks since the last flush
 
     @property
     def token(self) -> Array:
@@ -139,7 +139,7 @@ class _Exit(NamedTuple):
 
 @program("config", "sizes", "pages")
 def empty_lanes(params: Params, config: ModelConfig, request: Request, sizes: Sizes, pages: PageSizes) -> Lanes:
-    """Idle lanes, one per row of `request`, where the parameters are.
+    """Idle lanes, one per row of `request`, where the parameters are, and `pages` for those of each copy of the model.
 
     Keys and values are [S, pages.number, pages.size, .] per core layer and without S per other layer. `length` [B] and
     `depth` [B, T] of the cache are those of lanes.
@@ -148,7 +148,7 @@ def empty_lanes(params: Params, config: ModelConfig, request: Request, sizes: Si
     s, injected = (jnp.zeros((B, 1, width), dtype) for width in (config.state_dim, config.embed_dim))
     zero, no = jnp.zeros(B, jnp.int32), jnp.zeros(B, bool)
     rule = request.depth.rule
-    table, scalar = jnp.zeros((B, sizes.tokens), jnp.int32), jnp.int32(0)
+    table, counter = jnp.zeros((B, sizes.tokens), jnp.int32), jnp.zeros(1, jnp.int32)
     cache = allocate(config, sizes.policy, sizes.sets, *pages, dtype)
     return Lanes(
         cache=dataclasses.replace(cache, length=zero, depth=jnp.zeros((B, sizes.capacity), jnp.int32)),
@@ -168,10 +168,10 @@ def empty_lanes(params: Params, config: ModelConfig, request: Request, sizes: Si
         likeliest=no_likeliest(B, min(sizes.tokens, RECENT)),
         count=zero,
         present=jnp.zeros((B, config.vocab_size), bool),
-        ticks=scalar,
-        used=scalar,
-        flushes=scalar,
-        since=scalar,
+        ticks=counter,
+        used=counter,
+        flushes=counter,
+        since=counter,
     )
 
 
@@ -204,14 +204,14 @@ def advance(
 
     def unfinished(p: Lanes) -> Array:
         ended, lacking = serving - p.busy.sum(), p.busy & ~p.iterating & p.no_room
-        return jnp.any(p.busy & ~waits(p)) & (p.ticks - start < max_ticks) & (ended < wake) & ~jnp.any(lacking)
+        return jnp.any(p.busy & ~waits(p)) & (p.ticks - start < max_ticks)[0] & (ended < wake) & ~jnp.any(lacking)
 
     def body(p: Lanes) -> Lanes:
         with jax.named_scope("lanes_tick"):  # scopes by which `rdlm.perf.hlo` finds the parts of the program
             p = _tick(params, config, p)
         ready = p.busy & ~p.iterating & ~waits(p)
         stopped = ready.sum()
-        due = (stopped >= flush.width) | ((stopped > 0) & ((p.since >= flush.every) | ~jnp.any(p.iterating)))
+        due = (stopped >= flush.width) | ((stopped > 0) & ((p.since[0] >= flush.every) | ~jnp.any(p.iterating)))
 
         def nothing(p: Lanes, ready: Array) -> tuple[Array, _Exit, _Entry]:
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(flushed, p, ready))
@@ -293,7 +293,7 @@ def _flush(
       lanes, ends, beginnings.
     """
     B = p.busy.size
-    first = p.ticks % B  # begin the search at another lane each time, so that none is starved
+    first = p.ticks[0] % B  # begin the search at another lane each time, so that none is starved
     lane = jnp.nonzero(jnp.roll(ready, -first), size=width, fill_value=B)[0].astype(jnp.int32)
     lane = jnp.where(lane < B, (lane + first) % B, B)
     row = jnp.minimum(lane, B - 1)

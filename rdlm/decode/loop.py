@@ -35,7 +35,7 @@ class Progress(NamedTuple):
     done: Array  # bool [B]
     failed: Array  # bool [B], done because the logits of its next token were not finite
     present: Array  # bool [B, V], tokens of prompt and output; V = vocab_size
-    passes: Array  # int32 scalar, sequential core recurrences so far
+    passes: Array  # int32 [1], sequential core recurrences so far
 
 
 class Sizes(NamedTuple):
@@ -125,7 +125,7 @@ def _first_token(
         done=jnp.zeros(B, bool),
         failed=jnp.zeros(B, bool),
         present=present,
-        passes=done.ran,
+        passes=done.ran[None],
     )
     steps = jnp.take_along_axis(done.steps, last, axis=1)[:, 0]
     return emit(progress, request, known(config, done.logits[:, 0]), steps)

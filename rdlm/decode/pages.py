@@ -1,4 +1,7 @@
-"""Pages of an engine's cache: how many each lane gets, and which; and who gives way when there are too few."""
+"""Pages of an engine's cache: how many each lane gets, and which; and who gives way when there are too few.
+
+Every copy of the model has lanes and pages of its own, numbered from 0.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +18,22 @@ from rdlm.decode.lanes import PageSizes
 
 
 def page_sizes(
-    lanes: int, capacity: int, size: int | None = None, tokens: int | None = None, platform: str | None = None
+    lanes: int,
+    capacity: int,
+    size: int | None = None,
+    tokens: int | None = None,
+    platform: str | None = None,
+    copies: int = 1,
 ) -> PageSizes:
-    """The pages of an engine.
+    """The pages of one copy of the model.
 
     Args:
       lanes, capacity: its lanes, and the positions that each may have.
       size: positions of a page; None: 128 on accelerators, as many as a kernel reads at once, and fewer on a CPU.
-      tokens: positions of all pages, rounded up to whole ones; no more than all lanes need, which None stands for.
+      tokens: positions of all pages of all copies, rounded up to whole ones; no more than all lanes need, which None
+        stands for.
       platform: that it runs on; None: the one in use.
+      copies: of the model.
 
     Raises:
       InputError: too few for one lane, so that a request might never end.
@@ -33,9 +43,10 @@ def page_sizes(
     most = lanes * -(-capacity // size)
     if tokens is None:
         return PageSizes(most, size)
-    if tokens < capacity:
-        raise InputError(f"cache_tokens = {tokens}: must be at least the capacity of one lane, {capacity}")
-    return PageSizes(min(-(-tokens // size), most), size)
+    if tokens < copies * capacity:
+        each = f", for each of {copies} copies of the model" if copies > 1 else ""
+        raise InputError(f"cache_tokens = {tokens}: must be at least the capacity of one lane, {capacity}{each}")
+    return PageSizes(min(-(-tokens // (copies * size)), most), size)
 
 
 class Claim(NamedTuple):

@@ -8,12 +8,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jaxtyping import Int, PyTree
 
 from rdlm.config import ModelConfig
 from rdlm.decode.lanes import Lanes
-from rdlm.decode.program import program
+from rdlm.decode.program import copies_of, place, program
 from rdlm.model import Params
 from rdlm.model.cache import Cache
 from rdlm.model.kernels import updated_in_place
@@ -25,15 +26,21 @@ Layers = dict[str, PyTree]  # keys and values by the fields of `Cache`
 class Suspended(NamedTuple):
     """What a lane held."""
 
-    row: dict[str, PyTree]  # of everything that has one for each lane; small, and left on the device
+    row: dict[str, PyTree]  # of everything that has one for each lane; small, and left on the devices of all copies
     pages: list[Layers]  # on the host, in the order of positions
 
 
 def suspend(params: Params, config: ModelConfig, lanes: Lanes, lane: int, pages: Sequence[int]) -> Suspended:
     """A copy of what `lane` holds, whose keys and values lie in these pages."""
+    copy, lane = divmod(lane, lanes.busy.size // copies_of(params))
+
+    def its_own(page: int) -> Layers:
+        held = jax.device_get(_page(params, config, lanes, jnp.int32(page)))
+        return jax.tree.map(lambda x: np.ascontiguousarray(x[..., copy : copy + 1, :, :]), held)
+
     # One page after the other: the device may have no memory for all of them.
-    copies = [jax.device_get(_page(params, config, lanes, jnp.int32(page))) for page in pages]
-    return Suspended(_row(params, config, lanes, jnp.int32(lane)), copies)
+    copies = [its_own(page) for page in pages]
+    return Suspended(_everywhere(_row(params, config, lanes, jnp.int32(lane)), jnp.int32(copy)), copies)
 
 
 def resume(
@@ -43,9 +50,12 @@ def resume(
 
     lanes: donated, as are those that are given before the last.
     """
-    yield (lanes := _with_row(params, config, lanes, suspended.row, jnp.int32(lane)))
-    for copy, page in zip(suspended.pages, pages, strict=False):
-        yield (lanes := _with_page(params, config, lanes, copy, jnp.int32(page)))
+    count = copies_of(params)
+    number, (copy, lane) = lanes.page_sizes.number // count, divmod(lane, lanes.busy.size // count)
+    yield (lanes := _with_row(params, config, lanes, suspended.row, place(params, lane, copy, lanes.busy.size)))
+    for kept, page in zip(suspended.pages, pages, strict=False):
+        held = jax.tree.map(lambda x: np.repeat(x, count, axis=-3), kept)
+        yield (lanes := _with_page(params, config, lanes, held, place(params, page, copy, number)))
 
 
 def _layers(cache: Cache) -> Layers:
@@ -59,25 +69,37 @@ def _rows(lanes: Lanes) -> dict[str, PyTree]:
 
 @program("config")
 def _row(params: Params, config: ModelConfig, lanes: Lanes, lane: Int[Array, ""]) -> dict[str, PyTree]:
-    return jax.tree.map(lambda x: x[lane], _rows(lanes))
+    return jax.tree.map(lambda x: x[lane][None], _rows(lanes))
+
+
+@jax.jit
+def _everywhere(rows: dict[str, PyTree], copy: Int[Array, ""]) -> dict[str, PyTree]:
+    """The row of one copy of the model for all of them."""
+    return jax.tree.map(lambda x: jnp.broadcast_to(x[copy][None], x.shape), rows)
 
 
 @program("config")
 def _page(params: Params, config: ModelConfig, lanes: Lanes, page: Int[Array, ""]) -> Layers:
-    """[S, size, .] per core layer and [size, .] per other one."""
-    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, page, -3, keepdims=False), _layers(lanes.cache))
+    """[S, 1, size, .] per core layer and [1, size, .] per other one."""
+    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, page, -3), _layers(lanes.cache))
 
 
 @program("config", donate="lanes")
-def _with_row(params: Params, config: ModelConfig, lanes: Lanes, row: dict[str, PyTree], lane: Int[Array, ""]) -> Lanes:
-    made = jax.tree.map(lambda x, y: x.at[lane].set(y), _rows(lanes), row)
+def _with_row(
+    params: Params, config: ModelConfig, lanes: Lanes, row: dict[str, PyTree], lane: Int[Array, "1"]
+) -> Lanes:
+    made = jax.tree.map(lambda x, y: x.at[lane].set(y, mode="drop"), _rows(lanes), row)
     cache = dataclasses.replace(lanes.cache, length=made.pop("length"), depth=made.pop("depth"))
     return lanes._replace(cache=cache, **made)
 
 
 @program("config", donate="lanes")
-def _with_page(params: Params, config: ModelConfig, lanes: Lanes, copy: Layers, page: Int[Array, ""]) -> Lanes:
-    def put(x: Array, y: Array) -> Array:
-        return updated_in_place(lax.dynamic_update_index_in_dim(x, y, page, x.ndim - 3))
+def _with_page(params: Params, config: ModelConfig, lanes: Lanes, kept: Layers, page: Int[Array, "1"]) -> Lanes:
+    number, _ = lanes.page_sizes
+    at = jnp.minimum(page[0], number - 1)
 
-    return lanes._replace(cache=dataclasses.replace(lanes.cache, **jax.tree.map(put, _layers(lanes.cache), copy)))
+    def put(x: Array, y: Array) -> Array:
+        y = jnp.where(page[0] < number, y, lax.dynamic_index_in_dim(x, at, -3))
+        return updated_in_place(lax.dynamic_update_index_in_dim(x, y, at, x.ndim - 3))
+
+    return lanes._replace(cache=dataclasses.replace(lanes.cache, **jax.tree.map(put, _layers(lanes.cache), kept)))

@@ -1,4 +1,4 @@
-"""Programs of decoding, on one device or with heads split over several (docs/decoding.md, Several chips)."""
+"""Programs of decoding, on one device or on a mesh, rows and heads split over it (docs/decoding.md, Several chips)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jaxtyping import PyTree
 from rdlm.config import InputError, ModelConfig
 from rdlm.model import Params, init_params
 from rdlm.model.cache import KeyValue
-from rdlm.model.split import AXIS, share
+from rdlm.model.split import AXES, AXIS, DATA, share
 from rdlm.model.tensor_parallel import parameter_parts
 
 P = ParamSpec("P")
@@ -26,10 +26,10 @@ T = TypeVar("T")
 
 
 def mesh_of(params: Params) -> Mesh | None:
-    """The mesh over which `rdlm.tensor_parallel` has split parameters; None: they are on one device."""
+    """The mesh on which `rdlm.tensor_parallel` has put parameters; None: they are on one device."""
     placed = _sharding(params)
     found = placed.mesh if isinstance(placed, NamedSharding) else None
-    return found if isinstance(found, Mesh) and found.axis_names == (AXIS,) and found.size > 1 else None
+    return found if isinstance(found, Mesh) and found.axis_names == AXES and found.size > 1 else None
 
 
 def _sharding(params: Params) -> Sharding | None:
@@ -39,9 +39,15 @@ def _sharding(params: Params) -> Sharding | None:
 
 
 def devices_of(params: Params) -> int:
-    """How many devices share the parameters."""
+    """How many devices hold the parameters, all copies of them together."""
     mesh = mesh_of(params)
     return 1 if mesh is None else mesh.size
+
+
+def copies_of(params: Params) -> int:
+    """How many copies of the parameters there are, each for its own rows."""
+    mesh = mesh_of(params)
+    return 1 if mesh is None else mesh.shape[DATA]
 
 
 def local_config(params: Params, config: ModelConfig) -> ModelConfig:
@@ -50,7 +56,7 @@ def local_config(params: Params, config: ModelConfig) -> ModelConfig:
     Raises:
       InputError: the parameters are split, and of another config.
     """
-    devices = devices_of(params)
+    devices = devices_of(params) // copies_of(params)
     if devices > 1:
         _check_model(params, config)
     return share(config, devices)
@@ -59,8 +65,10 @@ def local_config(params: Params, config: ModelConfig) -> ModelConfig:
 class DecodingProgram(Generic[P, T]):
     """`jax.jit` for a function of (params, config, ...) whose `static` arguments, like config, are no arrays.
 
-    Where `rdlm.tensor_parallel` has split the parameters, every device runs it for `share(config)`, on its parts of the
-    parameters and of all keys and values; other arrays are whole on every device.
+    Where `rdlm.tensor_parallel` has put the parameters on a mesh, every device runs it for `share(config)`, on its
+    parts of the parameters and of all keys and values. Rows are divided among the copies of the model, and no copy
+    knows of the others: the first axis of every array is one of rows, as is the third from last of keys and values;
+    numbers without an axis are the same for all.
     """
 
     def __init__(self, run: Callable[P, T], static: tuple[str, ...], donate: str | None):
@@ -90,12 +98,12 @@ class DecodingProgram(Generic[P, T]):
 
     def _split(self, *args: P.args, **named: P.kwargs) -> T:
         mesh = jax.sharding.get_abstract_mesh()
-        if mesh.axis_names != (AXIS,) or mesh.size == 1 or mesh.manual_axes:
+        if mesh.axis_names != AXES or mesh.size == 1 or mesh.manual_axes:
             return self._run(*args, **named)
         given: dict[str, Any] = self._signature.bind(*args, **named).arguments
         _check_model(given["params"], given["config"])
         fixed: dict[str, Any] = {name: given.pop(name) for name in self._static}
-        local = fixed | {"config": share(fixed["config"], mesh.size)}
+        local = fixed | {"config": share(fixed["config"], mesh.shape[AXIS])}
         run: Callable[..., T] = self._run
         parts = {name: _parts(x) for name, x in given.items()}
         parts["params"] = parameter_parts(fixed["config"], given["params"])
@@ -116,7 +124,7 @@ def _place(params: Any) -> Mesh | None:
     if mesh is not None or placed is None or len(placed.device_set) > 1:
         return mesh
     device: jax.Device = next(iter(placed.device_set))
-    return Mesh(np.asarray([device]), (AXIS,)) if device.platform == "tpu" else None
+    return Mesh(np.asarray([[device]]), AXES) if device.platform == "tpu" else None
 
 
 def _moved(args: Any, mesh: Mesh) -> Any:
@@ -151,18 +159,25 @@ def host(value: ArrayLike | Sequence[int], dtype: DTypeLike | None = None) -> Ar
     return cast(Array, np.asarray(value, dtype))
 
 
+def place(params: Params, number: int, copy: int, beyond: int) -> Array:
+    """int32 [copies]: `number`, such as a lane, for one copy of the model, and for others one that does not exist."""
+    made = np.full(copies_of(params), beyond, np.int32)
+    made[copy] = number
+    return host(made)
+
+
 def program(*static: str, donate: str | None = None) -> Callable[[Callable[P, T]], DecodingProgram[P, T]]:
     """Make a function a `DecodingProgram`."""
     return lambda run: DecodingProgram(run, static, donate)
 
 
 def _parts(tree: PyTree) -> PyTree[PartitionSpec]:
-    """How arrays are split: keys and values by heads, which lie in their last axis, all others not at all."""
+    """How arrays are split: by rows, and keys and values also by heads, which lie in their last axis."""
 
     def one(x: Any) -> PyTree[PartitionSpec]:
         if not isinstance(x, KeyValue):
-            return PartitionSpec()
-        return jax.tree.map(lambda y: PartitionSpec(*[None] * (y.ndim - 1), AXIS), x)
+            return PartitionSpec(DATA) if getattr(x, "ndim", 0) else PartitionSpec()
+        return jax.tree.map(lambda y: PartitionSpec(*[None] * (y.ndim - 3), DATA, None, AXIS), x)
 
     return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, KeyValue))
 
@@ -171,7 +186,8 @@ def shapes_on(mesh: Mesh, local: PyTree) -> PyTree[jax.ShapeDtypeStruct]:
     """Shapes of the arrays of which every device of a mesh has those of `local`."""
 
     def one(x: Any, part: PartitionSpec) -> jax.ShapeDtypeStruct:
-        shape = (*x.shape[:-1], x.shape[-1] * mesh.size) if part else x.shape
+        names = [*part, *[None] * (x.ndim - len(part))]
+        shape = tuple(size * (mesh.shape[name] if name else 1) for size, name in zip(x.shape, names, strict=True))
         return jax.ShapeDtypeStruct(shape, x.dtype, sharding=NamedSharding(mesh, part))
 
     return jax.tree.map(one, local, _parts(local))

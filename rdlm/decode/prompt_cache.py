@@ -25,7 +25,7 @@ from rdlm.model.cache import Cache, NewKV, append, entries
 
 class _Chunk(NamedTuple):
     new_kv: NewKV
-    depth: Array  # int32 [1, C], recurrences of its tokens
+    depth: Array  # int32 [B, C], recurrences of its tokens
     steps: np.ndarray  # the same on the host, [C]
 
     @property
@@ -56,9 +56,12 @@ class PromptCache:
         return names
 
     def fill(self, cache: Cache, names: list[bytes]) -> tuple[Cache, list[np.ndarray]]:
-        """Copy the longest known beginning into an empty cache of one row: (cache, recurrences of each chunk's tokens).
+        """Copy the longest known beginning into an empty cache of one prompt.
 
         cache: donated.
+
+        Returns:
+          cache, recurrences of each chunk's tokens.
         """
         known = 0
         while known < len(names) and names[known] in self._chunks:
@@ -70,7 +73,7 @@ class PromptCache:
         return cache, [chunk.steps for chunk in found]
 
     def keep(self, names: list[bytes], cache: Cache, steps: np.ndarray) -> None:
-        """Keep the last of the chunks `names` that a cache of one row begins with.
+        """Keep the last of the chunks `names` that a cache of one prompt begins with.
 
         steps: int32 [size], recurrences of its tokens.
         """
@@ -95,5 +98,6 @@ _take = jax.jit(entries, static_argnames="count")
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
-def _put(cache: Cache, new_kv: NewKV, depth: Int[Array, "1 C"], start: Int[Array, ""]) -> Cache:
-    return append(cache, new_kv, depth, jnp.int32(cache.sets), start, jnp.full(1, depth.shape[1], jnp.int32))
+def _put(cache: Cache, new_kv: NewKV, depth: Int[Array, "B C"], start: Int[Array, ""]) -> Cache:
+    rows, count = depth.shape
+    return append(cache, new_kv, depth, jnp.int32(cache.sets), start, jnp.full(rows, count, jnp.int32))

@@ -12,9 +12,9 @@ from jax import Array
 from rdlm.config import CachePolicy, InputError, ModelConfig
 from rdlm.decode.loop import Progress, Sizes, read_chunk
 from rdlm.decode.passes import CacheMemory
-from rdlm.decode.program import devices_of, host, local_config, program
+from rdlm.decode.program import copies_of, devices_of, host, local_config, program
 from rdlm.decode.prompt_cache import PromptCache
-from rdlm.decode.requests import Request, RequestOptions
+from rdlm.decode.requests import Request, RequestOptions, stacked
 from rdlm.exits import Depth, ExitRule
 from rdlm.model import Params, compute_dtype
 from rdlm.model.cache import Cache, allocate, cache_bytes, stored_dtype
@@ -22,7 +22,7 @@ from rdlm.model.cache import Cache, allocate, cache_bytes, stored_dtype
 
 @program("config", "sizes", "coda_sets")
 def _empty(params: Params, config: ModelConfig, sizes: Sizes, coda_sets: bool) -> Cache:
-    """The cache of one prompt, where the parameters are."""
+    """The cache of one prompt, for each copy of the model."""
     return allocate(config, sizes.policy, sizes.sets, 1, sizes.capacity, compute_dtype(params, config), coda_sets)
 
 
@@ -77,11 +77,11 @@ class Setup(NamedTuple):
 
 @dataclasses.dataclass
 class Reading:
-    """A prompt of which a part has been read."""
+    """A prompt of which a part has been read, in B rows that are the same: one for each copy of the model."""
 
     prompt: np.ndarray  # int32
     row: Request  # as far as it concerns the tokens of the prompt
-    present: Array  # bool [1, V], the tokens of the whole prompt
+    present: Array  # bool [B, V], the tokens of the whole prompt
     cache: Cache  # of this prompt alone
     names: list[bytes]  # of its chunks in the prompt cache
     chunks: list[np.ndarray]  # int32, recurrences of the tokens of each chunk that has been read
@@ -109,7 +109,7 @@ class Reader:
         self._params, self._config, self._sizes, self._options = params, config, sizes, options
         self._depth = self._in_prompt(idle.depth)
         self._coda_sets = _has_coda_sets(self._depth.rule)
-        self._dtype = compute_dtype(params, config)
+        self._copies = copies_of(params)
         self._exact = sizes.policy.recurrences is None and options.prefill_exit != "together"
         self.chunk = chunk if self._exact else sizes.capacity
         """Most tokens that are read at once."""
@@ -148,21 +148,22 @@ class Reader:
         )
         memory.require()
         row = request._replace(depth=self._in_prompt(request.depth))
-        present = np.zeros((1, config.vocab_size), bool)
-        present[0, prompt] = True
+        present = np.zeros((self._copies, config.vocab_size), bool)
+        present[:, prompt] = True
         cache = _empty(self._params, config, sizes, coda_sets)
         names = self.kept.names(prompt, row)
         # The last token is always read: what follows depends on its logits.
         cache, chunks = self.kept.fill(cache, names[: (prompt.size - 1) // self.chunk])
-        return Reading(prompt, row, host(present), cache, names, chunks)
+        return Reading(prompt, stacked([row] * self._copies), host(present), cache, names, chunks)
 
     def read(self, reading: Reading) -> Progress | None:
         """Read the next chunk: the token loop after the first new token, once the whole prompt has been read."""
         start = reading.length
         chunk = reading.prompt[start : start + self.chunk]
-        tokens = np.zeros((1, self.chunk), np.int32)
-        tokens[0, : chunk.size] = chunk
-        given = host(tokens), host([chunk.size], np.int32), reading.present, reading.row, self._options.warm_start
+        tokens = np.zeros((self._copies, self.chunk), np.int32)
+        tokens[:, : chunk.size] = chunk
+        count = host([chunk.size] * self._copies, np.int32)
+        given = host(tokens), count, reading.present, reading.row, self._options.warm_start
         progress, steps = read_chunk(self._params, self._config, reading.cache, *given)
         reading.cache = progress.cache
         reading.chunks.append(np.asarray(steps)[0, : chunk.size])

@@ -137,6 +137,21 @@ def as_requests(
     return Request(depth, *arrays), [row for row in rows for _ in range(samples)]
 
 
+def stacked(rows: Sequence[Request]) -> Request:
+    """Requests of one row each as one of many."""
+    return jax.tree.map(lambda *x: (np if isinstance(x[0], np.ndarray) else jnp).concatenate(x), *rows)
+
+
+def check_rows(depth: Depth, rows: int) -> None:
+    """Refuse a rule of which every row cannot have its own. Raises InputError."""
+    if any(np.shape(leaf)[:1] != (rows,) for leaf in jax.tree.leaves(depth)):
+        kind = depth.rule and depth.rule.kind
+        raise InputError(
+            f"exit_rule: {kind!r} has weights without an axis of rows, so requests cannot have their own; override its "
+            "by_row"
+        )
+
+
 def check_alike(row: Request, idle: Request) -> None:
     """Refuse a request that an engine's programs do not serve: of other shapes or dtypes than `idle`, its own."""
     theirs, ours = row.depth, idle.depth
@@ -246,11 +261,12 @@ class Constraints:
 
     def restrict(self, request: Request, rows: Iterable[int], vocab_size: int) -> Request:
         """Let only such tokens come next in these rows as may; the others need none."""
-        allowed = np.zeros((len(self._each), -(-vocab_size // 32)), np.uint32)
+        count = len(request.keys)  # rows that fill up a batch are free
+        allowed, constrained = np.zeros((count, -(-vocab_size // 32)), np.uint32), np.zeros(count, bool)
+        constrained[: len(self._each)] = [constraint is not None for constraint in self._each]
         for row in rows:
             if (constraint := self._each[row]) is not None:
                 allowed[row] = allowed_next(constraint, vocab_size)
-        constrained = np.asarray([constraint is not None for constraint in self._each])
         sampling = request.sampling._replace(constrained=host(constrained), allowed=host(allowed))
         return request._replace(sampling=sampling)
 

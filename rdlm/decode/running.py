@@ -15,9 +15,9 @@ from rdlm.decode.loop import begin
 from rdlm.decode.pages import Claim
 from rdlm.decode.passes import CacheMemory
 from rdlm.decode.preempt import resume, suspend
-from rdlm.decode.program import host
+from rdlm.decode.program import host, place
 from rdlm.decode.reading import Reader, Setup
-from rdlm.decode.requests import Request, allowed_next, not_finite, padded
+from rdlm.decode.requests import allowed_next, not_finite, padded, stacked
 from rdlm.decode.schedule import Schedule, is_long
 from rdlm.decode.served import Served
 
@@ -54,10 +54,11 @@ class Running:
         told = host([-1 if s is None else len(s.tokens) for s in schedule.serving], np.int32)
         # Stop as soon as the next group finds its lanes: some may be free already.
         group = schedule.next()
-        wake = max(len(group) - len(schedule.free), 1) if group else len(told) + 1
+        lacking_lanes = min(len(group), schedule.group) - len(schedule.free)  # every copy of the model counts its own
+        wake = max(-(-lacking_lanes // len(schedule.pages)), 1) if group else len(told) + 1
         most = min(self.ticks, RECENT) if self._wanted else self.ticks
         constrained = any(s._constraint is not None for s in schedule.served)
-        could_come = bool(group) and schedule.in_the_way(group) is not None  # but for the turn of others
+        could_come = bool(group) and schedule.room(group) is not None  # but for the turn of others
         if schedule.reading is not None or constrained or could_come:  # no more than every lane needs for a token
             most = min(most, self.sizes.sets + self.flush.every)
         ticks = host(most, np.int32), host(wake, np.int32)
@@ -101,11 +102,13 @@ class Running:
     def _admit(self) -> bool:
         """Take in the next group, once there are lanes and pages enough. False: not yet."""
         group = self.schedule.next()
-        if not group or (gone := self.schedule.in_the_way(group)) is None:
+        if not group or (room := self.schedule.room(group)) is None:
             return False
+        lanes, gone = room
         for lane in gone:
             self.preempt(lane)
-        lanes = self.schedule.take(group)
+        group = group[: len(lanes)]
+        self.schedule.take(group)
         if group[0]._suspended is not None:
             self._resume(group[0], lanes[0])
         elif is_long(group[0]):
@@ -126,31 +129,40 @@ class Running:
                 for s, lane in zip(group, lanes, strict=True):
                     self.place([s], [lane])
             return
-        for row, (s, lane) in enumerate(zip(group, lanes, strict=True)):
-            self.schedule.serving[lane], s.prompt_steps = s, prompt_steps[row, : s.prompt.size]
+        for s, lane, steps in zip(group, lanes, prompt_steps, strict=True):
+            self.schedule.serving[lane], s.prompt_steps = s, steps
         self._deliver(made)  # a request may be over after its first token
 
-    def _prefill(self, group: list[Served], lanes: list[int]) -> tuple[_Made, np.ndarray]:
-        """(What lanes hold then, recurrences of every prompt token)."""
-        rest = self.schedule.group - len(group)  # rows of padding: no tokens, and a lane that does not exist
-        tokens, given = padded([s.prompt for s in group] + [np.zeros(0, np.int32)] * rest, self.config.max_length)
+    def _prefill(self, group: list[Served], lanes: list[int]) -> tuple[_Made, list[np.ndarray]]:
+        """(What lanes hold then, recurrences of the tokens of every prompt)."""
+        schedule, copies = self.schedule, len(self.schedule.pages)
+        rows: list[int] = []  # of the group: every copy of the model has some
+        for lane in lanes:
+            copy = lane // schedule.each
+            rows.append(copy * schedule.group + sum(other // schedule.each == copy for other in lanes[: len(rows)]))
+        # Rows of padding have no tokens, and a lane that does not exist.
+        in_row: list[Served | None] = [None] * (copies * schedule.group)
+        to = np.full(len(in_row), schedule.each, np.int32)
+        for s, lane, row in zip(group, lanes, rows, strict=True):
+            in_row[row], to[row] = s, lane % schedule.each
+        no_prompt = np.zeros(0, np.int32)
+        tokens, given = padded([no_prompt if s is None else s.prompt for s in in_row], self.config.max_length)
         lengths = host(given, np.int32)
-        lane = host(lanes + [len(self.schedule.serving)] * rest, np.int32)
-        max_tokens = host([s.max_new_tokens for s in group] + [1] * rest, np.int32)
-        request = _stack([s._row for s in group] + [self.idle] * rest)
+        max_tokens = host([1 if s is None else s.max_new_tokens for s in in_row], np.int32)
+        request = stacked([self.idle if s is None else s._row for s in in_row])
         sizes = self.sizes._replace(capacity=tokens.shape[1], tokens=1)
         ways = self.options.prefill_exit, self.options.warm_start
         cache = sizes.sets, sizes.capacity
         memory = CacheMemory(
-            self.params, self.config, len(tokens), sizes.capacity, cache, self.idle.depth, policy=sizes.policy
+            self.params, self.config, schedule.group, sizes.capacity, cache, self.idle.depth, policy=sizes.policy
         )
         memory.require()
         progress, prompt_steps = begin(self.params, self.config, host(tokens), lengths, request, sizes, *ways)
         depth = np.asarray(prompt_steps)  # errors of the program appear here, while the lanes are untouched
-        claims = self.schedule.claims() | {lane: s._claim(0) for s, lane in zip(group, lanes, strict=True)}
+        claims = schedule.claims() | {lane: s._claim(0) for s, lane in zip(group, lanes, strict=True)}
         paged = self._with_pages(claims)
-        self.lanes = insert(self.params, self.config, paged, progress, lengths, request, max_tokens, lane)
-        return _Made.read(self.lanes), depth
+        self.lanes = insert(self.params, self.config, paged, progress, lengths, request, max_tokens, host(to))
+        return _Made.read(self.lanes), [depth[row, : s.prompt.size] for s, row in zip(group, rows, strict=True)]
 
     def _begin_reading(self, served: Served, lane: int) -> None:
         try:
@@ -171,9 +183,11 @@ class Running:
             progress = self.reader.read(reading)
             if progress is None:
                 return True
-            length, limit, at = (host([n], np.int32) for n in (served.prompt.size, served.max_new_tokens, lane))
+            copies, (copy, at) = len(schedule.pages), divmod(lane, schedule.each)
+            length, limit = (host([n] * copies, np.int32) for n in (served.prompt.size, served.max_new_tokens))
+            row, to = stacked([served._row] * copies), place(self.params, at, copy, schedule.each)
             lanes = self._with_pages(schedule.claims())
-            self.lanes = insert(self.params, self.config, lanes, progress, length, served._row, limit, at)
+            self.lanes = insert(self.params, self.config, lanes, progress, length, row, limit, to)
             made = _Made.read(self.lanes)
         except BaseException as error:
             schedule.reading = None
@@ -192,7 +206,7 @@ class Running:
             held = schedule.serving[lane]
             assert held is not None
             served = held
-            pages = schedule.pages.of(lane, served.prompt.size + len(served.tokens))
+            pages = schedule.pages_of(lane, served.prompt.size + len(served.tokens))
             try:
                 served._suspended = suspend(self.params, self.config, self.lanes, lane, pages)
             except Exception as error:
@@ -211,7 +225,7 @@ class Running:
         claim = served._claim(0)
         lanes = self._with_pages(self.schedule.claims() | {lane: claim})
         try:
-            pages = self.schedule.pages.of(lane, claim.least)
+            pages = self.schedule.pages_of(lane, claim.least)
             for made in resume(self.params, self.config, lanes, suspended, lane, pages):
                 self.lanes = made
         except Exception as error:
@@ -231,7 +245,7 @@ class Running:
 
     def _with_pages(self, claims: dict[int, Claim]) -> Lanes:
         """The lanes, with pages for these claims."""
-        return self.lanes._replace(pages=jnp.array(self.schedule.pages.assign(claims)))
+        return self.lanes._replace(pages=jnp.array(self.schedule.table(claims)))
 
     def _allow(self) -> None:
         """Tell the lanes of constrained requests which tokens may come next."""
@@ -282,8 +296,8 @@ class Running:
                     served._end(error)
 
     def _empty_lanes(self) -> Lanes:
-        rows = _stack([self.idle] * len(self.schedule.serving))
-        return empty_lanes(self.params, self.config, rows, self.sizes, self.schedule.pages.sizes)
+        rows = stacked([self.idle] * len(self.schedule.serving))
+        return empty_lanes(self.params, self.config, rows, self.sizes, self.schedule.pages[0].sizes)
 
     def _fail(self, concerned: list[Served], error: BaseException) -> None:
         """End the requests concerned with `error`, and if the lanes are lost with it, all that are in flight."""
@@ -312,8 +326,3 @@ class _Made(NamedTuple):
     def read(cls, lanes: Lanes) -> _Made:
         """Wait for the program that makes them; its errors appear here."""
         return cls(*(np.asarray(getattr(lanes, name)) for name in cls._fields))
-
-
-def _stack(rows: list[Request]) -> Request:
-    """Requests of one row each as one of many."""
-    return jax.tree.map(lambda *x: (np if isinstance(x[0], np.ndarray) else jnp).concatenate(x), *rows)

@@ -83,7 +83,7 @@ class _Drafts(NamedTuple):
     states: Array  # [B, L, D], after draft_steps recurrences
     core_kv: Layers  # [S, B, L, .] per core layer: keys and values of those recurrences
     cache: Cache  # with the drafts appended
-    passes: Array  # int32 scalar
+    passes: Array  # int32 [1]
 
 
 def _draft(params: Params, config: ModelConfig, p: Progress, request: Request, spec: Speculative) -> _Drafts:

@@ -438,7 +438,7 @@ STORED_MEMORY = 14 * 2**20
 def fits_stored(q: Float[Array, "R L H Q"], key_value_heads: int, cached: Stored) -> bool:
     """Whether `attend_stored` serves so many queries and a cache of this shape, in a program of one device."""
     mesh = jax.sharding.get_abstract_mesh()  # the compiler cannot split a kernel over devices
-    one_device = AXIS in mesh.manual_axes or mesh.axis_sizes == (1,)
+    one_device = AXIS in mesh.manual_axes or set(mesh.axis_sizes) == {1}
     whole = all(n % STORED_TILE == 0 for x in (cached.k, cached.v) for n in x.shape[2:])
     L, H = q.shape[1:3]
     if not one_device or not whole or L > FEW_QUERIES or cached.k.dtype == jnp.int8:

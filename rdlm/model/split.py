@@ -1,5 +1,6 @@
-"""Tensor parallelism for decoding: heads, MLP columns and vocabulary rows split over the devices of a mesh.
+"""Decoding on a mesh: copies of the model along `DATA`, each with heads, MLP columns and vocabulary rows along `AXIS`.
 
+Rows of a batch, lanes of an engine and pages of its cache are divided among the copies, which never need each other.
 Inside a program that `rdlm.decode.program` splits, every device runs the same code on its own heads and columns
 (`share`), and these functions join the results: two sums per layer, and one gather of what the adapter makes. Anywhere
 else they return what they are given. Training splits the same axis in another way (docs/pods.md).
@@ -18,10 +19,12 @@ from jaxtyping import Float, Int, Shaped
 from rdlm.config import ModelConfig
 
 AXIS = "tensor"
+DATA = "data"
+AXES = (DATA, AXIS)
 
 
 def parts() -> int:
-    """Devices that this code runs on, each for its own heads; 1 outside of a split program."""
+    """Devices that share a copy of the model, each for its own heads; 1 outside of a split program."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.shape[AXIS] if AXIS in mesh.manual_axes else 1
 
@@ -38,12 +41,12 @@ def share(config: ModelConfig, devices: int) -> ModelConfig:
 
 
 def summed(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """The sum over devices."""
+    """The sum over the devices of a copy."""
     return lax.psum(x, AXIS) if parts() > 1 else x
 
 
 def gathered(x: Shaped[Array, "*shape _"]) -> Shaped[Array, "*shape _"]:
-    """The columns of all devices side by side."""
+    """The columns of all devices of a copy side by side."""
     return lax.all_gather(x, AXIS, axis=x.ndim - 1, tiled=True) if parts() > 1 else x
 
 

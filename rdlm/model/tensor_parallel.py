@@ -1,4 +1,5 @@
-"""`tensor_parallel`: place a model on several devices, each with some of its heads, MLP columns and vocabulary rows."""
+"""`tensor_parallel`: place a model on several devices, each with some of its heads, MLP columns and vocabulary rows; or
+several copies of it."""
 
 from __future__ import annotations
 
@@ -19,60 +20,66 @@ from rdlm.config import InputError, ModelConfig, require
 from rdlm.model.inputs import check_type
 from rdlm.model.network import Params, init_params, logical_axes
 from rdlm.model.quantize import quantization, quantized_specs
-from rdlm.model.split import AXIS
+from rdlm.model.split import AXES, AXIS
 from rdlm.tune import LORA_A, SCALE
 
 PARTS = {"vocab": AXIS, "heads": AXIS, "head": AXIS, "mlp": AXIS}
 """Logical axes of parameters that are split."""
 
 
-def tensor_parallel(params: Params, config: ModelConfig, devices: int) -> tuple[Params, ModelConfig]:
-    """(params, config) for decoding on so many devices; `generate`, `Engine` and what is made of them run there.
+def tensor_parallel(params: Params, config: ModelConfig, devices: int, data: int = 1) -> tuple[Params, ModelConfig]:
+    """(params, config) for decoding on `data` x `devices`; `generate`, `Engine` and what is made of them run there.
 
-    Every device holds its share of the matrices and of the keys and values, and a layer costs two sums over devices
+    There are `data` copies of the model, among which rows and lanes are divided. Every device of a copy holds its share
+    of the matrices and of the keys and values, and a layer costs two sums over them, none over copies
     (docs/decoding.md, Several chips). Where the key heads do not divide, heads that give 0 are added, so the config
     may have more of them. In float32 tokens and recurrences are those of one device, up to roundings in other places.
 
     Args:
       params, config: the model, also quantized.
-      devices: the first of `jax.local_devices()`; 1 returns what was given.
+      devices: that share a copy.
+      data: copies. They are on the first of `jax.local_devices()`; one copy on one device is what was given.
 
     Raises:
       InputError: fewer devices than that, or dimensions that do not divide.
     """
     check_type("config", config, ModelConfig)
-    if tensor_mesh(devices).size == 1:
+    mesh = tensor_mesh(devices, data)
+    if mesh.size == 1:
         return params, config
     for name in params:
         require(LORA_A not in name and not _has_pairs(params[name]), "params", name, "has low-rank pairs; merge them")
-    return load_split(config, devices, params, functools.partial(jax.device_put, params))
+    return load_split(config, mesh, params, functools.partial(jax.device_put, params))
 
 
 def load_split(
-    config: ModelConfig, devices: int, shapes: Params, load: Callable[[PyTree[NamedSharding]], Params]
+    config: ModelConfig, mesh: Mesh, shapes: Params, load: Callable[[PyTree[NamedSharding]], Params]
 ) -> tuple[Params, ModelConfig]:
     """As `tensor_parallel`, of parameters of `shapes` that `load` puts where its argument says.
 
     Raises:
       InputError: as `tensor_parallel`, before anything is loaded; or what `load` raises.
     """
-    mesh = tensor_mesh(devices)
-    wider = with_heads(config, mesh.size)
+    wider = with_heads(config, mesh.shape[AXIS])
     return widened(load(placement(config, mesh, shapes)), config, mesh), wider
 
 
-def tensor_mesh(devices: int, there: list[jax.Device] | None = None) -> Mesh:
-    """The first so many devices for `tensor_parallel`, of those that are there or, with None, of this host.
+def tensor_mesh(devices: int, data: int = 1, there: list[jax.Device] | None = None) -> Mesh:
+    """The first `data` x `devices` for `tensor_parallel`, of those that are there or, with None, of this host.
 
     Raises:
-      InputError: not a number from 1 to that of devices.
+      InputError: not numbers from 1 to that of devices.
     """
     there = jax.local_devices() if there is None else there
-    whole = isinstance(devices, int) and not isinstance(devices, bool) and 1 <= devices <= len(there)
-    require(whole, "tensor", devices, f"must be a number of devices, from 1 to {len(there)}")
-    neighbours = there[0].platform == "tpu" and devices == len(there)
-    grid = mesh_utils.create_device_mesh((devices,), there) if neighbours else np.asarray(there[:devices])
-    return Mesh(grid, (AXIS,))
+    for name, number, most in (("tensor", devices, len(there)), ("data", data, None)):
+        most = len(there) // devices if most is None else most
+        whole = isinstance(number, int) and not isinstance(number, bool) and 1 <= number <= most
+        what = "of devices" if name == "tensor" else f"of copies on {devices} of {len(there)} devices each"
+        require(whole, name, number, f"must be a number {what}, from 1 to {most}")
+    shape, count = (data, devices), data * devices
+    neighbours = there[0].platform == "tpu" and count == len(there)
+    grid = mesh_utils.create_device_mesh(shape, there) if neighbours else np.asarray(there[:count]).reshape(shape)
+    return Mesh(grid, AXES)
 
 
 def with_heads(config: ModelConfig, devices: int) -> ModelConfig:
@@ -107,15 +114,15 @@ def placement(config: ModelConfig, mesh: Mesh, params: Params) -> PyTree[NamedSh
     """Where parameters of `config` go before `widened`: in parts where a dimension divides, else whole."""
 
     def one(spec: PartitionSpec, x: Array | jax.ShapeDtypeStruct) -> NamedSharding:
-        names = [name if size % mesh.size == 0 else None for name, size in zip(spec, x.shape, strict=False)]
+        names = [name if size % mesh.shape[AXIS] == 0 else None for name, size in zip(spec, x.shape, strict=False)]
         return NamedSharding(mesh, PartitionSpec(*names))
 
     return jax.tree.map(one, parameter_parts(config, params), params, is_leaf=_is_spec)
 
 
 def widened(params: Params, config: ModelConfig, mesh: Mesh) -> Params:
-    """Parameters of `config`, placed, as those of `with_heads(config, mesh.size)`."""
-    wider = with_heads(config, mesh.size)
+    """Parameters of `config`, placed, as those of `with_heads`."""
+    wider = with_heads(config, mesh.shape[AXIS])
     if wider == config:
         return params
     shapes = jax.eval_shape(lambda: init_params(wider, jax.random.key(0)))

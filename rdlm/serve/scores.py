@@ -11,7 +11,7 @@ from jax import Array
 
 from rdlm.config import ModelConfig
 from rdlm.decode.passes import next_power
-from rdlm.decode.program import program
+from rdlm.decode.program import copies_of, program
 from rdlm.decode.sampling import Likeliest, likeliest, log_probability
 from rdlm.exits import ExitRule
 from rdlm.model import Params, forward, known
@@ -34,12 +34,12 @@ def score_prompt(params: Params, config: ModelConfig, prompt: np.ndarray, depth:
       depth: when its tokens stop.
     """
     size, n = min(next_power(len(prompt), 16), config.max_length), len(prompt)
-    tokens = np.zeros((1, size), np.int32)
-    tokens[0, :n] = prompt
+    tokens = np.zeros((copies_of(params), size), np.int32)
+    tokens[:, :n] = prompt
     rule = None if depth.name == "none" else depth.rule
     steps = jnp.int32(depth.num_steps), jnp.int32(depth.min_steps)
     out = _scores(params, config, jnp.asarray(tokens), jnp.int32(n), rule, *steps)
-    log_probs, top = jax.device_get(out)
+    log_probs, top = jax.tree.map(lambda x: x[0], jax.device_get(out))
     pairs = [list(zip(*row, strict=True)) for row in zip(*(x[: n - 1].tolist() for x in top), strict=True)]
     return PromptScores(log_probs[: n - 1].tolist(), [[(i, p) for i, p in row if i >= 0] for row in pairs])
 
@@ -54,10 +54,11 @@ def _scores(
     num_steps: Array,
     min_steps: Array,
 ) -> tuple[Array, Likeliest]:
-    """(ln p of the next token f32 [L], the likeliest next tokens [L, .])."""
+    """(ln p of the next token f32 [1, L], the likeliest next tokens [1, L, .]) of tokens [1, L]."""
     L = tokens.shape[1]
     segments = (jnp.arange(L) < length)[None].astype(jnp.int32)
     least = 0 if rule is None or rule.every_check else min_steps  # such a rule must be known to see every recurrence
     out = forward(params, config, tokens, num_steps, segment_ids=segments, exit_rule=rule, min_steps=least)
     logits = known(config, out.logits)[0]
-    return log_probability(logits, jnp.roll(tokens[0], -1)), likeliest(logits, jnp.ones(L, bool))
+    found = log_probability(logits, jnp.roll(tokens[0], -1)), likeliest(logits, jnp.ones(L, bool))
+    return jax.tree.map(lambda x: x[None], found)

@@ -12,11 +12,11 @@ from typing import Literal, NamedTuple
 import jax
 import numpy as np
 
-from rdlm.config import CachePolicy, InputError, Sampling, one_line
+from rdlm.config import CachePolicy, InputError, Sampling, one_line, require
 from rdlm.decode import Engine
 from rdlm.decode.pages import page_sizes
 from rdlm.decode.passes import CacheMemory, next_power
-from rdlm.decode.program import devices_of
+from rdlm.decode.program import copies_of, devices_of
 from rdlm.decode.reading import least_prompt_cache, prompt_bytes, usual_chunk
 from rdlm.decode.requests import sample_keys
 from rdlm.decode.served import Served
@@ -191,8 +191,10 @@ class Worker:
             shown = (least * 10**6 // 2**30 + 1) / 10**6
             fix = f"a chunk of a prompt takes more; give at least {shown:.6f} GiB, or 0"
             raise InputError(f"--prompt-cache {options.prompt_cache}: {fix}")
-        rows = options.lanes * len(kinds)
-        pages = page_sizes(options.lanes, context, tokens=options.cache_tokens)
+        copies = copies_of(run.params)
+        require(options.lanes % copies == 0, "--lanes", options.lanes, f"must be a multiple of --data {copies}")
+        rows = options.lanes // copies * len(kinds)
+        pages = page_sizes(options.lanes // copies, context, tokens=options.cache_tokens, copies=copies)
         positions = len(kinds) * pages.number * pages.size
         memory = CacheMemory(run.params, run.config, rows, 1, sizes, Depth(1), positions=positions, policy=self._policy)
         needed = memory.bytes + room // devices_of(run.params) * len(kinds)
@@ -218,7 +220,7 @@ class Worker:
     def _chunk(self) -> int:
         """Most tokens of a prompt that are read at once."""
         options = self._depths.options
-        return options.prefill_chunk or usual_chunk(options.lanes)
+        return options.prefill_chunk or usual_chunk(options.lanes // copies_of(self._run.params))
 
     @property
     def _prompt_cache(self) -> int:
@@ -231,7 +233,7 @@ class Worker:
         steps, context = self._sizes
         sets = next_power(steps, minimum=1)
         lane = prompt_bytes(self._run.params, self._run.config, self._policy, sets, context, coda_sets=True)
-        return max(options.lanes // 8, 1) * lane
+        return max(options.lanes // copies_of(self._run.params) // 8, 1) * lane
 
     def _engine(self, kind: str) -> Engine:
         options, (steps, context) = self._depths.options, self._sizes

@@ -20,8 +20,8 @@ KIND, SIZE, TOKENS = "latest, kl", 2, 18
 MOST = 10  # tokens of a prompt; with 6 new ones it needs 15 of the 18 positions
 
 
-def short_of_pages(kind=KIND, **options):
-    return new_engine(kind, page_size=SIZE, cache_tokens=TOKENS, capacity=MOST + NEW, **options)
+def short_of_pages(kind=KIND, tokens=TOKENS, **options):
+    return new_engine(kind, page_size=SIZE, cache_tokens=tokens, capacity=MOST + NEW, **options)
 
 
 @functools.cache
@@ -89,10 +89,11 @@ def test_prompts_in_chunks_and_from_the_prompt_cache():
 
 
 @pytest.mark.slow
-def test_on_several_devices():
-    e = short_of_pages(tensor=2)
-    assert wrong(e, 2) == 0
-    assert e.preempted > 4
+def test_on_two_copies_of_the_model_with_four_devices_each():
+    e = short_of_pages(tensor=4, data=2, tokens=2 * (MOST + NEW), prefill_chunk=3)
+    assert wrong(e) == 0
+    assert e.preempted > 3
+    assert e.cache_usage == 0
 
 
 # Controls: the property must notice.

@@ -72,22 +72,21 @@ def test_an_engine_on_four_devices_serves_what_generate_makes_on_one(kind):
         assert [outcome(s) for s in serve(kind, batch, engine)] == generated(kind, batch)
 
 
-@pytest.mark.parametrize("options", [{"speculative": Speculative(2, 3)}, {"parallel": Parallel(window=4, inner=2)}])
-def test_drafts_and_windows_are_the_same(options):
+@pytest.mark.parametrize("options", [{}, {"speculative": Speculative(2, 3)}, {"parallel": Parallel(window=4, inner=2)}])
+@pytest.mark.parametrize(("tensor", "data"), [(4, 1), (2, 4)])  # two prompts, and rows that fill up
+def test_drafts_and_windows_are_the_same(options, tensor, data):
     wanted, _ = greedy(params(), TINY, num_steps=R, **options)
-    assert greedy(*tensor_parallel(params(), TINY, 4), num_steps=R, **options)[0] == wanted
+    assert greedy(*tensor_parallel(params(), TINY, tensor, data), num_steps=R, **options)[0] == wanted
 
 
-def test_a_tick_costs_two_sums_a_layer_and_one_gather():
+@pytest.mark.parametrize("data", [1, 2])
+def test_a_tick_costs_two_sums_a_layer_and_one_gather_and_nothing_among_copies(data):
     config = dataclasses.replace(TINY, core_layers=3)
-    placed, wider = tensor_parallel(rdlm.init_params(config, jax.random.key(0)), config, 4)
+    placed, wider = tensor_parallel(rdlm.init_params(config, jax.random.key(0)), config, 4, data)
     engine = Engine(placed, wider, lanes=4, max_new_tokens=NEW, num_steps=R)
-    counts, number = jnp.zeros(4, jnp.int32), jnp.int32(9)
-    text = (
-        advance.lower(placed, wider, engine._running.lanes, counts, number, number, engine._running.flush, False)
-        .compile()
-        .as_text()
-    )
+    counts, number, running = jnp.zeros(4, jnp.int32), jnp.int32(9), engine._running
+    lowered = advance.lower(placed, wider, running.lanes, counts, number, number, running.flush, False)
+    text = lowered.compile().as_text()
     lines = re.findall(r" (all-\w+|reduce-scatter|collective-permute)\(.*op_name=\"([^\"]*)\"", text)
     everywhere = collections.Counter(kind for kind, name in lines if "/cond/" not in name)
     assert everywhere == {"all-reduce": 2 * 3, "all-gather": 1}
@@ -95,6 +94,9 @@ def test_a_tick_costs_two_sums_a_layer_and_one_gather():
     # logits and one of the injection.
     branch = collections.Counter(kind for kind, name in lines if "/cond/" in name)
     assert branch == {"all-reduce": 2 * 2 + 1, "all-gather": 2}
+    groups = re.findall(r"replica_groups=(\S+), ", text)
+    assert set(groups) == {"{{0,1,2,3}}" if data == 1 else "{{0,1,2,3},{4,5,6,7}}"}  # devices of one copy
+    assert len(groups) == len(lines)
 
 
 def test_every_device_holds_its_share():
@@ -122,6 +124,19 @@ def test_the_config_from_before_is_refused():
         greedy(placed, TINY)
 
 
+def test_what_copies_cannot_share_is_refused():
+    for data, most in ((0, 2), (3, 2), (True, 2)):
+        with pytest.raises(InputError, match=f"data = {data}: must be a number of copies .* from 1 to {most}"):
+            tensor_parallel(params(), TINY, 4, data)
+    placed = tensor_parallel(params(), TINY, 1, 4)
+    for options, said in (
+        ({"lanes": 6}, "lanes = 6: must be a multiple of the 4 copies of the model"),
+        ({"lanes": 8, "cache_tokens": 127}, "cache_tokens = 127: .* one lane, 32, for each of 4 copies of the model"),
+    ):
+        with pytest.raises(InputError, match=said):
+            Engine(*placed, **options)
+
+
 def test_programs_are_compiled_once():
     engine = new_engine(EXACT[0], tensor=2)
     serve(EXACT[0], crowd(EXACT[0], 2), engine)
@@ -143,9 +158,9 @@ def test_a_run_folder_and_a_hugging_face_folder_are_read_in_parts(tmp_path):
     rdlm.save_huggingface(tmp_path / "hf", whole.params, whole.config)
     tokenizer.save(tmp_path / "hf")
     for place in (folder, tmp_path / "hf"):
-        run = rdlm.load(place, tensor=4)  # 2 heads become 4
+        run = rdlm.load(place, tensor=4, data=2)  # 2 heads become 4
         assert run.config.num_heads == 4
-        expected = tensor_parallel(whole.params, whole.config, 4)[0]
+        expected = tensor_parallel(whole.params, whole.config, 4, 2)[0]
         jax.tree.map(np.testing.assert_array_equal, run.params, expected)
         same = jax.tree.map(lambda x, y: x.sharding.is_equivalent_to(y.sharding, x.ndim), run.params, expected)
         assert all(jax.tree.leaves(same))

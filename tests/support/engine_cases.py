@@ -62,9 +62,9 @@ def params(dtype="float32"):
     return cast(random_params(TINY, seed=2), dtype)
 
 
-def new_engine(kind, tensor=1, **options):
+def new_engine(kind, tensor=1, data=1, **options):
     k = KINDS[kind]
-    model = tensor_parallel(params(k.dtype), k.config, tensor)
+    model = tensor_parallel(params(k.dtype), k.config, tensor, data)
     rule = None if k.rule is None else k.rule(np.float32(0.1))
     options = k.shared | {"lanes": k.lanes, "flush_every": k.every, "ticks_per_step": k.ticks} | options
     return Engine(*model, max_new_tokens=NEW, num_steps=R, exit_rule=rule, **options)
