@@ -117,7 +117,7 @@ def test_control_a_wrong_page(monkeypatch):
 
 def test_control_a_page_freed_too_early(monkeypatch):
     def freed(table, pages, claims):
-        held = [page for pages in pages._held for page in pages]
+        held = [page for pages in pages._held.values() for page in pages]
         pages._free += [page for page in held[:1] if page not in pages._free]
         return table
 
