@@ -139,6 +139,11 @@ def test_control_a_page_is_not_kept(monkeypatch):
     assert broken(monkeypatch, rdlm.decode.running, "suspend", lost)
 
 
+def test_control_a_row_that_stays_on_its_copy_of_the_model(monkeypatch):
+    monkeypatch.setattr(preempt, "_everywhere", lambda rows, copy: rows)
+    assert wrong(short_of_pages(data=2, tokens=2 * TOKENS))
+
+
 # Order
 
 
