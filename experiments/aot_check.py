@@ -219,7 +219,9 @@ def plan_report(name: str, base: RunConfig, o: Options, devices: list[Any], batc
         remat = tried.recurrence.remat
         try:
             found = checked(name, base, dataclasses.replace(o, remat=remat), devices, batch)
-        except InputError:
+        except hlo.DoesNotFit:
+            found = None
+        if found is None:
             print(f"{remat:10} does not fit", file=sys.stderr if o.json else sys.stdout, flush=True)
             continue
         fastest = max(fastest or (0.0, ""), (found["mfu_exposed"], remat))
@@ -238,11 +240,11 @@ def plan_report(name: str, base: RunConfig, o: Options, devices: list[Any], batc
         print(f"the least time by this estimate: --recurrence.remat {fastest[1]}")
 
 
-def checked(name: str, base: RunConfig, o: Options, devices: list[Any], batch: int) -> dict[str, Any]:
-    """`check_training` of one batch size, or of the largest.
+def checked(name: str, base: RunConfig, o: Options, devices: list[Any], batch: int) -> dict[str, Any] | None:
+    """`check_training` of one batch size, or of the largest; None: not even one sequence per chip fits.
 
     Raises:
-      InputError: it does not fit.
+      DoesNotFit: the one batch size does not.
     """
     if not o.search:
         return check_training(name, base, o, devices, batch)
@@ -254,16 +256,16 @@ def checked(name: str, base: RunConfig, o: Options, devices: list[Any], batch: i
         return found[batch]["peak_gib"]
 
     largest = hlo.largest_batch(peak, flops.datasheet(devices[0].device_kind).gib, batch)
-    if not largest:
-        raise InputError(
-            "not even one sequence per chip fits: use --gather each, --gradient-dtype bfloat16, or more chips"
-        )
-    return found[largest]
+    return found[largest] if largest else None
 
 
 def train_report(name: str, base: RunConfig, o: Options, devices: list[Any], batch: int) -> None:
     """Check one batch size, or search for the largest."""
     found = checked(name, base, o, devices, batch)
+    if found is None:
+        raise InputError(
+            "not even one sequence per chip fits: use --gather each, --gradient-dtype bfloat16, or more chips"
+        )
     if o.json:
         print(json.dumps(found), flush=True)
         return

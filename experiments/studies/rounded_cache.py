@@ -26,6 +26,7 @@ from rdlm.decode import decode_step, prefill
 from rdlm.losses import cross_entropy
 from rdlm.model import Params, cast
 from rdlm.perf.flops import cache_bytes
+from rdlm.recurrence import check_depths
 from rdlm.run import Run, load
 from rdlm.runtime import parse_arguments, run_command
 
@@ -102,6 +103,7 @@ def main() -> int:
     require(
         args.chunk < args.length, "--chunk", args.chunk, f"must be below --length {args.length}, or nothing is read"
     )
+    check_depths(args.depths)
     run = load(args.folder)
     rows = rows_of(run, args)
     print(f"{args.folder}: {rows.size - len(rows):,} tokens in rows of {args.length}, read in chunks of {args.chunk}")

@@ -14,7 +14,7 @@ from jaxtyping import Int, PyTree
 
 from rdlm.config import ModelConfig
 from rdlm.decode.lanes import Lanes
-from rdlm.decode.program import copies_of, place, program
+from rdlm.decode.program import copies_of, for_copy, program
 from rdlm.model import Params
 from rdlm.model.cache import Cache
 from rdlm.model.kernels import updated_in_place
@@ -39,8 +39,8 @@ def suspend(params: Params, config: ModelConfig, lanes: Lanes, lane: int, pages:
         return jax.tree.map(lambda x: np.ascontiguousarray(x[..., copy : copy + 1, :, :]), held)
 
     # One page after the other: the device may have no memory for all of them.
-    copies = [its_own(page) for page in pages]
-    return Suspended(_everywhere(_row(params, config, lanes, jnp.int32(lane)), jnp.int32(copy)), copies)
+    kept = [its_own(page) for page in pages]
+    return Suspended(_everywhere(_row(params, config, lanes, jnp.int32(lane)), jnp.int32(copy)), kept)
 
 
 def resume(
@@ -52,10 +52,10 @@ def resume(
     """
     count = copies_of(params)
     number, (copy, lane) = lanes.page_sizes.number // count, divmod(lane, lanes.busy.size // count)
-    yield (lanes := _with_row(params, config, lanes, suspended.row, place(params, lane, copy, lanes.busy.size)))
+    yield (lanes := _with_row(params, config, lanes, suspended.row, for_copy(params, lane, copy, lanes.busy.size)))
     for kept, page in zip(suspended.pages, pages, strict=False):
         held = jax.tree.map(lambda x: np.repeat(x, count, axis=-3), kept)
-        yield (lanes := _with_page(params, config, lanes, held, place(params, page, copy, number)))
+        yield (lanes := _with_page(params, config, lanes, held, for_copy(params, page, copy, number)))
 
 
 def _layers(cache: Cache) -> Layers:

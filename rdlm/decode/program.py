@@ -159,7 +159,7 @@ def host(value: ArrayLike | Sequence[int], dtype: DTypeLike | None = None) -> Ar
     return cast(Array, np.asarray(value, dtype))
 
 
-def place(params: Params, number: int, copy: int, beyond: int) -> Array:
+def for_copy(params: Params, number: int, copy: int, beyond: int) -> Array:
     """int32 [copies]: `number`, such as a lane, for one copy of the model, and for others one that does not exist."""
     made = np.full(copies_of(params), beyond, np.int32)
     made[copy] = number

@@ -15,7 +15,7 @@ from rdlm.decode.loop import begin
 from rdlm.decode.pages import Claim
 from rdlm.decode.passes import CacheMemory
 from rdlm.decode.preempt import resume, suspend
-from rdlm.decode.program import host, place
+from rdlm.decode.program import for_copy, host
 from rdlm.decode.reading import Reader, Setup
 from rdlm.decode.requests import allowed_next, not_finite, padded, stacked
 from rdlm.decode.schedule import Schedule, is_long
@@ -185,7 +185,7 @@ class Running:
                 return True
             copies, (copy, at) = len(schedule.pages), divmod(lane, schedule.each)
             length, limit = (host([n] * copies, np.int32) for n in (served.prompt.size, served.max_new_tokens))
-            row, to = stacked([served._row] * copies), place(self.params, at, copy, schedule.each)
+            row, to = stacked([served._row] * copies), for_copy(self.params, at, copy, schedule.each)
             lanes = self._with_pages(schedule.claims())
             self.lanes = insert(self.params, self.config, lanes, progress, length, row, limit, to)
             made = _Made.read(self.lanes)

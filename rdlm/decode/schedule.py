@@ -165,7 +165,9 @@ class Schedule:
             for copy, pages in enumerate(self.pages):
                 leave = self._in_the_way(served, copy, claims)
                 if leave is not None and taken[copy] < self.group:
-                    found.append((len(leave), -pages.spare(self._of(copy, claims)), copy, leave))
+                    # Few give way, and they the last by rank.
+                    ranks = [(-claims[lane].rank[0], -claims[lane].rank[1]) for lane in leave]
+                    found.append((len(leave), ranks, -pages.spare(self._of(copy, claims)), copy, leave))
             if not found:
                 break
             *_, copy, leave = min(found)

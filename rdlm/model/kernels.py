@@ -208,10 +208,9 @@ class Stored(NamedTuple):
     """Keys and values of one layer in a cache, of which every row reads one set.
 
     k [S, B, n, >= Hk*Q], v [S, B, n, >= K*Q]: as they are stored, floats or what `rounding.to_row` makes of them, in B
-    rows of n positions each. pages: int32 [R, P],
-    the rows of the cache that each row of the batch reads, one behind the other; those of hidden positions may be
-    outside of the cache. None: row r reads row r alone, and n = T. set: int32 scalar, or one for each row that reads
-    pages.
+    rows of n positions each. pages: int32 [R, P], the rows of the cache that each row of the batch reads, one behind
+    the other; those of hidden positions may be outside of the cache. None: row r reads row r alone, and n = T. set:
+    int32 scalar, or one for each row that reads pages.
     """
 
     k: Float[Array, "S B _ _"] | Int8[Array, "S B _ _"]

@@ -51,9 +51,11 @@ def to_row(x: Float[Array, "*tokens H Q"]) -> Int8[Array, "*tokens H*(Q+2)"]:
     """
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     finite = jnp.isfinite(wide).all(-1, keepdims=True)  # on CPUs a maximum may pass over NaN
-    scale = (jnp.maximum(jnp.abs(wide).max(-1, keepdims=True), 1e-30) / LARGEST).astype(jnp.bfloat16)
-    values = jnp.where(finite, jnp.round(wide / scale.astype(wide.dtype)), 0).astype(jnp.int8)
-    bits = jax.lax.bitcast_convert_type(jnp.where(finite, scale, jnp.nan), jnp.uint16)
+    scale = jnp.maximum(jnp.abs(wide).max(-1, keepdims=True), 1e-30) / LARGEST
+    # By a cast to bfloat16 and back, which a compiler may leave out, it would not be the one that is stored.
+    scale = jax.lax.reduce_precision(scale, exponent_bits=8, mantissa_bits=7)
+    values = jnp.where(finite, jnp.round(wide / scale), 0).astype(jnp.int8)
+    bits = jax.lax.bitcast_convert_type(jnp.where(finite, scale, jnp.nan).astype(jnp.bfloat16), jnp.uint16)
     low, high = ((bits >> shift & 255).astype(jnp.uint8) for shift in (0, 8))
     parts = values, *(jax.lax.bitcast_convert_type(byte, jnp.int8) for byte in (low, high))
     return jnp.concatenate([part.reshape(*x.shape[:-2], -1) for part in parts], -1)

@@ -136,10 +136,11 @@ def core_flops(config: ModelConfig, keys: float) -> float:
 
 def spared_flops(config: ModelConfig, keys: float) -> tuple[float, float]:
     """Of `core_flops`, what need not be done again: (where attention's inputs and results are stored, where the
-    residual sums are). A norm between a product and its sum needs the product again.
+    residual sums are). A norm between a product and its sum needs the product again, as does a gate that comes of the
+    same product as queries, keys and values.
     """
     D, F, H, K, Q = config.embed_dim, config.mlp_dim, config.num_heads, config.kv_heads, config.head_dim
-    attention = 2 * D * (H + 2 * K) * Q + 4 * keys * H * Q
+    attention = 4 * keys * H * Q + (0 if config.block.output_gate else 2 * D * (H + 2 * K) * Q)
     into_sums = 0 if config.block.norm_output == "branch" else 2 * (H * Q + F) * D
     return config.core_calls * attention, config.core_calls * into_sums
 

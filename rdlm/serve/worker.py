@@ -194,13 +194,17 @@ class Worker:
         copies = copies_of(run.params)
         require(options.lanes % copies == 0, "--lanes", options.lanes, f"must be a multiple of --data {copies}")
         rows = options.lanes // copies * len(kinds)
+        least_tokens, tokens = copies * context, options.cache_tokens
+        enough = tokens is None or tokens >= least_tokens
+        require(enough, "--cache-tokens", tokens, f"must be at least {least_tokens}: --max-context for each of --data")
         pages = page_sizes(options.lanes // copies, context, tokens=options.cache_tokens, copies=copies)
         positions = len(kinds) * pages.number * pages.size
         memory = CacheMemory(run.params, run.config, rows, 1, sizes, Depth(1), positions=positions, policy=self._policy)
         needed = memory.bytes + room // devices_of(run.params) * len(kinds)
-        what = f"cache: {sets} recurrences x {positions} positions for {rows} lanes"
+        what = f"cache: {sets} recurrences x {copies * positions} positions for {copies * rows} lanes"
         what += f" and {room * len(kinds) / 2**30:,.1f} GiB for prompts" if room else ""
         fix = "lower --lanes, --cache-tokens, --max-context, --cache-recurrences or --prompt-cache"
+        fix += "" if options.cache_dtype else ", or use --cache-dtype int8"
         require_memory(f"--lanes {options.lanes}: {what}", needed, fix)
 
     @property

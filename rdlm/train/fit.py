@@ -39,14 +39,14 @@ def fitting(run: RunConfig, step: Callable[[RunConfig], Any], arguments: Any, sa
         try:
             compiled = step(tried).lower(*positional, **named).compile()
             program, free = hlo.Program.of(compiled), free_memory()
-            needed = program.peak - program.arguments  # the arguments are there
+            needed = int(1.05 * (program.peak - program.arguments))  # the arguments are there; free memory has gaps
             problem = f"needs {needed / 2**30:.2f} GiB beside the state, {(free or 0) / 2**30:.2f} are free"
             fits = free is None or needed <= free
         except jax.errors.JaxRuntimeError as error:
-            sizes = hlo.out_of_memory(str(error))
-            if sizes is None:
+            sizes, said = hlo.out_of_memory(str(error)), str(error).partition("\n")[0]
+            if sizes is None and not any(words in said for words in ("RESOURCE_EXHAUSTED", "enough memory")):
                 raise
-            fits, problem = False, f"needs {sizes[0]:.2f} GiB of {sizes[1]:.2f}"
+            fits, problem = False, f"needs {sizes[0]:.2f} GiB of {sizes[1]:.2f}" if sizes else f"does not fit: {said}"
         fits = all(answer == "True" for answer in exchange(str(fits)))
         if fits:
             say(f"remat auto: {remat} fits; --recurrence.remat {remat} saves the search")

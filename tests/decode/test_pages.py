@@ -90,9 +90,10 @@ def test_prompts_in_chunks_and_from_the_prompt_cache():
 
 @pytest.mark.slow
 def test_on_two_copies_of_the_model_with_four_devices_each():
-    e = short_of_pages(tensor=4, data=2, tokens=2 * (MOST + NEW), prefill_chunk=3)
+    e = short_of_pages(tensor=4, data=2, tokens=2 * (MOST + NEW), prefill_chunk=3, prompt_cache=10**8)
     assert wrong(e) == 0
     assert e.preempted > 3
+    assert e.prompt_cache_bytes > 0
     assert e.cache_usage == 0
 
 
@@ -176,6 +177,18 @@ def test_a_higher_priority_takes_the_lane_of_a_lower_one():
     asked = [Ask((0,) * 6), Ask((1,) * 6), Ask((9,) * 6)]
     assert [outcome(s) for s in (*low, high)] == generated(KIND, asked * 4)[:3]
     assert e.preempted >= 1
+
+
+def test_of_the_copies_of_the_model_the_one_with_the_lowest_priority_makes_room():
+    e = new_engine(KIND, data=2, lanes=2, ticks_per_step=1)
+    middle, low = (submit(e, KIND, Ask((priority,) * 6, priority=priority)) for priority in (1, 0))
+    e.step()
+    assert set(map(id, e.in_flight)) == {id(middle), id(low)}
+    high = submit(e, KIND, Ask((2,) * 6, priority=2))
+    e.step()
+    assert set(map(id, e.in_flight)) == {id(middle), id(high)}
+    e.run()
+    assert e.preempted == 1
 
 
 def test_a_preempted_request_may_be_cancelled_and_its_pages_are_forgotten():

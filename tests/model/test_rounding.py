@@ -21,10 +21,11 @@ def widened(x):
     return x.values.astype(jnp.float32) * x.scale
 
 
+@pytest.mark.usefixtures("full_compile")  # which may leave out a cast and back
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_row_holds_vectors_to_half_a_step(dtype):
     x = jnp.asarray(random(0, 3, 5, K, Q) * 10.0 ** np.arange(-15, 15, 2).reshape(3, 5, 1, 1), dtype)
-    row = to_row(x)
+    row = jax.jit(to_row)(x)
     held = from_row(jnp.pad(row, [(0, 0), (0, 0), (0, 7)]), K, Q, jnp.float32)
     assert (row.dtype, row.shape) == (jnp.int8, (3, 5, K * (Q + 2)))
     step = np.abs(np.asarray(x, np.float32)).max(-1, keepdims=True) / 127
