@@ -6,14 +6,14 @@
 
 contrast: logits of depth r and of an earlier depth e, l_r + a (l_r - l_e) (LoopCD, arXiv 2609.24196). Beside it the
 same logits sharpened, (1 + a) l_r, since a contrast also sharpens. On text and on S3 words of 64 letters.
-loop: a block of layers of a plain pretrained model is run K times at inference, as it is, or damped, each pass moving
-the state by 1/K of the way (arXiv 2605.23872). Loss of held-out text and right answers of FCC.
+loop: a block of layers of a plain pretrained model is run K times at inference, as it is, or damped, with 1/K of what
+each of its layers adds (arXiv 2605.23872). Loss of held-out text and right answers of FCC.
 lens: the likeliest token after every recurrence. Does it say what the answer does not: is a token that settled late
 wrong more often than others of the same confidence? And what do states say on S3 before they know: the product of all
 letters so far is asked for, is it that of the last w letters that they hold?
 
 Text: `quickstart`, three seeds. S3: `s3_local` of depth_scaling.py, three seeds. Pretrained: SmolLM2-135M
-(fetch_model.py smollm2). Hardware: any. Found: docs/studies/readouts.md.
+(fetch_model.py smollm2). Hardware: any. Not run yet: docs/studies/readouts.md.
 """
 
 from __future__ import annotations
