@@ -521,11 +521,12 @@ def table(methods: Mapping[str, Json]) -> str:
 
 
 def picture(path: Path, methods: Mapping[str, Json], trained_to: int) -> None:
-    """Accuracy against number of steps. Left: the comparison, a line for every depth. Right: pilots at their depth."""
+    """Accuracy against number of steps. Left: the comparison, by depth. Right: pilots, if any, at theirs."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 4.6), layout="constrained")
-    main, pilots = figure.subplots(1, 2, sharey=True)
+    parts = 1 + any(name.startswith("pilot") for name in methods)
+    figure = Figure(figsize=(6 * parts, 4.6), layout="constrained")
+    panels = figure.subplots(1, parts, sharey=True, squeeze=False)[0]
     plain = {SOURCE: "#999999", "plain": "#000000", "plain_flops": "#D55E00"}
     depth_colours = ("#B9D7EA", "#56B4E9", "#0072B2", "#003A5C")
     pilot_colours = iter(("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"))
@@ -539,15 +540,15 @@ def picture(path: Path, methods: Mapping[str, Json], trained_to: int) -> None:
             r = f", r = {found['depths'][i]}" if len(found["depths"]) > 1 else ""
             colour = next(pilot_colours) if pilot else plain.get(name, depth_colours[i % 4])
             bars = [np.maximum(mean - low, 0), np.maximum(high - mean, 0)]
-            (pilots if pilot else main).errorbar(
+            panels[int(pilot)].errorbar(
                 steps, mean, bars, color=colour, marker="o", markersize=4, capsize=2, label=found["label"] + r
             )
-    for axes, title in ((main, "comparison"), (pilots, "pilots, fewer steps, one seed")):
+    for axes, title in zip(panels, ("comparison", "pilots, fewer steps, one seed"), strict=False):
         axes.axvline(trained_to + 0.5, color="#999999", linestyle=":", linewidth=1)
         axes.axhline(CHANCE, color="#999999", linestyle="--", linewidth=1, label="chance")
         axes.set(title=title, xlabel="dependent steps (trained left of the dotted line)", ylim=(0, 1.03))
         axes.legend(frameon=False, fontsize=8)
-    main.set(ylabel="right answers")
+    panels[0].set(ylabel="right answers")
     figure.savefig(path, dpi=110)
 
 
