@@ -54,11 +54,11 @@ def _scores(
     num_steps: Array,
     min_steps: Array,
 ) -> tuple[Array, Likeliest]:
-    """(ln p of the next token f32 [1, L], the likeliest next tokens [1, L, .]) of tokens [1, L]."""
-    L = tokens.shape[1]
-    segments = (jnp.arange(L) < length)[None].astype(jnp.int32)
+    """(ln p of the next token f32 [B, L], the likeliest next tokens [B, L, .]) of tokens [B, L]."""
+    B, L = tokens.shape
+    segments = jnp.broadcast_to(jnp.arange(L) < length, (B, L)).astype(jnp.int32)
     least = 0 if rule is None or rule.every_check else min_steps  # such a rule must be known to see every recurrence
     out = forward(params, config, tokens, num_steps, segment_ids=segments, exit_rule=rule, min_steps=least)
-    logits = known(config, out.logits)[0]
-    found = log_probability(logits, jnp.roll(tokens[0], -1)), likeliest(logits, jnp.ones(L, bool))
-    return jax.tree.map(lambda x: x[None], found)
+    logits, following = known(config, out.logits).reshape(B * L, -1), jnp.roll(tokens, -1, axis=1).reshape(-1)
+    found = log_probability(logits, following), likeliest(logits, jnp.ones(B * L, bool))
+    return jax.tree.map(lambda x: x.reshape(B, L, *x.shape[1:]), found)

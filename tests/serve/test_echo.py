@@ -5,8 +5,10 @@ from lm_eval.models.openai_completions import LocalCompletionsAPI
 
 from rdlm import exits
 from rdlm.evaluation.scoring import score
+from rdlm.model import tensor_parallel
 from rdlm.serve import worker
-from rdlm.serve.scores import PromptScores
+from rdlm.serve.depth import DepthChoice
+from rdlm.serve.scores import PromptScores, score_prompt
 
 pytestmark = pytest.mark.slow
 
@@ -78,3 +80,12 @@ def test_every_prompt_is_scored_once_and_never_two_in_one_round(server, monkeypa
         n = len(prompts[i // 3])
         assert choice["logprobs"]["token_logprobs"][:n] == [None] + [-float(n)] * (n - 1)
         assert len(choice["steps"]) == 2
+
+
+def test_every_copy_of_the_model_scores_alike(server):
+    run, choice = server.run, DepthChoice("kl", "kl", 3, exits.kl(0.3))
+    prompt = run.tokenizer.encode("The capital")
+    one = score_prompt(run.params, run.config, prompt, choice)
+    found = score_prompt(*tensor_parallel(run.params, run.config, 1, data=2), prompt, choice)
+    assert found.log_probs == pytest.approx(one.log_probs, rel=1e-5)
+    assert [[token for token, _ in row] for row in found.likeliest] == [[t for t, _ in row] for row in one.likeliest]
