@@ -65,8 +65,8 @@ from rdlm.model import Params, cast, init_params
 from rdlm.model.split import share
 from rdlm.model.tensor_parallel import placement, tensor_mesh, with_heads
 from rdlm.perf import flops, hlo
+from rdlm.remat import LADDER
 from rdlm.runtime import parse_arguments, run_command
-from rdlm.train.fit import candidates
 from rdlm.train.roofline import lower_train_step, roofline, state_bytes, wire_bytes
 
 GIB = 2**30
@@ -215,8 +215,7 @@ def plan_report(name: str, base: RunConfig, o: Options, devices: list[Any], batc
     fastest: tuple[float, str] | None = None
     if not o.json:
         print("remat      per chip  peak, GiB  arithmetic  HBM  chip to chip, s  MFU: hidden, not hidden")
-    for tried in candidates(as_run(base, o, len(devices), batch)):
-        remat = tried.recurrence.remat
+    for remat in LADDER:
         try:
             found = checked(name, base, dataclasses.replace(o, remat=remat), devices, batch)
         except hlo.DoesNotFit:

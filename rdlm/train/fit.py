@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,14 +15,8 @@ from rdlm.runtime import exchange
 from rdlm.runtime.memory import free_memory
 
 
-def candidates(run: RunConfig) -> Iterator[RunConfig]:
-    """The run with every kind of recomputation that `auto` may choose, from the least to the most; otherwise itself."""
-    for remat in LADDER if run.recurrence.remat == "auto" else (run.recurrence.remat,):
-        yield dataclasses.replace(run, recurrence=dataclasses.replace(run.recurrence, remat=remat))
-
-
 def fitting(run: RunConfig, step: Callable[[RunConfig], Any], arguments: Any, say: Callable[[str], None]) -> Any:
-    """The compiled step of the first of `candidates` that fits the devices; all processes take the same.
+    """The compiled step of the first of `LADDER` that fits the devices; all processes take the same.
 
     Args:
       run: with recurrence.remat "auto".
@@ -34,8 +28,8 @@ def fitting(run: RunConfig, step: Callable[[RunConfig], Any], arguments: Any, sa
       InputError: not even the last one fits.
     """
     positional, named = arguments
-    for tried in candidates(run):
-        remat = tried.recurrence.remat
+    for remat in LADDER:
+        tried = dataclasses.replace(run, recurrence=dataclasses.replace(run.recurrence, remat=remat))
         try:
             compiled = step(tried).lower(*positional, **named).compile()
             program, free = hlo.Program.of(compiled), free_memory()
