@@ -48,25 +48,29 @@ def decoding_shapes(
 
 
 class Work(NamedTuple):
-    """What is to be counted of a token loop: its cache on one chip, its tokens, and positions of each row at once."""
+    """What is to be counted of a token loop: its model, its cache, its tokens, and positions of each row at once."""
 
-    cache: int  # bytes
+    params: Params
+    config: ModelConfig
+    policy: CachePolicy
+    cache: int  # bytes on one chip
     tokens: flops.Decoding
     width: int = 1
 
 
-def decoding_counts(config: ModelConfig, device: Any, lowered: Any, work: Work, chips: int) -> dict[str, Any]:
-    """Compile a token loop and count what a token takes on one of `chips`, which share the model `config`."""
-    program, memory = compiled(config, device, lowered, work.cache, chips)
+def decoding_counts(device: Any, lowered: Any, work: Work, o: Options) -> dict[str, Any]:
+    """Compile a token loop and count what a token takes on one chip of those that share the model."""
+    program, memory = compiled(work.params, device, lowered, work.cache)
     chip = flops.datasheet(device.device_kind)
-    tokens, moved = work.tokens, program.decoding_traffic()
-    least = {part: size / chips for part, size in tokens.parts(config, 2).items()}
+    config, tokens, moved = work.config, work.tokens, program.decoding_traffic()
+    parts = tokens.parts(config, 2, work.policy)
+    least = {part: size / o.tensor for part, size in parts.items()}
     exchanged = program.decoding_collectives()
     if tokens.checks == 1:  # coda and head run once, with the rest; looking at the state costs little
         least["token"] += least.pop("check")
         moved["recurrence"] += moved.pop("check")
         exchanged["recurrence"] += exchanged.pop("check")
-    arithmetic = work.width * tokens.flops(config) / chips / chip.flops
+    arithmetic = work.width * tokens.flops(config) / o.tensor / chip.flops
     seconds = {"HBM": tokens.total(moved) / chip.memory, "arithmetic": arithmetic}
     return {
         **memory,
@@ -82,14 +86,14 @@ def decoding_counts(config: ModelConfig, device: Any, lowered: Any, work: Work, 
 def check_decoding(name: str, base: RunConfig, o: Options, devices: list[Any], rule: Exit) -> dict[str, Any]:
     """Compile the token loop and count for one chip: everything that is printed."""
     config, batch = dataclasses.replace(base.model, compute_dtype="bfloat16"), o.batch or 16
-    policy = CachePolicy(o.recurrences)
+    policy = CachePolicy(o.recurrences, dtype=o.cache_dtype)
     options = RequestOptions(num_steps=o.num_steps, exit_rule=exits.named(rule))
     params, placed, progress, request, number = decoding_shapes(config, options, policy, o, devices)
     lowered = decode_tokens.lower(params, placed, progress, request, number, number, False)
     depth = o.num_steps if rule == "none" or o.mean_depth is None else o.mean_depth
     tokens = flops.Decoding(batch, depth, {"kl": depth, "gated_kl": GATED_CHECKS}.get(rule, 1.0), o.capacity)
     cache = flops.cache_bytes(share(placed, o.tensor), policy, o.num_steps, batch, o.capacity, 2)
-    found = decoding_counts(config, devices[0], lowered, Work(cache, tokens), o.tensor)
+    found = decoding_counts(devices[0], lowered, Work(params, config, policy, cache, tokens), o)
     return {
         **decoded(name, o),
         "exit": rule,
@@ -128,15 +132,16 @@ def check_window(
     """The same for the parallel sampler, and for a token of it against one of `ordinary` decoding."""
     config, batch = dataclasses.replace(base.model, compute_dtype="bfloat16"), o.batch or 16
     options = with_rule(config, parallel, RequestOptions(num_steps=o.num_steps))
-    params, placed, progress, request, number = decoding_shapes(config, options, ONE_SET, o, devices)
+    policy = dataclasses.replace(ONE_SET, dtype=o.cache_dtype)
+    params, placed, progress, request, number = decoding_shapes(config, options, policy, o, devices)
     window = jax.eval_shape(
         lambda params, *rest: open_window(params, config, rest[0], rest[1], parallel).window, params, progress, request
     )
     wave = Wave(progress, shapes_on(params["wte"].sharding.mesh, window))
     lowered = advance.lower(params, placed, wave, request, number, number, parallel, False)
-    cache = flops.cache_bytes(share(placed, o.tensor), ONE_SET, o.num_steps, batch, o.capacity, 2)
-    work = Work(cache, flops.Decoding(batch, parallel.inner, 1.0, o.capacity), parallel.window)
-    found = decoding_counts(config, devices[0], lowered, work, o.tensor)
+    cache = flops.cache_bytes(share(placed, o.tensor), policy, o.num_steps, batch, o.capacity, 2)
+    tokens = flops.Decoding(batch, parallel.inner, 1.0, o.capacity)
+    found = decoding_counts(devices[0], lowered, Work(params, config, policy, cache, tokens, parallel.window), o)
     step, token = found["moved_gib"]["in all"], ordinary["moved_gib"]["in all"]
     return {
         **decoded(name, o),

@@ -48,6 +48,8 @@ class Options:
     """Positions of the cache per row."""
     recurrences: int | None = 4
     """Recurrences whose keys and values are kept; None: all."""
+    cache_dtype: Literal["int8"] | None = None
+    """Of keys and values; None: bfloat16."""
     num_steps: int = 32
     """Maximum recurrences per token."""
     exit: tuple[Exit, ...] = ("kl",)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -35,15 +36,13 @@ def bf16_shapes(config: ModelConfig) -> Params:
     return jax.eval_shape(lambda: cast(init_params(config, jax.random.key(0)), jnp.bfloat16))
 
 
-def compiled(
-    config: ModelConfig, device: Any, lowered: Any, cache: int, chips: int
-) -> tuple[hlo.Program, dict[str, Any]]:
-    """Compile a program, and count what it takes of the memory of one of `chips`, which share the model `config`."""
+def compiled(params: Params, device: Any, lowered: Any, cache: int) -> tuple[hlo.Program, dict[str, Any]]:
+    """Compile a program, and count what it takes of the memory of one of the chips that share the placed `params`."""
     start = time.perf_counter()
     program = hlo.compile_program(lowered)
     return program, {
         "compile_seconds": time.perf_counter() - start,
-        "parameters_gib": 2 * flops.parameters(config) / chips / GIB,
+        "parameters_gib": bytes_on_a_chip(params) / GIB,
         "cache_gib": cache / GIB,
         "updated_in_place_gib": program.shared / GIB,
         "temporaries_gib": program.temporaries / GIB,
@@ -51,6 +50,11 @@ def compiled(
         "limit_gib": flops.datasheet(device.device_kind).gib,
         "copies": [[count, shape, looped] for (looped, shape), count in sorted(program.copies(2**23).items())],
     }
+
+
+def bytes_on_a_chip(params: Params) -> int:
+    """Of placed parameters."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(params))
 
 
 def decoded(name: str, o: Options) -> dict[str, Any]:
@@ -62,6 +66,7 @@ def decoded(name: str, o: Options) -> dict[str, Any]:
         "batch": o.batch or 16,
         "capacity": o.capacity,
         "num_steps": o.num_steps,
+        "cache_dtype": o.cache_dtype or "bfloat16",
     }
 
 
@@ -74,7 +79,7 @@ def show_memory(found: dict[str, Any]) -> None:
     """Print what `compiled` found."""
     print(f"  compiled in                {found['compile_seconds']:8.1f} s")
     print(f"  parameters                 {found['parameters_gib']:8.2f} GiB")
-    print(f"  cache                      {found['cache_gib']:8.2f} GiB, ", end="")
+    print(f"  cache, {found['cache_dtype']:19} {found['cache_gib']:8.2f} GiB, ", end="")
     print(f"{found['updated_in_place_gib']:.2f} updated in place")
     print(f"  temporaries                {found['temporaries_gib']:8.2f} GiB")
     print(f"  peak                       {found['peak_gib']:8.2f} of {found['limit_gib']} GiB")

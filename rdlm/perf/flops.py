@@ -210,13 +210,13 @@ class Decoding(NamedTuple):
     checks: float
     capacity: int
 
-    def parts(self, config: ModelConfig, itemsize: int) -> dict[str, float]:
+    def parts(self, config: ModelConfig, itemsize: int, policy: CachePolicy = CachePolicy()) -> dict[str, float]:
         """Least bytes read in HBM by one recurrence, by one check, and by the rest ("token").
 
         Weights are read at every use, by all rows together; a layer's cached keys and values at every use, by each row.
         Less is possible only where the chip's own memory keeps some of it in between.
         """
-        cached = self.batch * self.capacity * key_value_bytes(config, itemsize)
+        cached = self.batch * self.capacity * key_value_bytes(config, itemsize, policy)
         layers = config.prelude_layers * block_matrices(config)
         return {
             "recurrence": core_bytes(config, itemsize) + config.core_calls * cached,
@@ -243,9 +243,12 @@ def training_flops(config: ModelConfig, n: float, k: float, length: float) -> fl
     return (n + 3 * k) * core_flops(config, length) + 3 * outer_flops(config, length)
 
 
-def key_value_bytes(config: ModelConfig, itemsize: int) -> int:
-    """Bytes of one token's keys and values in one set of one layer (21,120 for huginn_3p5b in bf16)."""
-    return sum(config.key_value_widths) * itemsize
+def key_value_bytes(config: ModelConfig, itemsize: int, policy: CachePolicy = CachePolicy()) -> int:
+    """Bytes of one token's keys and values in one set of one layer (21,120 for huginn_3p5b in bf16).
+
+    itemsize: of the activations, which are stored as they are unless the policy has a dtype.
+    """
+    return sum(row_widths(config, policy.dtype or "float32")) * (1 if policy.dtype else itemsize)
 
 
 def cache_bytes(

@@ -13,7 +13,7 @@ import os
 import pathlib
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import jax
@@ -116,14 +116,19 @@ class Program:
         """Bytes one chip needs to run it."""
         return self.arguments + self.temporaries + self.results - self.shared
 
-    def copies(self, min_bytes: int) -> collections.Counter[tuple[bool, str]]:
-        """Copies and transpositions of at least `min_bytes` bytes: {(inside a loop, shape): how many}."""
+    def copies(
+        self, min_bytes: int, operations: Collection[str] = ("copy", "copy-start", "transpose")
+    ) -> collections.Counter[tuple[bool, str]]:
+        """Copies and transpositions of at least `min_bytes` bytes: {(inside a loop, shape): how many}.
+
+        operations: others to count, such as "gather".
+        """
         found: collections.Counter[tuple[bool, str]] = collections.Counter()
         computations = _computations(self.text)
         looped = _loops_around(computations)
         for name, lines in computations.items():
             for shape, operation in (m.groups() for m in map(_INSTRUCTION.match, lines) if m):
-                if operation in ("copy", "copy-start", "transpose") and _bytes(shape) >= min_bytes:
+                if operation in operations and _bytes(shape) >= min_bytes:
                     found[name in looped, shape] += 1
         return found
 

@@ -45,18 +45,18 @@ def place():
     return SingleDeviceSharding(hlo.tpu_devices("v5e:2x2")[0])
 
 
-def lowered(place, lanes):
+def lowered(place, lanes, policy=POLICY):
     """Adaptive decoding with a KL exit at mixed depths, in lock-step or in lanes."""
     params = jax.eval_shape(lambda: cast(init_params(CONFIG, jax.random.key(0)), jnp.bfloat16))
     request = as_requests(CONFIG, [[1]] * B, 16, RequestOptions(num_steps=R, exit_rule=exits.kl()))[0]
 
     numbers = jnp.int32(0), jnp.int32(0)
     if lanes:
-        sizes, pages = Sizes(POLICY, 4, T, 64), page_sizes(B, T, platform="tpu")
+        sizes, pages = Sizes(policy, 4, T, 64), page_sizes(B, T, platform="tpu")
         state = jax.eval_shape(lambda p, r: empty_lanes(p, CONFIG, r, sizes, pages), params, request)
         params, *rest = hlo.specs((params, state, jnp.zeros(B, jnp.int32), *numbers), place)
         return advance.lower(params, CONFIG, *rest, Flush(width=4, every=4), False)
-    progress = progress_shapes(params, CONFIG, request, Sizes(POLICY, 4, T, T))
+    progress = progress_shapes(params, CONFIG, request, Sizes(policy, 4, T, T))
     params, *rest = hlo.specs((params, progress, request, *numbers), place)
     return decode_tokens.lower(params, CONFIG, *rest, False)
 
@@ -75,12 +75,21 @@ def test_no_program_copies_the_cache(place, lanes):
     assert program.shared >= flops.cache_bytes(CONFIG, POLICY, R, B, T, 2), "the cache is not updated in place"
     assert program.peak <= flops.datasheet(hlo.tpu_devices("v5e:2x2")[0].device_kind).gib * 2**30
     assert not slices(program), "a set of a layer is copied before it is read"
+    assert not program.copies(SET // 2, ("gather",))
     moved, least = program.decoding_traffic(), flops.Decoding(B, R, R, T).parts(CONFIG, 2)
     if not lanes:  # whose caches, small as they are here, are moved into the chip's own memory and back
         # One set is read, and counted, of four; some of it may stay in the chip's own memory.
         assert 0.85 < moved["recurrence"] / least["recurrence"] < 1.15
     assert moved["check"] > 0
     assert moved["token"] > 0
+
+
+def test_in_8_bits_pages_are_updated_in_place_and_copied_in_8_bits(place):
+    policy = dataclasses.replace(POLICY, dtype="int8")
+    program = hlo.compile_program(lowered(place, True, policy))
+    assert program.shared >= flops.cache_bytes(CONFIG, policy, R, B, T, 2), "the cache is not updated in place"
+    pages, read = f"s8[{B},{T // 128},128,{stored_width(11 * (96 + 2))}]", CONFIG.core_calls + CONFIG.coda_layers
+    assert program.copies(SET // 2, ("gather",)) == {(True, pages): 2 * read}
 
 
 def test_a_program_of_the_user_runs_on_several_chips():

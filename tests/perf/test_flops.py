@@ -140,8 +140,9 @@ def test_cache_bytes_are_those_of_the_arrays(policy, change):
         )
 
 
+@pytest.mark.parametrize("policy", [CachePolicy(1), CachePolicy(1, dtype="int8")], ids=["bfloat16", "int8"])
 @pytest.mark.parametrize("config", [TINY, dataclasses.replace(TINY, tie_embeddings=False, num_kv_heads=1)])
-def test_one_recurrence_and_one_check_read_every_matrix_and_the_cache_once(config):
+def test_one_recurrence_and_one_check_read_every_matrix_and_the_cache_once(config, policy):
     shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
     if not config.tie_embeddings:
         del shapes["wte"]  # of which a token needs one row
@@ -149,8 +150,8 @@ def test_one_recurrence_and_one_check_read_every_matrix_and_the_cache_once(confi
     biases = sum(math.prod(x.shape) for path, x in jax.tree.leaves_with_path(shapes) if "bias" in str(path))
     norms = config.embed_dim  # ln_f
     token = flops.Decoding(batch=5, depth=1, checks=1, capacity=7)
-    cache = flops.cache_bytes(config, CachePolicy(1), 1, 5, 7, 2)
-    assert token.total(token.parts(config, 2)) == 2 * (matrices - biases - norms) + cache
+    cache = flops.cache_bytes(config, policy, 1, 5, 7, 2)
+    assert token.total(token.parts(config, 2, policy)) == 2 * (matrices - biases - norms) + cache
 
 
 def test_depth_checks_and_rows_cost_what_they_read():
