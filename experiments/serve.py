@@ -7,8 +7,9 @@
     curl http://127.0.0.1:8000/v1/completions -H "Content-Type: application/json" \\
       -d '{"prompt": "Geography", "max_tokens": 32, "num_steps": 8}'
 
-FOLDER is a run folder or a Hugging Face folder. Needs the extra `serve` (pip install 'rdlm[serve]'). Exit codes:
-0 stopped by SIGTERM or Ctrl-C, 2 wrong input.
+FOLDER is a run folder or a Hugging Face folder. A model on several hosts: the same command on all of them, with
+--tensor and --data for all their devices, and the first one answers (docs/serve.md). Needs the extra `serve` (pip
+install 'rdlm[serve]'). Exit codes: 0 stopped by SIGTERM or Ctrl-C, 1 another host is lost, 2 wrong input.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Annotated
 import tyro
 
 from rdlm.config import require
-from rdlm.runtime import keep_compiled_programs, parse_arguments, run_command
+from rdlm.runtime import parse_arguments, run_command, start
 from rdlm.serve import ServeOptions
 
 
@@ -49,7 +50,7 @@ def main() -> int:
     from rdlm.run import find  # JAX takes seconds, so only now
     from rdlm.serve import serve
 
-    keep_compiled_programs()
+    start(repr(args))
     return serve(
         find(args.folder, ema=args.ema, tensor=args.tensor, data=args.data), args.options, args.host, args.port
     )

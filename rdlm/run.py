@@ -243,7 +243,8 @@ def load(folder: str | Path, step: int | None = None, ema: bool = False, tensor:
       step: checkpoint of a run folder; None: the newest.
       ema: the moving average of the parameters in their place, if the run kept one.
       tensor: devices that share the model, each with some of its heads and columns (`rdlm.tensor_parallel`).
-      data: copies of the model, each on so many devices, for `generate`, the engine and the server.
+      data: copies of the model, each on so many devices, for `generate`, the engine and the server. On several hosts
+        all processes call this, and `tensor` x `data` are all of their devices.
 
     Raises:
       InputError: no such folder or checkpoint, damaged files, a tokenizer that is not the checkpoint's, or dimensions

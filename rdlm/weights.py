@@ -347,5 +347,8 @@ def read_run(
     shapes = jax.eval_shape(lambda: init_params(run.model, jax.random.key(0)))
     base = Weights(run).load(as_abstract(shapes, jax.tree.map(lambda _: here, shapes)), run.weights_digest)
     model, params = merged_model(run), combine(learnt, divide(base, run.tune)[1], run.tune)
-    data, tensor = (1, 1) if mesh is None else (mesh.shape[axis] for axis in AXES)
-    return tensor_parallel(merge(cast(params, model.param_dtype)), model, tensor, data)
+    params = merge(cast(params, model.param_dtype))
+    if mesh is None:
+        return params, model
+    data, tensor = (mesh.shape[axis] for axis in AXES)
+    return tensor_parallel(params, model, tensor, data)

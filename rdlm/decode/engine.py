@@ -8,30 +8,36 @@
     async for token, steps in engine.submit(prompt, max_new_tokens=100): ...
 
 A request gets the tokens and steps that `generate` gives, regardless of other requests.
+
+A model may be on several hosts (docs/decoding.md). Then all processes make the same engine, process 0 uses it, and the
+others call `follow`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 from jax.typing import ArrayLike
 
 from rdlm.config import CachePolicy, InputError, ModelConfig, Sampling
+from rdlm.decode.hosts import Hosts, News, hosts, require_same
 from rdlm.decode.lanes import Flush
 from rdlm.decode.loop import Sizes
 from rdlm.decode.pages import Pages, page_sizes
 from rdlm.decode.passes import CacheMemory, next_power
-from rdlm.decode.program import copies_of, devices_of
+from rdlm.decode.program import copies_of, devices_of, fetched, on_several_hosts
 from rdlm.decode.reading import Reader, Setup, usual_chunk
 from rdlm.decode.requests import (
     Constraint,
     Constraints,
     Prompt,
+    Request,
     RequestOptions,
     WarmStart,
     as_requests,
@@ -165,12 +171,25 @@ class Engine:
             memory.bytes + prompt_cache // devices_of(params),
             "use fewer lanes, a smaller capacity or fewer cache_tokens, or keep fewer recurrences "
             "(cache=CachePolicy(recurrences=k))",
+            hosts=on_several_hosts(params),
         )
         chunk = usual_chunk(each) if prefill_chunk is None else int(prefill_chunk)
         setup = Setup(params, config, self._options, self._idle, self._sizes)
         self._reader = Reader(setup, chunk=chunk, prompt_cache=prompt_cache)
         self._schedule = Schedule(each, [Pages(each, capacity, sizes) for _ in range(copies)], group)
         self._running = Running(setup, self._schedule, self._reader, flush, ticks_per_step)
+        self._hosts: Hosts | None = None
+        self._mine = dict[tuple[int, int], Served]()  # that come with the next step
+        self._step: Callable[..., bool] = self._step_here
+        self._compile: Callable[..., None] = self._compile_here
+        self._count: Callable[..., tuple[np.ndarray, ...]] = self._count_here
+        if on_several_hosts(params):
+            given = numbers | {"capacity": capacity, "prompt_cache": prompt_cache}
+            kinds = {"config": repr(config), "cache": repr(cache), "options": (self._idle, prefill_exit, warm_start)}
+            require_same({f"Engine: {name}": value for name, value in (given | kinds).items()})
+            self._hosts, self._schedule.coming = hosts(), []
+            everywhere = (self._hosts.everywhere(action) for action in (self._step, self._compile, self._count))
+            self._step, self._compile, self._count = everywhere
         self._one_thread, self._inside = threading.RLock(), False
         self._turn: tuple[asyncio.AbstractEventLoop, asyncio.Lock] | None = None
 
@@ -226,6 +245,10 @@ class Engine:
         Raises:
           InputError: what `generate` refuses, more than the engine has room for, or a full queue; nothing is queued.
         """
+        if self._hosts is not None:
+            self._hosts.require_first("submit requests")
+            if constraint is not None:
+                raise InputError("constraint: an engine on several hosts serves none; use a model on one host")
         check_callable("on_token", on_token)
         check_shape("priority", priority, ())
         check_integers("priority", priority)
@@ -258,14 +281,23 @@ class Engine:
         if constraint is not None:
             row = Constraints([constraint], 1, options).restrict(row, [0], self.config.vocab_size)
             allowed = np.asarray(row.sampling.allowed)[0]
-        fewest = int(np.max(row.depth.num_steps))
-        if options.exit_rule is not None:
-            fewest = min(int(np.max(row.depth.min_steps)) + 1, fewest)
-        identity = row, self, self._schedule.rank(int(priority)), fewest
-        served = Served(prompt, limit, *identity, _on_token=on_token, _wants_likeliest=bool(likeliest))
+        rank = self._schedule.rank(int(priority))
+        served = self._new(rank, limit, prompt, row, on_token)
         served._constraint, served._allowed = constraint, allowed
-        served._in_chunks = prompt.size > self._reader.chunk and not np.any(prefix)
         self._schedule.add(served, self.max_queue)
+        return served
+
+    def _new(
+        self, rank: tuple[int, int], limit: int, prompt: np.ndarray, row: Request, on_token: OnToken | None = None
+    ) -> Served:
+        depth = row.depth
+        fewest = int(np.max(depth.num_steps))
+        if depth.rule is not None:
+            fewest = min(int(np.max(depth.min_steps)) + 1, fewest)
+        likeliest = bool(np.any(row.likeliest))
+        served = Served(prompt, limit, row, self, rank, fewest, _on_token=on_token, _wants_likeliest=likeliest)
+        served._in_chunks = prompt.size > self._reader.chunk and not np.any(row.prefix)
+        served._alone = self._hosts is None
         return served
 
     def prompt_lengths(self, prefix: bool = False) -> list[int]:
@@ -278,8 +310,11 @@ class Engine:
 
     def compile_preemption(self) -> None:
         """Compile what the first preemption needs, so that nobody waits for it then. For an engine that is idle."""
-        with self._one_thread:
-            self._running.compile_preemption()
+        with self._my_turn():
+            self._compile()
+
+    def _compile_here(self, _: bytes = b"") -> None:
+        self._running.compile_preemption()
 
     def samples(self, prompt: Prompt, count: int, key: ArrayLike, **options: Any) -> list[Served]:
         """Queue `count` requests for different continuations of one prompt: those of `generate(samples=count)`.
@@ -316,14 +351,55 @@ class Engine:
 
         meanwhile: called once the device computes the ticks, before the wait for it; not if there are none to compute.
         """
+        with self._my_turn():
+            return self._step(self._news(), meanwhile)
+
+    @contextlib.contextmanager
+    def _my_turn(self) -> Iterator[None]:
         with self._one_thread:
             if self._inside:
                 raise InputError("Engine: called from on_token; a listener cannot run the engine that calls it")
             self._inside = True
             try:
-                return self._running.step(meanwhile)
+                yield
             finally:
                 self._inside = False
+
+    def _news(self) -> bytes:
+        """What other hosts must hear before the next step."""
+        if self._hosts is None:
+            return b""
+        came, left = self._schedule.news()
+        self._mine = {s._rank: s for s in came}
+        return News([(s._rank, s.max_new_tokens, s.prompt, s._row) for s in came], [s._rank[1] for s in left]).packed()
+
+    def _step_here(self, news: bytes, meanwhile: Callable[[], None] = lambda: None) -> bool:
+        if news:
+            came, left = News.of(news, self._idle)
+            for s in self._schedule.known:
+                s._over = s._over or s._rank[1] in left
+            for rank, limit, prompt, row in came:
+                served = self._mine.pop(rank, None) or self._new(rank, limit, prompt, row)
+                served._row = row
+                self._schedule.back(served)
+        return self._running.step(meanwhile)
+
+    def follow(self) -> None:
+        """On several hosts, on others than process 0: do what it does with its engines, until it calls `close`.
+
+        If process 0 is lost, or this one fails, all end with one line and exit code 1.
+
+        Raises:
+          InputError: this is process 0, or the model is on one host.
+        """
+        if self._hosts is None:
+            raise InputError("Engine: the model is on one host, so there is nobody to follow; use tensor and data")
+        self._hosts.follow()
+
+    def close(self) -> None:
+        """On several hosts, on process 0: let the others stop following. No engine there can be used any more."""
+        if self._hosts is not None:
+            self._hosts.close()
 
     def _step_for(self, served: Served) -> None:
         """A step for a consumer.
@@ -344,7 +420,11 @@ class Engine:
     @property
     def usage(self) -> Usage:
         """Counters since the engine was made."""
-        lanes = self._running.lanes
-        ticks, used, flushes = (np.asarray(x) for x in (lanes.ticks, lanes.used, lanes.flushes))
+        with contextlib.nullcontext() if self._hosts is None else self._my_turn():
+            ticks, used, flushes = self._count()
         share = int(used.sum()) / max(int(ticks.sum()) * self._schedule.each, 1)
         return Usage(int(ticks.max()), share, int(flushes.sum()))
+
+    def _count_here(self, _: bytes = b"") -> tuple[np.ndarray, ...]:
+        lanes = self._running.lanes
+        return fetched((lanes.ticks, lanes.used, lanes.flushes))

@@ -11,6 +11,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from rdlm.config import CachePolicy, InputError, ModelConfig, Parallel, Sampling, Speculative
+from rdlm.decode.hosts import require_same
 from rdlm.decode.loop import Sizes, begin, decode_tokens
 from rdlm.decode.parallel import (
     ONE_SET,
@@ -23,7 +24,7 @@ from rdlm.decode.parallel import (
     with_rule,
 )
 from rdlm.decode.passes import CacheMemory, next_power
-from rdlm.decode.program import copies_of, host
+from rdlm.decode.program import copies_of, fetched, host, on_several_hosts
 from rdlm.decode.requests import (
     Constraint,
     Constraints,
@@ -163,22 +164,26 @@ def generate(
             f"Parallel.window = {parallel.window}, for {len(rows)} prompts and a cache of {sizes.capacity} positions",
             memory.bytes,
             "use a smaller window, make fewer new tokens, or give fewer or shorter prompts",
+            hosts=on_several_hosts(params),
         )
     constraints = None if constraint is None else Constraints(constraint, real, options)
     if constraints is not None:
         request = constraints.restrict(request, range(real), config.vocab_size)
+    if on_several_hosts(params):
+        given = {"prompts": (tokens, lengths), "max_new_tokens": max_new_tokens, "options": request}
+        require_same(given | {"sizes": repr(sizes)})
     request = jax.device_put(request)  # once for all calls
     progress, prompt_steps = begin(
         params, config, host(tokens), host(lengths, np.int32), request, sizes, options.prefill_exit, warm_start
     )
     if len(each) > real:
-        progress = progress._replace(done=jnp.asarray(np.asarray(progress.done) | (np.arange(len(each)) >= real)))
+        progress = progress._replace(done=jnp.asarray(fetched(progress.done) | (np.arange(len(each)) >= real)))
     wave = None if parallel is None else open_window(params, config, progress, request, parallel)
     max_tokens, shown, most = jnp.int32(max_new_tokens), np.zeros(len(each), int), np.full(len(each), max_new_tokens)
     at_once = on_token is None and constraints is None
     while True:
         # One call makes everything, unless somebody asks before each token: then it makes that of the slowest row.
-        behind = shown[~np.asarray(progress.done)]
+        behind = shown[~fetched(progress.done)]
         limit = max_tokens if at_once else jnp.int32(min(behind, default=0) + 1)
         if parallel is not None and wave is not None:
             wave = advance(
@@ -190,7 +195,7 @@ def generate(
             progress = decode_tokens(params, config, progress, request, limit, max_tokens, warm_start)
         else:
             progress = speculate(params, config, progress, request, limit, max_tokens, speculative)
-        count, made, steps = (np.asarray(x) for x in (progress.count, progress.tokens, progress.steps))
+        count, made, steps = fetched((progress.count, progress.tokens, progress.steps))
         if at_once:
             break
         count = np.minimum(count, most)
@@ -200,25 +205,26 @@ def generate(
                     most[b] = count[b] = j + 1
                     break
         shown = count
-        ended = np.asarray(progress.done) | (count >= most)
+        ended = fetched(progress.done) | (count >= most)
         progress = progress._replace(done=jnp.asarray(ended))
         if ended.all():
             break
         if constraints is not None:
             latest = {int(b): int(made[b, count[b] - 1]) for b in np.flatnonzero(~ended)}
             request = jax.device_put(constraints.follow(request, latest, config.vocab_size))
-    for row in np.flatnonzero(np.asarray(progress.failed)[:real]):
+    for row in np.flatnonzero(fetched(progress.failed)[:real]):
         raise not_finite(f"prompts[{row}]", int(count[row]))
 
-    def rows_of(table: ArrayLike, sizes: Iterable[int]) -> list[np.ndarray]:
-        return [row[:n] for row, n in zip(np.asarray(table)[:real], sizes, strict=True)]
+    def rows_of(table: np.ndarray, sizes: Iterable[int]) -> list[np.ndarray]:
+        return [row[:n] for row, n in zip(table[:real], sizes, strict=True)]
 
     count = count[:real]
+    read, passes, log_probs = fetched((prompt_steps, progress.passes, progress.log_probs))
     return Generation(
         rows_of(made, count),
         rows_of(steps, count),
-        rows_of(prompt_steps, lengths[:real]),
-        int(np.max(progress.passes)),
-        rows_of(progress.log_probs, count),
-        parallel=None if wave is None else usage(jax.tree.map(lambda x: x[:real], wave.window), count),
+        rows_of(read, lengths[:real]),
+        int(np.max(passes)),
+        rows_of(log_probs, count),
+        parallel=None if wave is None else usage(wave.window, count),
     )

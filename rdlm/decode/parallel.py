@@ -24,7 +24,7 @@ from rdlm import exits
 from rdlm.config import CachePolicy, InputError, ModelConfig, Parallel
 from rdlm.decode.loop import Made, Progress, extend, request_start, token_keys
 from rdlm.decode.passes import continuation
-from rdlm.decode.program import program
+from rdlm.decode.program import fetched, program
 from rdlm.decode.requests import Request, RequestOptions, WarmStart, check_unadjusted
 from rdlm.decode.sampling import choose, finite
 from rdlm.exits import ExitRule, Observation
@@ -164,19 +164,19 @@ def advance(
 def require_progress(wave: Wave, parallel: Parallel) -> None:
     """Refuse to go on with a row that `advance` gave up."""
     p, w = wave
-    given_up = ~np.asarray(p.done) & (np.asarray(w.outer_steps) >= MAX_OUTER_STEPS)
+    done, outer_steps, count = fetched((p.done, w.outer_steps, p.count))
+    given_up = ~done & (outer_steps >= MAX_OUTER_STEPS)
     for row in np.flatnonzero(given_up if parallel.freeze == "last" else []):
         raise InputError(
-            f"Parallel.freeze = 'last': {MAX_OUTER_STEPS} outer steps gave prompts[{row}] only {int(p.count[row])} "
+            f"Parallel.freeze = 'last': {MAX_OUTER_STEPS} outer steps gave prompts[{row}] only {int(count[row])} "
             "tokens; raise Parallel.threshold, or use 'prefix', which always ends"
         )
 
 
 def usage(window: Window, count: Int[np.ndarray, "B"]) -> ParallelUsage:
-    """The counters of rows that have `count` tokens each, the first of them from the prefill."""
-    steps, forward, waves, at = (
-        np.asarray(x) for x in (window.outer_steps, window.tokens_forward, window.standing_waves, window.frozen_at)
-    )
+    """The counters of the first rows, which have `count` tokens each, the first of them from the prefill."""
+    counters = window.outer_steps, window.tokens_forward, window.standing_waves, window.frozen_at
+    steps, forward, waves, at = (x[: len(count)] for x in fetched(counters))
     frozen = [np.bincount(row[1:n], minlength=k).astype(np.int32) for row, n, k in zip(at, count, steps, strict=True)]
     return ParallelUsage(steps, forward, waves, frozen)
 

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Int
 
 from rdlm.config import CachePolicy, InputError, ModelConfig
-from rdlm.decode.program import local_config
+from rdlm.decode.program import local_config, on_several_hosts
 from rdlm.exits import Counts, Depth, ExitRule
 from rdlm.model import (
     Output,
@@ -123,6 +123,7 @@ class CacheMemory:
             self.bytes,
             "keep fewer recurrences (cache=CachePolicy(recurrences=k)), or in 8 bits (dtype='int8'), run fewer "
             "(num_steps), or give fewer or shorter prompts",
+            hosts=on_several_hosts(self.params),
         )
 
 

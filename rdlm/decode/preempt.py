@@ -14,7 +14,7 @@ from jaxtyping import Int, PyTree
 
 from rdlm.config import ModelConfig
 from rdlm.decode.lanes import Lanes
-from rdlm.decode.program import copies_of, for_copy, program
+from rdlm.decode.program import copies_of, fetched, for_copy, program
 from rdlm.model import Params
 from rdlm.model.cache import Cache
 from rdlm.model.kernels import updated_in_place
@@ -35,7 +35,7 @@ def suspend(params: Params, config: ModelConfig, lanes: Lanes, lane: int, pages:
     copy, lane = divmod(lane, lanes.busy.size // copies_of(params))
 
     def its_own(page: int) -> Layers:
-        held = jax.device_get(_page(params, config, lanes, jnp.int32(page)))
+        held = fetched(_page(params, config, lanes, jnp.int32(page)))
         return jax.tree.map(lambda x: np.ascontiguousarray(x[..., copy : copy + 1, :, :]), held)
 
     # One page after the other: the device may have no memory for all of them.

@@ -38,6 +38,12 @@ def _sharding(params: Params) -> Sharding | None:
     return None if isinstance(wte, jax.core.Tracer) else getattr(wte, "sharding", None)
 
 
+def on_several_hosts(params: Params) -> bool:
+    """Whether the mesh is that of several processes, all of which run every program in the same order."""
+    placed = _sharding(params)
+    return placed is not None and not placed.is_fully_addressable
+
+
 def devices_of(params: Params) -> int:
     """How many devices hold the parameters, all copies of them together."""
     mesh = mesh_of(params)
@@ -157,6 +163,17 @@ def _core_shapes(config: ModelConfig) -> Params:
 def host(value: ArrayLike | Sequence[int], dtype: DTypeLike | None = None) -> Array:
     """`value` as a program takes it, left on the host: a call copies many small arrays faster than JAX one by one."""
     return cast(Array, np.asarray(value, dtype))
+
+
+def fetched(arrays: PyTree[Array]) -> PyTree[np.ndarray]:
+    """Arrays that a program made, as NumPy. On several hosts all ask for them, and all get the whole."""
+    apart = [x for x in jax.tree.leaves(arrays) if not (x.is_fully_addressable or x.is_fully_replicated)]
+    return jax.device_get(_whole(apart[0].sharding.mesh)(arrays) if apart else arrays)
+
+
+@functools.cache
+def _whole(mesh: Mesh) -> Callable[[PyTree[Array]], PyTree[Array]]:
+    return jax.jit(lambda arrays: arrays, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def for_copy(params: Params, number: int, copy: int, beyond: int) -> Array:

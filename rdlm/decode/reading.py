@@ -12,7 +12,7 @@ from jax import Array
 from rdlm.config import CachePolicy, InputError, ModelConfig
 from rdlm.decode.loop import Progress, Sizes, read_chunk
 from rdlm.decode.passes import CacheMemory
-from rdlm.decode.program import copies_of, devices_of, host, local_config, program
+from rdlm.decode.program import copies_of, devices_of, fetched, host, local_config, program
 from rdlm.decode.prompt_cache import PromptCache
 from rdlm.decode.requests import Request, RequestOptions, stacked
 from rdlm.exits import Depth, ExitRule
@@ -166,8 +166,9 @@ class Reader:
         given = host(tokens), count, reading.present, reading.row, self._options.warm_start
         progress, steps = read_chunk(self._params, self._config, reading.cache, *given)
         reading.cache = progress.cache
-        reading.chunks.append(np.asarray(steps)[0, : chunk.size])
-        if np.asarray(progress.failed)[0]:
+        steps, failed = fetched((steps, progress.failed))
+        reading.chunks.append(steps[0, : chunk.size])
+        if failed[0]:
             return progress
         if chunk.size == self.chunk:
             self.kept.keep(reading.names[: len(reading.chunks)], reading.cache, reading.chunks[-1])

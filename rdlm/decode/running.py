@@ -10,16 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rdlm.config import InputError, one_line
 from rdlm.decode.lanes import RECENT, Flush, Lanes, advance, empty_lanes, insert
 from rdlm.decode.loop import begin
 from rdlm.decode.pages import Claim
 from rdlm.decode.passes import CacheMemory
 from rdlm.decode.preempt import resume, suspend
-from rdlm.decode.program import for_copy, host
+from rdlm.decode.program import fetched, for_copy, host, on_several_hosts
 from rdlm.decode.reading import Reader, Setup
 from rdlm.decode.requests import allowed_next, not_finite, padded, stacked
 from rdlm.decode.schedule import Schedule, is_long
 from rdlm.decode.served import Served
+from rdlm.runtime import RunError
 
 
 class Running:
@@ -51,7 +53,7 @@ class Running:
         taken = self._take_in()
         if not schedule.served:
             return taken or bool(lacking)
-        told = host([-1 if s is None else len(s.tokens) for s in schedule.serving], np.int32)
+        told = host([-1 if s is None else s._made for s in schedule.serving], np.int32)
         # Stop as soon as the next group finds its lanes: some may be free already.
         group = schedule.next()
         lacking_lanes = min(len(group), schedule.group) - len(schedule.free)  # every copy of the model counts its own
@@ -158,7 +160,7 @@ class Running:
         )
         memory.require()
         progress, prompt_steps = begin(self.params, self.config, host(tokens), lengths, request, sizes, *ways)
-        depth = np.asarray(prompt_steps)  # errors of the program appear here, while the lanes are untouched
+        depth = fetched(prompt_steps)  # errors of the program appear here, while the lanes are untouched
         claims = schedule.claims() | {lane: s._claim(0) for s, lane in zip(group, lanes, strict=True)}
         paged = self._with_pages(claims)
         self.lanes = insert(self.params, self.config, paged, progress, lengths, request, max_tokens, host(to))
@@ -206,13 +208,13 @@ class Running:
             held = schedule.serving[lane]
             assert held is not None
             served = held
-            pages = schedule.pages_of(lane, served.prompt.size + len(served.tokens))
+            pages = schedule.pages_of(lane, served.prompt.size + served._made)
             try:
                 served._suspended = suspend(self.params, self.config, self.lanes, lane, pages)
             except Exception as error:
                 self._fail([served], error)
             schedule.serving[lane] = None
-            if served.done:  # that failed, or it has just been cancelled
+            if served._over:  # that failed, or it has just been cancelled
                 served._suspended = None
                 return
         schedule.preempted, served._preempted = schedule.preempted + 1, True
@@ -266,12 +268,15 @@ class Running:
 
     def _deliver(self, made: _Made) -> None:
         """Hand out new tokens, and free the lanes of requests that have ended."""
-        top = jax.device_get(self.lanes.likeliest) if self._wanted else None
+        top = fetched(self.lanes.likeliest) if self._wanted else None
         for lane, served in enumerate(self.schedule.serving):
-            if served is None or served.done:
+            if served is None or served._over:
                 continue
-            before = len(served.tokens)
+            before = served._made
             for j in range(before, made.count[lane]):
+                served._made += 1
+                if served.done:  # for its user; the engine of other hosts does not know yet
+                    continue
                 served.tokens.append(int(made.tokens[lane, j]))
                 served.steps.append(int(made.steps[lane, j]))
                 served.log_probs.append(float(made.log_probs[lane, j]))
@@ -282,13 +287,13 @@ class Running:
                     try:
                         served._on_token(served.tokens[-1], served.steps[-1])
                     except (Exception, asyncio.CancelledError) as error:  # a listener's error is its own request's
-                        served._end(error)
-                if served.done:  # or it has cancelled itself
+                        served._leave(error)
+                if served._over:  # or it has cancelled itself
                     break
             if not made.busy[lane]:
-                served._end(not_finite("request", len(served.tokens)) if made.failed[lane] else None)
+                served._end(not_finite("request", served._made) if made.failed[lane] else None)
                 self.schedule.serving[lane] = None
-            elif served._constraint is not None and len(served.tokens) > before and not served.done:
+            elif served._constraint is not None and served._made > before and not served._over:
                 try:
                     served._constraint.accept(served.tokens[-1])
                     served._allowed = allowed_next(served._constraint, self.config.vocab_size)
@@ -300,7 +305,13 @@ class Running:
         return empty_lanes(self.params, self.config, rows, self.sizes, self.schedule.pages[0].sizes)
 
     def _fail(self, concerned: list[Served], error: BaseException) -> None:
-        """End the requests concerned with `error`, and if the lanes are lost with it, all that are in flight."""
+        """End the requests concerned with `error`, and if the lanes are lost with it, all that are in flight.
+
+        Raises:
+          RunError: on several hosts, of which the others may not have failed; they refuse too little memory together.
+        """
+        if on_several_hosts(self.params) and isinstance(error, Exception) and not isinstance(error, InputError):
+            raise RunError(f"this host's engine failed, which ends that of all hosts ({one_line(error)})") from error
         try:
             jax.block_until_ready(self.lanes)
         except Exception:  # donated to a program that failed, or made by it
@@ -325,4 +336,4 @@ class _Made(NamedTuple):
     @classmethod
     def read(cls, lanes: Lanes) -> _Made:
         """Wait for the program that makes them; its errors appear here."""
-        return cls(*(np.asarray(getattr(lanes, name)) for name in cls._fields))
+        return cls(*fetched([getattr(lanes, name) for name in cls._fields]))

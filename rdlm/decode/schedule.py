@@ -35,6 +35,8 @@ class Schedule:
         """A long prompt, and the lane that it will have."""
         self.queue: list[Served] = []
         """By rank."""
+        self.coming: list[Served] | None = None
+        """Those of which other hosts hear at the next step; None: there are no others."""
         self.preempted = 0
         """How often a request gave its lane and its pages to others."""
         self._submitted = itertools.count()
@@ -47,9 +49,25 @@ class Schedule:
     def add(self, served: Served, max_queue: int) -> None:
         """Let a new request wait. Raises InputError: so many wait already, without those that gave way."""
         with self._lock:
-            if sum(not s.done and not s._preempted for s in self.queue) >= max_queue:
+            waiting = [*self.queue, *(self.coming or ())]
+            if sum(not s.done and not s._preempted for s in waiting) >= max_queue:
                 raise InputError(f"Engine: max_queue = {max_queue} requests are waiting; run the engine first")
-            self._insert(served)
+            if self.coming is None:
+                self._insert(served)
+            else:
+                self.coming.append(served)
+
+    def news(self) -> tuple[list[Served], list[Served]]:
+        """(Requests of which other hosts have to hear, those that they have to give up.)"""
+        with self._lock:
+            came, self.coming = self.coming or [], []
+        return came, [s for s in self.known if s.done and not s._over]
+
+    @property
+    def known(self) -> list[Served]:
+        """Requests that wait, or have a lane."""
+        reading = [] if self.reading is None else [self.reading[0]]
+        return [*self.queue, *self.served, *reading]
 
     def back(self, served: Served) -> None:
         """Let a request that had a lane wait for another one."""
@@ -67,8 +85,8 @@ class Schedule:
 
     def forget(self) -> None:
         """Take lanes from requests that are done."""
-        self.serving = [None if s is None or s.done else s for s in self.serving]
-        if self.reading is not None and self.reading[0].done:
+        self.serving = [None if s is None or s._over else s for s in self.serving]
+        if self.reading is not None and self.reading[0]._over:
             self.reading = None
 
     @property
@@ -131,9 +149,9 @@ class Schedule:
         taken = [0] * len(self.pages)
         with self._lock:
             for served in self.queue:
-                if served.done:
+                if served._over:
                     served._suspended = None
-            self.queue = [s for s in self.queue if not s.done]
+            self.queue = [s for s in self.queue if not s._over]
             for served in self.queue:
                 if is_long(served) and self.reading is not None and self.reading[0]._rank[0] <= served._rank[0]:
                     continue

@@ -38,7 +38,6 @@ class Served:
     steps: list[int] = dataclasses.field(default_factory=list)  # recurrences of each, as in `generate`
     prompt_steps: np.ndarray | None = None  # int32 per prompt position, once the prompt has been read
     cached_tokens: int = 0  # of the prompt, which earlier prompts left in the engine's prompt cache
-    done: bool = False  # no more tokens will come
     cancelled: bool = False
     error: BaseException | None = None  # why the request ended early
     log_probs: list[float] = dataclasses.field(default_factory=list)  # of each token, as in `generate`
@@ -52,21 +51,34 @@ class Served:
     _allowed: np.ndarray | None = dataclasses.field(default=None, repr=False)  # next, by the constraint
     _suspended: Suspended | None = dataclasses.field(default=None, repr=False)  # while others have its lane
     _preempted: bool = dataclasses.field(default=False, repr=False)  # whether it ever gave way
+    _made: int = dataclasses.field(default=0, repr=False)  # tokens that the engine has delivered
+    _over: bool = dataclasses.field(default=False, repr=False)  # for the engine
+    _alone: bool = dataclasses.field(default=True, repr=False)  # no other host has an engine that must know when it is
+
+    @property
+    def done(self) -> bool:
+        """No more tokens will come."""
+        return self._over or self.cancelled or self.error is not None
 
     def _claim(self, ticks: int) -> Claim:
         """The positions that it needs in its lane for another token, and before so many ticks have passed."""
-        made, last = max(len(self.tokens), 1), self.prompt.size + self.max_new_tokens - 1
+        made, last = max(self._made, 1), self.prompt.size + self.max_new_tokens - 1
         least, most = (min(self.prompt.size + made + n, last) for n in (1, 1 + ticks // self._fewest))
         return Claim(self._rank, least, most)
 
     def _end(self, error: BaseException | None = None) -> None:
         if not self.done:
-            self.error, self.done = error, True
+            self.error = error
+        self._over = True
+
+    def _leave(self, error: BaseException | None = None) -> None:
+        """End it for whoever made it, and for the engine as soon as all hosts know."""
+        if not self.done:
+            self.error, self.cancelled, self._over = error, error is None, self._alone
 
     def cancel(self) -> None:
         """Give up: the lane is free for others at the next step. `tokens` keeps the output so far."""
-        if not self.done:
-            self.done = self.cancelled = True
+        self._leave()
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, int]]:
         """(token, steps) as they are made; the consumers run the engine. The last one to leave cancels the request."""

@@ -38,7 +38,8 @@ def tensor_parallel(params: Params, config: ModelConfig, devices: int, data: int
     Args:
       params, config: the model, also quantized.
       devices: that share a copy.
-      data: copies. They are on the first of `jax.local_devices()`; one copy on one device is what was given.
+      data: copies. They are on the first of `jax.local_devices()`; one copy on one device is what was given. Where
+        several processes have joined (`rdlm.runtime.start`), all call this, for all devices of all of them.
 
     Raises:
       InputError: fewer devices than that, or dimensions that do not divide.
@@ -49,7 +50,18 @@ def tensor_parallel(params: Params, config: ModelConfig, devices: int, data: int
         return params, config
     for name in params:
         require(LORA_A not in name and not _has_pairs(params[name]), "params", name, "has low-rank pairs; merge them")
-    return load_split(config, mesh, params, functools.partial(jax.device_put, params))
+    return load_split(config, mesh, params, functools.partial(_put, params))
+
+
+def _put(params: Params, places: PyTree[NamedSharding]) -> Params:
+    if all(place.is_fully_addressable for place in jax.tree.leaves(places)):
+        return jax.device_put(params, places)
+
+    def part(x: Array, place: NamedSharding) -> Array:
+        whole = np.asarray(x)
+        return jax.make_array_from_callback(whole.shape, place, lambda index: whole[index])
+
+    return jax.tree.map(part, params, places)
 
 
 def load_split(
@@ -65,18 +77,23 @@ def load_split(
 
 
 def tensor_mesh(devices: int, data: int = 1, there: list[jax.Device] | None = None) -> Mesh:
-    """The first `data` x `devices` for `tensor_parallel`, of those that are there or, with None, of this host.
+    """The first `data` x `devices` for `tensor_parallel`, of those that are there or, with None, of all processes.
 
     Raises:
-      InputError: not numbers from 1 to that of devices.
+      InputError: not numbers from 1 to that of devices, or not all devices of several processes.
     """
-    there = jax.local_devices() if there is None else there
+    ours = there is None
+    there = jax.devices() if there is None else there
     for name, number, most in (("tensor", devices, len(there)), ("data", data, None)):
         most = len(there) // devices if most is None else most
         whole = isinstance(number, int) and not isinstance(number, bool) and 1 <= number <= most
         what = "of devices" if name == "tensor" else f"of copies on {devices} of {len(there)} devices each"
         require(whole, name, number, f"must be a number {what}, from 1 to {most}")
     shape, count = (data, devices), data * devices
+    if ours and jax.process_count() > 1 and count != len(there):
+        raise InputError(
+            f"data = {data} x tensor = {devices}: must be all {len(there)} devices of the {jax.process_count()} hosts"
+        )
     neighbours = there[0].platform == "tpu" and count == len(there)
     grid = mesh_utils.create_device_mesh(shape, there) if neighbours else np.asarray(there[:count]).reshape(shape)
     return Mesh(grid, AXES)

@@ -23,7 +23,7 @@ from rdlm.runtime.files import (
     write_output,
 )
 from rdlm.runtime.owner import owned
-from rdlm.runtime.processes import agree, exchange, is_first, on_tpu, start, together
+from rdlm.runtime.processes import agree, exchange, is_alone, is_first, on_tpu, start, together
 from rdlm.runtime.progress import Progress, drop_lost_output, duration, to_stderr
 from rdlm.runtime.versions import versions
 from rdlm.runtime.wheels import Wheel, download_wheel
@@ -46,6 +46,7 @@ __all__ = [
     "duration",
     "exchange",
     "free_name",
+    "is_alone",
     "is_first",
     "keep_compiled_programs",
     "leaving_on_signals",

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from rdlm.config import InputError
 
@@ -45,17 +47,21 @@ def _host_limits() -> Iterator[int]:
         return  # not Linux, or not its usual files
 
 
-def require_memory(what: str, needed: int, fix: str) -> None:
+def require_memory(what: str, needed: int, fix: str, hosts: bool = False) -> None:
     """Refuse to begin what needs more bytes than are left.
 
     Args:
       what: names the arrays and their sizes.
       needed: bytes, temporary ones included.
       fix: how to need less.
+      hosts: all processes call this together, and refuse what does not fit one of them.
 
     Raises:
       InputError: there are fewer.
     """
-    free = None if needed < _SMALL else free_memory()
+    free: float | None = None if needed < _SMALL else free_memory()
+    if hosts and needed >= _SMALL:
+        each = multihost_utils.process_allgather(np.float32(np.inf if free is None else free))
+        free = float(np.min(each))
     if free is not None and needed > free:
         raise InputError(f"{what}: needs {needed / 2**30:,.1f} GiB of memory, {free / 2**30:,.1f} GiB are free; {fix}")

@@ -29,7 +29,7 @@ HEARTBEAT_SECONDS = 30
 """After this long without a sign of life a process counts as lost."""
 
 
-def _distributed() -> Any:
+def connection() -> Any:
     """JAX's connection to the other processes. Its public functions need devices, and hang when those do."""
     from jax._src.distributed import global_state
 
@@ -38,7 +38,7 @@ def _distributed() -> Any:
 
 def is_alone() -> bool:
     """Whether this process has not joined others."""
-    return "jax" not in sys.modules or _distributed().client is None
+    return "jax" not in sys.modules or connection().client is None
 
 
 def is_first() -> bool:
@@ -167,7 +167,7 @@ def exchange(text: str, timeout: int = 3600) -> list[str]:
     """
     if is_alone():
         return [text]
-    joined, number, texts = _distributed(), next(_exchanges), []
+    joined, number, texts = connection(), next(_exchanges), []
     joined.client.key_value_set(f"rdlm/{number}/{joined.process_id}", f"={text}")
     for i in range(joined.num_processes):
         try:
@@ -227,7 +227,7 @@ def leave(code: int, at_once: bool = False) -> NoReturn:
     if at_once or not is_alone():
         sys.stdout.flush()
         sys.stderr.flush()
-        if not is_alone() and _distributed().process_id == 0:
+        if not is_alone() and connection().process_id == 0:
             time.sleep(1)  # JAX aborts the others when this process ends, and they may have a message of their own
         os._exit(code)
     sys.exit(code)

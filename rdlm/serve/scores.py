@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import NamedTuple
 
 import jax
@@ -11,11 +12,11 @@ from jax import Array
 
 from rdlm.config import ModelConfig
 from rdlm.decode.passes import next_power
-from rdlm.decode.program import copies_of, program
+from rdlm.decode.program import copies_of, fetched, program
 from rdlm.decode.sampling import Likeliest, likeliest, log_probability
 from rdlm.exits import ExitRule
 from rdlm.model import Params, forward, known
-from rdlm.serve.depth import DepthChoice
+from rdlm.serve.depth import DepthChoice, Depths
 
 
 class PromptScores(NamedTuple):
@@ -39,9 +40,26 @@ def score_prompt(params: Params, config: ModelConfig, prompt: np.ndarray, depth:
     rule = None if depth.name == "none" else depth.rule
     steps = jnp.int32(depth.num_steps), jnp.int32(depth.min_steps)
     out = _scores(params, config, jnp.asarray(tokens), jnp.int32(n), rule, *steps)
-    log_probs, top = jax.tree.map(lambda x: x[0], jax.device_get(out))
+    log_probs, top = jax.tree.map(lambda x: x[0], fetched(out))
     pairs = [list(zip(*row, strict=True)) for row in zip(*(x[: n - 1].tolist() for x in top), strict=True)]
     return PromptScores(log_probs[: n - 1].tolist(), [[(i, p) for i, p in row if i >= 0] for row in pairs])
+
+
+def packed(prompt: np.ndarray, depth: DepthChoice) -> bytes:
+    """What other hosts need for `score_prompt`."""
+    numbers = [np.asarray(leaf).item() for leaf in jax.tree.leaves(depth.rule)]
+    head = depth.name, depth.kind, depth.num_steps, depth.min_steps, numbers
+    return json.dumps(head).encode() + b"\n" + prompt.tobytes()
+
+
+def unpacked(message: bytes, depths: Depths) -> tuple[np.ndarray, DepthChoice]:
+    """What `packed` was given, by a server of these depths."""
+    head, _, prompt = message.partition(b"\n")
+    name, kind, num_steps, min_steps, numbers = json.loads(head)
+    structure: jax.tree_util.PyTreeDef
+    leaves, structure = jax.tree.flatten(depths.rule(kind))
+    rule = structure.unflatten(np.asarray(x, np.result_type(like)) for x, like in zip(numbers, leaves, strict=True))
+    return np.frombuffer(prompt, np.int32), DepthChoice(name, kind, num_steps, rule, min_steps)
 
 
 @program("config")

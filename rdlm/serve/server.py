@@ -16,6 +16,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from rdlm.config import InputError
+from rdlm.runtime import is_alone, is_first, together
 from rdlm.serve.options import ServeOptions
 
 if TYPE_CHECKING:
@@ -23,10 +24,13 @@ if TYPE_CHECKING:
 
     from rdlm.run import Run
     from rdlm.serve.service import Service
+    from rdlm.serve.worker import Worker
 
 
 def serve(run: Run, options: ServeOptions | None = None, host: str = "127.0.0.1", port: int = 8000) -> int:
     """Serve a model over HTTP until SIGTERM or Ctrl-C.
+
+    On several hosts all processes call this. Process 0 listens, and its end is that of the others: they heed no signal.
 
     Args:
       run: the model.
@@ -35,16 +39,20 @@ def serve(run: Run, options: ServeOptions | None = None, host: str = "127.0.0.1"
       port: 0: any that is free.
 
     Returns:
-      0, after a signal.
+      0, after a signal to process 0.
 
     Raises:
       InputError: options that the model cannot serve, an address that cannot be listened on, or the extra `serve` is
         not installed.
     """
-    service, config = _web(run, options)
-    import uvicorn
+    if not is_alone():
+        from rdlm.model.tensor_parallel import tensor_mesh
 
-    listening = open_socket(host, port)
+        tensor_mesh(run.tensor, run.data)
+        if not is_first():
+            return _follow(run, options or ServeOptions())
+    service, config, listening = together(lambda: (*_web(run, options), open_socket(host, port)))
+    import uvicorn
 
     class Server(uvicorn.Server):
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -78,6 +86,26 @@ def serve(run: Run, options: ServeOptions | None = None, host: str = "127.0.0.1"
             signal.signal(number, handler)
     if service.worker.failure is not None:
         raise service.worker.failure
+    return 0
+
+
+def _follow(run: Run, options: ServeOptions) -> int:
+    """What `serve` does on other processes than the first."""
+
+    def prepared() -> Worker:
+        from rdlm.serve.service import depths_of
+        from rdlm.serve.worker import Worker
+
+        run.require_tokenizer()
+        worker = Worker(run, depths_of(run, options), lambda _: None)
+        worker.require_memory()
+        return worker
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    worker = together(prepared)
+    print("following process 0, which answers", file=sys.stderr)
+    worker.follow()
     return 0
 
 

@@ -10,11 +10,12 @@ import time
 from collections.abc import Callable, Mapping
 
 from rdlm.config import InputError, one_line
+from rdlm.decode.program import on_several_hosts
 from rdlm.evaluation import calibration
 from rdlm.evaluation.calibration import Calibrated
 from rdlm.run import Run
 from rdlm.serve.depth import Depths
-from rdlm.serve.errors import APIError
+from rdlm.serve.errors import APIError, wrong
 from rdlm.serve.grammar import Grammar, Grammars
 from rdlm.serve.metrics import AnswerClock, LaneGauges, Metrics
 from rdlm.serve.options import ServeOptions
@@ -116,8 +117,7 @@ class Service:
         self.name = options.model_name or run.folder.resolve().name
         self.grammars = Grammars(self.tokenizer, run.config.vocab_size)
         self.created = int(time.time())
-        trained = run.config.mean_recurrence
-        self.depths = Depths(self.options, trained, _calibrations(run), plain_steps=options.steps or trained)
+        self.depths = depths_of(run, options)
         self.draining = False
         self.on_failure: Callable[[], None] = lambda: None
         self._calls: dict[Call, list[Answer]] = {}
@@ -192,9 +192,12 @@ class Service:
         """The grammar of the answers to a request that has been admitted.
 
         Raises:
-          APIError: the grace period ends before the schema is compiled; or as `Grammars.of`.
+          APIError: a model on several hosts, or the grace period ends before the schema is compiled; or as
+            `Grammars.of`.
         """
         assert self._expired is not None
+        if on_several_hosts(self.run.params):
+            raise wrong("response_format", "a model on several hosts serves none; leave it out")
         compiling = asyncio.ensure_future(self.grammars.of(schema))
         try:
             await asyncio.wait((compiling, self._expired), return_when=asyncio.FIRST_COMPLETED)
@@ -270,6 +273,16 @@ class Service:
                 call.fail(_stopping())
 
         asyncio.get_running_loop().call_later(self.options.grace, expire)
+
+
+def depths_of(run: Run, options: ServeOptions) -> Depths:
+    """What requests may choose.
+
+    Raises:
+      InputError: options that the model cannot serve.
+    """
+    trained = run.config.mean_recurrence
+    return Depths(options.resolved(run.config), trained, _calibrations(run), plain_steps=options.steps or trained)
 
 
 def _calibrations(run: Run) -> dict[str, Calibrated]:

@@ -14,9 +14,10 @@ import numpy as np
 
 from rdlm.config import CachePolicy, InputError, Sampling, one_line, require
 from rdlm.decode import Engine
+from rdlm.decode.hosts import hosts
 from rdlm.decode.pages import page_sizes
 from rdlm.decode.passes import CacheMemory, next_power
-from rdlm.decode.program import copies_of, devices_of
+from rdlm.decode.program import copies_of, devices_of, on_several_hosts
 from rdlm.decode.reading import least_prompt_cache, prompt_bytes, usual_chunk
 from rdlm.decode.requests import sample_keys
 from rdlm.decode.served import Served
@@ -26,7 +27,7 @@ from rdlm.runtime.memory import require_memory
 from rdlm.serve.depth import DepthChoice, Depths
 from rdlm.serve.errors import APIError
 from rdlm.serve.grammar import Grammar
-from rdlm.serve.scores import PromptScores, score_prompt
+from rdlm.serve.scores import PromptScores, packed, score_prompt, unpacked
 from rdlm.tokenizer import DecodeStream, Tokenizer
 
 STOPS = 4  # stop tokens that an engine's lanes hold; more are looked for here
@@ -111,6 +112,7 @@ class Worker:
         self._handed_over = 0  # how often
         self.engines: dict[str, Engine] = {}
         """By kind of exit rule, once made. Others may run them while there is no request."""
+        self._score_everywhere: Callable[[bytes], PromptScores] | None = None  # on several hosts
         self._stopping = False
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
         self.ready = False
@@ -155,7 +157,7 @@ class Worker:
 
     def _main(self) -> None:
         try:
-            self.engines = {kind: self._engine(kind) for kind in self._depths.kinds}
+            self._make_engines()
             for kind in self.engines:
                 self._warm_up(DepthChoice(kind, kind, 1, self._depths.rule(kind)))
             self.ready = True
@@ -164,6 +166,7 @@ class Worker:
                 self._take()
                 self._round()
             self._hand_over()
+            self._any_engine.close()
         except BaseException as error:  # the engine answers for its own failures, so this one is the end
             self.failure, self.ready = error, False
             self._take(wait=False)
@@ -171,6 +174,20 @@ class Worker:
                 answer.fresh.append(End(None, error=RuntimeError(one_line(error))))
             self._hand_over()
             self._call_soon(lambda: self.on_change())
+
+    def follow(self) -> None:
+        """On several hosts, on others than process 0: do what its worker does, until that is stopped."""
+        self._make_engines()
+        self._any_engine.follow()
+
+    def _make_engines(self) -> None:
+        self.engines = {kind: self._engine(kind) for kind in self._depths.kinds}
+        if on_several_hosts(self._run.params):
+            self._score_everywhere = hosts().everywhere(self._score_here)
+
+    @property
+    def _any_engine(self) -> Engine:
+        return self.engines[self._depths.kinds[0]]
 
     def require_memory(self) -> None:
         """Refuse caches that cannot fit, and a prompt cache that would hold nothing, before anything is made.
@@ -205,7 +222,8 @@ class Worker:
         what += f" and {room * len(kinds) / 2**30:,.1f} GiB for prompts" if room else ""
         fix = "lower --lanes, --cache-tokens, --max-context, --cache-recurrences or --prompt-cache"
         fix += "" if options.cache_dtype else ", or use --cache-dtype int8"
-        require_memory(f"--lanes {options.lanes}: {what}", needed, fix)
+        several = on_several_hosts(run.params)
+        require_memory(f"--lanes {options.lanes}: {what}", needed, fix, hosts=several)
 
     @property
     def _policy(self) -> CachePolicy:
@@ -316,11 +334,21 @@ class Worker:
         """Score the prompt, for all of its answers; False: that failed, and so does this answer."""
         ask, n = answer.ask, answer.prompt
         try:
-            ask.made[n] = score_prompt(self._run.params, self._run.config, ask.prompts[n], ask.depth)
+            ask.made[n] = self._scores(ask.prompts[n], ask.depth)
         except Exception as error:
+            if self._score_everywhere is not None:  # the other hosts have ended
+                raise
             answer.fresh.append(End(None, error=error))
             return False
         return True
+
+    def _scores(self, prompt: np.ndarray, depth: DepthChoice) -> PromptScores:
+        if self._score_everywhere is None:
+            return score_prompt(self._run.params, self._run.config, prompt, depth)
+        return self._score_everywhere(packed(prompt, depth))
+
+    def _score_here(self, message: bytes) -> PromptScores:
+        return score_prompt(self._run.params, self._run.config, *unpacked(message, self._depths))
 
     def _begin(self, answer: Answer) -> None:
         ask = answer.ask
