@@ -49,7 +49,8 @@ LONG = (
     "decode/test_tensor_parallel.py", "hf/test_families.py", "hf/test_capabilities.py", "test_docs.py",
     "train/test_survive.py", "tpu_setup/test_supervise.py", "decode/test_speculative.py",
     "decode/test_golden_decode.py", "decode/test_engine.py", "decode/test_generate.py", "test_sharding.py",
-    "experiments/test_fetch_model.py", "tpu_setup/test_workers.py", "decode/test_tpu_decode.py",
+    "train/test_fit.py", "train/test_tpu_train.py", "experiments/test_fetch_model.py", "tpu_setup/test_workers.py",
+    "decode/test_tpu_decode.py",
 )  # fmt: skip
 
 

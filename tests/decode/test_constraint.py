@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from engine_cases import MANY, NEW, TINY, Ask, crowd, engine, generated, outcome, params, submit
+from engine_cases import MANY, NEW, TINY, Ask, crowd, engine, generated, new_engine, outcome, params, submit
 
 from rdlm.config import InputError, Parallel, Sampling, Speculative
 from rdlm.decode import Engine, generate
@@ -63,9 +63,9 @@ def shallow():
     ]
 
 
-def served_with(constraints, batch):
+def served_with(constraints, batch, e=None):
     """The requests of `batch`, with a constraint or None each, and their outcomes."""
-    e = engine(KIND)
+    e = engine(KIND) if e is None else e
     served = [submit(e, KIND, ask, constraint=c) for ask, c in zip(batch, constraints, strict=True)]
     e.run()
     return served, [outcome(s) for s in served]
@@ -114,6 +114,15 @@ def test_generate_takes_constraints_too():
     got = generated(KIND, batch, constraint=[Turns() if m else None for m in masked])
     assert got == served
     assert [in_turn(tokens) for tokens, _, _ in got] == masked  # so some are not
+
+
+def test_on_two_copies_of_the_model():
+    batch = shallow()
+    masked = [i % 3 == 0 for i in range(MANY)]
+    _, one = served_with([Turns() if m else None for m in masked], batch)
+    served, two = served_with([Turns() if m else None for m in masked], batch, new_engine(KIND, data=2))
+    assert two == one
+    assert [in_turn(s.tokens) for s in served] == masked
 
 
 class Heard(Only):
