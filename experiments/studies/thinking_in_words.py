@@ -1,6 +1,6 @@
 """Think in latent depth, in words or in continuous thoughts? Equal parameters, one problem, graded on its last answer.
 
-    python experiments/studies/thinking_in_words.py                            # eight ways to think, three seeds each
+    python experiments/studies/thinking_in_words.py                            # nine ways to think, three seeds each
     python experiments/studies/thinking_in_words.py --methods latent --saved runs/s3 runs/s3_seed1    # from saved runs
     python experiments/studies/thinking_in_words.py --quick          # only shows that everything works, a minute or two
 
@@ -16,7 +16,8 @@ of 64, learning rate 3e-3, and are graded on the product of the whole word, of 1
   thoughts        continuous thoughts (Coconut): the last hidden state is the next input instead of a written step;
                   stage by stage 1, 2, .. 15 of the steps are thoughts, with the loss on the steps still written
   thoughts_revisit  the same, but half of the batches use fewer thoughts
-  thoughts_3      the same with a thought for every three steps: 5 of them
+  thoughts_calm   thoughts with an epsilon of 1e-5 in Adam, so that gradients near zero move nothing
+  thoughts_3      thoughts_revisit with a thought for every three steps: 5 of them
 
 The two recurrent ones are also run token by token with a KL exit. A token's state starts from noise or from the last
 state of the token before (zero-shot "continuous chain of thought"); the cache keeps all recurrences or only the last.
@@ -98,6 +99,8 @@ class Method:
     """Steps that a thought stands for."""
     revisit: bool = False
     """Half of the batches draw their number of thoughts from 0 up to the stage's."""
+    eps: float | None = None
+    """Adam's epsilon, below which gradients move little. None: the trainer's 1e-8."""
     steps: int = 1000
     """Training steps; words are learnt in a tenth of them."""
 
@@ -110,10 +113,19 @@ METHODS = {
     "verbal_latent": Method("in words, r = 8 each", "words", (8,), steps=500),
     "thoughts": Method("continuous thoughts, stage by stage", "thoughts", per=1),
     "thoughts_revisit": Method("continuous thoughts, stages revisited", "thoughts", per=1, revisit=True, steps=600),
-    "thoughts_3": Method("the same, one for three steps", "thoughts", per=3, revisit=True, steps=600),
+    "thoughts_calm": Method("continuous thoughts, Adam's epsilon 1e-5", "thoughts", per=1, eps=1e-5, steps=600),
+    "thoughts_3": Method("continuous thoughts, one for three steps", "thoughts", per=3, revisit=True, steps=600),
 }
 Name = Literal[
-    "at_once", "latent", "verbal", "verbal_coupled", "verbal_latent", "thoughts", "thoughts_revisit", "thoughts_3"
+    "at_once",
+    "latent",
+    "verbal",
+    "verbal_coupled",
+    "verbal_latent",
+    "thoughts",
+    "thoughts_revisit",
+    "thoughts_calm",
+    "thoughts_3",
 ]
 
 
@@ -291,7 +303,10 @@ def price(model: ModelConfig, method: Method, T: int, r: int) -> dict[str, float
 def run_config(method: Method, steps: int, rate: float) -> RunConfig:
     """The training run of a method."""
     shape: Json = {} if method.recurrences else {"mean_recurrence": 1, "backprop_depth": 1}
-    return small_run("thinking_in_words", [protocol(method).train], steps=steps, learning_rate=rate, **shape)
+    run = small_run("thinking_in_words", [protocol(method).train], steps=steps, learning_rate=rate, **shape)
+    if method.eps is None:
+        return run
+    return dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, eps=method.eps))
 
 
 def from_folders(folders: tuple[Path, ...], trials: Trials, runs: Path) -> Json:
@@ -351,7 +366,7 @@ def picture(path: Path, found: Json) -> None:
     """Accuracy on the last product against the cost of a word (FLOPs, tokens, cache); a row for every length."""
     from matplotlib.figure import Figure
 
-    colours = ["#999999", "#000000", "#D55E00", "#E69F00", "#CC79A7", "#0072B2", "#009E73", "#56B4E9"]
+    colours = ["#999999", "#000000", "#D55E00", "#E69F00", "#CC79A7", "#0072B2", "#F0E442", "#009E73", "#56B4E9"]
     tests = list(dict.fromkeys(point["test"] for row in found.values() for point in row["points"]))
     costs = {
         "flops": ("FLOPs a word, 10^6", 1e6),
@@ -361,7 +376,7 @@ def picture(path: Path, found: Json) -> None:
     figure = Figure(figsize=(13, 4 * len(tests)), layout="constrained")
     for panels, test in zip(figure.subplots(len(tests), len(costs), squeeze=False), tests, strict=True):
         for axes, (by, (label, unit)) in zip(panels, costs.items(), strict=True):
-            for colour, marker, name in zip(colours, "XosDP^<v", METHODS, strict=True):
+            for colour, marker, name in zip(colours, "XosDP^p<v", METHODS, strict=True):
                 if name not in found:
                     continue
 
@@ -396,6 +411,8 @@ def options_of(method: Method) -> Json:
         options["curriculum"] = CURRICULUM
     if method.revisit:
         options["revisit"] = True
+    if method.eps:
+        options["eps"] = method.eps
     if method.recurrences:
         options["walks"] = THRESHOLDS, MAX_STEPS
     return options
