@@ -4,7 +4,7 @@
 # make lint         the checks alone, without the tests
 # make docs         build the documentation site into site/
 # make format       apply what ruff can fix
-# make reproduce    rerun the experiments behind experiments/studies/results/ (hours); what runs/ holds already is read again
+# make reproduce    rerun the experiments behind experiments/studies/results/ (many hours); what runs/ holds already is read again
 # make constraints  write down the versions that are installed, after `make test` has passed with them
 
 PYTHON ?= python3
@@ -52,7 +52,7 @@ test-fast: install-dev
 	$(BIN)/pytest -m 'not slow' $(PROCESSES)
 
 # Stopped and started again it goes on where it was: finished runs are read from runs/, not trained again.
-reproduce: install
+reproduce: install-dev
 	$(BIN)/python experiments/studies/depth_scaling.py --task s3 --seeds 0 1 2 3 4
 	$(BIN)/python experiments/studies/depth_scaling.py --task s3_local --seeds 0 1 2 3 4
 	for task in parity_local s5_local addition_local; do \
@@ -66,6 +66,10 @@ reproduce: install
 	$(BIN)/python experiments/studies/early_exit_methods.py
 	$(BIN)/python experiments/studies/parallel.py runs/quickstart
 	$(BIN)/python experiments/studies/thinking_in_words.py --saved runs/s3 $(patsubst %,runs/s3_seed%,1 2 3 4)
+	$(BIN)/python experiments/studies/remedies.py
+	$(BIN)/python experiments/fetch_model.py smollm2
+	$(BIN)/python experiments/studies/readouts.py
+	$(BIN)/python experiments/studies/retrofit.py
 
 lint: install-dev
 	$(BIN)/ruff check .
