@@ -13,7 +13,7 @@ wrong more often than others of the same confidence? And what do states say on S
 letters so far is asked for, is it that of the last w letters that they hold?
 
 Text: `quickstart`, three seeds. S3: `s3_local` of depth_scaling.py, three seeds. Pretrained: SmolLM2-135M
-(fetch_model.py smollm2). Hardware: any. Not run yet: docs/studies/readouts.md.
+(fetch_model.py smollm2). Hardware: any. Found: docs/studies/readouts.md.
 """
 
 from __future__ import annotations
