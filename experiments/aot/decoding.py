@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from experiments.aot import GIB
 from experiments.aot.options import Exit, Options
-from experiments.aot.programs import bf16_shapes, chips, compiled, decoded, placed_model, show_memory
+from experiments.aot.programs import bf16_shapes, chips, compiled, decoded, matrix_size, placed_model, show_memory
 from rdlm import exits
 from rdlm.config import CachePolicy, ModelConfig, Parallel, RunConfig, require
 from rdlm.decode.loop import Progress, decode_tokens, progress_shapes
@@ -63,7 +63,7 @@ def decoding_counts(device: Any, lowered: Any, work: Work, o: Options) -> dict[s
     program, memory = compiled(work.params, device, lowered, work.cache)
     chip = flops.datasheet(device.device_kind)
     config, tokens, moved = work.config, work.tokens, program.decoding_traffic()
-    parts = tokens.parts(config, 2, work.policy)
+    parts = tokens.parts(config, 2, work.policy, matrix_size(o))
     least = {part: size / o.tensor for part, size in parts.items()}
     exchanged = program.decoding_collectives()
     if tokens.checks == 1:  # coda and head run once, with the rest; looking at the state costs little

@@ -50,6 +50,8 @@ class Options:
     """Recurrences whose keys and values are kept; None: all."""
     cache_dtype: Literal["int8"] | None = None
     """Of keys and values; None: bfloat16."""
+    weight_dtype: Literal["int8"] | None = None
+    """Of matrices, as quantize.py makes them; None: bfloat16."""
     num_steps: int = 32
     """Maximum recurrences per token."""
     exit: tuple[Exit, ...] = ("kl",)

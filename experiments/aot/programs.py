@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from typing import Any
@@ -15,6 +16,7 @@ from rdlm.config import CachePolicy, ModelConfig
 from rdlm.decode.loop import Sizes
 from rdlm.decode.requests import Request, RequestOptions, as_requests
 from rdlm.model import Params, cast, init_params
+from rdlm.model.quantize import quantize
 from rdlm.model.tensor_parallel import placement, tensor_mesh, with_heads
 from rdlm.perf import flops, hlo
 
@@ -27,6 +29,8 @@ def placed_model(
     config = with_heads(config, o.tensor)
     request = as_requests(config, [[1]] * (o.batch or 16), 1, options)[0]
     params = bf16_shapes(config)
+    if o.weight_dtype:
+        params = jax.eval_shape(functools.partial(quantize, config=config, dtype=o.weight_dtype), params)
     placed = jax.tree.map(hlo.specs, params, placement(config, mesh, params))
     return placed, config, request, Sizes(policy, policy.sets(o.num_steps), o.capacity, o.capacity)
 
@@ -57,6 +61,11 @@ def bytes_on_a_chip(params: Params) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(params))
 
 
+def matrix_size(o: Options) -> int:
+    """Bytes of an element of the blocks' matrices."""
+    return 1 if o.weight_dtype else 2
+
+
 def decoded(name: str, o: Options) -> dict[str, Any]:
     """What is decoded."""
     return {
@@ -67,6 +76,7 @@ def decoded(name: str, o: Options) -> dict[str, Any]:
         "capacity": o.capacity,
         "num_steps": o.num_steps,
         "cache_dtype": o.cache_dtype or "bfloat16",
+        "weight_dtype": o.weight_dtype or "bfloat16",
     }
 
 
@@ -78,7 +88,7 @@ def chips(found: dict[str, Any]) -> str:
 def show_memory(found: dict[str, Any]) -> None:
     """Print what `compiled` found."""
     print(f"  compiled in                {found['compile_seconds']:8.1f} s")
-    print(f"  parameters                 {found['parameters_gib']:8.2f} GiB")
+    print(f"  parameters, {found['weight_dtype']:14} {found['parameters_gib']:8.2f} GiB")
     print(f"  cache, {found['cache_dtype']:19} {found['cache_gib']:8.2f} GiB, ", end="")
     print(f"{found['updated_in_place_gib']:.2f} updated in place")
     print(f"  temporaries                {found['temporaries_gib']:8.2f} GiB")

@@ -11,7 +11,7 @@ import numpy as np
 
 from experiments.aot import GIB
 from experiments.aot.options import Exit, Options
-from experiments.aot.programs import bf16_shapes, chips, compiled, decoded, placed_model, show_memory
+from experiments.aot.programs import bf16_shapes, chips, compiled, decoded, matrix_size, placed_model, show_memory
 from rdlm import exits
 from rdlm.config import CachePolicy, RunConfig
 from rdlm.decode.lanes import Flush, advance, empty_lanes
@@ -63,7 +63,8 @@ def check_serving(name: str, base: RunConfig, o: Options, devices: list[Any], ru
     free = memory["limit_gib"] - memory["parameters_gib"] - fixed
     position = memory["cache_gib"] / (pages.number * pages.size)
     whole, shared = lanes_that_fit(free, position, each, o.capacity, pages.size)
-    tick, flush = (flops.Decoding(n, 1, 1.0, o.capacity).parts(config, 2, policy) for n in (lanes, width))
+    size = matrix_size(o)
+    tick, flush = (flops.Decoding(n, 1, 1.0, o.capacity).parts(config, 2, policy, size) for n in (lanes, width))
     moved, exchanged = program.decoding_traffic(), program.decoding_collectives()
     return {
         **decoded(name, o),

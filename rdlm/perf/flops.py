@@ -188,14 +188,21 @@ def sweep_flops(config: ModelConfig, depths: tuple[int, ...], length: int) -> fl
     return forward_flops(config, depths[-1], length) + (len(depths) - 1) * check_flops(config, length)
 
 
-def check_bytes(config: ModelConfig, itemsize: int) -> int:
-    """Bytes of weights that such a check streams; against `core_bytes`, its price when decoding waits for memory."""
-    return (config.coda_layers * block_matrices(config) + config.rows * config.embed_dim) * itemsize
+def check_bytes(config: ModelConfig, itemsize: int, matrices: int | None = None) -> int:
+    """Bytes of weights that such a check streams; against `core_bytes`, its price when decoding waits for memory.
+
+    matrices: bytes of an element of the blocks' matrices where these are quantized. Their scales are not counted.
+    """
+    head = config.rows * config.embed_dim * itemsize
+    return config.coda_layers * block_matrices(config) * (matrices or itemsize) + head
 
 
-def core_bytes(config: ModelConfig, itemsize: int) -> int:
-    """Bytes of weights that one recurrence streams: core blocks and the state's half of the adapter."""
-    return (config.core_calls * block_matrices(config) + _injection(config)) * itemsize
+def core_bytes(config: ModelConfig, itemsize: int, matrices: int | None = None) -> int:
+    """Bytes of weights that one recurrence streams: core blocks and the state's half of the adapter.
+
+    matrices: as in `check_bytes`.
+    """
+    return config.core_calls * block_matrices(config) * (matrices or itemsize) + _injection(config) * itemsize
 
 
 class Decoding(NamedTuple):
@@ -210,18 +217,20 @@ class Decoding(NamedTuple):
     checks: float
     capacity: int
 
-    def parts(self, config: ModelConfig, itemsize: int, policy: CachePolicy = CachePolicy()) -> dict[str, float]:
+    def parts(
+        self, config: ModelConfig, itemsize: int, policy: CachePolicy = CachePolicy(), matrices: int | None = None
+    ) -> dict[str, float]:
         """Least bytes read in HBM by one recurrence, by one check, and by the rest ("token").
 
         Weights are read at every use, by all rows together; a layer's cached keys and values at every use, by each row.
-        Less is possible only where the chip's own memory keeps some of it in between.
+        Less is possible only where the chip's own memory keeps some of it in between. matrices: as in `check_bytes`.
         """
         cached = self.batch * self.capacity * key_value_bytes(config, itemsize, policy)
-        layers = config.prelude_layers * block_matrices(config)
+        layers = config.prelude_layers * (block_matrices(config) * (matrices or itemsize) + cached)
         return {
-            "recurrence": core_bytes(config, itemsize) + config.core_calls * cached,
-            "check": check_bytes(config, itemsize) + config.coda_layers * cached,
-            "token": (layers + _injection(config) + _once(config)) * itemsize + config.prelude_layers * cached,
+            "recurrence": core_bytes(config, itemsize, matrices) + config.core_calls * cached,
+            "check": check_bytes(config, itemsize, matrices) + config.coda_layers * cached,
+            "token": layers + (_injection(config) + _once(config)) * itemsize,
         }
 
     def total(self, parts: Mapping[str, float]) -> float:

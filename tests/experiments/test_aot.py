@@ -1,6 +1,13 @@
 """What aot_check.py counts beside the compiler."""
 
+import jax
+
+from experiments.aot.options import Options
+from experiments.aot.programs import bytes_on_a_chip, placed_model
 from experiments.aot.serving import lanes_that_fit
+from rdlm.config import CachePolicy, preset
+from rdlm.decode.requests import RequestOptions
+from rdlm.perf import flops
 
 
 def test_lanes_that_share_pages_hold_what_their_requests_need():
@@ -17,3 +24,17 @@ def test_a_lane_more_does_not_fit():
         held = -(-capacity // page) * page
         whole, _ = lanes_that_fit(7 * held + held / 2, 1, 0, capacity, page)
         assert whole == 7
+
+
+def test_weights_in_8_bits_take_a_byte_and_their_scales():
+    config, options = preset("nano").model, RequestOptions(num_steps=4)
+
+    def size(dtype):
+        o = Options("nano", tensor=2, weight_dtype=dtype)
+        params, *_ = placed_model(config, options, CachePolicy(4), o, jax.devices())
+        return bytes_on_a_chip(params)
+
+    D, F = config.embed_dim, config.mlp_dim
+    scales = 4 * ((3 * D + 2 * F) / 2 + 2 * D)  # what a layer adds to the residual sum is not split
+    layers = config.prelude_layers + config.core_calls + config.coda_layers
+    assert size(None) - size("int8") == layers * (flops.block_matrices(config) / 2 - scales)

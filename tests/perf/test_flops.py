@@ -161,6 +161,9 @@ def test_depth_checks_and_rows_cost_what_they_read():
     assert one.total(parts) - one._replace(depth=2).total(parts) == 2 * core
     assert one.total(parts) - one._replace(checks=1).total(parts) == 2 * (coda + V * D)
     assert one._replace(batch=9).parts(TINY, 2) == parts, "rows share the weights"
+    small = one.parts(TINY, 2, matrices=1)
+    assert small["recurrence"] == core + D * D, "the adapter stays as it is"
+    assert small["check"] == coda + 2 * V * D, "so does the head"
     assert one.flops(TINY) == flops.forward_flops(TINY, 3, 0) + flops.check_flops(TINY, 0)
 
 
