@@ -19,7 +19,7 @@ from rdlm.decode.pages import page_sizes
 from rdlm.decode.program import shapes_on
 from rdlm.decode.requests import RequestOptions
 from rdlm.model.split import share
-from rdlm.perf import flops
+from rdlm.perf import flops, hlo
 
 SPREAD = 0.8
 """Standard deviation of the logarithm of requests' lengths, where they are counted to share pages."""
@@ -42,6 +42,12 @@ def lanes_that_fit(free: float, position: float, lane: float, capacity: int, pag
     return whole, shared
 
 
+def copies_of_pages(program: hlo.Program, page: int) -> int:
+    """Operations in loops that put the pages of lanes, of `page` positions, side by side; those of 8 MiB or more."""
+    found = program.copies(2**23, ("gather",))
+    return sum(count for (looped, shape), count in found.items() if looped and shape.split(",")[-2:-1] == [str(page)])
+
+
 def check_serving(name: str, base: RunConfig, o: Options, devices: list[Any], rule: Exit) -> dict[str, Any]:
     """Compile the engine's program and count for one chip: everything that is printed."""
     config = dataclasses.replace(base.model, compute_dtype="bfloat16")
@@ -57,7 +63,7 @@ def check_serving(name: str, base: RunConfig, o: Options, devices: list[Any], ru
     lowered = advance.lower(params, placed, state, told, number, number, Flush(width, 4), False)
     cache = flops.cache_bytes(local, policy, o.num_steps, *pages, 2)
     program, memory = compiled(params, devices[0], lowered, cache)
-    copied = sum(count for (looped, _), count in program.copies(2**23, ("gather",)).items() if looped)
+    copied = copies_of_pages(program, pages.size)
     rest = memory["peak_gib"] - memory["parameters_gib"] - memory["cache_gib"]
     fixed, each = (0.0, rest / lanes) if copied else (rest, 0.0)  # of each lane as many pages as it may have are copied
     free = memory["limit_gib"] - memory["parameters_gib"] - fixed

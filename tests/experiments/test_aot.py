@@ -4,10 +4,11 @@ import jax
 
 from experiments.aot.options import Options
 from experiments.aot.programs import bytes_on_a_chip, placed_model
-from experiments.aot.serving import lanes_that_fit
+from experiments.aot.serving import copies_of_pages, lanes_that_fit
 from rdlm.config import CachePolicy, preset
 from rdlm.decode.requests import RequestOptions
 from rdlm.perf import flops
+from rdlm.perf.hlo import Program
 
 
 def test_lanes_that_share_pages_hold_what_their_requests_need():
@@ -38,3 +39,20 @@ def test_weights_in_8_bits_take_a_byte_and_their_scales():
     scales = 4 * ((3 * D + 2 * F) / 2 + 2 * D)  # what a layer adds to the residual sum is not split
     layers = config.prelude_layers + config.core_calls + config.coda_layers
     assert size(None) - size("int8") == layers * (flops.block_matrices(config) / 2 - scales)
+
+
+PROGRAM = """
+%tick (s: (bf16[4096,128,128])) -> (bf16[4096,128,128]) {
+  %pages = bf16[64,8,128,128]{3,2,1,0} gather(%cache, %table)
+  %likeliest = f32[64,65536]{1,0} gather(%logits, %order)
+}
+ENTRY %main (x: bf16[4096,128,128]) -> bf16[4096,128,128] {
+  %all = (bf16[4096,128,128]) while(%x), condition=%cond, body=%tick
+  %once = bf16[64,8,128,128]{3,2,1,0} gather(%cache, %table)
+}
+"""
+
+
+def test_only_pages_that_a_loop_copies_count():
+    assert copies_of_pages(Program(PROGRAM, 0, 0, 0, 0), 128) == 1
+    assert copies_of_pages(Program(PROGRAM.replace(", body=%tick", ""), 0, 0, 0, 0), 128) == 0
