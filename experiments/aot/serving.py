@@ -102,7 +102,7 @@ def show_serving(found: dict[str, Any]) -> None:
     print(f"  cache in {found['pages']} pages of {found['page']} positions")
     show_memory(found)
     print(f"  copies of pages in loops   {found['pages_copied']:8d}")
-    print(f"  lanes that fit             {found['lanes_that_fit']:8d} of {found['capacity']} positions each")
+    print(f"  lanes that fit, counted    {found['lanes_that_fit']:8d} of {found['capacity']} positions each")
     print(f"    that share pages         {found['lanes_in_pages']:8d} of a quarter of that on average")
     print("                               GiB in HBM   least possible")
     print(f"    a tick, full cache       {found['tick_gib']:11.3f} {found['least_tick_gib']:16.3f}")
