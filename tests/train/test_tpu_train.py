@@ -3,12 +3,16 @@
 import dataclasses
 import re
 
+import jax
+import jax.numpy as jnp
 import pytest
 from compilation import all_passes
+from jax.sharding import NamedSharding, PartitionSpec
 
 from rdlm.config import MeshConfig, preset
 from rdlm.perf import hlo
 from rdlm.perf.hlo import LOOPS, Collective, Program
+from rdlm.sharding import Layout, make_mesh
 from rdlm.train.roofline import hardware_flops, lower_train_step, roofline, wire_bytes
 
 BASE = preset("huginn_3p5b")
@@ -54,6 +58,31 @@ def test_gathered_once_nothing_travels_inside_the_recurrence(programs):
     assert gathered >= CORE
     few, many = (sum(wire_bytes(programs["once"], n, 8).values()) for n in (0, 40))
     assert few == many, "bytes between chips do not depend on the depth"
+
+
+def received(mesh, reduce):
+    """Kinds of collectives, and bytes that a chip receives for one of the gradient that `reduce` sums."""
+    size, whole = 2 * 1040 * 1024, PartitionSpec(mesh.axis_names)
+    run = jax.shard_map(reduce, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False)
+    every = jax.ShapeDtypeStruct((mesh.size * 1040, 1024), jnp.bfloat16, sharding=NamedSharding(mesh, whole))
+    found = hlo.compile_program(jax.jit(run).lower(every)).collectives()
+    return {c.kind for c in found}, sum(c.wire for c in found) / size
+
+
+@pytest.mark.parametrize("width", [1040, 1032])  # all 16 chips split it, or 8 of them: the other 2 the other dimension
+def test_a_gradient_is_reduce_scattered_over_a_whole_pod(width):
+    """Each chip receives it once. The control sums over all chips at once, which is an all-reduce: twice."""
+    pytest.importorskip("libtpu")
+    model = dataclasses.replace(MODEL, embed_dim=width, num_heads=4)
+    mesh = make_mesh(MeshConfig(1, 16), model, hlo.tpu_devices("v5e:4x4"))
+    layout = Layout(mesh, {"wte": PartitionSpec("fsdp", "rest" if mesh.shape["rest"] > 1 else None)}, jnp.bfloat16)
+    kinds, times = received(mesh, lambda g: layout.reduce_scatter({"wte": g})["wte"])
+    assert "reduce-scatter" in kinds
+    assert "all-reduce" not in kinds
+    assert times < 1.1
+    kinds, times = received(mesh, lambda g: jax.lax.psum_scatter(g.reshape(16, 65, 1024), ("fsdp", "rest")))
+    assert kinds == {"all-reduce"}
+    assert times > 1.8
 
 
 @pytest.mark.slow
