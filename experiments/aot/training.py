@@ -8,6 +8,8 @@ import sys
 import time
 from typing import Any
 
+import jax.numpy as jnp
+
 from experiments.aot import GIB
 from experiments.aot.options import Options
 from rdlm.config import InputError, MeshConfig, RunConfig, TuneConfig
@@ -41,6 +43,8 @@ def check_training(name: str, base: RunConfig, o: Options, devices: list[Any], b
     n = model.mean_recurrence + 1 - k
     estimate = roofline(run, program, kind, len(devices), n, k)
     wire = wire_bytes(program, n, k, run.data.microbatches)
+    formula = o.microbatches * flops.gathered_once_bytes(model, jnp.dtype(o.gradient_dtype).itemsize)
+    told = o.gather == "once" and o.tensor == 1 and run.tune == TuneConfig()
     counts: dict[str, int] = dict.fromkeys((*hlo.LOOPS, "once"), 0)
     kinds: dict[str, int] = {}
     for collective in program.collectives():
@@ -67,6 +71,7 @@ def check_training(name: str, base: RunConfig, o: Options, devices: list[Any], b
         "collectives": counts,
         "collective_kinds": kinds,
         "wire_gib": {loop: size / GIB for loop, size in wire.items()},
+        "formula_gib": formula / GIB if told else None,
         "model_tflops": estimate.model_flops / 1e12,
         "recompute": estimate.recompute,
         "seconds": {name: getattr(estimate, name) for name in ("compute", "memory", "interconnect")},
@@ -93,6 +98,9 @@ def show_training(found: dict[str, Any]) -> None:
         print(f"    {labels.get(loop, 'everything else'):24} {count:8d}      {found['wire_gib'][loop]:10.2f}")
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(found["collective_kinds"].items()))
     print(f"    all accounted for: {kinds or 'none'}")
+    if found["formula_gib"] is not None:
+        ratio = sum(found["wire_gib"].values()) / found["formula_gib"]
+        print(f"    by the formula (docs/scale.md) {found['formula_gib']:.2f} GiB; the program: {ratio:.2f} times that")
     print(f"  model FLOPs per chip       {found['model_tflops']:8.1f} T; done: {found['recompute']:.2f} times that")
     times = found["seconds"]
     print("  estimate, from counts and datasheet (not a measurement):")

@@ -77,10 +77,9 @@ def interconnect(run: RunConfig, chip: flops.Chip, sequences: int = 1) -> None:
     rest = 2 * flops.parameters(model) - core
     dense = 2 * flops.materialised_parameters(model, n + k)
     work = sequences * length * flops.training_flops(model, n, k, length) / chip.flops
-    # Gathered for the forward and the backward pass, and a gradient returned: three times the weights. The core's are
-    # gathered once for both.
+    # Gathered for the forward and the backward pass, and a gradient returned: three times the weights.
     ways = {
-        "gather once": 2 * core + 3 * rest,
+        "gather once": flops.gathered_once_bytes(model),
         "plain FSDP": (n + 2 * k) * core + k * core + 3 * rest,
         "dense, equal FLOPs": 3 * dense,
     }

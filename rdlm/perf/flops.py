@@ -115,6 +115,17 @@ def core_parameters(config: ModelConfig) -> int:
     return (config.low_layers + config.core_layers) * block_parameters(config)
 
 
+def gathered_once_bytes(config: ModelConfig, gradient_bytes: int = 2) -> int:
+    """Bytes that a chip receives in a step of one microbatch when the core is gathered once, by the formula.
+
+    Weights in bfloat16: the core's once, all others once for the forward and once for the backward pass; and the
+    gradient of all once, in `gradient_bytes` per parameter. A chip's own part is counted as if it came from others.
+    """
+    core = core_parameters(config) + 2 * _injection(config)
+    every = parameters(config)
+    return 2 * (2 * every - core) + gradient_bytes * every
+
+
 def materialised_parameters(config: ModelConfig, r: float) -> float:
     """Parameters of the unrolled model as the paper counts them: the core r (or r on average) times, adapter once."""
     return parameters(config) + r * config.core_calls * block_parameters(config) - core_parameters(config)
