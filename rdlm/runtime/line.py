@@ -43,7 +43,7 @@ class Line:
                 while len(arrived) < self.count - 1:
                     other, _ = server.accept()  # anybody may connect to this port
                     other.settimeout(5)
-                    with contextlib.suppress(OSError, ValueError):
+                    with contextlib.suppress(OSError, ValueError, TypeError):
                         file: BinaryIO = other.makefile("rb")
                         number, _, found = file.readline(100).decode().strip().partition(" ")
                         if hmac.compare_digest(found, secret):

@@ -30,6 +30,7 @@ def test_two_hosts_serve_and_generate_what_one_device_does(tmp_path):
     for found in (first, other):
         assert found["generated"] == [[x.tolist() for x in part] for part in (out.tokens, out.steps)]
         assert found["differ"].startswith("process 1: prompts = ")
+        assert found["memory"] == "cache: needs 0.1 GiB of memory, 0.0 GiB are free; use less"  # on the other host
         assert found["devices"] == "data = 2 x tensor = 2: must be all 8 devices of the 2 hosts"
     assert other["submit"].startswith("Engine: this is process 1 of 2; submit requests on process 0")
     assert first["constraint"].startswith("constraint: an engine on several hosts serves none")

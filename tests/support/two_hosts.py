@@ -56,6 +56,7 @@ def main():
 
     import rdlm
     from rdlm.decode.hosts import News
+    from rdlm.runtime import memory
 
     params, config, mine, found = engine_cases.params(), engine_cases.TINY, jax.process_index(), {}
 
@@ -93,6 +94,9 @@ def main():
     found["generated"] = [[x.tolist() for x in part] for part in (out.tokens, out.steps)]
     found["differ"] = refused(lambda: rdlm.generate(held, wider, [[5, mine]], max_new_tokens=5))
     found["devices"] = refused(lambda: rdlm.tensor_parallel(params, config, 2, 2))
+    if mine:
+        memory.free_memory = lambda: 0
+    found["memory"] = refused(lambda: memory.require_memory("cache", 2**27, "use less", hosts=True))
     (Path(sys.argv[1]) / f"{mine}.json").write_text(json.dumps(found))
 
 
