@@ -16,7 +16,7 @@ of 64, learning rate 3e-3, and are graded on the product of the whole word, of 1
   thoughts        continuous thoughts (Coconut): the last hidden state is the next input instead of a written step;
                   stage by stage 1, 2, .. 15 of the steps are thoughts, with the loss on the steps still written
   thoughts_revisit  the same, but half of the batches use fewer thoughts
-  thoughts_calm   thoughts with an epsilon of 1e-5 in Adam, so that gradients near zero move nothing
+  thoughts_calm   thoughts at a learning rate of 1e-3
   thoughts_3      thoughts_revisit with a thought for every three steps: 5 of them
 
 The two recurrent ones are also run token by token with a KL exit. A token's state starts from noise or from the last
@@ -99,8 +99,8 @@ class Method:
     """Steps that a thought stands for."""
     revisit: bool = False
     """Half of the batches draw their number of thoughts from 0 up to the stage's."""
-    eps: float | None = None
-    """Adam's epsilon, below which gradients move little. None: the trainer's 1e-8."""
+    rate: float = RATE
+    """Learning rate."""
     steps: int = 1000
     """Training steps; words are learnt in a tenth of them."""
 
@@ -113,7 +113,7 @@ METHODS = {
     "verbal_latent": Method("in words, r = 8 each", "words", (8,), steps=500),
     "thoughts": Method("continuous thoughts, stage by stage", "thoughts", per=1),
     "thoughts_revisit": Method("continuous thoughts, stages revisited", "thoughts", per=1, revisit=True, steps=600),
-    "thoughts_calm": Method("continuous thoughts, Adam's epsilon 1e-5", "thoughts", per=1, eps=1e-5, steps=600),
+    "thoughts_calm": Method("continuous thoughts, a third of the rate", "thoughts", per=1, rate=1e-3),
     "thoughts_3": Method("continuous thoughts, one for three steps", "thoughts", per=3, revisit=True, steps=600),
 }
 Name = Literal[
@@ -303,10 +303,7 @@ def price(model: ModelConfig, method: Method, T: int, r: int) -> dict[str, float
 def run_config(method: Method, steps: int, rate: float) -> RunConfig:
     """The training run of a method."""
     shape: Json = {} if method.recurrences else {"mean_recurrence": 1, "backprop_depth": 1}
-    run = small_run("thinking_in_words", [protocol(method).train], steps=steps, learning_rate=rate, **shape)
-    if method.eps is None:
-        return run
-    return dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, eps=method.eps))
+    return small_run("thinking_in_words", [protocol(method).train], steps=steps, learning_rate=rate, **shape)
 
 
 def from_folders(folders: tuple[Path, ...], trials: Trials, runs: Path) -> Json:
@@ -411,8 +408,6 @@ def options_of(method: Method) -> Json:
         options["curriculum"] = CURRICULUM
     if method.revisit:
         options["revisit"] = True
-    if method.eps:
-        options["eps"] = method.eps
     if method.recurrences:
         options["walks"] = THRESHOLDS, MAX_STEPS
     return options
@@ -430,9 +425,9 @@ def main() -> int:
             made_of = dataclasses.replace(made_of.quick(), depths=made_of.depths)
         at = functools.partial(trials, method, made_of)
         if name == "latent" and args.saved:
-            made = from_folders(args.saved, at(RATE), runs)
+            made = from_folders(args.saved, at(method.rate), runs)
         else:
-            made = compete(name, at, (RATE,), args.seeds, runs, options_of(method))
+            made = compete(name, at, (method.rate,), args.seeds, runs, options_of(method))
         run, total = run_config(method, made_of.steps, made["learning_rate"]), summary(made["seeds"])
         found[name] = {
             "label": method.label,
