@@ -21,7 +21,7 @@ from typing import Annotated
 import tyro
 
 from rdlm.config import require
-from rdlm.runtime import parse_arguments, run_command, start
+from rdlm.runtime import agree, parse_arguments, run_command, start, together
 from rdlm.serve import ServeOptions
 
 
@@ -51,9 +51,9 @@ def main() -> int:
     from rdlm.serve import serve
 
     start(repr(args))
-    return serve(
-        find(args.folder, ema=args.ema, tensor=args.tensor, data=args.data), args.options, args.host, args.port
-    )
+    run = together(lambda: find(args.folder, ema=args.ema, tensor=args.tensor, data=args.data))
+    agree({"checkpoint": run.step})  # a training run may have saved another one meanwhile
+    return serve(run, args.options, args.host, args.port)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from rdlm.evaluation.held_out import validation
 from rdlm.hf import is_huggingface
 from rdlm.model import Params
 from rdlm.model.tensor_parallel import tensor_mesh, with_heads
+from rdlm.runtime import agree, is_alone
 from rdlm.tokenizer import Tokenizer
 from rdlm.weights import merged_model, read_huggingface, read_run
 
@@ -251,5 +252,7 @@ def load(folder: str | Path, step: int | None = None, ema: bool = False, tensor:
         that do not divide by `tensor`.
     """
     run = find(folder, step, ema, tensor, data)
+    if not is_alone() and (tensor, data) != (1, 1):
+        agree({"checkpoint": run.step})  # a training run may have saved another one meanwhile
     _ = run.params
     return run

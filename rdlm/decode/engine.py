@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -51,6 +52,7 @@ from rdlm.decode.served import OnToken, Served
 from rdlm.exits import ExitRule
 from rdlm.model import Params, check_shape, typed_key
 from rdlm.model.inputs import check_callable, check_integers, check_type
+from rdlm.runtime import together
 from rdlm.runtime.memory import require_memory
 
 
@@ -153,13 +155,18 @@ class Engine:
             raise InputError(f"Engine: lanes = {lanes}: must be a multiple of the {copies} copies of the model (data)")
         each = lanes // copies
         group = max(1, each // 4)  # requests that are prefilled together
+        several, asked = on_several_hosts(params), functools.partial(as_requests, config, [[0]], 1, self._options)
         # Row 0 stands for every idle lane; making it also checks the engine's own options.
-        self._idle, _ = as_requests(config, [[0]], 1, self._options)
+        self._idle, _ = together(asked) if several else asked()
         check_rows(self._idle.depth, 1)
+        if several:
+            given = numbers | {"capacity": capacity, "prompt_cache": prompt_cache}
+            kinds = {"config": repr(config), "cache": repr(cache), "options": (self._idle, prefill_exit, warm_start)}
+            require_same({f"Engine: {name}": value for name, value in (given | kinds).items()})
         sets = cache.sets(next_power(int(np.max(self._idle.depth.num_steps)), minimum=1))
         self._sizes = Sizes(cache, sets, capacity, max_new_tokens)
-        together = np.max(self._idle.depth.num_steps) == 1  # whether all lanes stop after the same tick
-        flush = Flush(each if together else group, flush_every)
+        alike = np.max(self._idle.depth.num_steps) == 1  # all lanes stop after the same tick
+        flush = Flush(each if alike else group, flush_every)
         sizes = page_sizes(each, capacity, page_size, cache_tokens, copies=copies)
         prompts = f" and prompt_cache = {prompt_cache} bytes" if prompt_cache else ""
         positions, lane_positions = sizes.number * sizes.size, f"{lanes} lanes x {capacity}"
@@ -171,7 +178,7 @@ class Engine:
             memory.bytes + prompt_cache // devices_of(params),
             "use fewer lanes, a smaller capacity or fewer cache_tokens, or keep fewer recurrences "
             "(cache=CachePolicy(recurrences=k))",
-            hosts=on_several_hosts(params),
+            hosts=several,
         )
         chunk = usual_chunk(each) if prefill_chunk is None else int(prefill_chunk)
         setup = Setup(params, config, self._options, self._idle, self._sizes)
@@ -180,16 +187,11 @@ class Engine:
         self._running = Running(setup, self._schedule, self._reader, flush, ticks_per_step)
         self._hosts: Hosts | None = None
         self._mine = dict[tuple[int, int], Served]()  # that come with the next step
-        self._step: Callable[..., bool] = self._step_here
-        self._compile: Callable[..., None] = self._compile_here
-        self._count: Callable[..., tuple[np.ndarray, ...]] = self._count_here
-        if on_several_hosts(params):
-            given = numbers | {"capacity": capacity, "prompt_cache": prompt_cache}
-            kinds = {"config": repr(config), "cache": repr(cache), "options": (self._idle, prefill_exit, warm_start)}
-            require_same({f"Engine: {name}": value for name, value in (given | kinds).items()})
+        self._everywhere: list[Callable[..., Any]] = []  # on several hosts: to step, compile and count on all of them
+        if several:
             self._hosts, self._schedule.coming = hosts(), []
-            everywhere = (self._hosts.everywhere(action) for action in (self._step, self._compile, self._count))
-            self._step, self._compile, self._count = everywhere
+            actions = self._step_here, self._compile_here, self._count_here
+            self._everywhere = [self._hosts.everywhere(action) for action in actions]
         self._one_thread, self._inside = threading.RLock(), False
         self._turn: tuple[asyncio.AbstractEventLoop, asyncio.Lock] | None = None
 
@@ -311,7 +313,7 @@ class Engine:
     def compile_preemption(self) -> None:
         """Compile what the first preemption needs, so that nobody waits for it then. For an engine that is idle."""
         with self._my_turn():
-            self._compile()
+            self._everywhere[1]() if self._everywhere else self._compile_here()
 
     def _compile_here(self, _: bytes = b"") -> None:
         self._running.compile_preemption()
@@ -352,10 +354,12 @@ class Engine:
         meanwhile: called once the device computes the ticks, before the wait for it; not if there are none to compute.
         """
         with self._my_turn():
-            return self._step(self._news(), meanwhile)
+            return self._everywhere[0](self._news, meanwhile) if self._everywhere else self._step_here(b"", meanwhile)
 
     @contextlib.contextmanager
     def _my_turn(self) -> Iterator[None]:
+        if self._hosts is not None:
+            self._hosts.require_outside()
         with self._one_thread:
             if self._inside:
                 raise InputError("Engine: called from on_token; a listener cannot run the engine that calls it")
@@ -367,8 +371,6 @@ class Engine:
 
     def _news(self) -> bytes:
         """What other hosts must hear before the next step."""
-        if self._hosts is None:
-            return b""
         came, left = self._schedule.news()
         self._mine = {s._rank: s for s in came}
         return News([(s._rank, s.max_new_tokens, s.prompt, s._row) for s in came], [s._rank[1] for s in left]).packed()
@@ -419,9 +421,12 @@ class Engine:
 
     @property
     def usage(self) -> Usage:
-        """Counters since the engine was made."""
-        with contextlib.nullcontext() if self._hosts is None else self._my_turn():
-            ticks, used, flushes = self._count()
+        """Counters since the engine was made. On several hosts process 0 alone reads them, between steps."""
+        if self._everywhere:
+            with self._my_turn():
+                ticks, used, flushes = self._everywhere[2]()
+        else:
+            ticks, used, flushes = self._count_here()
         share = int(used.sum()) / max(int(ticks.sum()) * self._schedule.each, 1)
         return Usage(int(ticks.max()), share, int(flushes.sum()))
 

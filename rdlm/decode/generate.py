@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Sequence
 
 import jax
@@ -40,6 +41,7 @@ from rdlm.decode.speculative import check_speculation, speculate
 from rdlm.exits import Counts, ExitRule
 from rdlm.model import Params
 from rdlm.model.inputs import check_callable, check_type
+from rdlm.runtime import together
 from rdlm.runtime.memory import require_memory
 
 
@@ -127,8 +129,15 @@ def generate(
         if speculative is not None:
             raise InputError("parallel: cannot be combined with speculative; leave one of them out")
         options = with_rule(config, parallel, options)
-    request, rows = as_requests(config, prompts, max_new_tokens, options, samples)
+    asked = functools.partial(as_requests, config, prompts, max_new_tokens, options, samples)
+    request, rows = together(asked) if on_several_hosts(params) else asked()
     tokens, lengths = padded(rows, config.max_length)
+    if on_several_hosts(params):
+        ways = {"config": config, "cache": cache, "prefill_exit": prefill_exit, "warm_start": warm_start}
+        ways |= {"speculative": speculative, "parallel": parallel}
+        asks = {"on_token": on_token is not None, "constraint": constraint is not None}
+        given = {"prompts": (tokens, lengths), "max_new_tokens": int(max_new_tokens), "options": request}
+        require_same(given | asks | {name: repr(way) for name, way in ways.items()})
     # Every copy of the model has as many rows; those that fill up are like the first, and done.
     real, copies = len(rows), copies_of(params)
     each = np.concatenate([np.arange(real), np.zeros(-real % copies, int)])
@@ -169,9 +178,6 @@ def generate(
     constraints = None if constraint is None else Constraints(constraint, real, options)
     if constraints is not None:
         request = constraints.restrict(request, range(real), config.vocab_size)
-    if on_several_hosts(params):
-        given = {"prompts": (tokens, lengths), "max_new_tokens": max_new_tokens, "options": request}
-        require_same(given | {"sizes": repr(sizes)})
     request = jax.device_put(request)  # once for all calls
     progress, prompt_steps = begin(
         params, config, host(tokens), host(lengths, np.int32), request, sizes, options.prefill_exit, warm_start

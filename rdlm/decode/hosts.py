@@ -38,32 +38,42 @@ class Hosts:
     def __init__(self) -> None:
         self._line = Line()
         self._actions: list[weakref.WeakMethod] = []
-        self._turn, self._inside = threading.RLock(), False
+        self._turn = threading.RLock()
+        self._runner: int | None = None  # thread that is running an action
+        self._followed = False
 
     def everywhere(self, action: Callable[..., Any]) -> Callable[..., Any]:
-        """`action(message, ...)` such that process 0 calls it and all run it, with no more than the message elsewhere.
+        """`run(message, ...)`, with which process 0 makes a message and all run action(message, ...), the others with
+        the message alone.
 
-        All processes name the same methods in the same order.
+        All processes name the same methods in the same order. Their objects are not kept alive.
         """
-        number = len(self._actions)
-        self._actions.append(weakref.WeakMethod(action))
+        number, known = len(self._actions), weakref.WeakMethod(action)
+        self._actions.append(known)
 
-        def run(message: bytes = b"", *here: object) -> Any:
+        def run(message: Callable[[], bytes] = bytes, *here: object) -> Any:
+            self.require_outside()
             with self._turn:  # of all engines, as they share the devices
                 self.require_first("run it")
-                if self._inside:
-                    raise InputError("Engine: called from on_token; a listener cannot run an engine of the same hosts")
-                self._inside = True
-                self._line.say(number.to_bytes(2, "big") + message)
+                method = known()
+                assert method is not None
+                self._runner = threading.get_ident()
                 try:
-                    return action(message, *here)
+                    text = message()
+                    self._line.say(number.to_bytes(2, "big") + text)
+                    return method(text, *here)
                 except BaseException:  # the others may be ahead now
                     self._line.cut()
                     raise
                 finally:
-                    self._inside = False
+                    self._runner = None
 
         return run
+
+    def require_outside(self) -> None:
+        """Refuse a listener that runs an engine. Raises InputError."""
+        if self._runner == threading.get_ident():
+            raise InputError("Engine: called from on_token; a listener cannot run an engine of the same hosts")
 
     def require_first(self, what: str) -> None:
         """Refuse what process 0 alone may do. Raises InputError."""
@@ -71,16 +81,21 @@ class Hosts:
         if index:
             raise InputError(f"Engine: this is process {index} of {count}; {what} on process 0, and call follow() here")
         if not self._line.open:
-            raise InputError("Engine: was closed, or has failed, and the other hosts follow no more; make another one")
+            raise InputError(
+                "Engine: was closed, or has failed, and the other hosts follow no more; start all of them again"
+            )
 
     def follow(self) -> None:
         """On the others: do what process 0 asks for, until it closes.
 
         Raises:
-          InputError: this is process 0.
+          InputError: this is process 0, or it has followed to the end.
         """
         if not self._line.index:
             raise InputError("Engine: this is process 0, which others follow; submit requests and run the engine")
+        if self._followed:
+            raise InputError("Engine: process 0 has closed its engines; make new ones on all hosts")
+        self._followed = True
         while message := self._line.hear():
             action = self._actions[int.from_bytes(message[:2], "big")]()
             assert action is not None, "process 0 uses an engine that this process has dropped"
@@ -89,15 +104,18 @@ class Hosts:
 
     def close(self) -> None:
         """On process 0: let the others stop following."""
-        self._line.close()
-        hosts.cache_clear()
+        self.require_outside()
+        with self._turn:
+            if self._line.open and not self._line.index:
+                self._line.close()
+                hosts.cache_clear()
 
 
 def require_same(things: dict[str, PyTree]) -> None:
     """Refuse arguments that differ between processes, which all call this together. Raises InputError."""
 
     def digest(tree: PyTree) -> str:
-        text = hashlib.sha256()
+        text = hashlib.sha256(str(jax.tree.structure(tree)).encode())
         for leaf in map(_plain, jax.tree.leaves(tree)):
             text.update(f"{leaf.dtype} {leaf.shape}".encode() + leaf.tobytes())
         return text.hexdigest()[:16]

@@ -60,7 +60,7 @@ class Schedule:
     def news(self) -> tuple[list[Served], list[Served]]:
         """(Requests of which other hosts have to hear, those that they have to give up.)"""
         with self._lock:
-            came, self.coming = self.coming or [], []
+            came, self.coming = [s for s in self.coming or () if not s.done], []
         return came, [s for s in self.known if s.done and not s._over]
 
     @property

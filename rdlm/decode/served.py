@@ -74,7 +74,9 @@ class Served:
     def _leave(self, error: BaseException | None = None) -> None:
         """End it for whoever made it, and for the engine as soon as all hosts know."""
         if not self.done:
-            self.error, self.cancelled, self._over = error, error is None, self._alone
+            self.error, self.cancelled = error, error is None
+            if self._alone:
+                self._over = True
 
     def cancel(self) -> None:
         """Give up: the lane is free for others at the next step. `tokens` keeps the output so far."""

@@ -5,18 +5,19 @@ JAX's heartbeat notices a lost process as well, but half a minute later and not 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import hmac
-import os
 import queue
 import secrets
 import socket
 import sys
 import threading
+import time
 from typing import BinaryIO
 
 from rdlm.runtime.cli import EXIT_FAILED
-from rdlm.runtime.processes import connection, exchange
+from rdlm.runtime.processes import StartError, connection, exchange, leave
 
 _SIZE = 8  # bytes before every message that say how long it is
 _TIMEOUT = 300  # seconds
@@ -37,17 +38,25 @@ class Line:
         if self.index == 0:
             secret = secrets.token_hex(16)
             with socket.create_server(("", 0), backlog=self.count) as server:
-                exchange(f"{server.getsockname()[1]} {secret}")
-                server.settimeout(_TIMEOUT)
+                port, deadline = server.getsockname()[1], time.monotonic() + _TIMEOUT
+                exchange(f"{port} {secret}")
                 arrived: dict[int, tuple[socket.socket, BinaryIO]] = {}
                 while len(arrived) < self.count - 1:
-                    other, _ = server.accept()  # anybody may connect to this port
+                    server.settimeout(max(deadline - time.monotonic(), 0.001))
+                    try:
+                        other, _ = server.accept()  # anybody may connect to this port
+                    except TimeoutError as error:
+                        missing = sorted({*range(1, self.count)} - arrived.keys())
+                        problem = f"processes {missing} did not reach port {port} of this host within {_TIMEOUT} s"
+                        raise StartError(f"{problem}; hosts must reach each other at any port") from error
                     other.settimeout(5)
                     with contextlib.suppress(OSError, ValueError, TypeError):
                         file: BinaryIO = other.makefile("rb")
-                        number, _, found = file.readline(100).decode().strip().partition(" ")
-                        if hmac.compare_digest(found, secret):
+                        number, _, found = file.readline(100).strip().partition(b" ")
+                        if hmac.compare_digest(found, secret.encode()):
                             arrived[int(number)] = other, file
+                            continue
+                    other.close()
             for index, (other, file) in sorted(arrived.items()):
                 self._keep(other)
                 self._others.append(other)
@@ -55,10 +64,16 @@ class Line:
         else:
             port, secret = exchange("")[0].split()
             host = joined.coordinator_address.rpartition(":")[0].strip("[]")
-            first = socket.create_connection((host, int(port)), timeout=_TIMEOUT)
+            try:
+                first = socket.create_connection((host, int(port)), timeout=_TIMEOUT)
+            except OSError as error:
+                problem = f"process 0 cannot be reached at {host}:{port} ({error})"
+                raise StartError(f"{problem}; hosts must reach each other at any port") from error
             self._keep(first)
             first.sendall(f"{self.index} {secret}\n".encode())
+            self._others.append(first)
             threading.Thread(target=self._listen, args=(first.makefile("rb"),), daemon=True).start()
+        atexit.register(self._unclosed)  # runs before JAX's own way out, which would wait for the others
 
     def _keep(self, other: socket.socket) -> None:
         other.settimeout(None)
@@ -79,12 +94,12 @@ class Line:
 
     def close(self) -> None:
         """On process 0: let go of the others; from now on any process may end without the others."""
-        if self.open:
+        if self.open and self.index == 0:
             self.open = False
             self.say(b"")
 
     def cut(self) -> None:
-        """On process 0: let the others end as if this process were lost."""
+        """Let the others end as if this process were lost."""
         self.open = False
         for other in self._others:
             with contextlib.suppress(OSError):
@@ -111,6 +126,13 @@ class Line:
 
     def _lost(self, index: int) -> None:
         if self.open:
+            self.cut()
             lost = f"process {index} of {self.count} has failed or is gone; start all of them again"
             print(f"error: {lost}", file=sys.stderr, flush=True)
-            os._exit(EXIT_FAILED)
+            leave(EXIT_FAILED, at_once=True)
+
+    def _unclosed(self) -> None:
+        if self.open:
+            self.cut()
+            print("error: ended without Engine.close(), and so do the other hosts", file=sys.stderr, flush=True)
+            leave(EXIT_FAILED, at_once=True)

@@ -213,8 +213,7 @@ def agree(things: dict[str, object]) -> None:
             for ours, theirs in itertools.zip_longest(parts[0], found):
                 if ours != theirs:
                     raise InputError(
-                        f"process {i}: {_pair(theirs)}, but on process 0 {_pair(ours)}: the hosts have different data; "
-                        "give all of them the same"
+                        f"process {i}: {_pair(theirs)}, but on process 0 {_pair(ours)}; give all of them the same"
                     )
 
 

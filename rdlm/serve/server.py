@@ -52,6 +52,7 @@ def serve(run: Run, options: ServeOptions | None = None, host: str = "127.0.0.1"
         if not is_first():
             return _follow(run, options or ServeOptions())
     service, config, listening = together(lambda: (*_web(run, options), open_socket(host, port)))
+    service.worker.require_memory()  # of all hosts together, so not before they all have come as far
     import uvicorn
 
     class Server(uvicorn.Server):
@@ -84,6 +85,8 @@ def serve(run: Run, options: ServeOptions | None = None, host: str = "127.0.0.1"
     finally:
         for number, handler in kept.items():
             signal.signal(number, handler)
+        if not is_alone():
+            service.worker.stop()  # a second Ctrl-C leaves it running, and other hosts wait for its last word
     if service.worker.failure is not None:
         raise service.worker.failure
     return 0
@@ -93,17 +96,17 @@ def _follow(run: Run, options: ServeOptions) -> int:
     """What `serve` does on other processes than the first."""
 
     def prepared() -> Worker:
-        from rdlm.serve.service import depths_of
-        from rdlm.serve.worker import Worker
+        with _extra():
+            from rdlm.serve.service import depths_of
+            from rdlm.serve.worker import Worker
 
         run.require_tokenizer()
-        worker = Worker(run, depths_of(run, options), lambda _: None)
-        worker.require_memory()
-        return worker
+        return Worker(run, depths_of(run, options), lambda _: None)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     worker = together(prepared)
+    worker.require_memory()
     print("following process 0, which answers", file=sys.stderr)
     worker.follow()
     return 0
@@ -115,17 +118,13 @@ def _web(run: Run, options: ServeOptions | None) -> tuple[Service, uvicorn.Confi
     Raises:
       InputError: as `serve`.
     """
-    try:
+    with _extra():
         import uvicorn
 
         from rdlm.serve.app import make_app
         from rdlm.serve.service import Service
-    except ModuleNotFoundError as error:
-        missing = f"{error.name}: not installed; a server needs the extra `serve` (pip install 'rdlm[serve]')"
-        raise InputError(missing) from error
 
     service = Service(run, options or ServeOptions())
-    service.worker.require_memory()
     config = uvicorn.Config(
         make_app(service),
         log_config=None,
@@ -136,6 +135,15 @@ def _web(run: Run, options: ServeOptions | None) -> tuple[Service, uvicorn.Confi
         timeout_keep_alive=30,
     )
     return service, config
+
+
+@contextlib.contextmanager
+def _extra() -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        missing = f"{error.name}: not installed; a server needs the extra `serve` (pip install 'rdlm[serve]')"
+        raise InputError(missing) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +172,7 @@ def in_thread(run: Run, options: ServeOptions | None = None) -> Iterator[Backgro
       InputError: as `serve`.
     """
     service, config = _web(run, options)
+    service.worker.require_memory()
     import uvicorn
 
     listening, server = open_socket("127.0.0.1", 0), uvicorn.Server(config)

@@ -112,7 +112,7 @@ class Worker:
         self._handed_over = 0  # how often
         self.engines: dict[str, Engine] = {}
         """By kind of exit rule, once made. Others may run them while there is no request."""
-        self._score_everywhere: Callable[[bytes], PromptScores] | None = None  # on several hosts
+        self._score_everywhere: Callable[..., PromptScores] | None = None  # on several hosts
         self._stopping = False
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
         self.ready = False
@@ -149,7 +149,8 @@ class Worker:
         """End the thread after the step that it is in; answers that are not done stay so."""
         self._stopping = True
         self._inbox.put(None)
-        self._thread.join()
+        if self._thread.ident is not None:  # it was started
+            self._thread.join()
 
     def submit(self, answer: Answer) -> None:
         """Make this answer."""
@@ -345,7 +346,7 @@ class Worker:
     def _scores(self, prompt: np.ndarray, depth: DepthChoice) -> PromptScores:
         if self._score_everywhere is None:
             return score_prompt(self._run.params, self._run.config, prompt, depth)
-        return self._score_everywhere(packed(prompt, depth))
+        return self._score_everywhere(functools.partial(packed, prompt, depth))
 
     def _score_here(self, message: bytes) -> PromptScores:
         return score_prompt(self._run.params, self._run.config, *unpacked(message, self._depths))

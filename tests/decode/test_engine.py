@@ -6,6 +6,8 @@ Decisions within the margins of docs/semantics.md may differ between compiled sh
 import contextlib
 import dataclasses
 import functools
+import gc
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -302,3 +304,14 @@ def test_what_lanes_read_follows_the_longest_request_in_flight(monkeypatch):
         e.step()
         assert sorted(np.asarray(e._running.lanes.cache.length) > 0) == [False] * 7 + [True]  # none of those that left
         e.run()
+
+
+def test_an_engine_that_is_dropped_frees_its_lanes_at_once():
+    e = new_engine("latest, kl")
+    lanes = weakref.ref(e._running.lanes.tokens)
+    gc.disable()
+    try:
+        del e
+        assert lanes() is None
+    finally:
+        gc.enable()

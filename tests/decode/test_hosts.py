@@ -29,8 +29,15 @@ def test_two_hosts_serve_and_generate_what_one_device_does(tmp_path):
     out = rdlm.generate(params(), TINY, PROMPTS, max_new_tokens=5, num_steps=4)
     for found in (first, other):
         assert found["generated"] == [[x.tolist() for x in part] for part in (out.tokens, out.steps)]
-        assert found["differ"].startswith("process 1: prompts = ")
         assert found["memory"] == "cache: needs 0.1 GiB of memory, 0.0 GiB are free; use less"  # on the other host
+        differ = found["differ"]
+        assert differ["prompts"].startswith("process 1: prompts = ")
+        assert differ["longer"].startswith("process 1: prompts = ")
+        assert differ["exit_rule"].startswith("process 1: options = ")
+        said = "process 1: {} = {}, but on process 0 {} = {}; give all of them the same"
+        assert differ["on_token"] == said.format("on_token", "true", "on_token", "false")
+        assert differ["lanes"] == said.format("Engine: lanes", 3, "Engine: lanes", 2)
+        assert "prompts[0]: must be a non-empty" in differ["wrong"]
         assert found["devices"] == "data = 2 x tensor = 2: must be all 8 devices of the 2 hosts"
     assert other["submit"].startswith("Engine: this is process 1 of 2; submit requests on process 0")
     assert first["constraint"].startswith("constraint: an engine on several hosts serves none")

@@ -43,7 +43,11 @@ def test_it_ends_with_its_first_process_and_with_any_that_is_lost(how, address):
         )
         for i in range(3)
     ]
-    said = [process.communicate(timeout=300) for process in three]
+    try:
+        said = [process.communicate(timeout=300) for process in three]
+    finally:
+        for process in three:
+            process.kill()
     codes = [process.returncode for process in three]
     assert said[1][0].splitlines() == ["5 first", "100000 xxxxx", "4 last"], said[1]
     if how == "closed":

@@ -1,6 +1,6 @@
 """Two processes of four CPU devices each, with one model: what each of them does, and how a test starts both.
 
-python two_hosts.py WHAT FOLDER
+python two_hosts.py FOLDER
 """
 
 import json
@@ -18,7 +18,7 @@ SEED = 8  # of requests of which some are cancelled after some tokens, and one g
 PROMPTS = [[5, 6, 7], [9, 8, 7, 6, 5], [3]]
 
 
-def start_both(command, **environment):
+def start_both(command):
     """Both processes of a command; stdout and stderr of each are pipes."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -30,7 +30,7 @@ def start_both(command, **environment):
     return [
         subprocess.Popen(
             list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env=os.environ | shared | {"RDLM_PROCESS_ID": str(i)} | environment,
+            env=os.environ | shared | {"RDLM_PROCESS_ID": str(i)},
         )
         for i in range(2)
     ]  # fmt: skip
@@ -39,7 +39,11 @@ def start_both(command, **environment):
 def run_both(folder):
     """(exit codes, last lines of stderr, what each process found) of `main`."""
     both = start_both([sys.executable, __file__, folder])
-    said = [process.communicate(timeout=600)[1].splitlines() for process in both]
+    try:
+        said = [process.communicate(timeout=600)[1].splitlines() for process in both]
+    finally:
+        for process in both:
+            process.kill()
     files = [folder / f"{i}.json" for i in range(2)]
     found = [json.loads(file.read_text()) if file.exists() else {} for file in files]
     return [process.returncode for process in both], [lines[-3:] for lines in said], found
@@ -55,6 +59,7 @@ def main():
     from test_pages import KIND, load
 
     import rdlm
+    from rdlm import exits
     from rdlm.decode.hosts import News
     from rdlm.runtime import memory
 
@@ -92,7 +97,18 @@ def main():
     held, wider = rdlm.tensor_parallel(params, config, 8)
     out = rdlm.generate(held, wider, PROMPTS, max_new_tokens=5, num_steps=4)
     found["generated"] = [[x.tolist() for x in part] for part in (out.tokens, out.steps)]
-    found["differ"] = refused(lambda: rdlm.generate(held, wider, [[5, mine]], max_new_tokens=5))
+
+    def differ(prompts=((5, 6),), **options):
+        return refused(lambda: rdlm.generate(held, wider, prompts, max_new_tokens=5, **options))
+
+    found["differ"] = {
+        "prompts": differ([[5, mine]]),
+        "longer": differ([[5] * (3 + 20 * mine)]),
+        "wrong": differ([[5] if mine else []]),
+        "on_token": differ(on_token=(lambda *_: None) if mine else None),
+        "exit_rule": differ(exit_rule=(exits.kl if mine else exits.latent_diff)(0.1)),
+        "lanes": refused(lambda: rdlm.Engine(held, wider, lanes=2 + mine, max_new_tokens=2)),
+    }
     found["devices"] = refused(lambda: rdlm.tensor_parallel(params, config, 2, 2))
     if mine:
         memory.free_memory = lambda: 0
