@@ -38,7 +38,7 @@ def lanes_that_fit(free: float, position: float, lane: float, capacity: int, pag
     """
     lengths = np.random.default_rng(0).lognormal(np.log(capacity / 4) - SPREAD**2 / 2, SPREAD, 10_000)
     held = [np.ceil(np.minimum(length, capacity) / page).mean() * page for length in (capacity, lengths)]
-    whole, shared = (int(free / (positions * position + lane)) for positions in held)
+    whole, shared = (max(0, int(free / (positions * position + lane))) for positions in held)
     return whole, shared
 
 

@@ -10,7 +10,7 @@ from experiments.studies.shared.comparison import S3
 from experiments.studies.shared.training import bind_batch, small_run, training_batch
 from rdlm import losses
 from rdlm.model import init_params
-from rdlm.recurrence import unroll
+from rdlm.recurrence import sample_steps, unroll
 
 STUDY = script("studies/remedies")
 RUN = small_run("remedies", [S3.train], embed_dim=16, num_heads=2, mlp_dim=16)
@@ -44,6 +44,21 @@ def test_a_pass_moves_as_far_whatever_its_recurrences():
     np.testing.assert_allclose(once, bound.step(bound.s0, 0), atol=1e-6)
     first = STUDY.slowed(bound, 8)(bound.s0, 0) - bound.s0
     np.testing.assert_allclose(first, (once - bound.s0) / 8, atol=1e-6)
+
+
+def test_each_scores_the_last_recurrences_alike():
+    n = int(sample_steps(KEYS[0], RUN.model.mean_recurrence, RUN.model.backprop_depth)[0])
+    alone = [losses.loss(PARAMS, RUN.model, BATCH, steps=(n, 1 + j), key=KEYS[1]) for j in range(4)]
+    np.testing.assert_allclose(STUDY.each(RUN.model, PARAMS, BATCH, *KEYS), np.mean(alone), rtol=1e-5)
+    assert np.ptp(alone) > 1e-4  # control: they differ
+
+
+def test_the_penalty_is_a_tenth():
+    loss = STUDY.trials("plain", S3, 3e-3).model.loss
+    params = init_params(STUDY.trials("plain", S3, 3e-3).settings.model, jax.random.key(0))
+    model = STUDY.trials("plain", S3, 3e-3).settings.model
+    stretched = (STUDY.penalised(model, params, BATCH, *KEYS) - 0.9 * loss(params, BATCH, *KEYS)) / 0.1
+    assert 0.1 < stretched < 10
 
 
 def test_the_curriculum_begins_with_one_recurrence_and_ends_with_the_model_s_depths():
