@@ -50,7 +50,7 @@ class Line:
                         problem = f"processes {missing} did not reach port {port} of this host within {_TIMEOUT} s"
                         raise StartError(f"{problem}; hosts must reach each other at any port") from error
                     other.settimeout(5)
-                    with contextlib.suppress(OSError, ValueError, TypeError):
+                    with contextlib.suppress(OSError, ValueError):
                         file: BinaryIO = other.makefile("rb")
                         number, _, found = file.readline(100).strip().partition(b" ")
                         if hmac.compare_digest(found, secret.encode()):
