@@ -31,10 +31,10 @@ import numpy as np
 import scipy.stats
 from jax import Array
 
-from experiments.studies.depth_scaling import RECIPES
-from experiments.studies.depth_scaling import run_config as task_config
-from experiments.studies.depth_scaling import trained as train_task
 from experiments.studies.shared.comparison import beside_earlier
+from experiments.studies.shared.recipes import RECIPES
+from experiments.studies.shared.recipes import run_config as task_config
+from experiments.studies.shared.recipes import trained as train_task
 from experiments.studies.shared.record import Json, interval, publish, rounded
 from experiments.studies.shared.training import check_seeds
 from rdlm.config import DataConfig, InputError, Loop, ModelConfig, preset, require
