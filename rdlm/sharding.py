@@ -235,8 +235,9 @@ class Layout:
             # The few parts first: 165 rows of each of 32 fill no tiles, and moving them takes the compiler long.
             for dim, axis in sorted(_cuts(spec), key=lambda cut: self.mesh.shape[cut[1]]):
                 for parts, groups in self._rounds(axis):
-                    split = g.reshape(*g.shape[:dim], parts, -1, *g.shape[dim + 1 :])
-                    g = lax.psum_scatter(jnp.moveaxis(split, dim, 0), axis, axis_index_groups=groups)
+                    split = jnp.moveaxis(g.reshape(*g.shape[:dim], parts, -1, *g.shape[dim + 1 :]), dim, 0)
+                    flat = split.reshape(parts, -1, split.shape[-1])  # of four dimensions TPUs make an all-reduce
+                    g = lax.psum_scatter(flat, axis, axis_index_groups=groups).reshape(split.shape[1:])
             return g
 
         return self._in_turn(one, gradients)

@@ -69,14 +69,16 @@ def received(mesh, reduce):
     return {c.kind for c in found}, sum(c.wire for c in found) / size
 
 
-@pytest.mark.parametrize("width", [1040, 1032])  # all 16 chips split it, or 8 of them: the other 2 the other dimension
-def test_a_gradient_is_reduce_scattered_over_a_whole_pod(width):
+# All 16 chips split the width, or 8 of them, and the other 2 the other dimension; of one matrix, or of two in one array.
+@pytest.mark.parametrize(("width", "matrices"), [(1040, 1), (1032, 1), (1032, 2)])
+def test_a_gradient_is_reduce_scattered_over_a_whole_pod(width, matrices):
     """Each chip receives it once. The control sums over all chips at once, which is an all-reduce: twice."""
     pytest.importorskip("libtpu")
     model = dataclasses.replace(MODEL, embed_dim=width, num_heads=4)
     mesh = make_mesh(MeshConfig(1, 16), model, hlo.tpu_devices("v5e:4x4"))
-    layout = Layout(mesh, {"wte": PartitionSpec("fsdp", "rest" if mesh.shape["rest"] > 1 else None)}, jnp.bfloat16)
-    kinds, times = received(mesh, lambda g: layout.reduce_scatter({"wte": g})["wte"])
+    spec = PartitionSpec(None, "fsdp", "rest" if mesh.shape["rest"] > 1 else None)
+    layout = Layout(mesh, {"wfc": spec}, jnp.bfloat16)
+    kinds, times = received(mesh, lambda g: layout.reduce_scatter({"wfc": g.reshape(matrices, -1, 1024)})["wfc"])
     assert "reduce-scatter" in kinds
     assert "all-reduce" not in kinds
     assert times < 1.1
