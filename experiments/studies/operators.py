@@ -13,10 +13,10 @@ iteration and by Anderson acceleration: evaluations of the core until the relati
 most 64), for the state and for the linear system of the gradient. Finished runs are kept in runs/operators, a file
 each; results of other methods stay.
 
-Hardware: any. A run takes 1 to 6 processor minutes. Found: trained by unrolling, also at a fixed r, the core has a fixed
-point that both solvers find (Anderson in 24 evaluations, plain iteration in 34). How far the gradient reaches matters
-little. Trained at equilibrium the core has a fixed point from which plain iteration diverges, and reaches an accuracy
-of 0.70 where the unrolled model has 0.999. Numbers: docs/studies/operators.md.
+Hardware: any. A run takes 1 to 6 processor minutes. Found: trained by unrolling, also at a fixed r, the core has a
+fixed point that both solvers find (Anderson in 24 evaluations, plain iteration in 34). How far the gradient reaches
+matters little. Trained at equilibrium the core has a fixed point from which plain iteration diverges, and reaches an
+accuracy of 0.70 where the unrolled model has 0.999. Numbers: docs/studies/operators.md.
 """
 
 from __future__ import annotations
