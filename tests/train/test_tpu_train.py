@@ -69,7 +69,7 @@ def received(mesh, reduce):
     return {c.kind for c in found}, sum(c.wire for c in found) / size
 
 
-# All 16 chips split the width, or 8 of them, and the other 2 the other dimension; of one matrix, or of two in one array.
+# All 16 chips split the width, or 8 of them, and the other 2 the other dimension. One matrix, or two in one array.
 @pytest.mark.parametrize(("width", "matrices"), [(1040, 1), (1032, 1), (1032, 2)])
 def test_a_gradient_is_reduce_scattered_over_a_whole_pod(width, matrices):
     """Each chip receives it once. The control sums over all chips at once, which is an all-reduce: twice."""
