@@ -228,6 +228,8 @@ def picture(path: Path, found: Json, depths: tuple[int, ...]) -> None:
                 axes.plot([rate] * len(values), values, "o", color=colours[name], markersize=4)
         axes.set(title=f"{test}, r = {r} (diverged: 0)", xlabel="learning rate", ylabel="accuracy", xscale="log")
         axes.set_ylim(-0.03, 1.03)
+        axes.set_xticks(RATES, [f"{rate:g}" for rate in RATES])
+        axes.minorticks_off()
     right.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=110)
 
