@@ -118,6 +118,7 @@ def generate(
     options = RequestOptions(
         num_steps, exit_rule, prefill_exit, min_steps, check_every, sampling, warm_start, init_scale, key, prefix
     )
+    check_type("config", config, ModelConfig)
     check_type("cache", cache, CachePolicy)
     check_callable("on_token", on_token)
     for name, other in (("speculative", speculative), ("parallel", parallel)):
