@@ -46,12 +46,13 @@ from experiments.studies.shared.comparison import (
 from experiments.studies.shared.equilibrium import anderson, equilibrium
 from experiments.studies.shared.halting import mean, token_losses
 from experiments.studies.shared.record import Json, publish
+from experiments.studies.shared.supervision import after_each
 from experiments.studies.shared.training import bind_batch, small_run
 from rdlm import losses
 from rdlm.config import ModelConfig, Scheme
 from rdlm.losses import IGNORED
 from rdlm.model import Params, bind
-from rdlm.recurrence import sample_steps, unroll
+from rdlm.recurrence import sample_steps
 from rdlm.runtime import parse_arguments, reuse_freed_memory, run_command
 
 RATE = 1e-3
@@ -100,7 +101,7 @@ def contestant(name: str, model: ModelConfig, depths: tuple[int, ...]) -> Contes
     special: dict[str, Callable[..., Array]] = {
         "full": full,
         "per_sequence": per_sequence,
-        "deep": deep,
+        "deep": after_each,
         "equilibrium": at_equilibrium,
     }
 
@@ -132,17 +133,6 @@ def per_sequence(
     start = losses.batch_state(params, model, labelled, None, state_key)
     found = losses.token_losses(params, model, labelled, depths, start)
     return found.sum() / (batch["labels"] != IGNORED).sum()
-
-
-def deep(params: Params, model: ModelConfig, batch: dict[str, Array], depth_key: Array, state_key: Array) -> Array:
-    """The mean of the losses after each of the last k recurrences, instead of the loss after the last one."""
-    bound = bind_batch(params, model, batch, state_key)
-    n, _ = sample_steps(depth_key, model.mean_recurrence, model.backprop_depth)
-    s, found = unroll(bound.step, bound.s0, n, 0), []
-    for j in range(model.backprop_depth):
-        s = bound.step(s, n + j)
-        found.append(mean(token_losses(bound, s, batch["labels"]), batch["labels"]))
-    return jnp.stack(found).mean()
 
 
 def at_equilibrium(

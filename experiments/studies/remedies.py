@@ -47,6 +47,7 @@ from experiments.studies.shared.comparison import (
 )
 from experiments.studies.shared.halting import mean, token_losses
 from experiments.studies.shared.record import Json, publish
+from experiments.studies.shared.supervision import after_each
 from experiments.studies.shared.training import bind_batch, small_run
 from rdlm import losses
 from rdlm.config import Loop, ModelConfig, RunConfig
@@ -116,17 +117,6 @@ def scaled(model: ModelConfig, params: Params, batch: dict[str, Array], depth_ke
     return mean(token_losses(bound, s, batch["labels"]), batch["labels"])
 
 
-def each(model: ModelConfig, params: Params, batch: dict[str, Array], depth_key: Array, state_key: Array) -> Array:
-    """The mean of the losses after each of the last k recurrences."""
-    bound = bind_batch(params, model, batch, state_key)
-    n, _ = sample_steps(depth_key, model.mean_recurrence, model.backprop_depth)
-    s, found = unroll(bound.step, bound.s0, n, 0), []
-    for j in range(model.backprop_depth):
-        s = bound.step(s, n + j)
-        found.append(mean(token_losses(bound, s, batch["labels"]), batch["labels"]))
-    return jnp.stack(found).mean()
-
-
 def growing(
     run: RunConfig, params: Params, batch: dict[str, Array], depth_key: Array, state_key: Array, step: Array
 ) -> Array:
@@ -153,9 +143,11 @@ def contestant(name: Name, run: RunConfig, depths: tuple[int, ...]) -> Contestan
     """A way to train, and how much the Jacobian stretches afterwards."""
     model = run.model
     made = recurrent(model, depths)
-    own: dict[str, Callable[..., Array]] = {"penalty": penalised, "scaled": scaled, "each": each}
+    own: dict[str, Callable[..., Array]] = {"penalty": penalised, "scaled": scaled}
     if name in own:
         made = dataclasses.replace(made, loss=functools.partial(own[name], model))
+    if name == "each":
+        made = dataclasses.replace(made, loss=lambda params, *given: after_each(params, model, *given))
     if name == "curriculum":
         made = dataclasses.replace(made, loss=functools.partial(growing, run), staged=True)
     if name == "scaled":

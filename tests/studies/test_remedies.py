@@ -7,6 +7,7 @@ import pytest
 from experiment_scripts import script
 
 from experiments.studies.shared.comparison import S3
+from experiments.studies.shared.supervision import after_each
 from experiments.studies.shared.training import bind_batch, small_run, training_batch
 from rdlm import losses
 from rdlm.model import init_params
@@ -49,7 +50,7 @@ def test_a_pass_moves_as_far_whatever_its_recurrences():
 def test_each_scores_the_last_recurrences_alike():
     n = int(sample_steps(KEYS[0], RUN.model.mean_recurrence, RUN.model.backprop_depth)[0])
     alone = [losses.loss(PARAMS, RUN.model, BATCH, steps=(n, 1 + j), key=KEYS[1]) for j in range(4)]
-    np.testing.assert_allclose(STUDY.each(RUN.model, PARAMS, BATCH, *KEYS), np.mean(alone), rtol=1e-5)
+    np.testing.assert_allclose(after_each(PARAMS, RUN.model, BATCH, *KEYS), np.mean(alone), rtol=1e-5)
     assert np.ptp(alone) > 1e-4  # control: they differ
 
 
