@@ -21,7 +21,7 @@ import dataclasses
 import functools
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jax.typing import ArrayLike
@@ -54,6 +54,14 @@ from rdlm.model import Params, check_shape, typed_key
 from rdlm.model.inputs import check_callable, check_integers, check_type
 from rdlm.runtime import together
 from rdlm.runtime.memory import require_memory
+
+
+class _Everywhere(NamedTuple):
+    """What an engine does on all hosts, if there are several."""
+
+    step: Callable[..., bool]
+    compile: Callable[..., None]
+    counters: Callable[..., tuple[np.ndarray, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,11 +195,13 @@ class Engine:
         self._running = Running(setup, self._schedule, self._reader, flush, ticks_per_step)
         self._hosts: Hosts | None = None
         self._mine = dict[tuple[int, int], Served]()  # that come with the next step
-        self._everywhere: list[Callable[..., Any]] = []  # on several hosts: to step, compile and count on all of them
+        self._everywhere: _Everywhere | None = None
         if several:
             self._hosts, self._schedule.coming = hosts(), []
-            actions = self._step_here, self._compile_here, self._count_here
-            self._everywhere = [self._hosts.everywhere(action) for action in actions]
+            everywhere = self._hosts.everywhere
+            self._everywhere = _Everywhere(
+                everywhere(self._step_here), everywhere(self._compile_here), everywhere(self._count_here)
+            )
         self._one_thread, self._inside = threading.RLock(), False
         self._turn: tuple[asyncio.AbstractEventLoop, asyncio.Lock] | None = None
 
@@ -313,7 +323,7 @@ class Engine:
     def compile_preemption(self) -> None:
         """Compile what the first preemption needs, so that nobody waits for it then. For an engine that is idle."""
         with self._my_turn():
-            self._everywhere[1]() if self._everywhere else self._compile_here()
+            self._everywhere.compile() if self._everywhere else self._compile_here()
 
     def _compile_here(self, _: bytes = b"") -> None:
         self._running.compile_preemption()
@@ -354,7 +364,7 @@ class Engine:
         meanwhile: called once the device computes the ticks, before the wait for it; not if there are none to compute.
         """
         with self._my_turn():
-            return self._everywhere[0](self._news, meanwhile) if self._everywhere else self._step_here(b"", meanwhile)
+            return self._everywhere.step(self._news, meanwhile) if self._everywhere else self._step_here(b"", meanwhile)
 
     @contextlib.contextmanager
     def _my_turn(self) -> Iterator[None]:
@@ -424,7 +434,7 @@ class Engine:
         """Counters since the engine was made. On several hosts process 0 alone reads them, between steps."""
         if self._everywhere:
             with self._my_turn():
-                ticks, used, flushes = self._everywhere[2]()
+                ticks, used, flushes = self._everywhere.counters()
         else:
             ticks, used, flushes = self._count_here()
         share = int(used.sum()) / max(int(ticks.sum()) * self._schedule.each, 1)
