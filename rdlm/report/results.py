@@ -53,10 +53,14 @@ def compact(tree: Any) -> str:
 
 
 def command() -> str:
-    """This command line, without --runs and --results: the folders of one machine say nothing about a result."""
-    script = Path(sys.argv[0])
-    words = " ".join(["python", f"{script.parent.name}/{script.name}", *sys.argv[1:]])
-    return re.sub(r" --(runs|results)[ =]\S+", "", words)
+    """This command line, without --runs, --results and absolute paths, which say nothing about a result.
+
+    The script is named from `experiments` on.
+    """
+    parts = Path(sys.argv[0]).parts
+    first = parts.index("experiments") if "experiments" in parts else -2
+    words = " ".join(["python", "/".join(parts[first:]), *sys.argv[1:]])
+    return re.sub(r" --((runs|results)[ =]\S+|[\w-]+[ =]/\S*)", "", words)
 
 
 def commit() -> str:

@@ -60,10 +60,14 @@ def test_finished_parts_are_remembered_with_what_made_them(tmp_path):
         remembered(path, {"model": {"width": 3, "option": 2}}, make)
 
 
-@pytest.mark.parametrize("places", [["--runs", "/a/b", "--results", "c"], ["--runs=/a/b"], []])
+@pytest.mark.parametrize(
+    "places", [["--runs", "/a/b", "--results", "c"], ["--runs=/a/b"], ["--data-folder", "/d", "--model=/m/n"], []]
+)
 def test_a_command_is_kept_without_the_places_of_a_machine(places, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/x/experiments/some.py", "--seeds", "0", *places, "--quick"])
     assert command() == "python experiments/some.py --seeds 0 --quick"
+    monkeypatch.setattr(sys, "argv", ["/x/experiments/studies/some.py", *places, "--model", "models/smollm2"])
+    assert command() == "python experiments/studies/some.py --model models/smollm2"
 
 
 def row(seed, *means, rate=1e-3):
