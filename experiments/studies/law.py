@@ -1,0 +1,261 @@
+"""What is an extra recurrence worth on text? A law of the loss in parameters, mean recurrence and tokens.
+
+    python experiments/studies/law.py                             # 30 runs on the World Factbook: half an hour
+    python experiments/studies/law.py --prepared data/shakespeare # and 18 on your own prepared text
+    python experiments/studies/law.py --quick                     # only shows that everything works
+
+Models with one layer of coda and one of core, at three widths, are trained with a mean recurrence of 1, 2, 4 and 8 and
+read at that r. Beside them are models whose core has two or four layers of its own and runs once. To the losses of all
+of them a law is fitted, in the form of arXiv 2604.21106:
+
+    loss = E + A (N1 + r^phi N2)^-alpha + B T^-beta
+
+N1: parameters of coda and adapter, N2: of the core's layers, T: tokens of training. At phi = 1 a recurrence is worth as
+much as new layers, at 0 nothing; that paper found .46 at 116 runs of larger models. Intervals come from fitting samples
+of the runs again. A corpus that is trained on for one length only gets a law without T.
+
+Finished runs are kept in RUNS, a run folder each. Hardware: any. Found: docs/studies/law.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import scipy.optimize
+
+from experiments.studies.shared.record import Json, publish
+from rdlm.config import (
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RecurrenceConfig,
+    RunConfig,
+    preset,
+    require,
+)
+from rdlm.data.manifest import read_manifest
+from rdlm.perf import flops
+from rdlm.runtime import EXIT_DONE, parse_arguments, reuse_freed_memory, run_command
+from rdlm.train import train
+
+WIDTHS, RECURRENCES, LAYERS = (32, 64, 96), (1, 2, 4, 8), (2, 4)
+SHORT, LONG = 200, 600
+"""Training steps; the short ones on the World Factbook alone."""
+SAMPLES = 200
+"""Samples of the runs, drawn with replacement, that intervals come from."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Train models of several widths, recurrences and lengths on text; fit a law to their losses."""
+
+    prepared: tuple[Path, ...] = ()
+    """Further corpora: folders made by experiments/prepare_data.py, with rows of 128 tokens."""
+    runs: Path = Path("runs/law")
+    """Folder for run folders."""
+    data_folder: Path = Path("data")
+    """Folder of the World Factbook."""
+    results: Path = Path("experiments/studies/results")
+    """Folder for law.json and law.png."""
+    quick: bool = False
+    """Two small models of a few steps, and no law; writes only under RUNS/quick."""
+
+
+class Cell(NamedTuple):
+    """A model and how long it is trained."""
+
+    width: int
+    layers: int
+    """Of the core."""
+    r: int
+    steps: int
+
+
+def cells(lengths: Sequence[int]) -> list[Cell]:
+    """The short trainings first: recurrent models at every length, deeper cores at the last one."""
+    looped = [Cell(D, 1, r, steps) for steps, D, r in itertools.product(lengths, WIDTHS, RECURRENCES)]
+    return looped + [Cell(D, layers, 1, lengths[-1]) for D, layers in itertools.product(WIDTHS, LAYERS)]
+
+
+def run_config(cell: Cell, data: DataConfig, folder: Path) -> RunConfig:
+    """The run of a cell. A mean of one recurrence is a fixed depth."""
+    base = preset("quickstart")
+    model = ModelConfig(
+        vocab_size=data.tokenizer_size,
+        embed_dim=cell.width,
+        num_heads=4,
+        mlp_dim=3 * cell.width,
+        prelude_layers=0,
+        core_layers=cell.layers,
+        coda_layers=1,
+        max_length=data.sequence_length,
+        mean_recurrence=cell.r,
+        backprop_depth=min(cell.r, 4),
+    )
+    scheme = "non-recurrent" if cell.r == 1 else base.recurrence.scheme
+    return dataclasses.replace(
+        base,
+        preset="law",
+        model=model,
+        recurrence=RecurrenceConfig(scheme=scheme),
+        optimizer=OptimizerConfig(
+            learning_rate=3e-3, warmup_steps=min(50, cell.steps // 4), cooldown_steps=cell.steps // 4
+        ),
+        data=data,
+        checkpoint=dataclasses.replace(base.checkpoint, every=cell.steps),
+        evaluation=EvaluationConfig(every=cell.steps, depths=(cell.r,)),
+        steps=cell.steps,
+        run_dir=str(folder / f"d{cell.width}_layers{cell.layers}_r{cell.r}_steps{cell.steps}"),
+    )
+
+
+def row(cell: Cell, data: DataConfig, folder: Path) -> Json:
+    """Train a cell, or read its finished run: its numbers and its loss on all held-out rows.
+
+    Raises:
+      SystemExit: with the trainer's exit code, if it was stopped.
+    """
+    run = run_config(cell, data, folder)
+    code = train(run)
+    if code != EXIT_DONE:
+        raise SystemExit(code)
+    nats = json.loads((Path(run.folder) / "loss_by_depth.json").read_text())[str(cell.r)]
+    block = flops.block_parameters(run.model)
+    adapter = 2 * cell.width**2
+    return {
+        **cell._asdict(),
+        "once": run.model.coda_layers * block + adapter,
+        "core": cell.layers * block,
+        "tokens": cell.steps * data.batch_size * data.sequence_length,
+        "nats": round(float(nats), 4),
+    }
+
+
+def predicted(law: Sequence[float], once: Any, core: Any, r: Any, tokens: Any) -> Any:
+    """The law's loss; law: E, A, alpha, phi, and B, beta where it has tokens."""
+    E, A, alpha, phi, *of_tokens = law
+    size = E + A * ((once + r**phi * core) / 1e4) ** -alpha
+    return size + (of_tokens[0] * (tokens / 1e5) ** -of_tokens[1] if of_tokens else 0)
+
+
+def fitted(rows: Sequence[Json]) -> tuple[list[float], float]:
+    """(law, root mean square of what it leaves in nats), by least squares on the log of the loss.
+
+    A is in units of 10,000 parameters, B of 100,000 tokens.
+    """
+    once, core, r, tokens, nats = (np.array([x[name] for x in rows]) for name in COLUMNS)
+    start, low, high = [1.0, 1.0, 0.3, 0.5], [0, 0, 0.01, -1], [nats.min(), 10, 3, 2]
+    if len(set(tokens)) > 1:
+        start, low, high = [*start, 1.0, 0.5], [*low, 0, 0.01], [*high, 10, 3]
+
+    def residual(law: np.ndarray) -> np.ndarray:
+        return np.log(predicted(law, once, core, r, tokens)) - np.log(nats)
+
+    found = scipy.optimize.least_squares(residual, start, bounds=(low, high), x_scale="jac", max_nfev=2000)
+    left = predicted(found.x, once, core, r, tokens) - nats
+    return found.x.tolist(), float(np.sqrt((left**2).mean()))
+
+
+COLUMNS = ("once", "core", "r", "tokens", "nats")
+NAMES = ("E", "A", "alpha", "phi", "B", "beta")
+
+
+def law_of(rows: Sequence[Json]) -> Json:
+    """{name: [value, lower end, upper end of its 95 % interval]}, and what the law leaves in nats."""
+    law, left = fitted(rows)
+    generator = np.random.default_rng(0)
+    again = []
+    for _ in range(SAMPLES):
+        sample = [rows[i] for i in generator.integers(len(rows), size=len(rows))]
+        if len({x["tokens"] for x in sample}) == len({x["tokens"] for x in rows}):
+            again.append(fitted(sample)[0])
+    ends = np.percentile(again, [2.5, 97.5], axis=0).T
+    named = zip(NAMES, law, ends.tolist(), strict=False)
+    return {name: [round(x, 4) for x in (value, *pair)] for name, value, pair in named} | {"left": round(left, 4)}
+
+
+def table(rows: Sequence[Json]) -> str:
+    """A row for every width and length: the loss at every mean recurrence, and of deeper cores."""
+    at = {Cell(*(x[name] for name in Cell._fields)): x["nats"] for x in rows}
+    depths, layers = sorted({c.r for c in at}), sorted({c.layers for c in at} - {1})
+    heads = [*(f"r = {r}" for r in depths), *(f"{n} layers" for n in layers)]
+    lines = ["| width | steps | " + " | ".join(heads) + " |", "|---" * (2 + len(heads)) + "|"]
+    for D, steps in sorted({(c.width, c.steps) for c in at}):
+        keys = [Cell(D, 1, r, steps) for r in depths] + [Cell(D, n, 1, steps) for n in layers]
+        values = (f"{at[key]:.3f}" if key in at else "" for key in keys)
+        lines.append(f"| {D} | {steps} | " + " | ".join(values) + " |")
+    return "\n".join(lines)
+
+
+def picture(path: Path, corpora: Json) -> None:
+    """Loss after the longer training against the layers a token passes in the core: recurrences, and new layers."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5 * len(corpora), 4.2), layout="constrained")
+    colours = ("#0072B2", "#D55E00", "#009E73")
+    for axes, (name, found) in zip(figure.subplots(1, len(corpora), squeeze=False)[0], corpora.items(), strict=True):
+        longest = max(x["steps"] for x in found["rows"])
+        for colour, D in zip(colours, sorted({x["width"] for x in found["rows"]}), strict=False):
+            here = [x for x in found["rows"] if x["width"] == D and x["steps"] == longest]
+            looped, deeper = ([x for x in here if (x["layers"] == 1) == one] for one in (True, False))
+            axes.plot([x["r"] for x in looped], [x["nats"] for x in looped], "o-", color=colour, label=f"D = {D}, r")
+            axes.plot(
+                [1, *(x["layers"] for x in deeper)],
+                [looped[0]["nats"], *(x["nats"] for x in deeper)],
+                "s--",
+                color=colour,
+                label=f"D = {D}, layers",
+            )
+        axes.set(title=name, xlabel="recurrences r, or layers of the core", ylabel="loss, nats per token", xscale="log")
+        axes.set_xticks(RECURRENCES, map(str, RECURRENCES))
+        axes.minorticks_off()
+        axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def corpora(args: Args) -> list[tuple[str, DataConfig, tuple[int, ...]]]:
+    """(name, data, training lengths) of every corpus. Raises InputError: see `Args.prepared`."""
+    common = dataclasses.replace(preset("quickstart").data, batch_size=8, folder=str(args.data_folder))
+    found: list[tuple[str, DataConfig, tuple[int, ...]]] = [("factbook", common, (SHORT, LONG))]
+    for folder in args.prepared:
+        manifest = read_manifest(folder)
+        length = manifest.identity()["sequence_length"]
+        require(length == common.sequence_length, f"{folder}: sequence_length", length, "must be 128 here")
+        data = dataclasses.replace(common, prepared=(str(folder),), tokenizer_size=manifest.vocab_size)
+        found.append((folder.name, data, (LONG,)))
+    names = [name for name, *_ in found]
+    require(len(set(names)) == len(names), "--prepared", names, "must be folders of different names")
+    return found
+
+
+def main() -> int:
+    args = parse_arguments(Args, prog="law.py", description=__doc__)
+    reuse_freed_memory()
+    runs, results = (args.runs / "quick", args.runs / "quick") if args.quick else (args.runs, args.results)
+    found: Json = {}
+    for name, data, lengths in corpora(args):
+        grid = [Cell(16, 1, 2, 4), Cell(16, 2, 1, 4)] if args.quick else cells(lengths)
+        rows = [row(cell, data, runs / name) for cell in grid]
+        found[name] = {"rows": rows} | ({} if args.quick else {"law": law_of(rows)})
+        print(f"{name}\n{table(rows)}")
+        for part, value in found[name].get("law", {}).items():
+            print(f"{part}: {value}")
+    units = {
+        "nats": "per token, on all held-out rows, at the mean recurrence of training",
+        "once, core": "parameters",
+        "law": "value, ends of its 95 % interval; A per 1e4 parameters, B per 1e5 tokens; left in nats",
+    }
+    publish(results / "law.json", {"corpora": found}, units, functools.partial(picture, corpora=found))
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
