@@ -139,7 +139,7 @@ def row(cell: Cell, data: DataConfig, folder: Path) -> Json:
     }
 
 
-def predicted(law: Sequence[float], once: Any, core: Any, r: Any, tokens: Any) -> Any:
+def predicted(law: Any, once: Any, core: Any, r: Any, tokens: Any) -> Any:
     """The law's loss; law: E, A, alpha, phi, and B, beta where it has tokens."""
     E, A, alpha, phi, *of_tokens = law
     size = E + A * ((once + r**phi * core) / 1e4) ** -alpha
