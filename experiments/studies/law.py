@@ -31,20 +31,11 @@ import numpy as np
 import scipy.optimize
 
 from experiments.studies.shared.record import Json, publish
-from rdlm.config import (
-    DataConfig,
-    EvaluationConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RecurrenceConfig,
-    RunConfig,
-    preset,
-    require,
-)
+from experiments.studies.shared.text import text_data, text_run, trained
+from rdlm.config import DataConfig, RunConfig, require
 from rdlm.data.manifest import read_manifest
 from rdlm.perf import flops
-from rdlm.runtime import EXIT_DONE, parse_arguments, reuse_freed_memory, run_command
-from rdlm.train import train
+from rdlm.runtime import parse_arguments, reuse_freed_memory, run_command
 
 WIDTHS, RECURRENCES, LAYERS = (32, 64, 96), (1, 2, 4, 8), (2, 4)
 SHORT, LONG = 200, 600
@@ -86,35 +77,15 @@ def cells(lengths: Sequence[int]) -> list[Cell]:
 
 
 def run_config(cell: Cell, data: DataConfig, folder: Path) -> RunConfig:
-    """The run of a cell. A mean of one recurrence is a fixed depth."""
-    base = preset("quickstart")
-    model = ModelConfig(
-        vocab_size=data.tokenizer_size,
-        embed_dim=cell.width,
-        num_heads=4,
-        mlp_dim=3 * cell.width,
-        prelude_layers=0,
-        core_layers=cell.layers,
-        coda_layers=1,
-        max_length=data.sequence_length,
-        mean_recurrence=cell.r,
-        backprop_depth=min(cell.r, 4),
-    )
-    scheme = "non-recurrent" if cell.r == 1 else base.recurrence.scheme
-    return dataclasses.replace(
-        base,
-        preset="law",
-        model=model,
-        recurrence=RecurrenceConfig(scheme=scheme),
-        optimizer=OptimizerConfig(
-            learning_rate=3e-3, warmup_steps=min(50, cell.steps // 4), cooldown_steps=cell.steps // 4
-        ),
-        data=data,
-        checkpoint=dataclasses.replace(base.checkpoint, every=cell.steps),
-        evaluation=EvaluationConfig(every=cell.steps, depths=(cell.r,)),
-        steps=cell.steps,
-        run_dir=str(folder / f"d{cell.width}_layers{cell.layers}_r{cell.r}_steps{cell.steps}"),
-    )
+    """The run of a cell."""
+    shape = {
+        "embed_dim": cell.width,
+        "core_layers": cell.layers,
+        "mean_recurrence": cell.r,
+        "backprop_depth": min(cell.r, 4),
+    }
+    name = f"d{cell.width}_layers{cell.layers}_r{cell.r}_steps{cell.steps}"
+    return text_run("law", data, folder / name, cell.steps, shape)
 
 
 def row(cell: Cell, data: DataConfig, folder: Path) -> Json:
@@ -124,10 +95,7 @@ def row(cell: Cell, data: DataConfig, folder: Path) -> Json:
       SystemExit: with the trainer's exit code, if it was stopped.
     """
     run = run_config(cell, data, folder)
-    code = train(run)
-    if code != EXIT_DONE:
-        raise SystemExit(code)
-    nats = json.loads((Path(run.folder) / "loss_by_depth.json").read_text())[str(cell.r)]
+    nats = json.loads((trained(run) / "loss_by_depth.json").read_text())[str(cell.r)]
     block = flops.block_parameters(run.model)
     adapter = 2 * cell.width**2
     return {
@@ -223,7 +191,7 @@ def picture(path: Path, corpora: Json) -> None:
 
 def corpora(args: Args) -> list[tuple[str, DataConfig, tuple[int, ...]]]:
     """(name, data, training lengths) of every corpus. Raises InputError: see `Args.prepared`."""
-    common = dataclasses.replace(preset("quickstart").data, batch_size=8, folder=str(args.data_folder))
+    common = text_data(args.data_folder)
     found: list[tuple[str, DataConfig, tuple[int, ...]]] = [("factbook", common, (SHORT, LONG))]
     for folder in args.prepared:
         manifest = read_manifest(folder)
