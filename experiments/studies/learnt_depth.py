@@ -113,7 +113,7 @@ class Subject(NamedTuple):
 
 def runs_of(name: str, args: Args, seed: int) -> RunConfig:
     """The run of `gate`, or of `plain`."""
-    data, folder = text_data(args.data_folder), args.runs / "learnt_depth"
+    data, folder = text_data(args.data_folder, args.quick), args.runs / "learnt_depth"
     steps = 4 if args.quick else STEPS
     run_dir = folder / f"{name.replace(' ', '_')}_seed{seed}"
     looped = {
@@ -155,7 +155,7 @@ def subject(name: Name, args: Args, seed: int) -> Subject:
         fitting = [training_batch(words, 1000 + seed, i, 16) for i in range(2 if args.quick else FIT)]
         return Subject(train_task(run, recipe)[0], run.model, held_out, fitting, 32)
     text = load(trained(second_stage(args, seed) if name == "gate 2" else runs_of(name, args, seed)))
-    data = text_data(args.data_folder)
+    data = text_data(args.data_folder, args.quick)
     packed = PackedData(prepare_embedded(data), sequence_length=data.sequence_length, batch_size=data.batch_size)
     fitting = [packed.batch(i) for i in range(2 if args.quick else FIT)]
     held_out = list(text.validation(str(args.data_folder)).batches(1 if args.quick else 16))
@@ -355,7 +355,8 @@ def picture(path: Path, found: Json) -> None:
         (right, f"S3, {LETTERS} letters", "accuracy"),
     ):
         axes.set(title=title, xlabel="MFLOP per token", ylabel=label)
-        axes.legend(frameon=False, fontsize=7)
+        if axes.lines:
+            axes.legend(frameon=False, fontsize=7)
     figure.savefig(path, dpi=110)
 
 
