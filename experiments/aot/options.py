@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from rdlm.config import Gather, Remat, TuneConfig
+from rdlm.config import Gather, Remat, Small, TuneConfig
 
 Exit = Literal["none", "kl", "gated_kl", "latent_diff"]
 
@@ -50,7 +50,7 @@ class Options:
     """Recurrences whose keys and values are kept; None: all."""
     cache_dtype: Literal["int8"] | None = None
     """Of keys and values; None: bfloat16."""
-    weight_dtype: Literal["int8"] | None = None
+    weight_dtype: Small | None = None
     """Of matrices, as quantize.py makes them; None: bfloat16."""
     num_steps: int = 32
     """Maximum recurrences per token."""

@@ -35,6 +35,7 @@ from rdlm.config.run import (
     Remat,
     RunConfig,
     Scheme,
+    Small,
     TuneConfig,
 )
 
@@ -67,6 +68,7 @@ __all__ = [
     "RunConfig",
     "Sampling",
     "Scheme",
+    "Small",
     "Speculative",
     "TuneConfig",
     "check_threshold",

@@ -36,6 +36,9 @@ Part = Literal["embedding", "prelude", "adapter", "low", "core", "coda", "head",
 
 LoraTarget = Literal["attn.qkv", "attn.proj", "mlp.fc", "mlp.proj", "adapter"]
 
+Small = Literal["int8", "float8_e4m3fn"]
+"""Dtypes of quantized matrices (docs/quantize.md)."""
+
 IGNORED = -100
 """Label of a position that is not scored."""
 
@@ -170,6 +173,9 @@ class OptimizerConfig:
     """Maximum global L2 norm of the gradient."""
     ema_decay: float = 0.0
     """Decay of a moving average of the weights that is saved with every checkpoint, for example 0.999; 0 is off."""
+    quantize: Small | None = None
+    """Train for `quantize.py --dtype` with the same dtype: loss and gradient are those of the rounded matrices, and the
+    gradient moves the full ones, which are saved and validated (docs/quantize.md). None: off."""
 
     def __post_init__(self) -> None:
         check_types(self, "optimizer.")
@@ -490,6 +496,9 @@ class RunConfig:
         if self.loss.gate != "none":
             require(self.model.loop.gate, "loss.gate", self.loss.gate, "needs a model with model.loop.gate")
         self.tune.check_fits(self.model)
+        fits = not (self.tune.lora_rank and self.optimizer.quantize)
+        fix = "must be left out with tune.lora_rank: a pair is merged before its matrix is rounded"
+        require(fits, "optimizer.quantize", self.optimizer.quantize, fix)
         only, learns = self.tune.only, not self.tune.freezes or "gate" in self.tune.only
         fix = "the gate learns only with --loss.gate exit or improvement; give one, or leave gate out"
         require(self.loss.gate != "none" or "gate" not in only, "tune.only", only, fix)

@@ -36,7 +36,7 @@ from rdlm.model.network import (
     with_values,
 )
 from rdlm.model.noise import noisy
-from rdlm.model.quantize import check_float, quantization, quantize, quantized_specs
+from rdlm.model.quantize import check_float, quantization, quantize, quantized_specs, rounded
 from rdlm.model.retrofit import retrofit
 from rdlm.model.tensor_parallel import tensor_parallel
 
@@ -77,6 +77,7 @@ __all__ = [
     "quantized_specs",
     "readout",
     "retrofit",
+    "rounded",
     "split_steps",
     "start_from",
     "tensor_parallel",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +17,11 @@ from jax import Array
 from jax.sharding import PartitionSpec
 from jaxtyping import PyTree
 
-from rdlm.config import InputError, ModelConfig, require
+from rdlm.config import InputError, ModelConfig, Small, require
 from rdlm.model.inputs import check_type
 from rdlm.model.network import Params
 from rdlm.tune import SCALE, Path, target_of
 
-Small = Literal["int8", "float8_e4m3fn"]
 MATRICES = ("attn.qkv", "attn.proj", "mlp.fc", "mlp.proj")
 """What is quantized, in every block."""
 EMBEDDINGS = ("wte", "head")
@@ -64,6 +63,21 @@ def quantize(params: Params, config: ModelConfig, dtype: Small = "int8", embeddi
         return small, scale
 
     return _beside(params, embeddings, one)
+
+
+def rounded(params: Params, dtype: Small) -> Params:
+    """`params`, or a part of them, with the values that `quantize` keeps of the matrices, in the matrices' own dtype.
+
+    A matrix that is not finite becomes NaN.
+    """
+
+    def one(path: Any, w: Array) -> Array:
+        if target_of(tuple(key.key for key in path)) not in MATRICES:
+            return w
+        small, scale, finite = _quantized(w, dtype, -2)
+        return jnp.where(finite, small.astype(jnp.float32) * scale, jnp.nan).astype(w.dtype)
+
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def quantized_specs(specs: PyTree[PartitionSpec], embeddings: bool = False) -> PyTree[PartitionSpec]:

@@ -16,7 +16,7 @@ from jaxtyping import PyTree
 from rdlm import sharding
 from rdlm.config import ModelConfig, RunConfig, TuneConfig
 from rdlm.losses import IGNORED, Batch, Depths, as_batch, batch_state, token_losses
-from rdlm.model import Params, init_params, logical_axes
+from rdlm.model import Params, init_params, logical_axes, rounded
 from rdlm.optim import module_norms, schedule
 from rdlm.recurrence import max_gradient_steps, sample_steps
 from rdlm.sharding import SPLIT, Layout
@@ -102,6 +102,9 @@ def gradients(
 ) -> tuple[Array, Params, tuple[Array, Array]]:
     """(loss, its gradient, (n, k) that ran) of the whole batch. The gradient is that of `params`, which learn.
 
+    With `optimizer.quantize` both are taken at the rounded matrices, so the gradient passes the rounding as if it were
+    the identity (straight-through, arXiv 1308.3432).
+
     The loss is the sum of cross-entropies over scored labels, divided by their number over all devices and
     microbatches; its gradient is that of the losses weighed by depth. Where draws differ within a step, n and k are
     their means.
@@ -112,6 +115,10 @@ def gradients(
         With `loss.teacher` = "start" its entry "teacher" holds all parameters that teach.
     """
     frozen = frozen or {}
+    if run.optimizer.quantize:  # once for all microbatches and recurrences; over shards the compiler finds the maxima
+        params = rounded(params, run.optimizer.quantize)
+        teacher = {"teacher": frozen["teacher"]} if "teacher" in frozen else {}
+        frozen = rounded(frozen, run.optimizer.quantize) | teacher
     draws = _draws(run, batch, step)
     ran: Any = tuple(x if x.ndim == 0 else x.mean() for x in draws.rows or draws[:2])
     if layout is None:
