@@ -38,7 +38,7 @@ from experiments.studies.shared.halting import head
 from experiments.studies.shared.recipes import RECIPES
 from experiments.studies.shared.recipes import run_config as task_config
 from experiments.studies.shared.recipes import trained as train_task
-from experiments.studies.shared.record import Json, interval, publish, rounded
+from experiments.studies.shared.record import Json, interval, publish, remembered, rounded
 from experiments.studies.shared.text import text_data, text_run, trained
 from experiments.studies.shared.training import check_seeds, training_batch
 from rdlm import exits
@@ -282,9 +282,21 @@ def read(name: Name, of: Subject, quick: bool) -> Json:
     if name == "plain" and not quick:
         out["calibrated"] = {
             kind: None if x is None else {"threshold": x} | point(of, rule(kind, x, {}), of.max_steps)
-            for kind, x in calibrated(of, of.fitting[:32]).items()
+            for kind, x in calibrated(of, of.fitting[:48]).items()
         }
     return out
+
+
+def row(name: Name, args: Args, seed: int) -> Json:
+    """What `read` finds on the model of a seed, from its file if it is there."""
+    about = {
+        "rules": {kind: SWEEP[kind] for kind in RULES[name]},
+        "gain": GAIN,
+        "fit": FIT,
+        "steps": (STEPS, STAGE_TWO),
+    }
+    path = args.runs / "learnt_depth" / f"{name.replace(' ', '_')}_seed{seed}.json"
+    return {"seed": seed} | remembered(path, about, lambda: read(name, subject(name, args, seed), args.quick))
 
 
 def cheapest(name: str, rows: Sequence[Json]) -> Iterator[tuple[str, Json]]:
@@ -369,7 +381,7 @@ def main() -> int:
         args = dataclasses.replace(args, runs=args.runs / "quick", results=args.runs / "quick")
     found: Json = {}
     for name in args.methods:
-        rows = [{"seed": seed} | read(name, subject(name, args, seed), args.quick) for seed in args.seeds]
+        rows = [row(name, args, seed) for seed in args.seeds]
         found[name] = {"cheapest": dict(cheapest(name, rows)), "rows": rows}
         print(table({name: found[name]}), flush=True)
         print(f"{name}: a further doubling of r leaves, lowers, raises a token's loss: {rows[0]['worse']}", flush=True)
