@@ -6,13 +6,14 @@
 
 Models with one layer of coda and one of core, at three widths, are trained with a mean recurrence of 1, 2, 4 and 8 and
 read at that r. Beside them are models whose core has two or four layers of its own and runs once. To the losses of all
-of them a law is fitted, in the form of arXiv 2604.21106:
+of them a law is fitted, after arXiv 2604.21106:
 
-    loss = E + A (N1 + r^phi N2)^-alpha + B T^-beta
+    loss = c + A (N1 + r^phi N2)^-alpha
 
-N1: parameters of coda and adapter, N2: of the core's layers, T: tokens of training. At phi = 1 a recurrence is worth as
-much as new layers, at 0 nothing; that paper found .46 at 116 runs of larger models. Intervals come from fitting samples
-of the runs again. A corpus that is trained on for one length only gets a law without T.
+N1: parameters of coda and adapter, N2: of the core's layers; c: a constant for every width and length of training,
+since embeddings and head grow with the width. At phi = 1 a recurrence is worth as much as new layers, at 0 nothing,
+below 0 it harms; that paper found .46 at 116 runs of larger models. Intervals come from fitting again to the law's
+values with its residuals drawn anew.
 
 Finished runs are kept in RUNS, a run folder each. Hardware: any. Found: docs/studies/law.md.
 """
@@ -23,9 +24,10 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import scipy.optimize
@@ -41,7 +43,7 @@ WIDTHS, RECURRENCES, LAYERS = (32, 64, 96), (1, 2, 4, 8), (2, 4)
 SHORT, LONG = 200, 600
 """Training steps; the short ones on the World Factbook alone."""
 SAMPLES = 200
-"""Samples of the runs, drawn with replacement, that intervals come from."""
+"""Samples of residuals that intervals come from."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,47 +109,47 @@ def row(cell: Cell, data: DataConfig, folder: Path) -> Json:
     }
 
 
-def predicted(law: Any, once: Any, core: Any, r: Any, tokens: Any) -> Any:
-    """The law's loss; law: E, A, alpha, phi, and B, beta where it has tokens."""
-    E, A, alpha, phi, *of_tokens = law
-    size = E + A * ((once + r**phi * core) / 1e4) ** -alpha
-    return size + (of_tokens[0] * (tokens / 1e5) ** -of_tokens[1] if of_tokens else 0)
+NAMES = ("A", "alpha", "phi")
 
 
-def fitted(rows: Sequence[Json]) -> tuple[list[float], float]:
-    """(law, root mean square of what it leaves in nats), by least squares on the log of the loss.
+def fitted(rows: Sequence[Json]) -> tuple[list[float], np.ndarray]:
+    """([A, alpha, phi], what the law says in nats), by least squares. A is per 10,000 parameters.
 
-    A is in units of 10,000 parameters, B of 100,000 tokens.
+    For given alpha and phi the law is linear in A and its constants, so only those two are searched for.
     """
-    once, core, r, tokens, nats = (np.array([x[name] for x in rows]) for name in COLUMNS)
-    start, low, high = [1.0, 1.0, 0.3, 0.5], [0, 0, 0.01, -1], [nats.min(), 10, 3, 2]
-    if len(set(tokens)) > 1:
-        start, low, high = [*start, 1.0, 0.5], [*low, 0, 0.01], [*high, 10, 3]
+    once, core, r, nats = (np.array([x[name] for x in rows], float) for name in ("once", "core", "r", "nats"))
+    pairs = [(x["width"], x["tokens"]) for x in rows]
+    constants = np.array([[pair == column for column in sorted(set(pairs))] for pair in pairs], float)
 
-    def residual(law: np.ndarray) -> np.ndarray:
-        return np.log(predicted(law, once, core, r, tokens)) - np.log(nats)
+    def solved(exponents: np.ndarray) -> tuple[float, np.ndarray]:
+        alpha, phi = exponents
+        size = ((once + r**phi * core) / 1e4) ** -alpha
+        design = np.column_stack([constants, size])
+        found = np.linalg.lstsq(design, nats)[0]
+        return float(found[-1]), design @ found
 
-    found = scipy.optimize.least_squares(residual, start, bounds=(low, high), x_scale="jac", max_nfev=2000)
-    left = predicted(found.x, once, core, r, tokens) - nats
-    return found.x.tolist(), float(np.sqrt((left**2).mean()))
-
-
-COLUMNS = ("once", "core", "r", "tokens", "nats")
-NAMES = ("E", "A", "alpha", "phi", "B", "beta")
+    found = scipy.optimize.least_squares(
+        lambda x: solved(x)[1] - nats, (0.3, 0.3), bounds=((0.01, -2), (3, 2)), diff_step=1e-4
+    )
+    A, said = solved(found.x)
+    return [A, *found.x.tolist()], said
 
 
 def law_of(rows: Sequence[Json]) -> Json:
-    """{name: [value, lower end, upper end of its 95 % interval]}, and what the law leaves in nats."""
-    law, left = fitted(rows)
+    """{name: [value, lower end, upper end of its 95 % interval]}, and the standard deviation of what it leaves."""
+    law, said = fitted(rows)
+    left = np.array([x["nats"] for x in rows]) - said
+    free = len(rows) - len({(x["width"], x["tokens"]) for x in rows}) - len(law)
+    left *= math.sqrt(len(rows) / free)
     generator = np.random.default_rng(0)
     again = []
     for _ in range(SAMPLES):
-        sample = [rows[i] for i in generator.integers(len(rows), size=len(rows))]
-        if len({x["tokens"] for x in sample}) == len({x["tokens"] for x in rows}):
-            again.append(fitted(sample)[0])
+        noisy = said + generator.choice(left, size=len(rows))
+        again.append(fitted([x | {"nats": nats} for x, nats in zip(rows, noisy, strict=True)])[0])
     ends = np.percentile(again, [2.5, 97.5], axis=0).T
-    named = zip(NAMES, law, ends.tolist(), strict=False)
-    return {name: [round(x, 4) for x in (value, *pair)] for name, value, pair in named} | {"left": round(left, 4)}
+    named = zip(NAMES, law, ends.tolist(), strict=True)
+    found = {name: [round(x, 4) for x in (value, *pair)] for name, value, pair in named}
+    return found | {"left": round(float(left.std()), 4)}
 
 
 def table(rows: Sequence[Json]) -> str:
@@ -221,7 +223,7 @@ def main() -> int:
     units = {
         "nats": "per token, on all held-out rows, at the mean recurrence of training",
         "once, core": "parameters",
-        "law": "value, ends of its 95 % interval; A per 1e4 parameters, B per 1e5 tokens; left in nats",
+        "law": "value, ends of its 95 % interval; A per 1e4 parameters; left: standard deviation in nats",
     }
     publish(results / "law.json", {"corpora": found}, units, functools.partial(picture, corpora=found))
     return 0
