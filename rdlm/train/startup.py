@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import time
 from collections import defaultdict
@@ -18,17 +19,31 @@ COMPILER = {
     "/jax/core/compile/backend_compile_duration": "compilation",
 }
 """What JAX reports of every program. The last one is short where the program comes from the persistent cache."""
-_IMPORTED = time.monotonic()
+
+
+def process_age() -> float:
+    """Seconds since this process began; 0 where Linux does not tell."""
+    try:
+        began = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - began
+    except (OSError, AttributeError):
+        return 0.0
+
+
+_IMPORTS = process_age()
+_starts = itertools.count()
 
 
 class StartUp:
     """Seconds of every part of a start, as long as the context lasts. No second is counted twice.
 
-    `imports` is the time from the start of the process to here: of several processes, until all of them were there.
+    `imports` is the time from the start of the process until this module was imported: of several processes, until all
+    of them were there. Only the first start of a process has it.
     """
 
     def __init__(self) -> None:
-        self.seconds = defaultdict[str, float](float, imports=process_age())
+        self.begun = time.monotonic()
+        self.seconds = defaultdict[str, float](float, imports=0.0 if next(_starts) else _IMPORTS)
 
     def __enter__(self) -> Self:
         jax.monitoring.register_event_duration_secs_listener(self._hear)
@@ -50,17 +65,8 @@ class StartUp:
 
     def line(self) -> str:
         """'first step after 9.8 s: imports 3.1, compilation 2.2, ...', the longest part first."""
-        total = process_age()
+        total = self.seconds["imports"] + time.monotonic() - self.begun
         parts = sorted(self.seconds.items(), key=lambda part: -part[1])
         parts.append(("the rest", total - sum(self.seconds.values())))
         shown = [f"{name} {seconds:.1f}" for name, seconds in parts if seconds >= 0.05]
         return f"first step after {total:.1f} s: {', '.join(shown)}"
-
-
-def process_age() -> float:
-    """Seconds since this process began; where Linux does not tell, since this module was imported."""
-    try:
-        began = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - began
-    except (OSError, AttributeError):
-        return time.monotonic() - _IMPORTED
