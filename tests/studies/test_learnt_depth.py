@@ -43,9 +43,9 @@ def test_the_cheapest_threshold_that_loses_little_is_shown():
     assert found["kl"]["threshold"] == 1
     assert found["fixed"]["threshold"] == 1
     assert found["gate"] == {}
-    better = {"points": {kind: [dict(x, nats=x["nats"] - 0.2) for x in xs] for kind, xs in row["points"].items()}}
-    better["points"]["fixed"][-1]["nats"] = 0.2
-    assert dict(STUDY.cheapest("plain", [better]))["gate"]["threshold"] == 0
+    row["points"]["fixed"][0]["nats"] = 0.05  # the best fixed depth counts, not the deepest
+    assert dict(STUDY.cheapest("plain", [row]))["kl"] == {}
+    row["points"]["fixed"][1]["nats"] = 0.9
     assert dict(STUDY.cheapest("task", [row]))["kl"]["threshold"] == 1
 
 
