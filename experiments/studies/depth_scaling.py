@@ -43,8 +43,9 @@ from rdlm.tasks import batch
 from rdlm.tasks.instance import TEST_STREAM
 
 Name = Literal[
-    "s3", "parity", "s3_local", "s5_local", "parity_local", "addition_local", "expressions", "pointers", "reachability"
-]
+    "s3", "parity", "s3_local", "s5_local", "parity_local", "addition_local", "chains_local", "corridors_local",
+    "expressions", "pointers", "reachability",
+]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

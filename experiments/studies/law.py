@@ -1,19 +1,20 @@
-"""What is an extra recurrence worth on text? A law of the loss in parameters, mean recurrence and tokens.
+"""What is an extra recurrence worth on text? A law of the loss in parameters and recurrences.
 
-    python experiments/studies/law.py                             # 30 runs on the World Factbook: half an hour
-    python experiments/studies/law.py --prepared data/shakespeare # and 18 on your own prepared text
+    python experiments/studies/law.py                             # 39 runs on the World Factbook: an hour
+    python experiments/studies/law.py --prepared data/shakespeare # and 27 on your own prepared text
     python experiments/studies/law.py --quick                     # only shows that everything works
 
-Models with one layer of coda and one of core, at three widths, are trained with a mean recurrence of 1, 2, 4 and 8 and
-read at that r. Beside them are models whose core has two or four layers of its own and runs once. To the losses of all
-of them a law is fitted, after arXiv 2604.21106:
+Models with one layer of coda and one of core, at three widths, are trained with 1, 2, 4 and 8 recurrences and read at
+that r: at depths drawn around it with gradient through the last four, as usual, and at a fixed r with gradient through
+all. Beside them are models whose core has two or four layers of its own and runs once. To the losses a law is fitted,
+after arXiv 2604.21106, for drawn and for fixed r:
 
     loss = c + A (N1 + r^phi N2)^-alpha
 
 N1: parameters of coda and adapter, N2: of the core's layers; c: a constant for every width and length of training,
 since embeddings and head grow with the width. At phi = 1 a recurrence is worth as much as new layers, at 0 nothing,
-below 0 it harms; that paper found .46 at 116 runs of larger models. Intervals come from fitting again to the law's
-values with its residuals drawn anew.
+below 0 it harms. That paper, at 116 runs of larger models, found .46, and .38 with a truncated gradient. Intervals come
+from fitting again to the law's values with its residuals drawn anew.
 
 Finished runs are kept in RUNS, a run folder each. Hardware: any. Found: docs/studies/law.md.
 """
@@ -34,7 +35,7 @@ import scipy.optimize
 
 from experiments.studies.shared.record import Json, publish
 from experiments.studies.shared.text import text_data, text_run, trained
-from rdlm.config import DataConfig, RunConfig, require
+from rdlm.config import DataConfig, RecurrenceConfig, RunConfig, require
 from rdlm.data.manifest import read_manifest
 from rdlm.perf import flops
 from rdlm.runtime import parse_arguments, reuse_freed_memory, run_command
@@ -51,7 +52,7 @@ class Args:
     """Train models of several widths, recurrences and lengths on text; fit a law to their losses."""
 
     prepared: tuple[Path, ...] = ()
-    """Further corpora: folders made by experiments/prepare_data.py, with rows of 128 tokens."""
+    """Further corpora: folders made by experiments/prepare_data.py, with rows of 128 tokens, or 64 with --quick."""
     runs: Path = Path("runs/law")
     """Folder for run folders."""
     data_folder: Path = Path("data")
@@ -70,12 +71,15 @@ class Cell(NamedTuple):
     """Of the core."""
     r: int
     steps: int
+    fixed: bool = False
+    """Trained at r, with gradient through all recurrences, instead of at depths drawn around it."""
 
 
 def cells(lengths: Sequence[int]) -> list[Cell]:
-    """The short trainings first: recurrent models at every length, deeper cores at the last one."""
+    """Recurrent models at every length; deeper cores and a fixed r at the last one."""
     looped = [Cell(D, 1, r, steps) for steps, D, r in itertools.product(lengths, WIDTHS, RECURRENCES)]
-    return looped + [Cell(D, layers, 1, lengths[-1]) for D, layers in itertools.product(WIDTHS, LAYERS)]
+    deeper = [Cell(D, layers, 1, lengths[-1]) for D, layers in itertools.product(WIDTHS, LAYERS)]
+    return looped + deeper + [Cell(D, 1, r, lengths[-1], fixed=True) for D in WIDTHS for r in RECURRENCES[1:]]
 
 
 def run_config(cell: Cell, data: DataConfig, folder: Path) -> RunConfig:
@@ -84,10 +88,11 @@ def run_config(cell: Cell, data: DataConfig, folder: Path) -> RunConfig:
         "embed_dim": cell.width,
         "core_layers": cell.layers,
         "mean_recurrence": cell.r,
-        "backprop_depth": min(cell.r, 4),
+        "backprop_depth": cell.r if cell.fixed else min(cell.r, 4),
     }
-    name = f"d{cell.width}_layers{cell.layers}_r{cell.r}_steps{cell.steps}"
-    return text_run("law", data, folder / name, cell.steps, shape)
+    name = f"d{cell.width}_layers{cell.layers}_r{cell.r}_steps{cell.steps}" + "_fixed" * cell.fixed
+    run = text_run("law", data, folder / name, cell.steps, shape)
+    return dataclasses.replace(run, recurrence=RecurrenceConfig(scheme="fixed")) if cell.fixed else run
 
 
 def row(cell: Cell, data: DataConfig, folder: Path) -> Json:
@@ -110,6 +115,8 @@ def row(cell: Cell, data: DataConfig, folder: Path) -> Json:
 
 
 NAMES = ("A", "alpha", "phi")
+STARTS = tuple(itertools.product((0.05, 0.3, 1.0), (-1.0, 0.0, 0.5)))
+"""alpha and phi that the search starts from; the best end counts."""
 
 
 def fitted(rows: Sequence[Json]) -> tuple[list[float], np.ndarray]:
@@ -128,15 +135,20 @@ def fitted(rows: Sequence[Json]) -> tuple[list[float], np.ndarray]:
         found = np.linalg.lstsq(design, nats)[0]
         return float(found[-1]), design @ found
 
-    found = scipy.optimize.least_squares(
-        lambda x: solved(x)[1] - nats, (0.3, 0.3), bounds=((0.01, -2), (3, 2)), diff_step=1e-4
-    )
+    ends = [
+        scipy.optimize.least_squares(lambda x: solved(x)[1] - nats, start, bounds=((0.01, -2), (3, 2)), diff_step=1e-4)
+        for start in STARTS
+    ]
+    found = min(ends, key=lambda end: end.cost)
     A, said = solved(found.x)
     return [A, *found.x.tolist()], said
 
 
 def law_of(rows: Sequence[Json]) -> Json:
-    """{name: [value, lower end, upper end of its 95 % interval]}, and the standard deviation of what it leaves."""
+    """{name: [value, lower end, upper end of its 95 % interval]}, and the standard deviation of what it leaves.
+
+    The interval is of what is left over, as if it were independent from run to run. It does not know of other seeds.
+    """
     law, said = fitted(rows)
     left = np.array([x["nats"] for x in rows]) - said
     free = len(rows) - len({(x["width"], x["tokens"]) for x in rows}) - len(law)
@@ -152,16 +164,23 @@ def law_of(rows: Sequence[Json]) -> Json:
     return found | {"left": round(float(left.std()), 4)}
 
 
+def laws(rows: Sequence[Json]) -> Json:
+    """The law of depths that are drawn, and that of a fixed r; runs of one recurrence belong to both."""
+    return {
+        "drawn": law_of([x for x in rows if not x["fixed"]]),
+        "fixed": law_of([x for x in rows if x["steps"] == LONG and (x["fixed"] or x["r"] == 1)]),
+    }
+
+
 def table(rows: Sequence[Json]) -> str:
-    """A row for every width and length: the loss at every mean recurrence, and of deeper cores."""
+    """A row for every width and length: the loss of every model."""
     at = {Cell(*(x[name] for name in Cell._fields)): x["nats"] for x in rows}
-    depths, layers = sorted({c.r for c in at}), sorted({c.layers for c in at} - {1})
-    heads = [*(f"r = {r}" for r in depths), *(f"{n} layers" for n in layers)]
+    kinds = sorted({(c.layers, c.fixed, c.r) for c in at})
+    heads = [f"{layers} layers" if layers > 1 else f"{'fixed ' * fixed}r = {r}" for layers, fixed, r in kinds]
     lines = ["| width | steps | " + " | ".join(heads) + " |", "|---" * (2 + len(heads)) + "|"]
     for D, steps in sorted({(c.width, c.steps) for c in at}):
-        keys = [Cell(D, 1, r, steps) for r in depths] + [Cell(D, n, 1, steps) for n in layers]
-        values = (f"{at[key]:.3f}" if key in at else "" for key in keys)
-        lines.append(f"| {D} | {steps} | " + " | ".join(values) + " |")
+        keys = [Cell(D, layers, r, steps, fixed) for layers, fixed, r in kinds]
+        lines.append(f"| {D} | {steps} | " + " | ".join(f"{at[key]:.3f}" if key in at else "" for key in keys) + " |")
     return "\n".join(lines)
 
 
@@ -175,15 +194,14 @@ def picture(path: Path, corpora: Json) -> None:
         longest = max(x["steps"] for x in found["rows"])
         for colour, D in zip(colours, sorted({x["width"] for x in found["rows"]}), strict=False):
             here = [x for x in found["rows"] if x["width"] == D and x["steps"] == longest]
-            looped, deeper = ([x for x in here if (x["layers"] == 1) == one] for one in (True, False))
-            axes.plot([x["r"] for x in looped], [x["nats"] for x in looped], "o-", color=colour, label=f"D = {D}, r")
-            axes.plot(
-                [1, *(x["layers"] for x in deeper)],
-                [looped[0]["nats"], *(x["nats"] for x in deeper)],
-                "s--",
-                color=colour,
-                label=f"D = {D}, layers",
-            )
+            lines = {
+                ("o-", "r, drawn"): [x for x in here if x["layers"] == 1 and not x["fixed"]],
+                ("^:", "r, fixed"): [x for x in here if x["layers"] == 1 and (x["fixed"] or x["r"] == 1)],
+                ("s--", "layers"): [x for x in here if x["r"] == 1],
+            }
+            for (style, label), points in lines.items():
+                xs, ys = [x["r"] * x["layers"] for x in points], [x["nats"] for x in points]
+                axes.plot(xs, ys, style, color=colour, label=f"D = {D}, {label}")
         axes.set(title=name, xlabel="recurrences r, or layers of the core", ylabel="loss, nats per token", xscale="log")
         axes.set_xticks(RECURRENCES, map(str, RECURRENCES))
         axes.minorticks_off()
@@ -216,14 +234,14 @@ def main() -> int:
     for name, data, lengths in corpora(args):
         grid = [Cell(16, 1, 2, 4)] if args.quick else cells(lengths)
         rows = [row(cell, data, runs / name) for cell in grid]
-        found[name] = {"rows": rows} | ({} if args.quick else {"law": law_of(rows)})
+        found[name] = {"rows": rows} | ({} if args.quick else {"laws": laws(rows)})
         print(f"{name}\n{table(rows)}")
-        for part, value in found[name].get("law", {}).items():
-            print(f"{part}: {value}")
+        for way, law in found[name].get("laws", {}).items():
+            print(f"{way}: {law}")
     units = {
         "nats": "per token, on all held-out rows, at the mean recurrence of training",
         "once, core": "parameters",
-        "law": "value, ends of its 95 % interval; A per 1e4 parameters; left: standard deviation in nats",
+        "laws": "value, ends of its 95 % interval; A per 1e4 parameters; left: standard deviation in nats",
     }
     publish(results / "law.json", {"corpora": found}, units, functools.partial(picture, corpora=found))
     return 0

@@ -17,7 +17,7 @@ from rdlm.tasks.expressions import Expression
 from rdlm.tasks.instance import IGNORED, Instance, Source, Task, batch
 from rdlm.tasks.mazes import Maze
 from rdlm.tasks.pointers import PointerChasing
-from rdlm.tasks.reachability import Reachability
+from rdlm.tasks.reachability import Corridor, Reachability
 from rdlm.tasks.sudoku import Sudoku
 from rdlm.tasks.words import Scratchpad, WordProblem
 
@@ -27,8 +27,10 @@ TASKS: dict[str, Callable[[int], Task]] = {
     "parity": functools.partial(WordProblem, "Z2"),
     "addition": lambda digits: Addition(3, digits, 0.5),
     "expressions": Expression,
+    "chains": lambda operators: Expression(operators, 3, nested=False),
     "pointers": lambda hops: PointerChasing(hops, 12),
     "reachability": Reachability,
+    "corridors": Corridor,
     "mazes": Maze,
     "sudoku": Sudoku,
 }
@@ -46,6 +48,7 @@ __all__ = [
     "IGNORED",
     "TASKS",
     "Addition",
+    "Corridor",
     "Expression",
     "Instance",
     "Maze",

@@ -2,6 +2,9 @@
 
 Input `BOS ( ( 3 + 1 ) * ( 4 - 2 ) )`: a random binary tree of operators over digits, everything modulo `modulus`. The
 label at a `)` is the value of its parenthesis; its difficulty is the height of that subtree (1: two digits).
+
+Or a chain, `BOS 3 + 1 * 4 - 2`, evaluated from left to right. The label at every digit but the first is the value so
+far; its difficulty is the number of operators so far. No factor is 0, so every answer needs the one before it.
 """
 
 from __future__ import annotations
@@ -18,9 +21,11 @@ class Expression:
     """Formulas of `operators` operators. Tokens: the digits, then + - * ( ) BOS."""
 
     operators: int = 6
-    """Operators n; the input has 4 n + 2 tokens."""
+    """Operators n; the input of a tree has 4 n + 2 tokens."""
     modulus: int = 5
     """Digits are 0 .. modulus-1."""
+    nested: bool = True
+    """A tree with parentheses; else a chain, of 2 n + 2 tokens."""
 
     def __post_init__(self) -> None:
         integer("Expression.operators", self.operators, 1, 200)
@@ -32,9 +37,23 @@ class Expression:
         return self.modulus + 6
 
     def instance(self, seed: int, index: int) -> Instance:
-        """A formula whose tree splits its operators uniformly: int32 [4 operators + 2]. Raises InputError."""
+        """A formula: int32 [L]. A tree splits its operators uniformly. Raises InputError: see `generator`."""
         rng, m = generator(seed, index), self.modulus
         tokens, answers = [m + 5], {}
+
+        def applied(operator: int, a: int, b: int) -> int:
+            return ((a + b), (a - b), (a * b))[operator] % m
+
+        if not self.nested:
+            value = int(rng.integers(m))
+            tokens.append(value)
+            for i in range(self.operators):
+                operator = int(rng.integers(3))
+                digit = int(rng.integers(operator == 2, m))
+                tokens += [m + operator, digit]
+                value = applied(operator, value, digit)
+                answers[len(tokens) - 1] = value, i + 1
+            return scored(np.array(tokens), answers)
 
         def write(operators: int) -> tuple[int, int]:
             """Append a formula to the tokens; returns its (value, height)."""
@@ -48,8 +67,7 @@ class Expression:
             tokens.append(m + operator)
             b, higher = write(operators - 1 - left)
             tokens.append(m + 4)
-            value = ((a + b), (a - b), (a * b))[operator] % m
-            answers[len(tokens) - 1] = value, 1 + max(high, higher)
+            answers[len(tokens) - 1] = applied(operator, a, b), 1 + max(high, higher)
             return answers[len(tokens) - 1]
 
         write(self.operators)

@@ -37,15 +37,25 @@ def test_an_interval_holds_the_value_and_widens_with_noise():
 
 
 def test_runs_differ_in_what_the_law_says():
-    assert len(STUDY.cells((200, 600))) == 30
-    assert len(STUDY.cells((600,))) == 18
+    assert len(set(STUDY.cells((200, 600)))) == 39
+    assert len(set(STUDY.cells((600,)))) == 27
     data = STUDY.text_data("data")
     run = STUDY.run_config(STUDY.Cell(32, 1, 8, 200), data, STUDY.Path("runs"))
     assert (run.model.embed_dim, run.model.mean_recurrence, run.model.backprop_depth) == (32, 8, 4)
     assert run.recurrence.scheme == "poisson-lognormal-filling"
     deeper = STUDY.run_config(STUDY.Cell(32, 4, 1, 200), data, STUDY.Path("runs"))
     assert (deeper.model.core_layers, deeper.recurrence.scheme) == (4, "non-recurrent")
-    assert deeper.folder != run.folder
+    fixed = STUDY.run_config(STUDY.Cell(32, 1, 8, 200, fixed=True), data, STUDY.Path("runs"))
+    assert (fixed.model.backprop_depth, fixed.recurrence.scheme) == (8, "fixed")
+    assert len({run.folder, deeper.folder, fixed.folder}) == 3
+
+
+def test_drawn_and_fixed_depths_have_laws_of_their_own():
+    rows = [row | {"steps": row["tokens"], "fixed": False} for row in losses(0.0)]
+    rows += [row | {"steps": row["tokens"], "fixed": True} for row in losses(0.5) if row["r"] > 1]
+    found = STUDY.laws([row for row in rows if row["tokens"] == 600 or not row["fixed"]])
+    assert found["drawn"]["phi"][0] == pytest.approx(0, abs=0.01)
+    assert found["fixed"]["phi"][0] == pytest.approx(0.5, abs=0.01)
 
 
 def test_quick_run(command, nano_data, tmp_path):

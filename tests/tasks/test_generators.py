@@ -12,6 +12,7 @@ from rdlm.tasks import (
     IGNORED,
     TASKS,
     Addition,
+    Corridor,
     Expression,
     Maze,
     PointerChasing,
@@ -87,6 +88,39 @@ def test_every_parenthesis_has_the_value_python_gives_it(operators, modulus, see
         inside = words[start : position + 1]
         assert label == eval("".join(inside)) % modulus
         assert difficulty == max(itertools.accumulate((w == "(") - (w == ")") for w in inside))
+
+
+@hypothesis.settings(max_examples=50)
+@hypothesis.given(st.integers(1, 20), st.integers(2, 10), streams, numbers)
+def test_a_chain_is_evaluated_from_left_to_right(operators, modulus, seed, index):
+    made = Expression(operators, modulus, nested=False).instance(seed, index)
+    text = [*map(str, range(modulus)), *"+-*()"]
+    words = [text[t] for t in made.tokens[1:]]
+    assert "*0" not in "".join(words)
+    answers = asked(made)
+    assert [difficulty for *_, difficulty in answers] == list(range(1, operators + 1))
+    for position, label, difficulty in answers:
+        said = (
+            "(" * difficulty
+            + words[0]
+            + "".join(f"{o}{d})" for o, d in zip(words[1:position:2], words[2:position:2], strict=True))
+        )
+        assert label == eval(said) % modulus
+
+
+@hypothesis.settings(max_examples=50)
+@hypothesis.given(st.integers(4, 40), streams, numbers)
+def test_a_corridor_is_walked_from_its_starts(length, seed, index):
+    made = Corridor(length).instance(seed, index)
+    squares = "".join(".#S"[t] for t in made.tokens[1:])
+    reached = {i for start, x in enumerate(squares) if x == "S" for i in range(start, length)
+               if "#" not in squares[start:i + 1]}  # fmt: skip
+    found = {position - 1: (label, far) for position, label, far in asked(made)}
+    assert set(found) == {i for i, x in enumerate(squares) if x == "."}
+    for i, (label, far) in found.items():
+        assert label == 3 + (i in reached)
+        assert set(squares[i - far + 1 : i + 1]) == {"."}
+        assert i == far - 1 or squares[i - far] in "#S"
 
 
 @hypothesis.settings(max_examples=50)
@@ -242,7 +276,7 @@ def test_wrong_difficulty_is_one_line(make, line):
 
 @pytest.mark.parametrize("name", TASKS)
 def test_named_tasks_grow_with_their_size(name):
-    small, large = named(name, 3), named(name, 5)
+    small, large = named(name, 4), named(name, 6)
     assert small != large
     assert small.vocab_size == large.vocab_size
     assert len(small.instance(0, 0).tokens) < len(large.instance(0, 0).tokens) or name == "sudoku"

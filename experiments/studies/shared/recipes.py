@@ -16,7 +16,7 @@ from rdlm.config import InputError, RunConfig, differences
 from rdlm.model import Params
 from rdlm.optim import optimizer
 from rdlm.runtime import Progress, owned
-from rdlm.tasks import Addition, Expression, PointerChasing, Reachability, Task, WordProblem
+from rdlm.tasks import Addition, Corridor, Expression, PointerChasing, Reachability, Task, WordProblem
 from rdlm.train import init_state, train_step
 from rdlm.train.metrics import MetricsWriter, read_metrics
 
@@ -83,6 +83,22 @@ RECIPES = {
         learning_rate=2e-3,
         mean_recurrence=4,
         attention_window=5,  # a column, and the `=` before it
+    ),
+    "chains_local": Recipe(
+        ("chains", 8),
+        (Expression(8, 3, nested=False),),
+        {f"{n} operators": (Expression(n, 3, nested=False),) for n in (8, 16, 32)},
+        steps=2000,
+        learning_rate=2e-3,
+        attention_window=5,
+    ),
+    "corridors_local": Recipe(
+        ("corridors", 16),
+        (Corridor(16),),
+        {f"{n} squares": (Corridor(n),) for n in (16, 32, 64)},
+        steps=600,
+        learning_rate=2e-3,
+        attention_window=2,
     ),
     "expressions": Recipe(
         ("expressions", 8),

@@ -13,7 +13,7 @@ from rdlm.train import train
 
 
 def text_data(folder: Path, quick: bool = False) -> DataConfig:
-    """The World Factbook, 8 rows of 128 tokens a step; quick: less of both, and a smaller vocabulary."""
+    """The World Factbook, 8 rows of 128 tokens a step; quick: of 64 tokens, and a smaller vocabulary."""
     data = preset("nano" if quick else "quickstart").data
     return dataclasses.replace(data, batch_size=8, folder=str(folder))
 
