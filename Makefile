@@ -55,7 +55,7 @@ test-fast: install-dev
 reproduce: install-dev
 	$(BIN)/python experiments/studies/depth_scaling.py --task s3 --seeds 0 1 2 3 4
 	$(BIN)/python experiments/studies/depth_scaling.py --task s3_local --seeds 0 1 2 3 4
-	for task in parity_local s5_local addition_local; do \
+	for task in parity_local s5_local addition_local chains_local corridors_local; do \
 	  $(BIN)/python experiments/studies/depth_scaling.py --task $$task --seeds 0 1 2 || exit 1; \
 	done
 	for task in parity expressions pointers reachability; do \
@@ -67,6 +67,8 @@ reproduce: install-dev
 	$(BIN)/python experiments/studies/parallel.py runs/quickstart
 	$(BIN)/python experiments/studies/thinking_in_words.py --saved runs/s3 $(patsubst %,runs/s3_seed%,1 2 3 4)
 	$(BIN)/python experiments/studies/remedies.py
+	$(BIN)/python experiments/studies/learnt_depth.py
+	$(BIN)/python experiments/studies/law.py
 	$(BIN)/python experiments/fetch_model.py smollm2
 	$(BIN)/python experiments/studies/readouts.py
 	$(BIN)/python experiments/studies/retrofit.py
