@@ -188,7 +188,7 @@ def picture(path: Path, corpora: Json) -> None:
     """Loss after the longer training against the layers a token passes in the core: recurrences, and new layers."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5 * len(corpora), 4.2), layout="constrained")
+    figure = Figure(figsize=(4.5 * len(corpora) + 1.5, 4.2), layout="constrained")
     colours = ("#0072B2", "#D55E00", "#009E73")
     for axes, (name, found) in zip(figure.subplots(1, len(corpora), squeeze=False)[0], corpora.items(), strict=True):
         longest = max(x["steps"] for x in found["rows"])
@@ -205,7 +205,7 @@ def picture(path: Path, corpora: Json) -> None:
         axes.set(title=name, xlabel="recurrences r, or layers of the core", ylabel="loss, nats per token", xscale="log")
         axes.set_xticks(RECURRENCES, map(str, RECURRENCES))
         axes.minorticks_off()
-        axes.legend(frameon=False, fontsize=8)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
     figure.savefig(path, dpi=110)
 
 
