@@ -2,6 +2,7 @@
 
     python experiments/studies/remedies.py  # six ways at three learning rates, three seeds each: an hour
     python experiments/studies/remedies.py --methods plain diagonal --seeds 0
+    python experiments/studies/remedies.py --on text --seeds 0  # on the World Factbook: half an hour
     python experiments/studies/remedies.py --quick  # only shows that everything works, some minutes
 
 S3 words of 16 letters, 500 steps, at the learning rate that suits the model best (3e-3) and at 3.3 and 10 times that.
@@ -48,9 +49,11 @@ from experiments.studies.shared.comparison import (
 from experiments.studies.shared.halting import mean, token_losses
 from experiments.studies.shared.record import Json, publish
 from experiments.studies.shared.supervision import after_each
+from experiments.studies.shared.text import TextRows, text_data
 from experiments.studies.shared.training import bind_batch, small_run
 from rdlm import losses
 from rdlm.config import Loop, ModelConfig, RunConfig
+from rdlm.data.prepare import prepare_embedded
 from rdlm.model import Bound, Params, bind
 from rdlm.recurrence import Step, sample_steps, unroll
 from rdlm.runtime import parse_arguments, reuse_freed_memory, run_command
@@ -72,8 +75,12 @@ class Args(Options):
 
     methods: tuple[Name, ...] = get_args(Name)
     """Ways to train."""
+    on: Literal["s3", "text"] = "s3"
+    """Words of S3, or the World Factbook, 8 rows of 128 tokens a step."""
     runs: Path = Path("runs/remedies")
     """Folder for finished runs, a small file each."""
+    data_folder: Path = Path("data")
+    """Folder of the World Factbook."""
 
 
 def stretch(step: Step[Array], s: Array, products: int, key: Array) -> Array:
@@ -162,10 +169,18 @@ def contestant(name: Name, run: RunConfig, depths: tuple[int, ...]) -> Contestan
     return dataclasses.replace(made, facts=facts)
 
 
+def on_text(folder: Path, quick: bool) -> Protocol:
+    """Rows of the World Factbook; 256 held-out ones are read."""
+    data = text_data(folder, quick)
+    rows = TextRows(str(prepare_embedded(data)), data.tokenizer_size, data.sequence_length)
+    return Protocol(rows, {"text": rows}, steps=STEPS, test_batches=4)
+
+
 def trials(name: Name, protocol: Protocol, rate: float) -> Trials:
     """The `Trials` of a method at a learning rate."""
     loop = Loop(injection="diagonal") if name == "diagonal" else Loop()
-    run = small_run("remedies", [protocol.train], steps=protocol.steps, learning_rate=rate, loop=loop)
+    size = 8 if isinstance(protocol.train, TextRows) else 64
+    run = small_run("remedies", [protocol.train], steps=protocol.steps, learning_rate=rate, batch_size=size, loop=loop)
     if name == "curriculum":
         grown = dataclasses.replace(run.recurrence, curriculum_share=SHARE, curriculum_shape="one_minus_sqrt")
         run = dataclasses.replace(run, recurrence=grown)
@@ -185,17 +200,18 @@ def table(found: Json, depths: tuple[int, ...]) -> str:
         value, half = pair
         return f"{value:.3f}" if half != half else f"{value:.3f} ± {half:.3f}"
 
+    tests = [test for row in found.values() for at in row["rates"].values() for test in at["tests"]]
+    tests = list(dict.fromkeys(tests))
+    read = [r for r in (8, 16, 64) if r in depths]
     heads = ["", "learning rate", "seeds", "diverged", "failed"]
-    heads += ["16 letters: r = 8", "64", "32 letters: r = 8", "16", "64", "stretch", "processor s"]
+    heads += [f"{test}: r = {r}" for test in tests for r in read] + ["stretch", "processor s"]
     lines = [heads, ["---"] * len(heads)]
     for name, method in found.items():
         for rate, row in method["rates"].items():
             cells = [name, rate, str(len(row["rows"])), str(len(row["diverged"])), str(len(row["failed"]))]
             if row["tests"]:
-                short, long = row["tests"]["length 16"], row["tests"]["length 32"]
-                cells += [shown(short["mean"][depths.index(r)]) for r in (8, 64)]
-                cells += [shown(long["mean"][depths.index(r)]) for r in (8, 16, 64)]
-                cells += [shown(short["stretch"]), f"{cost(row['rows']):.0f}"]
+                cells += [shown(row["tests"][test]["mean"][depths.index(r)]) for test in tests for r in read]
+                cells += [shown(row["tests"][tests[0]]["stretch"]), f"{cost(row['rows']):.0f}"]
             lines.append(cells + [""] * (len(heads) - len(cells)))
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -207,8 +223,10 @@ def picture(path: Path, found: Json, depths: tuple[int, ...]) -> None:
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     palette = "#000000", "#0072B2", "#D55E00", "#CC79A7", "#E69F00", "#009E73"
     colours: dict[str, str] = dict(zip(get_args(Name), palette, strict=True))
-    left, right = figure.subplots(1, 2)
-    for axes, test, r in ((left, "length 16", 64), (right, "length 32", 16)):
+    tests = next(iter(found.values()))["rates"]
+    tests = list(next(iter(tests.values()))["tests"])
+    for axes, test in zip(figure.subplots(1, len(tests), squeeze=False)[0], tests, strict=True):
+        r = 64 if test == tests[0] else 16
         for name, method in found.items():
             rates = [float(rate) for rate in method["rates"]]
             reached: list[list[float]] = []
@@ -222,7 +240,7 @@ def picture(path: Path, found: Json, depths: tuple[int, ...]) -> None:
         axes.set_ylim(-0.03, 1.03)
         axes.set_xticks(RATES, [f"{rate:g}" for rate in RATES])
         axes.minorticks_off()
-    right.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=110)
 
 
@@ -230,9 +248,12 @@ def main() -> int:
     args = parse_arguments(Args, prog="remedies.py", description=__doc__)
     reuse_freed_memory()
     runs, results = check_comparison(args, args.methods)
-    protocol, rates = dataclasses.replace(S3, steps=STEPS), list(RATES)
+    whole, rates = dataclasses.replace(S3, steps=STEPS), list(RATES)
+    if args.on == "text":
+        whole, runs = on_text(args.data_folder, args.quick), runs / "text"
+    protocol = whole
     if args.quick:
-        protocol, rates = dataclasses.replace(S3.quick(), depths=(1, 8, 16, 64), tests=S3.tests), rates[:1]
+        protocol, rates = dataclasses.replace(whole.quick(), depths=(1, 8, 16, 64), tests=whole.tests), rates[:1]
     found: Json = {name: {"rates": {}} for name in args.methods}
     for rate in rates:
         for name in args.methods:
@@ -240,7 +261,7 @@ def main() -> int:
             seeds = args.seeds[:1] if rate == RATES[-1] else args.seeds  # nothing learns there
             made = compete(name, functools.partial(trials, name, protocol), (rate,), seeds, runs, options)
             found[name]["rates"][f"{rate:g}"] = {**summary(made["seeds"]), "rows": made["seeds"]}
-    path = results / "remedies.json"
+    path = results / ("remedies.json" if args.on == "s3" else "remedies_text.json")
     found = beside_earlier(path, found, get_args(Name))
     print(table(found, protocol.depths))
     units = {

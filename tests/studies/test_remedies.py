@@ -8,10 +8,15 @@ from experiment_scripts import script
 
 from experiments.studies.shared.comparison import S3
 from experiments.studies.shared.supervision import after_each
+from experiments.studies.shared.text import TextRows, text_data
 from experiments.studies.shared.training import bind_batch, small_run, training_batch
 from rdlm import losses
+from rdlm.data import PackedData
+from rdlm.data.prepare import prepare_embedded
+from rdlm.losses import IGNORED
 from rdlm.model import init_params
 from rdlm.recurrence import sample_steps, unroll
+from rdlm.tasks.instance import TEST_STREAM, batch
 
 STUDY = script("studies/remedies")
 RUN = small_run("remedies", [S3.train], embed_dim=16, num_heads=2, mlp_dim=16)
@@ -88,3 +93,19 @@ def test_quick_run(command, tmp_path):
     assert "| penalty | 0.003 | 1 |" in out
     assert "| scaled | 0.003 | 1 |" in out
     assert (tmp_path / "quick" / "remedies.png").exists()
+
+
+def test_rows_of_text_are_a_task(nano_data):
+    data = text_data(nano_data, quick=True)
+    folder = prepare_embedded(data)
+    rows = TextRows(str(folder), data.tokenizer_size, data.sequence_length)
+    packed = PackedData(folder, sequence_length=data.sequence_length, batch_size=4, seed=7)
+    made = batch(rows, 7, 2, 4)
+    for name in ("tokens", "labels"):
+        np.testing.assert_array_equal(made[name], packed.batch(2)[name])
+    np.testing.assert_array_equal(made["difficulty"], made["labels"] != IGNORED)
+    held_out = batch(rows, TEST_STREAM, 0, 2)["tokens"]
+    kept = PackedData(folder, "validation", sequence_length=data.sequence_length, batch_size=2, shuffle=False)
+    np.testing.assert_array_equal(held_out, next(iter(kept.batches(1)))["tokens"])
+    assert not np.array_equal(batch(rows, 8, 2, 4)["tokens"], made["tokens"])
+    assert STUDY.on_text(nano_data, quick=True).train == rows

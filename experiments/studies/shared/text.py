@@ -1,14 +1,28 @@
-"""Small language models on text: their runs, trained by the house's trainer and kept on disk."""
+"""Text for studies: small language models by the house's trainer, kept on disk; and rows of text as a task."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rdlm.config import DataConfig, EvaluationConfig, ModelConfig, OptimizerConfig, RecurrenceConfig, RunConfig, preset
+import numpy as np
+
+from rdlm.config import (
+    IGNORED,
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RecurrenceConfig,
+    RunConfig,
+    preset,
+)
+from rdlm.data import PackedData
 from rdlm.runtime import EXIT_DONE
+from rdlm.tasks.instance import TEST_STREAM, Instance
 from rdlm.train import train
 
 
@@ -16,6 +30,30 @@ def text_data(folder: Path, quick: bool = False) -> DataConfig:
     """The World Factbook, 8 rows of 128 tokens a step; quick: of 64 tokens, and a smaller vocabulary."""
     data = preset("nano" if quick else "quickstart").data
     return dataclasses.replace(data, batch_size=8, folder=str(folder))
+
+
+@functools.cache
+def _packed(folder: str, split: str, length: int, seed: int) -> PackedData:
+    return PackedData(folder, split, sequence_length=length, batch_size=1, seed=seed, shuffle=split == "train")
+
+
+@dataclasses.dataclass(frozen=True)
+class TextRows:
+    """Prepared text as a `rdlm.tasks.Task`: every row an instance, read as one text, all answers of difficulty 1.
+
+    Streams from TEST_STREAM on hold the held-out rows, in the order on disk; others the training rows, shuffled.
+    """
+
+    folder: str
+    vocab_size: int
+    length: int = 128
+
+    def instance(self, seed: int, index: int) -> Instance:
+        """Row `index` of stream `seed`: int32 [length]. Raises InputError: the folder holds other rows, or none."""
+        split = "validation" if seed >= TEST_STREAM else "train"
+        found = _packed(self.folder, split, self.length, seed % TEST_STREAM).batch(index)
+        tokens, labels = (np.asarray(found[name][0], np.int32) for name in ("tokens", "labels"))
+        return Instance(tokens, labels, (labels != IGNORED).astype(np.int32))
 
 
 def text_run(name: str, data: DataConfig, folder: Path, steps: int, shape: Mapping[str, Any]) -> RunConfig:
