@@ -4,7 +4,8 @@ Input `BOS ( ( 3 + 1 ) * ( 4 - 2 ) )`: a random binary tree of operators over di
 label at a `)` is the value of its parenthesis; its difficulty is the height of that subtree (1: two digits).
 
 Or a chain, `BOS 3 + 1 * 4 - 2`, evaluated from left to right. The label at every digit but the first is the value so
-far; its difficulty is the number of operators so far. No factor is 0, so every answer needs the one before it.
+far; its difficulty is the number of operators so far. No factor is 0, so with a prime modulus every answer needs the
+one before it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import dataclasses
 
 import numpy as np
 
+from rdlm.config import require
 from rdlm.tasks.instance import Instance, generator, integer, scored
 
 
@@ -30,6 +32,7 @@ class Expression:
     def __post_init__(self) -> None:
         integer("Expression.operators", self.operators, 1, 200)
         integer("Expression.modulus", self.modulus, 2)
+        require(isinstance(self.nested, bool), "Expression.nested", self.nested, "must be True or False")
 
     @property
     def vocab_size(self) -> int:

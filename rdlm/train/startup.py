@@ -30,7 +30,7 @@ def process_age() -> float:
         return 0.0
 
 
-_IMPORTS = process_age()
+_IMPORTED, _IMPORTS = time.monotonic(), process_age()
 _starts = itertools.count()
 
 
@@ -42,8 +42,9 @@ class StartUp:
     """
 
     def __init__(self) -> None:
-        self.begun = time.monotonic()
-        self.seconds = defaultdict[str, float](float, imports=0.0 if next(_starts) else _IMPORTS)
+        first = next(_starts) == 0
+        self.begun = _IMPORTED if first else time.monotonic()
+        self.seconds = defaultdict[str, float](float, imports=_IMPORTS if first else 0.0)
 
     def __enter__(self) -> Self:
         jax.monitoring.register_event_duration_secs_listener(self._hear)

@@ -260,6 +260,8 @@ def test_instances_are_functions_of_seed_and_index(task):
         (lambda: Reachability(20), "Reachability.names = 40: must be an integer of at least 42"),
         (lambda: Expression(0), "Expression.operators = 0: must be an integer of at least 1 and at most 200"),
         (lambda: Expression(3, 1), "Expression.modulus = 1: must be an integer of at least 2"),
+        (lambda: Expression(3, nested="no"), "Expression.nested = 'no': must be True or False"),
+        (lambda: Corridor(3), "Corridor.length = 3: must be an integer of at least 4"),
         (lambda: Addition(10), "Addition.operands = 10: must be an integer of at least 2 and at most 9"),
         (lambda: Addition(3, 4, 1.5), "Addition.passing = 1.5: must be between 0 and 1"),
         (lambda: Addition(3, 0), "Addition.digits = 0: must be an integer of at least 1"),

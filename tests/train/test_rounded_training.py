@@ -130,3 +130,23 @@ def test_refused_in_one_line(message):
     with pytest.raises(InputError, match=message) as error:
         REFUSED[message]()
     assert "\n" not in str(error.value)
+
+
+def test_what_is_frozen_is_rounded_and_a_teacher_is_not():
+    terms = dataclasses.replace(NANO.loss, teacher="start")
+    run = run_of("int8", loss=terms, tune=TuneConfig(only=("core",)), init="there")
+    plain = dataclasses.replace(run, optimizer=NANO.optimizer)
+    learns = {name: x for name, x in params().items() if name.startswith("core")}
+    frozen = {name: x for name, x in params().items() if name not in learns}
+    hand = by_hand("int8")
+
+    @functools.cache
+    def loss(which, teacher):
+        given = {"own": learns | frozen, "rounded": hand}[which]
+        core, rest = ({name: given[name] for name in part} for part in (learns, frozen))
+        rest["teacher"] = {"own": params(), "rounded": hand}[teacher]
+        made = run if which == "own" else plain
+        return float(jax.jit(lambda p, f: gradients(made, p, batch(), STEP, frozen=f)[0])(core, rest))
+
+    assert loss("own", "own") == pytest.approx(loss("rounded", "own"), rel=2e-6)
+    assert abs(loss("rounded", "rounded") - loss("rounded", "own")) > 1e-5  # control: the teacher matters

@@ -199,7 +199,7 @@ class Trials:
             hardest = len(found.count) - 1
             out[name] = {
                 "mean": rounded(found.accuracy()),
-                "last_quarter": rounded(found.accuracy(hardest - hardest // 4 + 1)),
+                "last_quarter": rounded(found.accuracy(min(hardest, hardest - hardest // 4 + 1))),
                 "hardest": rounded(found.accuracy(hardest)),
             }
             if self.facts:
