@@ -67,6 +67,7 @@ reproduce: install-dev
 	$(BIN)/python experiments/studies/parallel.py runs/quickstart
 	$(BIN)/python experiments/studies/thinking_in_words.py --saved runs/s3 $(patsubst %,runs/s3_seed%,1 2 3 4)
 	$(BIN)/python experiments/studies/remedies.py
+	$(BIN)/python experiments/studies/remedies.py --on text --seeds 0
 	$(BIN)/python experiments/studies/learnt_depth.py
 	$(BIN)/python experiments/studies/law.py
 	$(BIN)/python experiments/fetch_model.py smollm2

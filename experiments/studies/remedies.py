@@ -2,7 +2,7 @@
 
     python experiments/studies/remedies.py  # six ways at three learning rates, three seeds each: an hour
     python experiments/studies/remedies.py --methods plain diagonal --seeds 0
-    python experiments/studies/remedies.py --on text --seeds 0  # on the World Factbook, at two rates
+    python experiments/studies/remedies.py --on text --seeds 0  # on the World Factbook: half an hour
     python experiments/studies/remedies.py --quick  # only shows that everything works, some minutes
 
 S3 words of 16 letters, 500 steps, at the learning rate that suits the model best (3e-3) and at 3.3 and 10 times that.
@@ -250,7 +250,7 @@ def main() -> int:
     runs, results = check_comparison(args, args.methods)
     whole, rates = dataclasses.replace(S3, steps=STEPS), list(RATES)
     if args.on == "text":
-        whole, runs, rates = on_text(args.data_folder, args.quick), runs / "text", rates[:2]
+        whole, runs = on_text(args.data_folder, args.quick), runs / "text"
     protocol = whole
     if args.quick:
         protocol, rates = dataclasses.replace(whole.quick(), depths=(1, 8, 16, 64), tests=whole.tests), rates[:1]
