@@ -369,13 +369,15 @@ def improvement_loss(
 ) -> Float32[Array, "*tokens"]:
     """Cross-entropy of the gate against whether recurrence t still lowered the loss, over t = 2 .. T and divided by T.
 
-    The wish to continue is sigmoid(50 (max(0, loss_{t-1} - loss_t) - 0.005)). Only the gate gets a gradient.
-    Stage II of arXiv 2510.25741.
+    Only the gate gets a gradient. Stage II of arXiv 2510.25741.
     """
-    losses = jax.lax.stop_gradient(losses)
-    wish = jax.nn.sigmoid(50 * (jnp.maximum(losses[:-1] - losses[1:], 0) - 0.005))
-    stop = gate[1:]
+    wish, stop = wish_to_continue(jax.lax.stop_gradient(losses)), gate[1:]
     return (wish * jax.nn.softplus(stop) + (1 - wish) * jax.nn.softplus(-stop)).sum(0) / len(losses)
+
+
+def wish_to_continue(losses: Float32[Array, "T *tokens"]) -> Float32[Array, "T-1 *tokens"]:
+    """sigmoid(50 (max(0, loss_{t-1} - loss_t) - 0.005)), for t = 2 .. T (arXiv 2510.25741)."""
+    return jax.nn.sigmoid(50 * (jnp.maximum(losses[:-1] - losses[1:], 0) - 0.005))
 
 
 RADIUS_ROUNDS = 4

@@ -23,7 +23,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -47,7 +47,7 @@ from rdlm.data import PackedData
 from rdlm.data.prepare import prepare_embedded
 from rdlm.evaluation import calibration
 from rdlm.exits import ExitRule
-from rdlm.losses import IGNORED, cross_entropy
+from rdlm.losses import IGNORED, cross_entropy, wish_to_continue
 from rdlm.model import Params, bind, forward, known
 from rdlm.perf import flops
 from rdlm.recurrence import trajectory
@@ -213,21 +213,23 @@ def stop_at(kind: str, losses: Array) -> Array:
     wish: not at all at the first one, which has none before it.
     """
     if kind == "wish":
-        gained = jnp.maximum(losses[:-1] - losses[1:], 0)
-        return jnp.concatenate([jnp.zeros_like(losses[:1]), 1 - jax.nn.sigmoid(50 * (gained - 0.005))])
+        return jnp.concatenate([jnp.zeros_like(losses[:1]), 1 - wish_to_continue(losses)])
     best = jax.lax.cummin(losses, reverse=True)
     return (losses - best <= GAIN).astype(jnp.float32)
 
 
-def fitted(kind: str, of: Subject) -> rules.Head:
-    """The head of a kind, by logistic regression on the first half of the recurrences of the frozen model."""
-    half, states, stops = of.max_steps // 2, [], []
+def fitted(kinds: Iterable[str], of: Subject) -> dict[str, rules.Head]:
+    """The head of every kind, by logistic regression on the first half of the recurrences of the frozen model."""
+    half, states = of.max_steps // 2, []
+    stops: dict[str, list[np.ndarray]] = {kind: [] for kind in kinds}
     for i, found in enumerate(of.fitting):
         seen, losses = unrolled(of, 10_000 + i, found)
         scored = found["labels"] != IGNORED
         states.append(np.asarray(seen)[:half, scored].reshape(-1, of.model.embed_dim))
-        stops.append(np.asarray(stop_at(kind, losses))[:half, scored].ravel())
-    return logistic(jnp.asarray(np.concatenate(states)), jnp.asarray(np.concatenate(stops)))[0]
+        for kind, stop in stops.items():
+            stop.append(np.asarray(stop_at(kind, losses))[:half, scored].ravel())
+    given = jnp.asarray(np.concatenate(states))
+    return {kind: logistic(given, jnp.asarray(np.concatenate(stop)))[0] for kind, stop in stops.items()}
 
 
 def rule(name: str, threshold: Any, heads: Mapping[str, rules.Head]) -> ExitRule:
@@ -308,7 +310,8 @@ def read(name: Name, of: Subject, quick: bool) -> Json:
     """Every rule at every threshold, every fixed depth, and what more recurrences change."""
     depths = [r for r in FIXED if r <= of.max_steps and (not quick or r in (1, 2, 16))]
     found: Json = {"fixed": [{"threshold": r} | point(of, None, r) for r in depths]}
-    heads = {kind: fitted(kind, of) for kind in HEADS if kind in RULES[name]}
+    learnt = [kind for kind in HEADS if kind in RULES[name]]
+    heads = fitted(learnt, of) if learnt else {}
     for kind in RULES[name]:
         plain = kind.removeprefix("delayed ")
         reads = plain in (*HEADS, "gate")

@@ -36,6 +36,7 @@ from experiments.studies.shared.recipes import RECIPES
 from experiments.studies.shared.recipes import run_config as task_config
 from experiments.studies.shared.recipes import trained as train_task
 from experiments.studies.shared.record import Json, interval, publish, rounded
+from experiments.studies.shared.text import trained
 from experiments.studies.shared.training import check_seeds
 from rdlm.config import DataConfig, InputError, Loop, ModelConfig, preset, require
 from rdlm.data import open_validation
@@ -49,10 +50,9 @@ from rdlm.model import Params, bind, known
 from rdlm.model.retrofit import ONCE, cut
 from rdlm.recurrence import checkpoints
 from rdlm.run import Run, load
-from rdlm.runtime import EXIT_DONE, Progress, parse_arguments, reuse_freed_memory, run_command
+from rdlm.runtime import Progress, parse_arguments, reuse_freed_memory, run_command
 from rdlm.tasks.instance import TEST_STREAM, batch
 from rdlm.tasks.words import WordProblem, product
-from rdlm.train import train
 
 Part = Literal["contrast", "loop", "lens"]
 
@@ -102,17 +102,13 @@ def text_run(args: Args, seed: int) -> Run:
       SystemExit: with the trainer's exit code, if it was stopped.
     """
     run = preset("nano" if args.quick else "quickstart")
-    code = train(
-        run := dataclasses.replace(
-            run,
-            run_dir=str(args.runs / ("quickstart" if seed == 0 else f"quickstart_seed{seed}")),
-            data=dataclasses.replace(run.data, folder=str(args.data_folder)),
-            seed=seed,
-        )
+    run = dataclasses.replace(
+        run,
+        run_dir=str(args.runs / ("quickstart" if seed == 0 else f"quickstart_seed{seed}")),
+        data=dataclasses.replace(run.data, folder=str(args.data_folder)),
+        seed=seed,
     )
-    if code != EXIT_DONE:
-        raise SystemExit(code)
-    return load(run.folder)
+    return load(trained(run))
 
 
 def task_run(args: Args, seed: int) -> tuple[Params, ModelConfig]:

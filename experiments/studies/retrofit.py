@@ -54,6 +54,7 @@ from experiments.studies.shared.chains import (
 )
 from experiments.studies.shared.comparison import Options, beside_earlier, check_comparison
 from experiments.studies.shared.record import Json, publish, remembered
+from experiments.studies.shared.text import trained
 from rdlm.config import (
     Block,
     DataConfig,
@@ -79,9 +80,9 @@ from rdlm.model.retrofit import ONCE
 from rdlm.perf import flops
 from rdlm.report.results import commit
 from rdlm.run import Run
-from rdlm.runtime import EXIT_DONE, parse_arguments, reuse_freed_memory, run_command, write_output
+from rdlm.runtime import parse_arguments, reuse_freed_memory, run_command, write_output
 from rdlm.tokenizer import Tokenizer
-from rdlm.train import draw_depth, train
+from rdlm.train import draw_depth
 from rdlm.train.metrics import read_metrics
 from rdlm.weights import begin_from
 
@@ -392,24 +393,12 @@ def made_by(run: RunConfig | None, setting: Setting, places: Places) -> Json:
     return about
 
 
-def trained(run: RunConfig) -> Run:
-    """The model of a run, trained or resumed if need be.
-
-    Raises:
-      SystemExit: with the trainer's exit code, if it was stopped.
-    """
-    code = train(run)
-    if code != EXIT_DONE:
-        raise SystemExit(code)
-    return rdlm.load(run.folder)
-
-
 def row(name: Name, seed: int, setting: Setting, places: Places, asked: Sequence[Test]) -> Json:
     """Train and measure a run: what `measure` found with seed, commit, last loss, speed and seconds."""
     run = run_config(name, setting, places, seed)
 
     def make() -> Json:
-        model = trained(run)
+        model = rdlm.load(trained(run))
         begun = time.monotonic()
         found = measure(model, setting, places, asked, damage=not METHODS[name].pilot and seed == 0)
         steps = [x for x in read_metrics(Path(run.folder)) if x.get("loss") is not None]

@@ -36,10 +36,10 @@ def test_a_head_is_fitted_to_scored_tokens_of_the_first_half(monkeypatch):
     model = STUDY.ModelConfig(vocab_size=9, embed_dim=3, num_heads=1, mlp_dim=4, head_width=2)
     of = STUDY.Subject({}, model, [], [{"labels": labels}], [], 4)
     monkeypatch.setattr(STUDY, "unrolled", lambda *_: (states, jnp.asarray(losses)))
-    found = STUDY.fitted("gain", of)
+    found = STUDY.fitted(["gain"], of)["gain"]
     assert found["w"][0] > 5 * np.abs(found["w"][1:]).max()
     states[2:] = 0.0
-    again = STUDY.fitted("gain", of)
+    again = STUDY.fitted(["gain"], of)["gain"]
     np.testing.assert_allclose(again["w"], found["w"])
 
 

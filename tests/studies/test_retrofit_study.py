@@ -124,7 +124,7 @@ def quick(tmp_path_factory):
         patch.setattr(sys, "argv", ["retrofit.py", "--quick", "--runs", str(folder), *options])
         patch.chdir(folder)
         assert STUDY.main() == 0
-        patch.setattr(STUDY, "train", None)
+        patch.setattr(STUDY, "trained", None)
         assert STUDY.main() == 0, "finished runs are made again"
     return folder / "quick"
 
